@@ -1,0 +1,401 @@
+"""The plane ⟨y - x, x⟩ = 0 inside a box: the best step on it, the nearest point of it, and staying on it when stored.
+
+A `Plane` works on images y directly, not on perturbations: `lower <= y <= upper` are numbers of the images' dtype, so
+a pixel at its bound is exact. Each group of pixels that `scope` names (see `orthattack.projection`) has a plane of its
+own, and x itself is always allowed, which makes every problem here feasible.
+
+Both optimisations are the same search for one multiplier λ per group: docs/method.md, "One multiplier".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from orthattack.projection import Scope, dot, reciprocal, scaled, scope_dims, without
+
+__all__ = ["Plane"]
+
+# A pixel's colour has so few breakpoints that trying them all beats a search.
+_FEW = 4
+# A dual gap this small, relative to the objective's scale, is below float32's round-off of the objective itself.
+_GAP = 1e-8
+
+
+class Plane:
+    """The points y of a box with ⟨y - x, x⟩ = 0 in every group of pixels, around a batch of images x.
+
+    Args:
+        images: x, (N, C, H, W), float32 or float64.
+        lower: the smallest value of each pixel, at most x.
+        upper: the largest, at least x.
+        scope: which pixels share a plane.
+
+    A plane keeps three image batches of working memory for the attack's many steps, so one plane must not be used by
+    two threads at once.
+    """
+
+    def __init__(self, images: Tensor, lower: Tensor, upper: Tensor, scope: Scope) -> None:
+        self.images, self.lower, self.upper, self.scope = images, lower, upper, scope
+        self.dims = scope_dims(scope)
+        # The normal of the plane, in a range where its square neither overflows nor vanishes.
+        normal, exponent = scaled(images, self.dims)
+        self.normal = normal if bool((exponent.abs() > 16).any()) else images
+        self._normal2 = dot(self.normal, self.normal, self.dims)
+        self._normal1 = self.normal.abs().sum(self.dims, keepdim=True)
+        self._width2 = (upper - lower).square_().sum(self.dims, keepdim=True)
+        self._is_small = images.numel() <= _FEW * self._normal2.numel()
+        self._scratch = tuple(torch.empty_like(images) for _ in range(3))
+
+    def step(self, start: Tensor, gradient: Tensor, alpha: float) -> Tensor:
+        """Solve the linear program of the best L-infinity step, exactly and without sorting::
+
+            max_y ⟨g, y⟩  subject to  |y - s| <= α,  lower <= y <= upper,  ⟨y - x, x⟩ = 0
+
+        Its solution is the usual step along a shifted gradient, y(λ) = clip(s + α sign(g - λx)), at the λ for which
+        the plane holds; pixels with g = λx at that λ may take any value between and settle the equation.
+
+        Args:
+            start: s, (N, C, H, W), in the box and on the plane.
+            gradient: g, the same shape, finite, any scale.
+            alpha: α, in pixel units.
+
+        Returns:
+            y, (N, C, H, W), with a duality gap below 1e-8 of α‖g‖₁ plus round-off. A group whose gradient is zero, or
+            parallel to the image, stays at s.
+
+        Source: docs/method.md, "The best step".
+        """
+        dims, normal = self.dims, self.normal
+        own, scratch, _ = self._scratch
+        g, _ = scaled(gradient, dims, out=own)
+        # The optimum is the same for g and g - cx; projected, λ is near 0 and a parallel gradient is 0, not round-off.
+        tolerance = 4 * torch.finfo(g.dtype).eps
+        g = without(g, normal, reciprocal(self._normal2), dims, tolerance, out=own, scratch=scratch)
+        size = torch.abs(g, out=scratch).sum(dims, keepdim=True)
+
+        def point(multiplier: Tensor, out: Tensor) -> Tensor:
+            torch.addcmul(g, normal, multiplier, value=-1, out=out).sign_()
+            return torch.add(start, out, alpha=alpha, out=out).clamp_(self.lower, self.upper)
+
+        def reach() -> _Box:
+            return torch.maximum(self.lower, start - alpha), torch.minimum(self.upper, start + alpha)
+
+        # Without a gradient every step is as good, so the search stops at once, and what it found is not taken.
+        moves = size > 0
+        gap = torch.where(moves, _GAP * alpha * size, torch.inf)
+        scale = size * reciprocal(self._normal1)
+        few = self._between_jumps(g) if self._is_small else None
+        y = self._optimum(point, scale, gap, alpha * self._normal1, few, reach, start)
+        return torch.lerp(start, y, moves.to(y.dtype), out=y)
+
+    def nearest(self, points: Tensor) -> Tensor:
+        """Project points p onto box and plane in the Euclidean norm::
+
+            min_y ‖y - p‖₂  subject to  lower <= y <= upper,  ⟨y - x, x⟩ = 0
+
+        The solution is y(λ) = clip(p - λx) at the λ for which the plane holds.
+
+        Args:
+            points: p, (N, C, H, W).
+
+        Returns:
+            y, (N, C, H, W), within 1e-5 ‖p - x‖ of the projection plus round-off.
+
+        Source: docs/method.md, "The nearest point".
+        """
+        dims, normal = self.dims, self.normal
+        delta = torch.sub(points, self.images, out=self._scratch[0])
+        along = dot(delta, normal, dims, self._scratch[1])
+        distance2 = dot(delta, delta, dims, delta)
+
+        def point(multiplier: Tensor, out: Tensor) -> Tensor:
+            return torch.addcmul(points, normal, multiplier, value=-1, out=out).clamp_(self.lower, self.upper)
+
+        # λ if nothing were clipped; the search needs only its order of magnitude.
+        scale = along.abs() * reciprocal(self._normal2)
+        few = self._at_kinks(points) if self._is_small else None
+        noise = (torch.minimum(distance2, self._width2) * self._normal2).sqrt()
+        return self._optimum(point, scale, 5e-11 * distance2, noise, few, self._box, self.images, along)
+
+    def settle(self, points: Tensor) -> Tensor:
+        """Points near the plane, moved onto it as exactly as their dtype allows.
+
+        Args:
+            points: y, (N, C, H, W), in the box.
+
+        Returns:
+            y with |cos(y - x, x)| at most 1e-6 (float32) or 1e-12 (float64) in every group; the same tensor if that
+            held already. A group that cannot be so gives up its perturbation.
+        """
+        return self._settled(points, lambda: [self._box()], self.images)
+
+    def _box(self) -> _Box:
+        return self.lower, self.upper
+
+    def _settled(self, points: Tensor, boxes: Callable[[], list[_Box]], fallback: Tensor) -> Tensor:
+        """`points`, with the orthogonality restored that rounding has cost, by moving a pixel or two per group.
+
+        Rounding moves ⟨y - x, x⟩ by about 1e-8 per pixel, at random. Beside a whole image that is nothing; beside one
+        pixel's colour, or a tiny perturbation, it is more than a cosine of 1e-6. Groups where it is too much are
+        settled inside the first of the `boxes` in which they can be, or else take the `fallback`.
+        """
+        unit = 1e-6 if points.dtype == torch.float32 else 1e-12
+        scratch = self._scratch[0]
+        along = dot(torch.sub(points, self.images, out=scratch), self.normal, self.dims, scratch).abs()
+        delta2 = torch.sub(points, self.images, out=scratch).square_().sum(self.dims, keepdim=True)
+        lost = along > 0.9 * unit * (delta2 * self._normal2).sqrt()  # a tenth is left for the round-off of these sums
+        if not bool(lost.any()):
+            return points
+        groups = lost.squeeze(self.dims)
+
+        def rows(tensor: Tensor) -> Tensor:  # a view with the pixels of a group along the last dimension
+            return tensor.movedim(-3, -1) if self.scope == "pixel" else tensor.flatten(self.dims[0])
+
+        settled = points.clone(memory_format=torch.contiguous_format)
+        narrow = [(rows(low)[groups], rows(high)[groups]) for low, high in boxes()]
+        y, x, z = (rows(tensor)[groups] for tensor in (points, self.images, fallback))
+        rows(settled)[groups] = _settled_rows(y, x, narrow, z, 0.75 * unit)
+        return settled
+
+    def _optimum(
+        self,
+        point: Callable[[Tensor, Tensor], Tensor],
+        scale: Tensor,
+        tolerance: Tensor,
+        magnitude: Tensor,
+        pivots: Tensor | None,
+        box: Callable[[], _Box],
+        fallback: Tensor,
+        at_zero: Tensor | None = None,
+    ) -> Tensor:
+        """The optimum on the plane, given the optimum y(λ) of the Lagrangian for each λ.
+
+        f(λ) = ⟨y(λ) - x, x⟩ is the derivative of the concave dual, so it falls as λ grows, and a bracket
+        f(a) >= 0 >= f(b) holds the solution. y(a) and y(b) lie in the box, which is convex, so the mixture of the two
+        that is on the plane does too, and its duality gap is at most
+
+            f(a) |f(b)| / (f(a) + |f(b)|) · (b - a).
+
+        The bracket is narrowed until that bound is below the tolerance: the answer comes with its certificate, and
+        nothing is sorted.
+
+        Args:
+            point: y(λ) for one λ per group, written to a buffer.
+            scale: per group, the order of magnitude of λ.
+            tolerance: per group, the duality gap at which to stop.
+            magnitude: per group, the size of the sum of absolute values in f, whose round-off counts as zero.
+            pivots: (K, ...) multipliers that are known to separate all the pieces of y(λ), if there are few.
+            box: the box that y(λ) lies in.
+            fallback: a point of the box on the plane, taken where there is no better one on the dtype's grid.
+            at_zero: per group, f(0) if nothing were clipped; λ is then near ±`scale`.
+        """
+        scratch = self._scratch[1]
+        noise = magnitude * (torch.finfo(self.images.dtype).eps / 4)
+
+        def residual(multiplier: Tensor) -> Tensor:
+            delta = point(multiplier, scratch).sub_(self.images)
+            f = dot(delta, self.normal, self.dims, delta)
+            return f * (f.abs() > noise)
+
+        if pivots is None:
+            a, fa, b, fb = _search(residual, torch.where(scale > 0, scale, 1), tolerance, at_zero)
+        else:
+            a, fa, b, fb = _try_all(residual, scale, pivots)
+        rise = torch.where(fa - fb > 0, fa - fb, 1)
+        share = fa / rise  # exactly 0 if y(a) is on the plane, exactly 1 if y(b) is
+        low, high = point(b, scratch), point(a, self._scratch[2])
+        y = torch.lerp(high, low, share)
+        # Rounding the mixture moves it off the plane; where many pixels are mixed, a corrected share brings it back.
+        error = dot(y.sub_(self.images), self.normal, self.dims, y)
+        torch.lerp(high, low, (share + error / rise).clamp(0, 1), out=y)
+
+        def boxes() -> list[_Box]:
+            # Where the two points differ, anything between them is as good, so a pixel to move is best found there.
+            return [(torch.minimum(low, high), torch.maximum(low, high)), box()]
+
+        return self._settled(y, boxes, fallback)
+
+    def _between_jumps(self, g: Tensor) -> Tensor:
+        """One λ between each two neighbouring jumps of sign(g - λx), which lie at g / x."""
+        jumps = _by_group((g / self.normal).nan_to_num(0), self.dims).sort(dim=0).values
+        return jumps[1:] / 2 + jumps[:-1] / 2
+
+    def _at_kinks(self, points: Tensor) -> Tensor:
+        """0, so that a point on the plane is found to be, and the λ at which a pixel of clip(p - λx) meets a bound."""
+        kinks = (((points - bound) / self.normal).nan_to_num(0) for bound in (self.lower, self.upper))
+        by_group = [_by_group(k, self.dims) for k in kinks]
+        return torch.cat([torch.zeros_like(by_group[0][:1]), *by_group])
+
+
+_Bracket = tuple[Tensor, Tensor, Tensor, Tensor]
+_Box = tuple[Tensor, Tensor]
+
+
+def _ends(residual: Callable[[Tensor], Tensor], like: Tensor) -> _Bracket:
+    """The bracket (a, f(a), b, f(b)) of all λ, for f = `residual`."""
+    b = torch.full_like(like, _largest(like))
+    a = -b
+    # There every pixel is as bright, or as dark, as it may be; round-off must not leave f without a root.
+    return a, residual(a).clamp(min=0), b, residual(b).clamp(max=0)
+
+
+def _try_all(residual: Callable[[Tensor], Tensor], scale: Tensor, pivots: Tensor) -> _Bracket:
+    """The narrowest bracket that the (K, ...) pivots give."""
+    a, fa, b, fb = _ends(residual, scale)
+    for pivot in pivots:
+        f = residual(pivot)
+        is_a, is_b = (f >= 0) & (pivot > a), (f < 0) & (pivot < b)
+        a, fa = torch.where(is_a, pivot, a), torch.where(is_a, f, fa)
+        b, fb = torch.where(is_b, pivot, b), torch.where(is_b, f, fb)
+    return a, fa, b, fb
+
+
+def _search(residual: Callable[[Tensor], Tensor], scale: Tensor, tolerance: Tensor, at_zero: Tensor | None) -> _Bracket:
+    """A bracket whose mixture has a duality gap of at most `tolerance`, by a safeguarded secant.
+
+    It runs over u = λ / (scale + |λ|), which maps all λ to [-1, 1], and starts at u = 0 or, given an estimate of f
+    there, at λ = ±scale, whichever is on the root's side.
+    """
+    scale64 = scale.double()
+    largest = _largest(scale)
+
+    def value(u: Tensor) -> Tensor:
+        return (scale64 * u / (1 - u.abs())).clamp(-largest, largest)
+
+    def f_at(u: Tensor) -> Tensor:
+        return residual(value(u).to(scale.dtype)).double()
+
+    _, fa, _, fb = (t.double() for t in _ends(residual, scale))
+    a, b = torch.full_like(scale64, -1), torch.ones_like(scale64)
+    if at_zero is None:
+        u, slope = torch.zeros_like(scale64), (fb - fa) / 2
+        f = f_at(u)
+    else:
+        u = 0.5 * at_zero.sign().double()
+        f = f_at(u)
+        slope = (f - at_zero) * reciprocal(u)
+    right, stuck = f >= 0, torch.zeros_like(f, dtype=torch.bool)
+    for attempt in range(200):
+        a, fa = torch.where(right, u, a), torch.where(right, f, fa)
+        b, fb = torch.where(right, b, u), torch.where(right, fb, f)
+        gap = fa * -fb * reciprocal(fa - fb) * (value(b) - value(a))
+        if bool((gap <= tolerance).all()):
+            break
+        # The secant through the last two trials tends to come from one side, which leaves the bracket wide: after two
+        # trials on the same side it aims twice as far, to land on the other. Every fourth trial halves the bracket.
+        target = u - f * reciprocal(slope) * torch.where(stuck, 2, 1)
+        usable = (target > a) & (target < b) & (attempt % 4 < 3)
+        target = torch.where(usable, target, (a + b) / 2)
+        u_before, f_before, right_before = u, f, right
+        u, f = target, f_at(target)
+        right = f >= 0
+        stuck = right == right_before
+        slope = torch.where(u != u_before, (f - f_before) * reciprocal(u - u_before), slope)
+    return value(a).to(scale.dtype), fa.to(scale.dtype), value(b).to(scale.dtype), fb.to(scale.dtype)
+
+
+def _largest(like: Tensor) -> float:
+    """λ = infinity, to all intents: finite, so that times 0 it is 0 and the width of a bracket is a number."""
+    return torch.finfo(like.dtype).max / 4
+
+
+def _by_group(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """(K, ...): the K pixels of each group first, then the shape of a number per group."""
+    shape = [1 if d - tensor.ndim in dims else n for d, n in enumerate(tensor.shape)]
+    moved: Tensor = tensor.movedim(dims, tuple(range(len(dims))))
+    return moved.reshape(-1, *shape)
+
+
+def _settled_rows(points: Tensor, images: Tensor, boxes: list[_Box], fallback: Tensor, allowed: float) -> Tensor:
+    """`Plane._settled` for rows, (R, n), until |cos| <= allowed."""
+    y, x, dtype = points.double(), images.double(), points.dtype
+    take_up = partial(_take_up, dtype=dtype, allowed=allowed)
+    combine = partial(_combine, dtype=dtype, allowed=allowed)
+    attempts: list[tuple[_Box, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]]] = [
+        *((box, take_up) for box in boxes),
+        *((boxes[-1], partial(combine, radius=radius)) for radius in (1, 8, 64)),
+    ]
+    for (low, high), attempt in attempts:
+        off = _off_plane(y, x, allowed)
+        if len(off) == 0:
+            return y.to(dtype)
+        # No pixel moves by more than the whole perturbation: that would not repair it but replace it.
+        size = torch.linalg.vector_norm(y[off] - x[off], dim=1, keepdim=True)
+        low_off, high_off = torch.maximum(low[off], y[off] - size), torch.minimum(high[off], y[off] + size)
+        y[off] = attempt(y[off].clamp(low_off, high_off), x[off], low_off, high_off)
+    off = _off_plane(y, x, allowed)
+    y[off] = fallback[off].double()
+    return y.to(dtype)
+
+
+def _off_plane(y: Tensor, x: Tensor, allowed: float) -> Tensor:
+    """The rows with |cos(y - x, x)| > allowed."""
+    along = ((y - x) * x).sum(1, keepdim=True).abs()
+    return (along > allowed * _norms(y, x)).squeeze(1).nonzero().squeeze(1)
+
+
+def _norms(y: Tensor, x: Tensor) -> Tensor:
+    """‖y - x‖ ‖x‖ per row, (R, 1)."""
+    norms: Tensor = torch.linalg.vector_norm(y - x, dim=1, keepdim=True)
+    norms *= torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return norms
+
+
+def _take_up(y: Tensor, x: Tensor, low: Tensor, high: Tensor, *, dtype: torch.dtype, allowed: float) -> Tensor:
+    """(R, n) float64 rows with ⟨y - x, x⟩ taken up by a pixel that has the room: of those with a grid fine enough the
+    one that moves least, or else the one with the finest grid."""
+    amount = ((y - x) * x).sum(1, keepdim=True)
+    room = torch.where(amount * x > 0, y - low, high - y) * x.abs()
+    grid = _spacing(y, dtype) * x.abs()
+    enough = room >= amount.abs()
+    fine = enough & (grid <= allowed * _norms(y, x))
+    finest = torch.where(enough, grid, torch.inf).argmin(1, keepdim=True)
+    brightest = torch.where(fine, x.abs(), -1).argmax(1, keepdim=True)
+    pixel = torch.where(enough.any(1, keepdim=True), finest, room.argmax(1, keepdim=True))
+    pixel = torch.where(fine.any(1, keepdim=True), brightest, pixel)
+    xs, ys, lows, highs = (t.gather(1, pixel) for t in (x, y, low, high))
+    return y.scatter(1, pixel, _lowered(ys, xs, amount, dtype).clamp(lows, highs))
+
+
+def _combine(
+    y: Tensor, x: Tensor, low: Tensor, high: Tensor, *, dtype: torch.dtype, allowed: float, radius: int
+) -> Tensor:
+    """(R, n) float64 rows with neighbouring values of one pixel tried, each with the best value of another for it.
+
+    The one tried is the one with most room to both sides; the other that with the finest grid or else the widest range.
+    """
+    size = x.abs()
+    first = (torch.minimum(y - low, high - y) * size).argmax(1, keepdim=True)
+    others = ((high - low) * size).scatter(1, first, 0)
+    finest = torch.where(others > 0, _spacing(y, dtype) * size, torch.inf).argmin(1, keepdim=True)
+    target = allowed * _norms(y, x)
+    offsets = torch.arange(-radius, radius + 1, device=y.device)
+    for other in (finest, others.argmax(1, keepdim=True)):
+        excess = ((y - x) * x).sum(1, keepdim=True)
+        y1, x1, low1, high1 = (t.gather(1, other) for t in (y, x, low, high))
+        y2, x2, low2, high2 = (t.gather(1, first) for t in (y, x, low, high))
+        tried = (y2 + offsets * _spacing(y2, dtype)).to(dtype).double().clamp(low2, high2)
+        amount = excess + (tried - y2) * x2
+        answer = _lowered(y1, x1, amount, dtype).clamp(low1, high1)
+        left = (amount + (answer - y1) * x1).abs()
+        # The smallest move that is good enough, or else the best.
+        best = torch.where(left <= target, offsets.abs() - 1000.0, left).argmin(1, keepdim=True)
+        moved = y.scatter(1, first, tried.gather(1, best)).scatter(1, other, answer.gather(1, best))
+        y = torch.where(left.gather(1, best) <= excess.abs(), moved, y)
+    return y
+
+
+def _lowered(values: Tensor, images: Tensor, amount: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values of the dtype whose product with the image is smaller by `amount`, as nearly as can be."""
+    return (values - amount / torch.where(images != 0, images, 1)).to(dtype).double()
+
+
+def _spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance to the next larger number of the dtype."""
+    stored = values.to(dtype)
+    spacing: Tensor = torch.nextafter(stored, torch.full_like(stored, torch.inf)).double() - values
+    return spacing

@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import brentq, linprog, minimize
+from torch import Tensor
+
+from orthattack import alignment
+from orthattack.plane import Plane
+from tests.conftest import gradient_kinds, image_kinds, make_gradient, make_images, scopes, seeds
+
+epsilons = st.sampled_from([0.5 / 255, 4 / 255, 8 / 255, 0.3])
+
+
+def box(images: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return (images - eps).clamp(0), (images + eps).clamp(max=1)
+
+
+def groups(tensor: Tensor, scope: str) -> np.ndarray:
+    """(groups, n) in float64."""
+    t = tensor.double()
+    if scope == "image":
+        return t.flatten(1).numpy()
+    if scope == "channel":
+        return t.flatten(2).flatten(0, 1).numpy()
+    return t.movedim(1, -1).flatten(0, 2).numpy()
+
+
+def linear_program(g, x, start, low, high, alpha):
+    """The optimal value of <g, y - start> by scipy, all arguments (n,) float64."""
+    bounds = np.stack([np.maximum(low, start - alpha) - x, np.minimum(high, start + alpha) - x], axis=1)
+    solved = linprog(-g, A_eq=x[None], b_eq=[0.0], bounds=bounds, method="highs")
+    assert solved.status == 0, solved.message
+    return -solved.fun - g @ (start - x)
+
+
+def dual_value(multiplier, g, x, start, low, high, alpha):
+    """The Lagrangian's maximum over the box: an upper bound of the linear program for any multiplier."""
+    reduced = g - multiplier * x
+    low, high = np.maximum(low, start - alpha) - x, np.minimum(high, start + alpha) - x
+    return np.where(reduced > 0, high * reduced, low * reduced).sum() - g @ (start - x)
+
+
+def smallest_dual_value(g, x, start, low, high, alpha):
+    """The minimum over all multipliers, by trying every breakpoint: the dual is piecewise linear between them."""
+    breakpoints = g[x != 0] / x[x != 0]
+    return min(dual_value(m, g, x, start, low, high, alpha) for m in [0.0, *breakpoints])
+
+
+def grid_free(scope, dtype):
+    """float64 for pixels: on float32's grid three numbers cannot balance to 1e-6 and be optimal to 1e-5."""
+    return torch.float64 if scope == "pixel" else dtype
+
+
+def best_step(image, gradient, scope, seed, eps, shape, moved, dtype=torch.float32, scale=1.0):
+    """A drawn problem and its solution: float64 rows g, x, start, low, high, the step size, and y."""
+    x = make_images(image, shape, seed, dtype)
+    g = make_gradient(gradient, x, seed, scale)
+    low, high = box(x, eps)
+    plane = Plane(x, low, high, scope)
+    start, alpha = x, eps
+    if moved:
+        noise = torch.rand(shape, generator=torch.Generator().manual_seed(seed + 2), dtype=dtype) * 2 - 1
+        start, alpha = plane.settle(plane.nearest((x + eps * noise).clamp(0, 1))), eps / 4
+    y = plane.settle(plane.step(start, g, alpha))
+    return [groups(t, scope) for t in (g / scale, x, start, low, high)], alpha, y, groups(y, scope)
+
+
+def assert_feasible(x, start, low, high, alpha, y):
+    assert np.isfinite(y).all()
+    assert (y >= low).all()
+    assert (y <= high).all()
+    assert (np.abs(y - start) <= alpha + 2e-7).all()
+    delta = y - x
+    along = np.abs((delta * x).sum(1))
+    assert (along <= 1e-6 * np.linalg.norm(delta, axis=1) * np.linalg.norm(x, axis=1)).all()
+
+
+@settings(max_examples=60)
+@given(image_kinds, gradient_kinds, scopes, seeds, epsilons, st.booleans())
+def test_step_is_feasible_and_within_1e5_of_linprog(image, gradient, scope, seed, eps, moved):
+    dtype = grid_free(scope, torch.float32)
+    (g, x, start, low, high), alpha, _, y = best_step(image, gradient, scope, seed, eps, (1, 3, 32, 32), moved, dtype)
+    assert_feasible(x, start, low, high, alpha, y)
+    step = 1 if scope != "pixel" else 97  # a sample of the thousand pixels
+    for row in range(0, len(g), step):
+        problem = (g[row], x[row], start[row], low[row], high[row], alpha)
+        optimum = linear_program(*problem)
+        gained = g[row] @ (y[row] - start[row])
+        # Of a gradient parallel to the image, what the plane leaves to gain is round-off; and one pixel has a grid.
+        slack = 2e-7 * np.abs(g[row]).max()
+        if "parallel" in gradient:
+            slack = 1e-6 * np.linalg.norm(g[row]) * (alpha * len(g[row]) ** 0.5 + np.linalg.norm(start[row] - x[row]))
+        assert abs(gained - optimum) <= 1e-5 * abs(optimum) + slack
+
+
+@given(image_kinds, gradient_kinds, scopes, seeds, epsilons, st.booleans(), st.sampled_from([1e-30, 1e-13, 1e20]))
+def test_step_has_no_duality_gap(image, gradient, scope, seed, eps, moved, scale):
+    """The certificate that needs no oracle: the primal value reaches the smallest dual value."""
+    shape = (1, 3, 8, 8)
+    problem, alpha, _, y = best_step(image, gradient, scope, seed, eps, shape, moved, torch.float64, scale)
+    g, x, start, low, high = problem
+    for row in range(0, len(g), 1 if scope != "pixel" else 7):
+        dual = smallest_dual_value(g[row], x[row], start[row], low[row], high[row], alpha)
+        primal = g[row] @ (y[row] - start[row])
+        assert abs(dual - primal) <= 1e-7 * alpha * np.abs(g[row]).sum() + 1e-15
+
+
+@given(image_kinds, gradient_kinds, scopes, seeds)
+def test_step_beats_every_vertex_by_brute_force(image, gradient, scope, seed):
+    """All combinations of bounds, with each pixel in turn settling the equation: the vertices of the polytope."""
+    shape, dtype = (1, 3, 1, 2), torch.float64
+    (g, x, start, low, high), alpha, _, y = best_step(image, gradient, scope, seed, 0.1, shape, False, dtype)
+    for gi, xi, si, li, hi, yi in zip(g, x, start, low, high, y, strict=True):
+        sides = list(itertools.product(*zip(np.maximum(li, si - alpha), np.minimum(hi, si + alpha), strict=True)))
+        for side in np.array(sides):
+            for j in np.flatnonzero(xi):
+                vertex = side.copy()
+                vertex[j] = xi[j] - ((side - xi) @ xi - (side[j] - xi[j]) * xi[j]) / xi[j]
+                if li[j] <= vertex[j] <= hi[j]:
+                    assert gi @ (vertex - si) <= gi @ (yi - si) + 1e-6 * alpha * np.abs(gi).sum()
+
+
+@given(image_kinds, scopes, seeds, st.sampled_from(["zero", "parallel"]), st.booleans())
+def test_step_without_a_direction_stays(image, scope, seed, gradient, moved):
+    (_, _, start, *_), _, _, y = best_step(image, gradient, scope, seed, 8 / 255, (2, 3, 16, 16), moved)
+    np.testing.assert_array_equal(y, start)
+
+
+@given(gradient_kinds, scopes, seeds)
+def test_on_a_black_image_only_the_box_binds(gradient, scope, seed):
+    (g, *_), alpha, _, y = best_step("black", gradient, scope, seed, 8 / 255, (2, 3, 4, 4), False)
+    np.testing.assert_allclose(y, alpha * (g > 0), atol=1e-9)
+
+
+@given(gradient_kinds, scopes, seeds)
+def test_a_white_image_cannot_move(gradient, scope, seed):
+    _, _, y, _ = best_step("white", gradient, scope, seed, 8 / 255, (2, 3, 4, 4), False)
+    assert (y == 1).all()
+
+
+@given(image_kinds, scopes, seeds, epsilons, st.floats(0.0, 1.0), st.sampled_from([torch.float32, torch.float64]))
+def test_nearest_agrees_with_a_float64_root_find(image, scope, seed, eps, spread, dtype):
+    dtype = grid_free(scope, dtype)
+    x = make_images(image, (2, 3, 12, 12), seed, dtype)
+    low, high = box(x, eps)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    p = x + spread * noise
+    result = groups(Plane(x, low, high, scope).nearest(p), scope)
+    rows = [groups(t, scope) for t in (p, x, low, high)]
+    for row in range(0, len(result), 1 if scope != "pixel" else 11):
+        pi, xi, li, hi = (r[row] for r in rows)
+
+        def residual(multiplier, pi=pi, xi=xi, li=li, hi=hi):
+            return (np.clip(pi - multiplier * xi, li, hi) - xi) @ xi
+
+        limit = 2 * (np.abs(pi).max() + 2) / xi[xi > 0].min() if (xi > 0).any() else 1.0
+        ends = residual(-limit), residual(limit)
+        multiplier = 0.0 if abs(ends[0] - ends[1]) < 1e-15 else None
+        if multiplier is None:
+            multiplier = (
+                -limit if ends[0] <= 0 else limit if ends[1] >= 0 else brentq(residual, -limit, limit, xtol=1e-15)
+            )
+        expected = np.clip(pi - multiplier * xi, li, hi)
+        assert np.linalg.norm(result[row] - expected) <= 2e-5 * np.linalg.norm(pi - xi) + 1e-5
+
+
+@settings(max_examples=15)
+@given(image_kinds, seeds)
+def test_nearest_agrees_with_a_quadratic_program_solver(image, seed):
+    x = make_images(image, (1, 3, 2, 2), seed, torch.float64)
+    low, high = box(x, 0.1)
+    p = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    result = Plane(x, low, high, "image").nearest(p).flatten().numpy()
+    xs, ps, ls, hs = (t.flatten().numpy() for t in (x, p, low, high))
+    solved = minimize(
+        lambda y: 0.5 * ((y - ps) ** 2).sum(),
+        xs,
+        jac=lambda y: y - ps,
+        bounds=np.stack([ls, hs], axis=1),
+        constraints={"type": "eq", "fun": lambda y: (y - xs) @ xs, "jac": lambda y: xs} if xs.any() else (),
+        method="SLSQP",
+        options={"ftol": 1e-14, "maxiter": 500},
+    )
+    np.testing.assert_allclose(result, solved.x, atol=1e-5)
+
+
+@given(image_kinds, scopes, seeds, epsilons)
+def test_nearest_obeys_the_variational_inequality(image, scope, seed, eps):
+    """<p - y, q - y> <= 0 for every feasible q: what makes y the projection of p."""
+    x = make_images(image, (1, 3, 10, 10), seed, torch.float64)
+    low, high = box(x, eps)
+    plane = Plane(x, low, high, scope)
+    p, a, b = (x + 0.2 * make_gradient("normal", x, seed + k) for k in range(3))
+    y = plane.nearest(p)
+    for q in (x, plane.nearest(a), plane.nearest(b)):
+        assert float(((p - y) * (q - y)).sum()) <= 1e-5 * float((p - x).norm() ** 2)
+
+
+@given(image_kinds, scopes, seeds, epsilons)
+def test_points_on_the_plane_are_their_own_projection(image, scope, seed, eps):
+    x = make_images(image, (2, 3, 16, 16), seed, grid_free(scope, torch.float32))
+    plane = Plane(x, *box(x, eps), scope)
+    y = plane.nearest(x + 0.2 * make_gradient("normal", x, seed))
+    torch.testing.assert_close(plane.nearest(y), y, rtol=0, atol=2e-6)
+    torch.testing.assert_close(plane.nearest(x), x, rtol=0, atol=1e-7)
+
+
+@given(image_kinds, scopes, seeds, st.sampled_from([1e-6, 1e-4, 1 / 255, 8 / 255]))
+def test_settled_points_are_orthogonal_as_stored(image, scope, seed, eps):
+    x = make_images(image, (2, 3, 16, 16), seed)
+    low, high = box(x, eps)
+    plane = Plane(x, low, high, scope)
+    rough = plane.nearest(x + eps * make_gradient("normal", x, seed))
+    y = plane.settle(rough)
+    assert (y >= low).all()
+    assert (y <= high).all()
+    assert alignment(y.double() - x.double(), x.double(), scope).abs().max() <= 1e-6
+    if eps >= 1 / 255:  # settling repairs round-off; it does not give the perturbation up
+        assert (y - rough).abs().mean() <= 0.01 * eps
+
+
+def test_settling_leaves_good_points_alone():
+    x = make_images("uniform", (2, 3, 16, 16), 0)
+    plane = Plane(x, *box(x, 8 / 255), "image")
+    y = plane.settle(plane.nearest(x + 0.1 * make_gradient("normal", x, 0)))
+    assert plane.settle(y) is y
+
+
+@pytest.mark.parametrize("scope", ["image", "channel", "pixel"])
+def test_a_batch_is_its_samples(scope):
+    x = torch.cat([make_images(kind, (1, 3, 16, 16), 0) for kind in ("uniform", "8-bit", "saturated", "white", "dark")])
+    g = torch.cat([make_gradient(kind, x[:1], 0) for kind in ("normal", "heavy", "sparse", "zero", "one-sided")])
+    low, high = box(x, 8 / 255)
+    together = Plane(x, low, high, scope).step(x, g, 2 / 255)
+    for i in range(len(x)):
+        alone = Plane(x[i : i + 1], low[i : i + 1], high[i : i + 1], scope).step(x[i : i + 1], g[i : i + 1], 2 / 255)
+        # The search may stop at another λ, with as small a gap.
+        assert ((together[i] - alone[0]).abs() > 1e-5).float().mean() < 0.005

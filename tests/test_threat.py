@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from orthattack import ThreatModel, alignment
+from orthattack.threat import Region, perturbation_norm
+from tests.conftest import gradient_kinds, image_kinds, make_gradient, make_images, seeds
+
+threats = st.builds(
+    ThreatModel,
+    norm=st.sampled_from(["linf", "l2"]),
+    eps=st.sampled_from([0.0, 1e-3, 0.5 / 255, 8 / 255, 0.5, 2.0]),
+    bounds=st.just((0.0, 1.0)),
+    scope=st.sampled_from([None, "image", "channel", "pixel"]),
+)
+
+
+def assert_inside(threat: ThreatModel, images: Tensor, points: Tensor) -> None:
+    """All three constraints, recomputed in float64 from the tensors themselves."""
+    assert points.shape == images.shape
+    assert points.dtype == images.dtype
+    low, high = threat.bounds
+    delta = points.double() - images.double()
+    assert points.isfinite().all()
+    assert points.min() >= low
+    assert points.max() <= high
+    norms = (
+        np.abs(delta.flatten(1).numpy()).max(1) if threat.norm == "linf" else np.linalg.norm(delta.flatten(1), axis=1)
+    )
+    assert (norms <= threat.eps * (1 + 1e-6)).all()
+    if threat.scope is not None:
+        assert alignment(delta, images.double(), threat.scope).abs().max() <= 1e-6
+
+
+@given(threats, image_kinds, gradient_kinds, seeds, st.sampled_from([1e-30, 1.0, 1e20]))
+def test_start_and_steps_stay_inside(threat, image, gradient, seed, scale):
+    images = make_images(image, (3, 3, 8, 8), seed)
+    region = threat.around(images)
+    points = region.random_start(torch.Generator().manual_seed(seed))
+    assert_inside(threat, images, points)
+    for k in range(3):
+        points = region.step(points, make_gradient(gradient, images, seed + k, scale), threat.eps / 2)
+        assert_inside(threat, images, points)
+
+
+@given(threats, image_kinds, seeds, st.floats(0, 3))
+def test_projection_lands_inside_and_keeps_what_is_inside(threat, image, seed, spread):
+    images = make_images(image, (2, 3, 8, 8), seed)
+    region = threat.around(images)
+    points = region.project(images + spread * make_gradient("normal", images, seed))
+    assert_inside(threat, images, points)
+    if threat.scope != "pixel":  # on a pixel's grid every repair is a small move
+        torch.testing.assert_close(region.project(points), points, rtol=0, atol=1e-5 * max(threat.eps, 0.1))
+    assert torch.equal(region.project(images), images)
+
+
+@given(threats, image_kinds, seeds, st.floats(0, 1))
+def test_projection_obeys_the_variational_inequality(threat, image, seed, spread):
+    """<p - y, q - y> <= 0 for every q of the region: what makes y the nearest point."""
+    images = make_images(image, (2, 3, 6, 6), seed, torch.float64)
+    region = threat.around(images)
+    p = images + spread * make_gradient("normal", images, seed)
+    y = region.project(p)
+    generator = torch.Generator().manual_seed(seed)
+    others = [images, *(region.random_start(generator) for _ in range(5))]
+    others += [region.step(y, make_gradient("normal", images, seed + k), threat.eps) for k in range(5)]
+    for q in others:
+        product = ((p - y) * (q - y)).flatten(1).sum(1)
+        assert (product <= 2e-5 * (p - images).flatten(1).norm(dim=1) * max(threat.eps, 1e-6) * 10).all()
+
+
+def dykstra(p: np.ndarray, x: np.ndarray, eps: float, rounds: int = 20_000) -> np.ndarray:
+    """The projection of p onto box, plane and ball by Dykstra's alternating projections (1983): slow, and unrelated."""
+    projections = [
+        lambda y: np.clip(y, 0, 1),
+        lambda y: y - (y - x) @ x / (x @ x) * x,
+        lambda y: x + (y - x) * min(1, eps / np.linalg.norm(y - x)),
+    ]
+    corrections = [np.zeros_like(p) for _ in projections]
+    y = p
+    for _ in range(rounds):
+        for k, project in enumerate(projections):
+            z = y + corrections[k]
+            y = project(z)
+            corrections[k] = z - y
+    return y
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_l2_projection_agrees_with_dykstras_algorithm(seed):
+    images = make_images("mixed", (1, 3, 2, 3), seed, torch.float64)
+    p = images + make_gradient("normal", images, seed)
+    result = ThreatModel("l2", 0.3).around(images).project(p).flatten().numpy()
+    expected = dykstra(p.flatten().numpy(), images.flatten().numpy(), 0.3)
+    np.testing.assert_allclose(result, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 255.0), (-1.0, 1.0), (-2.0, 3.0)])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("scope", [None, "image", "channel", "pixel"])
+def test_other_bounds(bounds, norm, scope):
+    low, high = bounds
+    images = low + (high - low) * make_images("mixed", (2, 3, 8, 8), 0)
+    threat = ThreatModel(norm, (high - low) * (8 / 255 if norm == "linf" else 0.5), bounds, scope)
+    region = threat.around(images)
+    points = region.random_start(torch.Generator().manual_seed(0))
+    for k in range(3):
+        assert_inside(threat, images, points)
+        points = region.step(points, make_gradient("normal", images, k), threat.eps / 4)
+    assert_inside(threat, images, points)
+    assert (points - images).abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("scope", [None, "image"])
+def test_half_precision_keeps_bounds_and_ball(dtype, norm, scope):
+    images = make_images("uniform", (2, 3, 32, 32), 0, dtype)
+    threat = ThreatModel(norm, 8 / 255 if norm == "linf" else 1.0, scope=scope)
+    region = threat.around(images)
+    points = region.random_start(torch.Generator().manual_seed(0))
+    for k in range(4):
+        points = region.step(points, make_gradient("normal", images, k), threat.eps / 2)
+        assert points.dtype == dtype
+        assert points.min() >= 0
+        assert points.max() <= 1
+        delta = points.double() - images.double()
+        assert perturbation_norm(delta, norm).max() <= threat.eps * (1 + 1e-6)
+        if scope is not None:
+            assert alignment(delta, images.double()).abs().max() <= 2e-2
+    assert delta.abs().mean() > 0.2 * threat.eps / (1 if norm == "linf" else 55)
+
+
+def test_float64_is_orthogonal_to_float64():
+    images = make_images("8-bit", (2, 3, 32, 32), 0, torch.float64)
+    for scope in ("image", "channel", "pixel"):
+        region = ThreatModel("linf", 8 / 255, scope=scope).around(images)
+        points = region.step(images, make_gradient("normal", images, 0), 8 / 255)
+        assert alignment(points - images, images, scope).abs().max() <= 1e-12
+
+
+@given(image_kinds, gradient_kinds, seeds)
+def test_the_plain_linf_step_is_the_sign_step(image, gradient, seed):
+    images = make_images(image, (2, 3, 8, 8), seed, torch.float64)
+    g = make_gradient(gradient, images, seed)
+    points = ThreatModel("linf", 0.1, scope=None).around(images).step(images, g, 0.1)
+    torch.testing.assert_close(points, (images + 0.1 * g.sign()).clamp(0, 1), rtol=0, atol=1e-15)
+
+
+@given(seeds, gradient_kinds)
+def test_the_l2_step_in_the_open_is_the_normalised_projection(seed, gradient):
+    """Where no bound is near, the best step has a closed form."""
+    images = 0.4 + 0.2 * make_images("uniform", (2, 3, 8, 8), seed, torch.float64)
+    g = make_gradient(gradient, images, seed)
+    points = ThreatModel("l2", 0.3).around(images).step(images, g, 0.2)
+    flat, x = g.flatten(1), images.flatten(1)
+    projected = flat - (flat * x).sum(1, keepdim=True) / (x * x).sum(1, keepdim=True) * x
+    length = projected.norm(dim=1, keepdim=True)
+    expected = torch.where(length > 1e-12 * flat.norm(dim=1, keepdim=True), 0.2 * projected / length, 0)
+    torch.testing.assert_close((points - images).flatten(1), expected, rtol=0, atol=1e-6)
+
+
+@given(seeds, st.sampled_from(["linf", "l2"]), st.sampled_from([None, "image", "pixel"]))
+def test_steps_gain_until_the_optimum_of_a_linear_loss(seed, norm, scope):
+    """On a linear loss the ascent is monotone and ends where no feasible point is better."""
+    images = make_images("8-bit", (1, 3, 6, 6), seed, torch.float64)
+    g = make_gradient("normal", images, seed)
+    eps = 0.1 if norm == "linf" else 0.5
+    region = ThreatModel(norm, eps, scope=scope).around(images)
+    values, points = [], images
+    for _ in range(60):
+        points = region.step(points, g, eps / 4)
+        values.append(float((g * points).sum()))
+    assert (np.diff(values) >= -1e-6 * float(g.norm())).all()
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(20):
+        other = region.random_start(generator)
+        assert float((g * other).sum()) <= values[-1] + 1e-6 * float(g.norm())
+
+
+def test_random_starts_fill_the_ball_and_repeat():
+    images = make_images("uniform", (4, 3, 32, 32), 0)
+    for threat in (ThreatModel("linf", 8 / 255), ThreatModel("l2", 1.0), ThreatModel("linf", 8 / 255, scope=None)):
+        region = threat.around(images)
+        first = region.random_start(torch.Generator().manual_seed(3))
+        assert torch.equal(first, region.random_start(torch.Generator().manual_seed(3)))
+        assert not torch.equal(first, region.random_start(torch.Generator().manual_seed(4)))
+        assert (perturbation_norm(first - images, threat.norm) >= 0.9 * threat.eps).all()
+    spread = (ThreatModel("linf", 0.1, scope=None).around(images * 0 + 0.5).random_start() - 0.5).flatten()
+    assert abs(float(spread.mean())) < 0.003
+    assert float(spread.std()) == pytest.approx(0.1 / 3**0.5, rel=0.03)  # uniform
+
+
+def test_selected_rows_are_the_same_region():
+    images = make_images("uniform", (4, 3, 8, 8), 0)
+    region = ThreatModel("linf", 8 / 255).around(images)
+    g = make_gradient("normal", images, 0)
+    index = torch.tensor([2, 0])
+    part = region.select(index)
+    assert isinstance(part, Region)
+    torch.testing.assert_close(part.step(images[index], g[index], 0.01), region.step(images, g, 0.01)[index])
+
+
+def test_memory_layout_does_not_matter():
+    images = make_images("uniform", (2, 3, 8, 8), 0)
+    g = make_gradient("normal", images, 0)
+    expected = ThreatModel("linf", 8 / 255).around(images).step(images, g, 0.01)
+    last = torch.channels_last
+    strided = images.to(memory_format=last)
+    result = ThreatModel("linf", 8 / 255).around(strided).step(strided, g.to(memory_format=last), 0.01)
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm": "l0"}, "norm must be one of 'linf', 'l2'; got 'l0'"),
+        ({"eps": -0.1}, "eps must be a finite number >= 0, in pixel units such as 8/255; got -0.1"),
+        ({"eps": float("nan")}, "eps must be a finite number"),
+        ({"bounds": (1, 0)}, r"bounds must be two finite numbers \(low, high\) with low < high; got \(1, 0\)"),
+        ({"scope": "row"}, "scope must be one of 'image', 'channel', 'pixel'; got 'row'"),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        ThreatModel(**{"norm": "linf", "eps": 0.1, **options})
