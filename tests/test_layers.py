@@ -1,0 +1,100 @@
+"""The structure that docs/architecture.md promises."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import orthattack
+
+ROOT = Path(orthattack.__file__).parent
+# Later layers may import earlier ones, never the other way round.
+LAYERS = ["projection", "plane", "threat", "losses", "model", "attacks", "eval"]
+EVAL_LAYERS = ["models", "metrics", "data", "attacks", "run", "report", "cli"]
+HEAVY = {"torchvision", "foolbox", "matplotlib", "PIL", "safetensors", "tabulate", "tqdm", "numpy"}
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file imports, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module)
+    return names
+
+
+def sources() -> list[Path]:
+    return sorted(ROOT.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    for name in imported(path):
+        own = name.split(".")
+        if own[0] != "orthattack" or len(own) == 1 or parts[0] not in LAYERS:
+            continue
+        assert LAYERS.index(own[1]) <= LAYERS.index(parts[0]), f"{path} imports {name}"
+        if own[1] == parts[0] == "eval" and len(own) > 2 and len(parts) > 1:
+            assert EVAL_LAYERS.index(own[2]) <= EVAL_LAYERS.index(parts[1]), f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_only_the_evaluation_needs_more_than_torch(path):
+    if path.relative_to(ROOT).parts[0] in ("eval", "__main__.py"):
+        return
+    packages = {name.split(".")[0] for name in imported(path)}
+    assert packages - set(sys.stdlib_module_names) <= {"torch", "orthattack"}
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    return done.stdout
+
+
+def test_import_is_light():
+    script = "import sys, {}; print(*{{m.split('.')[0] for m in sys.modules}})"
+    torch_alone = set(run(script.format("torch")).split())
+    ours = set(run(script.format("orthattack.attacks")).split())
+    assert "torch" in ours
+    assert not (ours - torch_alone) & HEAVY
+
+
+def test_help_does_not_wait_for_torch():
+    code = """
+import sys
+from orthattack.eval.cli import main
+try:
+    main(["eval", "--help"])
+except SystemExit:
+    print("torch" in sys.modules)
+"""
+    assert run(code).endswith("False\n")
+
+
+def test_every_public_name_is_there():
+    for name in orthattack.__all__:
+        assert getattr(orthattack, name) is not None
+    assert set(orthattack.__all__) <= set(dir(orthattack))
+    with pytest.raises(AttributeError, match="module 'orthattack' has no attribute 'nothing'"):
+        orthattack.nothing  # noqa: B018
+
+
+@pytest.mark.skipif(os.name != "posix", reason="paths are POSIX")
+def test_no_path_or_host_of_a_machine_is_recorded():
+    root = ROOT.parent
+    tracked = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=False)
+    for name in tracked.stdout.split():
+        path = root / name
+        if path.suffix in {".py", ".md", ".toml", ".yaml", ""} and path.is_file() and path != Path(__file__):
+            text = path.read_text(encoding="utf-8")
+            assert "/root/" not in text, name
+            assert "/home/" not in text, name

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from orthattack import PGD, Normalized, OrthoPGD
+from orthattack.model import borrowed
+
+
+class Counting(nn.Module):
+    """Batch normalisation, dropout, and a buffer and a random number used up at every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(4, 5)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("nothing", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        torch.rand(1)
+        return self.head(self.drop(self.norm(self.conv(x))).mean((2, 3)))
+
+
+def state(model: nn.Module) -> dict[str, object]:
+    return {
+        "training": [m.training for m in model.modules()],
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "grad": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "values": {k: v.clone() for k, v in model.state_dict().items()},
+        "objects": [id(t) for t in (*model.parameters(), *model.buffers())],
+        "hooks": [(len(m._forward_hooks), len(m._backward_hooks)) for m in model.modules()],
+        "random": torch.get_rng_state(),
+    }
+
+
+def assert_same(before: dict[str, object], after: dict[str, object]) -> None:
+    for key in ("training", "requires_grad", "objects", "hooks"):
+        assert before[key] == after[key], key
+    for a, b in zip(before["grad"], after["grad"], strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+    assert before["values"].keys() == after["values"].keys()
+    for key, value in before["values"].items():
+        assert torch.equal(value, after["values"][key]), key
+    assert torch.equal(before["random"], after["random"])
+
+
+@pytest.fixture
+def model() -> Counting:
+    """In training mode with a frozen normalisation, a frozen bias, and gradients waiting."""
+    torch.manual_seed(0)
+    model = Counting().train()
+    model.norm.eval()
+    model.conv.bias.requires_grad_(False)
+    model(torch.rand(4, 3, 6, 6)).sum().backward()
+    return model
+
+
+@pytest.mark.parametrize("attack", [PGD, OrthoPGD])
+@pytest.mark.parametrize("early_stop", [False, True])
+def test_the_model_comes_back_as_it_was(model, attack, early_stop):
+    images, labels = torch.rand(4, 3, 6, 6), torch.tensor([0, 1, 2, 3])
+    before = state(model)
+    attack(model, steps=2, restarts=2, early_stop=early_stop)(images, labels)
+    assert_same(before, state(model))
+
+
+def test_it_comes_back_after_an_exception(model):
+    images, labels = torch.rand(2, 3, 6, 6), torch.tensor([0, 1])
+
+    def fail(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("from the loss")
+
+    before = state(model)
+    with pytest.raises(RuntimeError, match="from the loss"):
+        PGD(model, loss=fail)(images, labels)
+    assert_same(before, state(model))
+
+
+def test_a_replaced_buffer_comes_back(model):
+    original = model.calls
+    with borrowed(model, torch.device("cpu")):
+        model.calls = torch.tensor(7.0)
+    assert model.calls is original
+
+
+def test_the_model_is_evaluated_in_evaluation_mode_without_weight_gradients(model):
+    seen = []
+    model.register_forward_pre_hook(
+        lambda module, _: seen.append(
+            (any(m.training for m in module.modules()), any(p.requires_grad for p in module.parameters()))
+        )
+    )
+    PGD(model, steps=2)(torch.rand(2, 3, 6, 6), torch.tensor([0, 1]))
+    assert seen == [(False, False)] * 3
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_attacks_work_without_grad_mode(model, context):
+    torch.manual_seed(1)
+    images, labels = torch.rand(2, 3, 6, 6), torch.tensor([0, 1])
+    expected = OrthoPGD(model, steps=3, generator=torch.Generator().manual_seed(0))(images, labels)
+    before = state(model)
+    with context():
+        made_inside = images.clone()
+        result = OrthoPGD(model, steps=3, generator=torch.Generator().manual_seed(0))(made_inside, labels.clone())
+    assert_same(before, state(model))
+    assert torch.equal(result, expected)
+    assert not result.requires_grad
+
+
+def test_a_model_made_in_inference_mode_can_be_attacked():
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        inner = Counting().eval()
+        images, labels = torch.rand(2, 3, 6, 6), torch.tensor([0, 1])
+        calls = inner.calls.clone()
+        result = PGD(inner, steps=2, random_start=False).run(images, labels)
+        assert torch.equal(inner.calls, calls)
+    torch.manual_seed(0)
+    outside = Counting().eval()
+    assert torch.equal(result.adversarials, PGD(outside, steps=2, random_start=False)(images.clone(), labels.clone()))
+
+
+def test_the_caller_keeps_images_and_labels():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    images, labels = torch.rand(2, 3, 2, 2, requires_grad=True), torch.tensor([0, 1])
+    before = images.detach().clone()
+    result = OrthoPGD(model).run(images, labels)
+    assert torch.equal(images, before)
+    assert images.grad is None
+    assert labels.tolist() == [0, 1]
+    assert result.adversarials.data_ptr() != images.data_ptr()
+
+
+def test_normalisation_inside_the_model():
+    inner = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    model = Normalized(inner, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+    images = torch.rand(2, 3, 2, 2)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    torch.testing.assert_close(model(images), inner((images - mean.view(3, 1, 1)) / std.view(3, 1, 1)))
+    assert set(model.state_dict()) == {"model.1.weight", "model.1.bias"}
+    assert model.double()(images.double()).dtype == torch.float64
+    with pytest.raises(ValueError, match=r"one number per channel, std > 0; got \[0.5\] and \[0\]"):
+        Normalized(inner, mean=[0.5], std=[0])
