@@ -1,0 +1,53 @@
+"""What the numbers of an evaluation mean. Every rate is defined here, once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["DEFINITIONS", "Rate", "attack_success_rate", "clean_accuracy", "robust_accuracy"]
+
+DEFINITIONS = (
+    "robust accuracy: right on the clean and on the adversarial image, over all images; "
+    "success: newly fooled, over the images that were right to begin with; intervals: 95 %, Wilson"
+)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """`count` out of `total`."""
+
+    count: int
+    total: int
+
+    @property
+    def value(self) -> float | None:
+        """The share, or None of nothing: an empty set has no accuracy."""
+        return self.count / self.total if self.total else None
+
+    def interval(self, z: float = 1.959963984540054) -> tuple[float, float] | None:
+        """Wilson's score interval (1927, doi:10.1080/01621459.1927.10502953), 95 % unless `z` says otherwise."""
+        if self.total == 0:
+            return None
+        n, p = self.total, self.count / self.total
+        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def clean_accuracy(clean_right: Tensor) -> Rate:
+    """Right on the clean image, over all images. `clean_right`: (N,) bool."""
+    return Rate(int(clean_right.sum()), clean_right.numel())
+
+
+def robust_accuracy(clean_right: Tensor, adversarial_right: Tensor) -> Rate:
+    """Right on the clean and on the adversarial image, over all images. Both (N,) bool."""
+    return Rate(int((clean_right & adversarial_right).sum()), clean_right.numel())
+
+
+def attack_success_rate(clean_right: Tensor, adversarial_right: Tensor) -> Rate:
+    """Newly fooled, over the images that were right to begin with. Both (N,) bool."""
+    return Rate(int((clean_right & ~adversarial_right).sum()), int(torch.sum(clean_right)))
