@@ -1,12 +1,13 @@
 """Train the two small CIFAR-10 models that `orthattack eval` uses by default.
 
     python scripts/train_demo_models.py DATA --kind standard --bfloat16 --epochs 30 --out standard.safetensors
-    python scripts/train_demo_models.py DATA --kind robust --init standard.safetensors --epochs 14 --out robust.safetensors
+    python scripts/train_demo_models.py DATA --kind robust --epochs 14 --init standard.safetensors \\
+        --out robust-linf-8.safetensors
 
-DATA holds train.tar with JPEG files in train/CLASS/NNNN.jpg. The standard model is trained on clean images, the
-robust one, which starts from it, on single-step adversarial images from a noisy start that is not clipped to the ball
-(N-FGSM, de Jorge et al. 2022, arXiv:2202.01181), which does not collapse as FGSM training without noise does. Both keep an
-exponential moving average of the weights and store it in float16. scripts/measure_demo_models.py measures them.
+DATA holds train.tar with JPEG files in train/CLASS/NNNN.jpg. The standard model is trained on clean images. The robust
+one starts from it and is trained on single-step adversarial images from a noisy start that is not clipped to the ball
+(N-FGSM, de Jorge et al. 2022, arXiv:2202.01181), which does not collapse as FGSM training without noise does. Both keep
+an exponential moving average of the weights and store it in float16. scripts/measure_demo_models.py measures them.
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ def train(args: argparse.Namespace) -> None:
             clean = augment(images[index].float().div(255), generator)
             target = labels[index]
             if kind == "robust":
-                noisy = clean + torch.empty_like(clean).uniform_(-args.noise * eps, args.noise * eps, generator=generator)
+                size = args.noise * eps
+                noisy = clean + torch.empty_like(clean).uniform_(-size, size, generator=generator)
                 noisy.requires_grad_(True)
                 for parameter in model.parameters():
                     parameter.requires_grad_(False)
@@ -147,7 +149,7 @@ def train(args: argparse.Namespace) -> None:
             f"train accuracy {accuracy:.3f}, {seconds:.0f} s",
             flush=True,
         )
-        save(average, out)
+        save(average, args.out)
 
 
 def main() -> None:

@@ -104,7 +104,7 @@ class _Foolbox:
         with torch.random.fork_rng(devices=devices):
             torch.set_rng_state(self._state)
             if devices:
-                torch.cuda.manual_seed(torch.initial_seed())
+                torch.cuda.manual_seed(int(torch.randint(2**31, ())))
             wrapped = foolbox.PyTorchModel(self._model, bounds=(0, 1), device=images.device)
             _, clipped, _ = self._attack(wrapped, images, labels, epsilons=self._eps)
             self._state = torch.get_rng_state()

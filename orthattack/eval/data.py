@@ -60,10 +60,12 @@ class Photographs:
     Attributes:
         name: as asked for.
         items: the photographs, in a fixed order.
+        classes: names of the model's classes as the folders have them, where they are the whole class list.
     """
 
     name: str
     items: tuple[Photograph, ...]
+    classes: tuple[str, ...] | None = None
 
     def limited(self, count: int | None) -> Photographs:
         """At most `count` of them, evenly spaced, so that a sorted folder still shows all its classes."""
@@ -101,6 +103,7 @@ def load_photographs(data: str, classifier: Classifier, labels: Path | None = No
     Raises:
         EvaluationError: nothing there, or labels that do not fit the model.
     """
+    classes = None
     if data in SAMPLES:
         if labels is not None:
             raise EvaluationError(f"--labels goes with a folder; {data} has labels of its own")
@@ -109,7 +112,10 @@ def load_photographs(data: str, classifier: Classifier, labels: Path | None = No
         folder = Path(data)
         if not folder.is_dir():
             raise EvaluationError(f"data folder {data} does not exist; it must be a folder or {' or '.join(SAMPLES)}")
-        items = _class_folders(folder, classifier) if labels is None else _labelled(folder, labels)
+        if labels is None:
+            items, classes = _class_folders(folder, classifier)
+        else:
+            items = _labelled(folder, labels)
     if not items:
         raise EvaluationError(f"{labels or data} names no photographs ({' '.join(sorted(_SUFFIXES))})")
     worst = max(items, key=lambda item: item.label)
@@ -118,7 +124,7 @@ def load_photographs(data: str, classifier: Classifier, labels: Path | None = No
             f"{worst.name} has label {worst.label}, but {classifier.name} has {classifier.num_classes} classes, 0 to "
             f"{classifier.num_classes - 1}: is this the right model for {data}?"
         )
-    return Photographs(data, tuple(items))
+    return Photographs(data, tuple(items), classes)
 
 
 def _batch(ready: list[tuple[Photograph, Tensor]]) -> Batch:
@@ -133,7 +139,8 @@ def _foolbox_samples(data: str) -> list[Photograph]:
     return [Photograph(file.name, file, int(match[1])) for file, match in matches if match]
 
 
-def _class_folders(folder: Path, classifier: Classifier) -> list[Photograph]:
+def _class_folders(folder: Path, classifier: Classifier) -> tuple[list[Photograph], tuple[str, ...] | None]:
+    """The photographs and, if the folders in sorted order are the class list, their names."""
     found = {
         path.name: sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES)
         for path in sorted(folder.iterdir())
@@ -141,20 +148,23 @@ def _class_folders(folder: Path, classifier: Classifier) -> list[Photograph]:
     }
     found = {name: files for name, files in found.items() if files}
     known = [_plain(name) for name in classifier.classes or ()]
+    classes = None
     if found and all(known.count(_plain(name)) == 1 for name in found):
         label_of = {name: known.index(_plain(name)) for name in found}
     elif len(found) in (0, classifier.num_classes):
         label_of = {name: label for label, name in enumerate(found)}
+        classes = tuple(found)
     else:
         raise EvaluationError(
             f"{folder} has {len(found)} class folders and {classifier.name} {classifier.num_classes} classes, so which "
             "is which is not known: pass --labels FILE.csv with columns file and label"
         )
-    return [
+    photographs = [
         Photograph(str(file.relative_to(folder)), file, label_of[name])
         for name, files in found.items()
         for file in files
     ]
+    return photographs, classes
 
 
 def _plain(name: str) -> str:

@@ -215,7 +215,7 @@ def _evaluate_model(
         }
     )
     shown = "OrthoPGD" if "OrthoPGD" in attacks else attacks[-1]
-    examples = _Examples(classifier, shown)
+    examples = _Examples(classifier.name, shown, classifier.classes or photographs.classes)
     total = len(photographs.items) * len(attacks)
     often = 0.1 if sys.stderr.isatty() else 30.0  # a log file is no place for an animation
     with tqdm(
@@ -318,8 +318,8 @@ def _measure(
 class _Examples:
     """A few photographs of one attack, newly fooled ones first."""
 
-    def __init__(self, classifier: Classifier, attack: str) -> None:
-        self._classifier, self._attack = classifier, attack
+    def __init__(self, model: str, attack: str, classes: tuple[str, ...] | None) -> None:
+        self._model, self._attack, self._classes = model, attack, classes
         self._fooled: list[Example] = []
         self._others: list[Example] = []
 
@@ -331,11 +331,10 @@ class _Examples:
             if len(group) < EXAMPLES:
                 names = (self._name(index) for index in (label, clean, adversarial))
                 pair = images[k].cpu(), adversarials[k].cpu()
-                group.append(Example(self._classifier.name, self._attack, *pair, *names))
+                group.append(Example(self._model, self._attack, *pair, *names))
 
     def chosen(self) -> list[Example]:
         return (self._fooled + self._others)[:EXAMPLES]
 
     def _name(self, index: int) -> str:
-        classes = self._classifier.classes
-        return str(index) if classes is None else classes[index]
+        return str(index) if self._classes is None else self._classes[index]

@@ -34,11 +34,15 @@ def test_class_folders_in_sorted_order(folder):
         ("cat/1.png", 1),
         ("zebra/0.png", 2),
     ]
+    assert photographs.classes == ("apple pie", "cat", "zebra")
+    assert photographs.limited(2).classes == photographs.classes
 
 
 def test_class_folders_matched_by_name(folder):
     known = classifier(5, ("dog", "Zebra", "apple_pie", "house", "cat"))
-    labels = {item.name: item.label for item in load_photographs(str(folder), known).items}
+    photographs = load_photographs(str(folder), known)
+    labels = {item.name: item.label for item in photographs.items}
+    assert photographs.classes is None  # the model's own say it all
     assert labels["cat/0.png"] == 4
     assert labels["apple pie/0.png"] == 2
     assert labels["zebra/0.png"] == 1
