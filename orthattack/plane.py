@@ -278,12 +278,16 @@ def _search(residual: Callable[[Tensor], Tensor], scale: Tensor, tolerance: Tens
         u = 0.5 * at_zero.sign().double()
         f = f_at(u)
         slope = (f - at_zero) * reciprocal(u)
-    right, stuck = f >= 0, torch.zeros_like(f, dtype=torch.bool)
+    right = f >= 0
+    stuck = done = torch.zeros_like(right)
     for attempt in range(200):
-        a, fa = torch.where(right, u, a), torch.where(right, f, fa)
-        b, fb = torch.where(right, b, u), torch.where(right, fb, f)
+        # A group that is done keeps its bracket, so that its answer does not depend on its batch.
+        is_a, is_b = right & ~done, ~right & ~done
+        a, fa = torch.where(is_a, u, a), torch.where(is_a, f, fa)
+        b, fb = torch.where(is_b, u, b), torch.where(is_b, f, fb)
         gap = fa * -fb * reciprocal(fa - fb) * (value(b) - value(a))
-        if bool((gap <= tolerance).all()):
+        done = gap <= tolerance
+        if bool(done.all()):
             break
         # The secant through the last two trials tends to come from one side, which leaves the bracket wide: after two
         # trials on the same side it aims twice as far, to land on the other. Every fourth trial halves the bracket.
