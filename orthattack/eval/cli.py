@@ -95,9 +95,11 @@ def _fraction(text: str) -> float:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from orthattack.eval.models import BUNDLED, EvaluationError, load_classifier
+    from orthattack.eval.models import BUNDLED, EvaluationError, check_name, load_classifier
 
-    names = options.model or list(BUNDLED)
+    names = list(dict.fromkeys(options.model or BUNDLED))
+    for name in names:
+        check_name(name)
     if options.weights is not None and len(names) != 1:
         raise EvaluationError("--weights goes with one --model, the architecture of the weights")
     data = options.data or ("cifar10-samples" if all(name in BUNDLED for name in names) else None)
@@ -111,7 +113,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from orthattack.eval.data import load_photographs
     from orthattack.eval.run import evaluate
 
-    classifiers = [load_classifier(name, options.weights, options.image_size) for name in dict.fromkeys(names)]
+    classifiers = [load_classifier(name, options.weights, options.image_size) for name in names]
     pairs: list[tuple[Classifier, Photographs]] = [
         (classifier, load_photographs(data, classifier, options.labels).limited(options.limit))
         for classifier in classifiers

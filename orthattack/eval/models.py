@@ -27,7 +27,7 @@ from torchvision.transforms import functional as transforms
 
 from orthattack.model import Normalized
 
-__all__ = ["BUNDLED", "Classifier", "EvaluationError", "Preprocessing", "load_classifier"]
+__all__ = ["BUNDLED", "Classifier", "EvaluationError", "Preprocessing", "check_name", "load_classifier"]
 
 BUNDLED = {"cifar10-standard": "standard.safetensors", "cifar10-robust": "robust-linf-8.safetensors"}
 """The models that come with the package, see weights/MODEL_CARD.md, and their files."""
@@ -94,6 +94,14 @@ class Classifier:
     source: str
 
 
+def check_name(name: str) -> None:
+    """Raise EvaluationError if there is no classifier of that name."""
+    known = [*torchvision.models.list_models(module=torchvision.models), *BUNDLED]
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3) or ["resnet50", *BUNDLED]
+        raise EvaluationError(f"unknown model {name!r}; did you mean {' or '.join(close)}?")
+
+
 def load_classifier(name: str, weights: Path | None = None, image_size: int | None = None) -> Classifier:
     """Load a classifier.
 
@@ -108,6 +116,7 @@ def load_classifier(name: str, weights: Path | None = None, image_size: int | No
     """
     if image_size is not None and image_size < 1:
         raise EvaluationError(f"--image-size must be at least 1; got {image_size}")
+    check_name(name)
     if name in BUNDLED:
         if weights is not None:
             raise EvaluationError(f"--weights goes with a torchvision architecture; {name} comes with its own")
@@ -115,7 +124,7 @@ def load_classifier(name: str, weights: Path | None = None, image_size: int | No
             classifier = _from_file(name, _cifar_regnet, Preprocessing(32, 32), path, _read(path))
         classifier = replace(classifier, source="bundled")
     else:
-        default = _default_weights(name)
+        default = torchvision.models.get_model_weights(name).DEFAULT
         if weights is None:
             classifier = _downloaded(name, default)
         else:
@@ -124,14 +133,6 @@ def load_classifier(name: str, weights: Path | None = None, image_size: int | No
     if image_size is not None:
         classifier = replace(classifier, preprocessing=classifier.preprocessing.at_size(image_size))
     return classifier
-
-
-def _default_weights(name: str) -> Any:
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        close = difflib.get_close_matches(name, [*known, *BUNDLED], n=3) or ["resnet50", *BUNDLED]
-        raise EvaluationError(f"unknown model {name!r}; did you mean {' or '.join(close)}?")
-    return torchvision.models.get_model_weights(name).DEFAULT
 
 
 def _downloaded(name: str, default: Any) -> Classifier:
