@@ -316,25 +316,27 @@ def _measure(
 
 
 class _Examples:
-    """A few photographs of one attack, newly fooled ones first."""
+    """A few photographs of one attack: newly fooled ones first, of as many classes as there are."""
 
     def __init__(self, model: str, attack: str, classes: tuple[str, ...] | None) -> None:
         self._model, self._attack, self._classes = model, attack, classes
-        self._fooled: list[Example] = []
+        self._fooled: dict[int, Example] = {}  # one per class
+        self._more: list[Example] = []
         self._others: list[Example] = []
 
     def offer(self, batch: Batch, images: Tensor, adversarials: Tensor, result: Result) -> None:
         first = len(result.names) - len(batch.names)
         for k in range(len(batch.names)):
             label, clean, adversarial = (v[first + k] for v in (result.labels, result.clean, result.adversarial))
-            group = self._fooled if clean == label and adversarial != label else self._others
-            if len(group) < EXAMPLES:
-                names = (self._name(index) for index in (label, clean, adversarial))
-                pair = images[k].cpu(), adversarials[k].cpu()
-                group.append(Example(self._model, self._attack, *pair, *names))
+            names = (self._name(index) for index in (label, clean, adversarial))
+            is_fooled = clean == label and adversarial != label
+            if is_fooled and label not in self._fooled and len(self._fooled) < EXAMPLES:
+                self._fooled[label] = Example(self._model, self._attack, images[k].cpu(), adversarials[k].cpu(), *names)
+            elif len(group := self._more if is_fooled else self._others) < EXAMPLES:
+                group.append(Example(self._model, self._attack, images[k].cpu(), adversarials[k].cpu(), *names))
 
     def chosen(self) -> list[Example]:
-        return (self._fooled + self._others)[:EXAMPLES]
+        return [*self._fooled.values(), *self._more, *self._others][:EXAMPLES]
 
     def _name(self, index: int) -> str:
         return str(index) if self._classes is None else self._classes[index]

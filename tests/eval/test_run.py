@@ -94,6 +94,10 @@ def test_the_picture_shows_the_examples(evaluation, tmp_path):
     assert len(examples) == 8
     assert all(example.attack == "OrthoPGD" for example in examples)
     assert examples[0].clean_prediction == examples[0].label != examples[0].adversarial_prediction
+    fooled = [e.label for e in examples if e.clean_prediction == e.label != e.adversarial_prediction]
+    several = len(set(fooled))
+    assert several >= 2
+    assert len(set(fooled[:several])) == several  # one of each class before a second of any
     save_picture(examples, tmp_path / "picture.png")
     picture = np.asarray(Image.open(tmp_path / "picture.png").convert("RGB"))
     assert picture.std() > 20
