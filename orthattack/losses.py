@@ -25,7 +25,8 @@ def attack_loss(loss: Loss, targeted: bool) -> Callable[[Tensor, Tensor], Tensor
     Args:
         loss: "ce", cross-entropy; "margin", the best other logit minus the label's (Carlini & Wagner 2017,
             arXiv:1608.04644); "dlr", the margin divided by the distance from the highest to the third-highest logit,
-            which makes it independent of the logits' scale (Croce & Hein 2020, arXiv:2003.01690; needs 3 classes); or
+            which makes it independent of the logits' scale (Croce & Hein 2020, arXiv:2003.01690; needs 3 classes, and
+            4 if targeted, where the denominator is the distance to the mean of the third- and the fourth-highest); or
             a function of (logits, labels) that returns (N,) values, larger for a worse prediction of the labels.
         targeted: whether the labels are the classes to reach; the loss is then negated.
 
@@ -33,12 +34,14 @@ def attack_loss(loss: Loss, targeted: bool) -> Callable[[Tensor, Tensor], Tensor
         ValueError: an unknown name.
     """
     named = {"ce": _cross_entropy, "margin": margin, "dlr": _dlr}
-    if isinstance(loss, str):
+    if loss == "dlr" and targeted:
+        chosen: Callable[[Tensor, Tensor], Tensor] = _targeted_dlr
+    elif isinstance(loss, str):
         if loss not in named:
             raise ValueError(
                 f"loss must be one of {', '.join(map(repr, get_args(LossName)))} or callable; got {loss!r}"
             )
-        chosen: Callable[[Tensor, Tensor], Tensor] = named[loss]
+        chosen = named[loss]
     elif callable(loss):
         chosen = loss
     else:
@@ -80,3 +83,12 @@ def _dlr(logits: Tensor, labels: Tensor) -> Tensor:
     top = logits.topk(3, dim=1).values
     spread = top[:, 0] - top[:, 2]
     return margin(logits, labels) / torch.where(spread > 0, spread, 1)
+
+
+def _targeted_dlr(logits: Tensor, labels: Tensor) -> Tensor:
+    """How far the target is below the top. Not _dlr, which is constant while the target is in third place."""
+    if logits.shape[1] < 4:
+        raise ValueError(f'targeted "dlr" needs at least 4 classes; the model has {logits.shape[1]}: use "margin"')
+    top = logits.topk(4, dim=1).values
+    spread = top[:, 0] - (top[:, 2] + top[:, 3]) / 2
+    return (top[:, 0] - logits.gather(1, labels.unsqueeze(1)).squeeze(1)) / torch.where(spread > 0, spread, 1)

@@ -64,8 +64,8 @@ def borrowed(model: Model, device: torch.device) -> Iterator[Model]:
         cuda = [device] if device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices=cuda):
-                if isinstance(model, nn.Module):
-                    model.eval()
+                for module in modules:  # not eval(), which a model may have overridden to do more than this
+                    module.training = False
                 for parameter in parameters:
                     if not parameter.is_inference():
                         parameter.requires_grad_(False)
@@ -82,7 +82,11 @@ def borrowed(model: Model, device: torch.device) -> Iterator[Model]:
                     if kept is not None and not torch.equal(kept, value):
                         with torch.inference_mode(kept.is_inference()):
                             kept.copy_(value)
-                module._buffers.update(owned)
+                for name in set(module._buffers.keys()) - owned.keys():  # registered during the attack
+                    del module._buffers[name]
+                for name, kept in owned.items():
+                    if module._buffers[name] is not kept and not isinstance(module, torch.jit.ScriptModule):
+                        module._buffers[name] = kept
 
 
 def _differentiable(model: Model) -> Model:

@@ -330,7 +330,8 @@ def _settled_rows(points: Tensor, images: Tensor, boxes: list[_Box], fallback: T
         # No pixel moves by more than the whole perturbation: that would not repair it but replace it.
         size = torch.linalg.vector_norm(y[off] - x[off], dim=1, keepdim=True)
         low_off, high_off = torch.maximum(low[off], y[off] - size), torch.minimum(high[off], y[off] + size)
-        y[off] = attempt(y[off].clamp(low_off, high_off), x[off], low_off, high_off)
+        # The limits may lie between two numbers of the dtype, so what an attempt gives is judged as it will be stored.
+        y[off] = attempt(y[off].clamp(low_off, high_off), x[off], low_off, high_off).to(dtype).double()
     off = _off_plane(y, x, allowed)
     y[off] = fallback[off].double()
     return y.to(dtype)

@@ -73,7 +73,6 @@ def save(model: nn.Module, path: Path) -> None:
         "classes": json.dumps(CLASSES),
         "mean": json.dumps(MEAN),
         "std": json.dumps(STD),
-        "image_size": "32",
     }
     save_file(state, path, metadata=metadata)
 

@@ -147,3 +147,39 @@ def test_normalisation_inside_the_model():
     assert model.double()(images.double()).dtype == torch.float64
     with pytest.raises(ValueError, match=r"one number per channel, std > 0; got \[0.5\] and \[0\]"):
         Normalized(inner, mean=[0.5], std=[0])
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is:FutureWarning", "ignore::DeprecationWarning")
+def test_scripted_models_come_back():
+    model = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3)))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    result = PGD(model, steps=2).run(torch.rand(2, 3, 6, 6), torch.tensor([0, 1]))
+    assert len(result.success) == 2
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+class Overridden(nn.Module):
+    """Does more in train() than setting the mode, and registers a buffer when it is first run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm, self.calls = nn.Linear(12, 3), nn.BatchNorm1d(12), 0
+
+    def train(self, mode: bool = True) -> Overridden:
+        self.calls += 1
+        return super().train(True)
+
+    def forward(self, images):
+        assert not self.norm.training
+        if not hasattr(self, "cache"):
+            self.register_buffer("cache", torch.ones(1))
+        return self.linear(self.norm(images.flatten(1)))
+
+
+def test_an_overridden_train_is_not_called_and_new_buffers_are_removed():
+    model = Overridden()
+    PGD(model, steps=2)(torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 2, 0]))
+    assert model.calls == 0
+    assert model.norm.training
+    assert not hasattr(model, "cache")

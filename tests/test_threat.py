@@ -229,3 +229,19 @@ def test_memory_layout_does_not_matter():
 def test_options_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         ThreatModel(**{"norm": "linf", "eps": 0.1, **options})
+
+
+@pytest.mark.parametrize("scope", ["image", "channel", "pixel"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("eps", [1e-7, 1e-6, 1e-5])
+def test_a_tiny_ball_is_orthogonal_as_stored(norm, scope, eps):
+    """There the dtype's grid is coarse beside the perturbation."""
+    for seed in range(3):
+        x = make_images("8-bit", (2, 3, 16, 16), seed)
+        region = ThreatModel(norm, eps, scope=scope).around(x)
+        points = region.random_start(torch.Generator().manual_seed(seed))
+        for step in range(3):
+            delta = points.double() - x.double()
+            assert alignment(delta, x.double(), scope).abs().max() <= 1e-6
+            assert perturbation_norm(delta, norm).max() <= eps * (1 + 1e-6)
+            points = region.step(points, make_gradient("normal", x, step), eps / 2)

@@ -90,6 +90,8 @@ class Attack:
             raise ValueError(
                 'reference="iterate" needs enforce="gradient": a perturbation is orthogonal to the clean image'
             )
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ValueError(f"generator must be a torch.Generator; got {generator!r}: seed one with manual_seed")
         _check_count("steps", steps)
         _check_count("restarts", restarts)
         if alpha is None:
@@ -107,7 +109,7 @@ class Attack:
         self.early_stop, self.precision = early_stop, precision
         self._loss = attack_loss(loss, targeted)
         # Its own stream, so that an attack leaves the global one alone; seeded by torch.manual_seed all the same.
-        self.generator = generator or torch.Generator().manual_seed(torch.initial_seed())
+        self.generator = torch.Generator().manual_seed(torch.initial_seed()) if generator is None else generator
 
     def __repr__(self) -> str:
         threat = self.threat
@@ -197,14 +199,15 @@ class Attack:
         finite = images.isfinite().flatten(1).all(1)
         if not bool(finite.all()):
             raise ValueError(f"images must be finite; found NaN or infinity (sample {int(finite.long().argmin())})")
-        # Round-off of a normalisation and its inverse is a few units in the last place.
-        slack = 8 * max(torch.finfo(images.dtype).eps, 1e-7) * max(abs(low), abs(high))
+        # Round-off of a normalisation and its inverse is a few units in the last place; in half precision one of them
+        # is as much as a perturbation may be.
+        slack = max(torch.finfo(images.dtype).eps, 8e-7) * max(abs(low), abs(high))
         smallest, largest = images.flatten(1).amin(1), images.flatten(1).amax(1)
         outside = (smallest < low - slack) | (largest > high + slack)
         if bool(outside.any()):
             sample = int(outside.long().argmax())
             hint = "they look normalised; pass them unnormalised and put the normalisation inside the model"
-            if float(smallest.min()) >= 0 and 1 < float(largest.max()) <= 255:
+            if float(smallest.min()) >= 0 and 2 < float(largest.max()) <= 255:
                 hint = "they look 8-bit; divide them by 255, or pass bounds=(0, 255) if the model takes them so"
             raise ValueError(
                 f"images must lie in bounds ({low:g}, {high:g}); found min {float(smallest[sample]):.4g}, "

@@ -95,6 +95,11 @@ class Oracle:
         with torch.enable_grad():
             logits = self._logits(leaf, labels, reduced=False)
             gradient = _gradient(margin(logits, logits.argmax(1)).sum(), leaf)
+        if not bool(gradient.isfinite().any()):
+            raise ValueError(
+                "the model's gradient is NaN or infinite for every image of the batch, so nothing can be climbed; look "
+                "for a square root, a norm or a division that meets zero"
+            )
         if not bool((gradient != 0).any()):
             raise ValueError(
                 "the model's gradient is zero for every image of the batch: it is masked, by a rounding or saturated "

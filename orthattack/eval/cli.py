@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import sys
 from datetime import datetime
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,13 +34,20 @@ examples:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 2 something to put right first, 130 interrupted."""
     options = _parser().parse_args(arguments)
-    from orthattack.eval.models import EvaluationError
-
     try:
-        return _evaluate(options)
-    except EvaluationError as error:
-        print(f"orthattack: {error}", file=sys.stderr)
-        return 2
+        from orthattack.eval.models import EvaluationError
+
+        try:
+            return _evaluate(options)
+        except EvaluationError as error:
+            print(f"orthattack: {error}", file=sys.stderr)
+            return 2
+    except KeyboardInterrupt:
+        print("orthattack: interrupted before anything was measured", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever reads the table has seen enough; the results are in the folder
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=_count, default=10, metavar="N", help="steps of the iterative attacks (default: 10)")
     add("--batch-size", type=_count, default=32, metavar="N", help="images at a time (default: 32)")
     add("--device", metavar="D", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    add("--seed", type=int, default=0, metavar="N", help="seed of the random starts (default: 0)")
+    add("--seed", type=_whole, default=0, metavar="N", help="seed of the random starts (default: 0)")
     add("--limit", type=_count, metavar="N", help="only N photographs, evenly spaced")
     add("--out", type=Path, metavar="DIR", help="folder for the results (default: runs/DATE-TIME)")
     return parser
@@ -78,17 +86,30 @@ _ATTACK_NAMES = ("FGSM", "OrthoFGSM", "PGD", "OrthoPGD", "OrthoPGD-gradient", "F
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1; got {text}")
     return value
 
 
-def _fraction(text: str) -> float:
+def _whole(text: str) -> int:
     try:
-        value = float(Fraction(text))
-    except (ValueError, ZeroDivisionError, OverflowError):
-        raise argparse.ArgumentTypeError(f"must be a number or a fraction such as 4/255; got {text!r}") from None
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number; got {text!r}") from None
+    if abs(value) >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be below 2**63; got {text}")
+    return value
+
+
+def _fraction(text: str) -> float:
+    numerator, slash, denominator = text.partition("/")
+    try:
+        value = float(numerator) / (float(denominator) if slash else 1)
+    except (ValueError, ZeroDivisionError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a number or a fraction such as 4/255; got {text!r}")
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0; got {text}")
     return value
@@ -102,24 +123,30 @@ def _evaluate(options: argparse.Namespace) -> int:
         check_name(name)
     if options.weights is not None and len(names) != 1:
         raise EvaluationError("--weights goes with one --model, the architecture of the weights")
-    data = options.data or ("cifar10-samples" if all(name in BUNDLED for name in names) else None)
+    others = [name for name in names if name not in BUNDLED]
+    data = options.data or (None if others else "cifar10-samples")
     if data is None:
-        raise EvaluationError(f"--model {names[0]} needs --data: a folder of class folders, or imagenet-samples")
-    settings = _settings(options, bundled=all(name in BUNDLED for name in names))
+        raise EvaluationError(f"--model {others[0]} needs --data: a folder of class folders, or imagenet-samples")
+    settings = _settings(options, bundled=not others)
     attacks = _attacks(options.attacks)
     device = _device(options.device)
     out = _folder(options.out)
 
-    from orthattack.eval.data import load_photographs
+    from orthattack.eval.data import check_data, load_photographs
     from orthattack.eval.run import evaluate
 
+    check_data(data)
     classifiers = [load_classifier(name, options.weights, options.image_size) for name in names]
     pairs: list[tuple[Classifier, Photographs]] = [
         (classifier, load_photographs(data, classifier, options.labels).limited(options.limit))
         for classifier in classifiers
     ]
     try:
+        while options.out is None and out.exists():  # another run has started in the same second
+            out = out.with_name(out.name + "-2")
         out.mkdir(parents=True, exist_ok=True)
+        (out / "images.jsonl").touch()
+        (out / "images.jsonl").unlink()
     except OSError as error:
         raise EvaluationError(f"could not make the results folder {out} ({error})") from error
     evaluation = evaluate(pairs, attacks, settings, out=out, batch_size=options.batch_size, device=device)
@@ -157,7 +184,7 @@ def _device(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         raise EvaluationError(f"--device {name} cannot be used here ({str(error).splitlines()[0]})") from error
     return name
@@ -167,7 +194,11 @@ def _folder(chosen: Path | None) -> Path:
     from orthattack.eval.models import EvaluationError
 
     out = chosen or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    try:
+        taken = chosen is not None and out.exists() and (not out.is_dir() or any(out.iterdir()))
+    except OSError as error:
+        raise EvaluationError(f"could not look into --out {out} ({error})") from error
+    if taken:
         raise EvaluationError(f"--out {out} exists and is not an empty folder; choose another")
     return out
 
@@ -176,13 +207,18 @@ def _tell(evaluation: Evaluation, out: Path) -> int:
     from orthattack.eval.models import EvaluationError
     from orthattack.eval.report import save_picture, table
 
-    if evaluation.complete and len(evaluation.unreadable) > 0 and not any(r.names for r in evaluation.results):
+    scored = any(result.names for result in evaluation.results)
+    tried = scored or any(result.unscored for result in evaluation.results)
+    if evaluation.complete and evaluation.unreadable and not tried:
         name, reason = next(iter(evaluation.unreadable.items()))
         raise EvaluationError(f"none of the photographs could be read, the first, {name}, because of {reason}")
-    print(table(evaluation))
     for model in dict.fromkeys(example.model for example in evaluation.examples):
         save_picture([e for e in evaluation.examples if e.model == model], out / f"examples-{model}.png")
-    print(f"results and pictures: {out}")
+    print(table(evaluation))
+    print(f"results and pictures: {out}", flush=True)
+    if evaluation.complete and not scored:
+        print("orthattack: no attack returned anything that could be scored", file=sys.stderr)
+        return 2
     if not evaluation.complete:
         print("orthattack: interrupted; what was measured until then is kept", file=sys.stderr)
         return 130

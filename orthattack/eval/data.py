@@ -19,7 +19,7 @@ from orthattack.eval.models import Classifier, EvaluationError, Preprocessing
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable  # Python 3.11
 
-__all__ = ["SAMPLES", "Batch", "Photograph", "Photographs", "Unreadable", "load_photographs"]
+__all__ = ["SAMPLES", "Batch", "Photograph", "Photographs", "Unreadable", "check_data", "load_photographs"]
 
 SAMPLES = {"imagenet-samples": "imagenet", "cifar10-samples": "cifar10"}
 """The photographs in Foolbox's package, 20 of each, and their names there."""
@@ -80,9 +80,11 @@ class Photographs:
         ready: list[tuple[Photograph, Tensor]] = []
         for item in self.items:
             try:
+                if not item.file.is_file():
+                    raise FileNotFoundError("No such file")
                 with item.file.open("rb") as stream, Image.open(stream) as image:
                     ready.append((item, preprocessing(image)))
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            except Exception as error:  # decoders raise whatever they like
                 yield Unreadable(item.name, f"{type(error).__name__}: {error}")
             if len(ready) == size:
                 yield _batch(ready)
@@ -91,12 +93,19 @@ class Photographs:
             yield _batch(ready)
 
 
+def check_data(data: str) -> None:
+    """Raise EvaluationError if `data` is neither of `SAMPLES` nor a folder."""
+    if data not in SAMPLES and not Path(data).is_dir():
+        raise EvaluationError(f"data folder {data} does not exist; it must be a folder or {' or '.join(SAMPLES)}")
+
+
 def load_photographs(data: str, classifier: Classifier, labels: Path | None = None) -> Photographs:
     """Find the photographs and their classes among the classifier's.
 
     Args:
         data: one of `SAMPLES`, or a folder with one sub-folder per class. Sub-folders are matched with the model's
-            classes by name if every one of them is one, or else by sorted order, if there are as many.
+            classes by name; or, where none is named so, by number if they are called 0 to K - 1, or else by sorted
+            order, if there are as many.
         labels: a CSV file with columns ``file``, relative to the folder, and ``label``, an index among the model's
             classes; other columns are ignored. The folder's own structure then does not matter.
 
@@ -109,9 +118,8 @@ def load_photographs(data: str, classifier: Classifier, labels: Path | None = No
             raise EvaluationError(f"--labels goes with a folder; {data} has labels of its own")
         items = _foolbox_samples(data)
     else:
+        check_data(data)
         folder = Path(data)
-        if not folder.is_dir():
-            raise EvaluationError(f"data folder {data} does not exist; it must be a folder or {' or '.join(SAMPLES)}")
         if labels is None:
             items, classes = _class_folders(folder, classifier)
         else:
@@ -141,16 +149,23 @@ def _foolbox_samples(data: str) -> list[Photograph]:
 
 def _class_folders(folder: Path, classifier: Classifier) -> tuple[list[Photograph], tuple[str, ...] | None]:
     """The photographs and, if the folders in sorted order are the class list, their names."""
-    found = {
-        path.name: sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES)
-        for path in sorted(folder.iterdir())
-        if path.is_dir()
-    }
+    try:
+        found = _files_by_folder(folder)
+    except OSError as error:
+        raise EvaluationError(f"could not read data folder {folder} ({error})") from error
     found = {name: files for name, files in found.items() if files}
     known = [_plain(name) for name in classifier.classes or ()]
     classes = None
-    if found and all(known.count(_plain(name)) == 1 for name in found):
+    strange = [name for name in found if known.count(_plain(name)) != 1]
+    if found and not strange:
         label_of = {name: known.index(_plain(name)) for name in found}
+    elif len(strange) < len(found):
+        raise EvaluationError(
+            f"{folder} has a folder {strange[0]!r} that is not, or not the only, class of that name in "
+            f"{classifier.name}, though others are: rename it, or pass --labels FILE.csv with columns file and label"
+        )
+    elif found.keys() == {str(k) for k in range(classifier.num_classes)}:
+        label_of = {name: int(name) for name in found}
     elif len(found) in (0, classifier.num_classes):
         label_of = {name: label for label, name in enumerate(found)}
         classes = tuple(found)
@@ -165,6 +180,14 @@ def _class_folders(folder: Path, classifier: Classifier) -> tuple[list[Photograp
         for file in files
     ]
     return photographs, classes
+
+
+def _files_by_folder(folder: Path) -> dict[str, list[Path]]:
+    return {
+        path.name: sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES and not file.is_dir())
+        for path in sorted(folder.iterdir())
+        if path.is_dir() and not path.name.startswith(".")
+    }
 
 
 def _plain(name: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import pickle  # for the error that torch.load raises
 import warnings
 from collections.abc import Callable, Mapping
@@ -61,7 +62,7 @@ class Preprocessing:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """(3, crop, crop), float32."""
-        image = image.convert("RGB")
+        image = _eight_bit(image).convert("RGB")
         if image.size != (self.crop, self.crop):
             image = transforms.resize(image, [self.resize], interpolation=self.interpolation, antialias=True)
             image = transforms.center_crop(image, [self.crop, self.crop])
@@ -71,6 +72,15 @@ class Preprocessing:
     def at_size(self, size: int) -> Preprocessing:
         """The same for an input of `size` pixels, with the crop's share of the photograph kept."""
         return replace(self, resize=max(size, round(size * self.resize / self.crop)), crop=size)
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """16-bit grey scaled to 8 bits, where Pillow would clip it; wider pixels have no known range."""
+    if image.mode.startswith("I;16"):
+        return image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} have no known range; save the photograph with 8 bits a channel")
+    return image
 
 
 @dataclass(frozen=True)
@@ -132,6 +142,17 @@ def load_classifier(name: str, weights: Path | None = None, image_size: int | No
             classifier = _from_file(name, _architecture(name, state.tensors), _preset(default), weights, state)
     if image_size is not None:
         classifier = replace(classifier, preprocessing=classifier.preprocessing.at_size(image_size))
+    size = classifier.preprocessing.crop
+    try:
+        with torch.inference_mode():
+            logits = classifier.model(torch.full((1, 3, size, size), 0.5))
+    except Exception as error:  # what an architecture says of a size that it cannot take
+        reason = str(error).partition("\n")[0]
+        raise EvaluationError(f"{name} does not take images of {size}x{size} ({reason}): see --image-size") from error
+    if not bool(logits.isfinite().all()):
+        raise EvaluationError(
+            f"{name} returns NaN or infinite logits for a grey image: are the weights from {classifier.source} whole?"
+        )
     return classifier
 
 
@@ -139,14 +160,19 @@ def _downloaded(name: str, default: Any) -> Classifier:
     cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(default.url).name
     try:
         state = default.get_state_dict(progress=True, check_hash=True, weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:  # URLError is an OSError
+    except Exception as error:  # of the network, of HTTP, of a damaged file
+        if cache.exists():
+            raise EvaluationError(
+                f"{cache}, the cached weights of {name}, is damaged: delete it, and try again"
+            ) from error
+        reason = str(getattr(error, "reason", error)).partition("\n")[0]
         raise EvaluationError(
-            f"could not download the weights of {name} ({getattr(error, 'reason', error)}): either fetch {default.url} "
+            f"could not download the weights of {name} ({reason}): either fetch {default.url} "
             f"elsewhere and save it as {cache}, or pass a state dict of your own with --weights FILE"
         ) from error
     classes = tuple(default.meta["categories"])
     model = _architecture(name, state)(len(classes))
-    model.load_state_dict(state)
+    _load_strictly(name, model, state, cache)
     return _classifier(name, model, _preset(default), classes, len(classes), str(default))
 
 
@@ -169,6 +195,8 @@ def _architecture(name: str, state: Mapping[str, Tensor]) -> Builder:
 def _from_file(name: str, build: Builder, preprocessing: Preprocessing, path: Path, state: _State) -> Classifier:
     """A classifier whose number of classes, and names and normalisation if it has them, come from the file."""
     num_classes = _num_classes(name, build, state.tensors, path)
+    if num_classes < 2:
+        raise EvaluationError(f"{path} has weights for {num_classes} classes; at least 2 are needed")
     model = build(num_classes)
     _load_strictly(name, model, state.tensors, path)
     classes = state.listed("classes")
@@ -176,11 +204,22 @@ def _from_file(name: str, build: Builder, preprocessing: Preprocessing, path: Pa
         raise EvaluationError(f"{path} names {len(classes)} classes but has weights for {num_classes}")
     preprocessing = replace(
         preprocessing,
-        mean=tuple(state.listed("mean") or preprocessing.mean),
-        std=tuple(state.listed("std") or preprocessing.std),
+        mean=_normalisation("mean", state, preprocessing.mean, path),
+        std=_normalisation("std", state, preprocessing.std, path),
     )
     names = None if classes is None else tuple(map(str, classes))
     return _classifier(name, model, preprocessing, names, num_classes, str(path))
+
+
+def _normalisation(key: str, state: _State, default: tuple[float, ...], path: Path) -> tuple[float, ...]:
+    """Three numbers from the metadata, if it has them."""
+    values = state.listed(key)
+    if values is None:
+        return default
+    good = len(values) == 3 and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+    if not good or (key == "std" and min(values) <= 0):
+        raise EvaluationError(f"{path} has metadata {key}={values}: it must be three finite numbers, std > 0")
+    return tuple(map(float, values))
 
 
 def _classifier(
@@ -249,8 +288,8 @@ def _read(path: Path) -> _State:
     try:
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
-            return _State({key: file.get_tensor(key) for key in keys}, file.metadata() or {})
-    except SafetensorError as error:
+            return _State({key.removeprefix("module."): file.get_tensor(key) for key in keys}, file.metadata() or {})
+    except (SafetensorError, OSError) as error:
         if path.suffix == ".safetensors":
             raise EvaluationError(f"{path} is not a whole safetensors file ({error})") from error
     try:
@@ -262,8 +301,9 @@ def _read(path: Path) -> _State:
             f"{path} is refused: it holds more than tensors, and loading it could run code; save the state dict alone, "
             "with safetensors.torch.save_file(model.state_dict(), FILE)"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise EvaluationError(f"{path} is neither a safetensors nor a PyTorch file ({error})") from error
+    except Exception as error:  # of a file that is anything at all
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise EvaluationError(f"{path} is neither a safetensors nor a PyTorch file ({reason})") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]

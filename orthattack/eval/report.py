@@ -32,11 +32,17 @@ def table(evaluation: Evaluation) -> str:
         "s",
     ]
     rows = [_row(result, settings) for result in evaluation.results]
-    images = max((len(result.names) for result in evaluation.results), default=0)
+    counts = [len(result.names) for result in evaluation.results]
+    if len(set(counts)) > 1:  # only then is it worth a column
+        head.insert(2, "images")
+        for row, count in zip(rows, counts, strict=True):
+            row.insert(2, str(count))
+    images = max(counts, default=0)
     eps = f"{255 * settings.eps:.4g}/255" if settings.norm == "linf" else f"{settings.eps:.4g}"
     norm = "L-infinity" if settings.norm == "linf" else "L2"
     notes = [
-        f"{images} images of {evaluation.data}, {norm}, eps {eps}, {settings.steps} steps, seed {settings.seed}",
+        f"{'' if evaluation.complete else 'INTERRUPTED: '}{images} images of {evaluation.data}, {norm}, eps {eps}, "
+        f"{settings.steps} steps, seed {settings.seed}",
         *DEFINITIONS.split("; "),
         "norm: mean over the images; cos: between perturbation and image; grads: gradient calls per image",
     ]
@@ -51,10 +57,17 @@ def table(evaluation: Evaluation) -> str:
         if result.norm and max(result.norm) > settings.eps * (1 + 1e-5)
     ]
     if evaluation.unreadable:
-        notes.append(f"{len(evaluation.unreadable)} photographs could not be read and were left out:")
-        notes += [f"  {name} ({reason})" for name, reason in list(evaluation.unreadable.items())[:10]]
+        count = len(evaluation.unreadable)
+        notes.append(f"{count} photograph{'s were' if count > 1 else ' was'} left out, unreadable:")
+        notes += [f"  {_printable(f'{name} ({reason})')}" for name, reason in list(evaluation.unreadable.items())[:10]]
+        notes += [f"  and {count - 10} more, see results.json"] * (count > 10)
     body = tabulate(rows, head, tablefmt="simple", stralign="right", disable_numparse=True, colalign=("left", "left"))
     return "\n".join([body, "", *notes])
+
+
+def _printable(text: str) -> str:
+    """`text` on one line, whatever characters a file's name may hold."""
+    return "".join(c if c.isprintable() and c.isascii() else ascii(c)[1:-1] for c in text)
 
 
 def _row(result: Result, settings: Settings) -> list[str]:
@@ -92,12 +105,12 @@ def save_picture(examples: list[Example], path: Path) -> None:
     """Clean image, magnified perturbation and adversarial image of each example, one column each.
 
     All perturbations are magnified by the same factor, which makes the largest entry among them reach black or white;
-    grey is no change.
+    grey is no change. A prediction in red is one that the perturbation has changed.
     """
     largest = max(float((example.adversarial - example.clean).abs().max()) for example in examples)
     factor = 0.5 / largest if largest > 0 else 1.0
     size = 1.5
-    figure = Figure(figsize=(size * len(examples) + 1.0, 3 * size + 1.1), layout="constrained")
+    figure = Figure(figsize=(max(size * len(examples), 3.0) + 1.0, 3 * size + 1.1), layout="constrained")
     first = examples[0]
     figure.suptitle(f"{first.attack} on {first.model}")
     axes = figure.subplots(3, len(examples), squeeze=False)

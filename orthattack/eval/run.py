@@ -168,7 +168,8 @@ def evaluate(
         attacks: keys of `ATTACKS`.
         settings: eps, norm, steps and seed for all of them.
         out: an existing folder. images.jsonl gets a line per image and attack as soon as it is measured, so a run
-            that is stopped loses nothing that was finished; results.json the summary, at the end or when interrupted.
+            that is stopped loses nothing that was finished; results.json the settings, when a model's turn begins, and
+            the summary, at the end or when interrupted.
         batch_size: images per batch.
         device: where to run.
         progress: show a progress bar on standard error.
@@ -177,18 +178,22 @@ def evaluate(
         The results; `complete` is false if the run was interrupted from the keyboard.
     """
     evaluation = Evaluation(settings, "")
-    with (out / "images.jsonl").open("w", encoding="utf-8") as log:
+    with (out / "images.jsonl").open("x", encoding="utf-8") as log:
         try:
             for classifier, photographs in classifiers:
                 evaluation.data = photographs.name
-                _evaluate_model(evaluation, classifier, photographs, attacks, log, batch_size, device, progress)
+                _evaluate_model(evaluation, classifier, photographs, attacks, out, log, batch_size, device, progress)
             evaluation.complete = True
         except KeyboardInterrupt:
             pass
+    _write(evaluation, out)
+    return evaluation
+
+
+def _write(evaluation: Evaluation, out: Path) -> None:
     temporary = out / "results.json.partial"
     temporary.write_text(json.dumps(evaluation.as_json(), indent=2) + "\n", encoding="utf-8")
     temporary.replace(out / "results.json")
-    return evaluation
 
 
 def _evaluate_model(
@@ -196,6 +201,7 @@ def _evaluate_model(
     classifier: Classifier,
     photographs: Photographs,
     attacks: list[str],
+    out: Path,
     log: TextIO,
     batch_size: int,
     device: torch.device | str,
@@ -214,6 +220,7 @@ def _evaluate_model(
             "preprocessing": {**asdict(preprocessing), "interpolation": preprocessing.interpolation.value},
         }
     )
+    _write(evaluation, out)  # so that a run that is killed tells what its images.jsonl was measured with
     shown = "OrthoPGD" if "OrthoPGD" in attacks else attacks[-1]
     examples = _Examples(classifier.name, shown, classifier.classes or photographs.classes)
     total = len(photographs.items) * len(attacks)
@@ -221,24 +228,28 @@ def _evaluate_model(
     with tqdm(
         total=total, desc=classifier.name, unit="img", disable=not progress, leave=False, mininterval=often
     ) as bar:
-        for batch in photographs.batches(batch_size, preprocessing):
-            if isinstance(batch, Unreadable):
-                evaluation.unreadable[batch.name] = batch.reason
-                bar.update(len(attacks))
-                continue
-            images, labels = batch.images.to(device), batch.labels.to(device)
-            clean = _predict(model, images)
-            for name in attacks:
-                result = results[name]
-                adversarials = _attack(runners[name], images, labels, counters[name], result)
-                if adversarials is not None:
-                    _measure(result, batch, images, adversarials, clean, _predict(model, adversarials), evaluation, log)
-                    if name == shown:
-                        examples.offer(batch, images, adversarials, result)
-                    accuracy = result.robust_accuracy.value or 0.0
-                    bar.set_postfix_str(f"{name}: robust accuracy {100 * accuracy:.1f} %")
-                bar.update(len(labels))
-    evaluation.examples.extend(examples.chosen())
+        try:
+            for batch in photographs.batches(batch_size, preprocessing):
+                if isinstance(batch, Unreadable):
+                    evaluation.unreadable[batch.name] = batch.reason
+                    bar.update(len(attacks))
+                    continue
+                images, labels = batch.images.to(device), batch.labels.to(device)
+                clean = _predict(model, images)
+                for name in attacks:
+                    result = results[name]
+                    adversarials = _attack(runners[name], images, labels, counters[name], result)
+                    if adversarials is not None:
+                        _measure(
+                            result, batch, images, adversarials, clean, _predict(model, adversarials), evaluation, log
+                        )
+                        if name == shown:
+                            examples.offer(batch, images, adversarials, result)
+                        accuracy = result.robust_accuracy.value or 0.0
+                        bar.set_postfix_str(f"{name}: robust accuracy {100 * accuracy:.1f} %", refresh=False)
+                    bar.update(len(labels))
+        finally:
+            evaluation.examples.extend(examples.chosen())
 
 
 def _predict(model: torch.nn.Module, images: Tensor) -> Tensor:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,7 @@ def test_with_no_arguments_it_attacks_the_bundled_models_offline(tmp_path):
     results = json.loads((run / "results.json").read_text())
     rows = {(row["model"], row["attack"]): row for row in results["results"]}
     assert len(rows) == 12
+    assert results["settings"] == {"norm": "linf", "eps": 8 / 255, "steps": 10, "seed": 0}
     assert rows["cifar10-standard", "OrthoPGD"]["robust_accuracy"] <= 0.1
     assert rows["cifar10-robust", "OrthoPGD"]["robust_accuracy"] >= 0.2
     for (_, attack), row in rows.items():
@@ -68,7 +70,7 @@ def test_a_folder_with_labels_and_a_weights_file(tmp_path):
         *("--steps", 2, "--batch-size", 3, "--device", "cpu", "--seed", 1, "--out", tmp_path / "run"),
     )
     assert done.returncode == 0, done.stderr
-    assert "1 photographs could not be read and were left out:\n  4.jpg (" in done.stdout
+    assert "1 photograph was left out, unreadable:\n  4.jpg (" in done.stdout
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert list(results["unreadable"]) == ["4.jpg"]
     assert [(row["attack"], row["images"]) for row in results["results"]] == [("OrthoPGD", 4), ("Foolbox-PGD", 4)]
@@ -93,7 +95,30 @@ def test_l2(tmp_path):
     results = json.loads((tmp_path / "r" / "results.json").read_text())
     assert results["settings"]["eps"] == 0.5
     for row in results["results"]:
+        assert row["images"] == 4
         assert row["max_norm"] <= 0.5 * (1 + 1e-5)
+
+
+def test_a_killed_run_says_what_it_was_and_keeps_its_lines(tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "orthattack", "eval", "--steps", "2000", "--batch-size", "2", "--out", str(out)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not ((out / "images.jsonl").exists() and (out / "images.jsonl").stat().st_size > 0):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.kill()
+    results = json.loads((out / "results.json").read_text())
+    assert results["complete"] is False
+    assert results["settings"]["steps"] == 2000
+    line = json.loads((out / "images.jsonl").read_text().splitlines()[0])
+    assert (line["model"], line["attack"]) == ("cifar10-standard", "FGSM")
+
+
+def test_weights_that_cannot_be_used_at_that_size(capsys, tmp_path):
+    save_file(torchvision.models.vit_b_16(num_classes=3, image_size=224).state_dict(), tmp_path / "w.safetensors")
+    arguments = ["--model", "vit_b_16", "--weights", tmp_path / "w.safetensors", "--image-size", 32, "--data", tmp_path]
+    assert "vit_b_16 does not take images of 32x32 (Wrong image height" in refused(capsys, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +132,7 @@ def test_l2(tmp_path):
         (["--data", "nowhere"], "data folder nowhere does not exist; it must be a folder or"),
         (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
         (["--device", "toaster"], "--device toaster cannot be used here"),
-        (["--model", "resnet18", "--weights", "none.pt", "--data", "x"], "weights file none.pt does not exist"),
+        (["--model", "resnet18", "--weights", "none.pt", "--data", "."], "weights file none.pt does not exist"),
         (["--data", "imagenet-samples"], "has 10 classes, 0 to 9: is this the right model for imagenet-samples?"),
     ],
 )
@@ -134,7 +159,7 @@ def test_photographs_none_of_which_can_be_read(capsys, tmp_path):
     assert message.startswith("none of the photographs could be read, the first, 0/x.png, because of")
 
 
-@pytest.mark.parametrize("eps", ["four", "1/0", "-1/255", "nan"])
+@pytest.mark.parametrize("eps", ["four", "1/0", "-1/255", "nan", "1e999999999", "1/2/3"])
 def test_eps_is_a_fraction(capsys, eps):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["eval", f"--eps={eps}"])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -49,8 +50,29 @@ def test_class_folders_matched_by_name(folder):
 
 
 def test_ambiguous_names_are_not_guessed(folder):
-    with pytest.raises(EvaluationError, match="3 class folders and model 4 classes, so which is which is not known"):
+    with pytest.raises(EvaluationError, match="has a folder 'cat' that is not, or not the only, class of that name"):
         load_photographs(str(folder), classifier(4, ("cat", "cat", "apple pie", "zebra")))
+    with pytest.raises(EvaluationError, match="has a folder 'zebra' that is not"):
+        load_photographs(str(folder), classifier(3, ("apple pie", "cat", "horse")))
+    with pytest.raises(EvaluationError, match="3 class folders and model 4 classes, so which is which is not known"):
+        load_photographs(str(folder), classifier(4))
+
+
+def test_folders_called_by_number_and_hidden_ones(tmp_path):
+    for name in [*map(str, range(12)), ".cache"]:
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
+    items = load_photographs(str(tmp_path), classifier(12)).items
+    assert len(items) == 12
+    assert all(item.label == int(item.name.split("/")[0]) for item in items)
+
+
+def test_sixteen_bit_grey_is_scaled_and_wider_pixels_are_refused():
+    ramp = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1040
+    pixels = Preprocessing(8, 8)(Image.fromarray(ramp))
+    np.testing.assert_allclose(pixels[0].numpy(), ramp / 65535, atol=1 / 255)
+    with pytest.raises(ValueError, match="pixels of mode F have no known range"):
+        Preprocessing(8, 8)(Image.new("F", (8, 8)))
 
 
 def test_labels_from_a_file(folder):

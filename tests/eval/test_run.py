@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def test_our_fgsm_is_foolboxs(evaluation):
 def test_settings_and_versions_are_recorded(evaluation):
     _, results, _ = evaluation
     assert results["settings"] == {"norm": "linf", "eps": EPS, "steps": 5, "seed": 0}
-    assert results["environment"]["torch"] == torch.__version__.split("+")[0] or results["environment"]["torch"]
+    assert results["environment"]["torch"] == version("torch")
     assert results["models"][0]["weights"] == "bundled"
     assert results["models"][0]["preprocessing"]["crop"] == 32
     assert "right on the clean and on the adversarial image" in results["definitions"]
@@ -81,8 +82,22 @@ def test_the_table_says_it_all(evaluation):
     text = table(evaluation[0])
     lines = text.splitlines()
     assert lines[0].split()[:3] == ["model", "attack", "clean"]
-    for name, line in zip(ATTACKS, lines[2:], strict=False):
-        assert line.split()[:2] == ["cifar10-robust", name]
+    for result, line in zip(evaluation[0].results, lines[2:], strict=False):
+        row = result.summary()
+        low, high = row["robust_accuracy_interval"]
+        assert line.split() == [
+            *("cifar10-robust", row["attack"]),
+            *(f"{100 * row['clean_accuracy']:.1f}", "%"),
+            *(f"{100 * row['robust_accuracy']:.1f}", "%", f"[{100 * low:.1f},", f"{100 * high:.1f}]"),
+            *(f"{100 * row['attack_success_rate']:.1f}", "%"),
+            f"{255 * row['mean_norm']:.3f}/255",
+            f"{row['mean_abs_cosine']:.1e}",
+            f"{row['max_abs_cosine']:.1e}",
+            f"{row['gradient_calls_per_image']:.3g}",
+            f"{row['seconds']:.1f}",
+        ]
+        assert row["seconds"] > 0
+    assert [result.attack for result in evaluation[0].results] == list(ATTACKS)
     assert "20 images of cifar10-samples, L-infinity, eps 8/255, 5 steps, seed 0" in text
     assert "robust accuracy: right on the clean and on the adversarial image, over all images" in text
     assert "success: newly fooled, over the images that were right to begin with" in text
@@ -166,6 +181,9 @@ def test_an_interrupted_run_keeps_what_it_measured(pair, tmp_path, monkeypatch):
     monkeypatch.setitem(registry.ATTACKS, "PGD", impatient)
     evaluation = evaluate([pair], ["FGSM", "PGD"], Settings(eps=EPS), out=tmp_path, batch_size=5, progress=False)
     assert not evaluation.complete
+    assert "INTERRUPTED: 10 images" in table(evaluation)
+    assert "images" in table(evaluation).splitlines()[0].split()
+    assert evaluation.examples
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["complete"] is False
     assert [row["images"] for row in results["results"]] == [10, 5]
