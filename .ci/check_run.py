@@ -52,7 +52,8 @@ def main() -> None:
     for model in models:
         robust_of = {attack: rows[model, attack]["robust_accuracy"] for attack in ATTACKS}
         assert robust_of["PGD"] <= robust_of["FGSM"] <= rows[model, "FGSM"]["clean_accuracy"], robust_of
-        assert abs(robust_of["OrthoPGD"] - robust_of["Foolbox-PGD"]) <= 0.05 + 1e-9, robust_of
+        # Random starts differ: a couple of the demo's 20 images, a few of a hundred.
+        assert abs(robust_of["OrthoPGD"] - robust_of["Foolbox-PGD"]) <= max(0.05, 2 / args.images) + 1e-9, robust_of
         picture = np.asarray(Image.open(args.run / f"examples-{model}.png").convert("RGB"))
         assert picture.shape[0] > 300, picture.shape
         assert picture.std() > 20, "the picture is blank"

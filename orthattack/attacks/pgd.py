@@ -25,7 +25,8 @@ class OrthoPGD(Attack):
 
     Args:
         model: images (N, C, H, W) in `bounds` to logits (N, K); it normalises its input itself
-            (see `orthattack.Normalized`) and comes back as it was.
+            (see `orthattack.Normalized`) and comes back as it was. A plain function is taken as it is: put a module
+            that it calls in evaluation mode first.
         norm: "linf" or "l2".
         eps: radius of the ball, in pixel units, e.g. ``4 / 255``.
         alpha: step size in pixel units; by default ``2.5 * eps / steps``, which reaches any point of the ball.
