@@ -149,6 +149,8 @@ class Attack:
                     for _ in range(self.restarts):
                         start = region.random_start(self.generator) if self.random_start else x.clone()
                         self._climb(oracle, region, x, labels, start, best)
+                    if self.precision != "float32":  # what is returned is judged in the model's own precision
+                        best.judge(oracle.evaluate(best.adversarials, labels, best.success, with_gradient=False))
             return best.result(x, self.threat)
 
     def _climb(self, oracle: Oracle, region: Region, x: Tensor, labels: Tensor, points: Tensor, best: _Best) -> None:
@@ -221,7 +223,7 @@ class _Best:
     def __init__(self, images: Tensor) -> None:
         n, device = len(images), images.device
         self.success = torch.zeros(n, dtype=torch.bool, device=device)
-        self._adversarials = images.clone()
+        self.adversarials = images.clone()
         self._loss = torch.full((n,), -torch.inf, dtype=torch.promote_types(images.dtype, torch.float32), device=device)
         self._steps, self._zero, self._forwards, self._gradients = torch.zeros(4, n, dtype=torch.long, device=device)
 
@@ -232,19 +234,24 @@ class _Best:
         # The later of two equals: a confident model's loss is exactly 0 long before its gradient is.
         better |= (success == self.success[index]) & (loss >= self._loss[index])
         rows = index[better]
-        self._adversarials[rows] = points[better]
+        self.adversarials[rows] = points[better]
         self.success[rows], self._loss[rows], self._steps[rows] = success[better], loss[better], step
         self._zero[index] += evaluation.zero_gradient
         self._forwards[index] += evaluation.forward_calls
         self._gradients[index] += evaluation.gradient is not None
 
+    def judge(self, evaluation: Evaluation) -> None:
+        """Replace success and loss by those of a final evaluation of all adversarials."""
+        self.success, self._loss = evaluation.success, evaluation.loss.to(self._loss.dtype)
+        self._forwards += evaluation.forward_calls
+
     def result(self, images: Tensor, threat: ThreatModel) -> AttackResult:
-        delta = self._adversarials.double() - images.double()
+        delta = self.adversarials.double() - images.double()
         cosine = alignment(delta, images.double(), threat.scope or "image").abs()
         cosine = cosine if cosine.ndim == 1 else cosine.flatten(1).amax(1)
         norm = perturbation_norm(delta, threat.norm)
         return AttackResult(
-            self._adversarials, self.success, self._loss, self._steps, cosine, norm,
+            self.adversarials, self.success, self._loss, self._steps, cosine, norm,
             self._zero, self._forwards, self._gradients,
         )  # fmt: skip
 

@@ -354,7 +354,10 @@ def test_reduced_precision_is_judged_in_full(attack):
     options = {"eps": 0.05, "steps": 5, "precision": "bfloat16", "generator": torch.Generator().manual_seed(0)}
     result = attack(model, **options).run(images, labels)
     with torch.no_grad():
-        assert torch.equal(result.success, model(result.adversarials).argmax(1) != labels)
+        logits = model(result.adversarials)
+    assert torch.equal(result.success, logits.argmax(1) != labels)
+    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(result.loss, loss, rtol=1e-5, atol=1e-6)  # bfloat16's is off by 1e-2
     full = attack(model, eps=0.05, steps=5, generator=torch.Generator().manual_seed(0)).run(images, labels)
     assert (result.success == full.success).float().mean() > 0.9
     assert (result.gradient_calls == 5).all()
