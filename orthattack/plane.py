@@ -103,7 +103,7 @@ class Plane:
             points: p, (N, C, H, W).
 
         Returns:
-            y, (N, C, H, W), within 1e-5 ‖p - x‖ of the projection plus round-off.
+            y, (N, C, H, W), within 1e-7 ‖p - x‖ of the projection plus round-off.
 
         Source: docs/method.md, "The nearest point".
         """
@@ -119,7 +119,7 @@ class Plane:
         scale = along.abs() * reciprocal(self._normal2)
         few = self._at_kinks(points) if self._is_small else None
         noise = (torch.minimum(distance2, self._width2) * self._normal2).sqrt()
-        return self._optimum(point, scale, 5e-11 * distance2, noise, few, self._box, self.images, along)
+        return self._optimum(point, scale, 5e-15 * distance2, noise, few, self._box, self.images, along)
 
     def settle(self, points: Tensor) -> Tensor:
         """Points near the plane, moved onto it as exactly as their dtype allows.
