@@ -12,32 +12,96 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orthattack.attacks import FGSM, PGD, AttackResult, OrthoFGSM, OrthoPGD
-    from orthattack.model import Normalized
-    from orthattack.projection import alignment, orthogonalize, orthonormal_basis, remove_directions
-    from orthattack.threat import ThreatModel
+    from orthattack.attacks import (
+        APGD,
+        FGSM,
+        MIFGSM,
+        NIFGSM,
+        PGD,
+        AttackResult,
+        AutoAttack,
+        DetectorEvasion,
+        MinimumNorm,
+        OrthoAPGD,
+        OrthoAutoAttack,
+        OrthoFGSM,
+        OrthoMIFGSM,
+        OrthoNIFGSM,
+        OrthoPGD,
+        OrthoSquare,
+        Square,
+    )
+    from orthattack.model import (
+        Ensemble,
+        Normalized,
+        fooled,
+    )
+    from orthattack.projection import (
+        alignment,
+        orthogonalize,
+        orthonormal_basis,
+        remove_directions,
+    )
+    from orthattack.threat import (
+        ThreatModel,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "APGD",
     "FGSM",
+    "MIFGSM",
+    "NIFGSM",
     "PGD",
     "AttackResult",
+    "AutoAttack",
+    "DetectorEvasion",
+    "Ensemble",
+    "MinimumNorm",
     "Normalized",
+    "OrthoAPGD",
+    "OrthoAutoAttack",
     "OrthoFGSM",
+    "OrthoMIFGSM",
+    "OrthoNIFGSM",
     "OrthoPGD",
+    "OrthoSquare",
+    "Square",
     "ThreatModel",
     "__version__",
     "alignment",
+    "fooled",
     "orthogonalize",
     "orthonormal_basis",
     "remove_directions",
 ]
 
 _HOME = {
-    **dict.fromkeys(["FGSM", "PGD", "AttackResult", "OrthoFGSM", "OrthoPGD"], "orthattack.attacks"),
+    **dict.fromkeys(
+        [
+            "APGD",
+            "FGSM",
+            "MIFGSM",
+            "NIFGSM",
+            "PGD",
+            "AttackResult",
+            "AutoAttack",
+            "DetectorEvasion",
+            "MinimumNorm",
+            "OrthoAPGD",
+            "OrthoAutoAttack",
+            "OrthoFGSM",
+            "OrthoMIFGSM",
+            "OrthoNIFGSM",
+            "OrthoPGD",
+            "OrthoSquare",
+            "Square",
+        ],
+        "orthattack.attacks",
+    ),
+    **dict.fromkeys(["Ensemble", "Normalized", "fooled"], "orthattack.model"),
     **dict.fromkeys(["alignment", "orthogonalize", "orthonormal_basis", "remove_directions"], "orthattack.projection"),
-    "Normalized": "orthattack.model",
     "ThreatModel": "orthattack.threat",
 }
 

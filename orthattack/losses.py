@@ -1,69 +1,108 @@
-"""What an attack climbs: per-sample losses of logits and labels.
+"""What an attack climbs: per-sample losses of logits, and the goal that they lead to.
 
-Every loss grows as the attack gets closer to its goal: away from the labels, or, if targeted, towards them. The sign of
-a targeted attack is flipped here and nowhere else.
+Every loss grows as the attack gets closer to its goal: away from the labels, or towards the targets. The sign of a
+targeted attack is flipped here and nowhere else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["Loss", "LossName", "attack_loss", "fooled", "margin"]
+__all__ = ["Goal", "Loss", "LossName", "attack_loss", "margin"]
 
-LossName = Literal["ce", "margin", "dlr"]
+LossName = Literal["ce", "margin", "dlr", "logit-difference"]
 Loss = LossName | Callable[[Tensor, Tensor], Tensor]
 
 
-def attack_loss(loss: Loss, targeted: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """The function of (logits (N, K), labels (N,)) that the attack maximises, one value per sample.
+@dataclass(frozen=True)
+class Goal:
+    """What an attack wants of each prediction.
+
+    Attributes:
+        labels: (N,) the classes to leave, or None if the attack is targeted.
+        targets: (N,) the classes to reach. With labels too, they only direct the loss: any other class is a success.
+    """
+
+    labels: Tensor | None
+    targets: Tensor | None = None
+
+    @property
+    def classes(self) -> Tensor:
+        """(N,) the classes that decide about success."""
+        chosen = self.targets if self.labels is None else self.labels
+        assert chosen is not None
+        return chosen
+
+    def select(self, index: Tensor) -> Goal:
+        """The goal of the samples at `index` only."""
+        return Goal(*(None if classes is None else classes[index] for classes in (self.labels, self.targets)))
+
+    def reached(self, logits: Tensor) -> Tensor:
+        """(N,) bool: whether each prediction is what the attack wants. Logits with a NaN predict nothing."""
+        hit = logits.argmax(dim=1) == self.classes
+        return (hit if self.labels is None else ~hit) & ~logits.isnan().any(dim=1)
+
+    def margin(self, logits: Tensor) -> Tensor:
+        """(N,) how far the logits are beyond the goal: positive exactly if it is reached."""
+        return margin(logits, self.classes) * (-1 if self.labels is None else 1)
+
+
+def attack_loss(loss: Loss) -> Callable[[Tensor, Goal], Tensor]:
+    """The function of (logits (N, K), goal) that the attack maximises, one value per sample.
 
     Args:
-        loss: "ce", cross-entropy; "margin", the best other logit minus the label's (Carlini & Wagner 2017,
-            arXiv:1608.04644); "dlr", the margin divided by the distance from the highest to the third-highest logit,
-            which makes it independent of the logits' scale (Croce & Hein 2020, arXiv:2003.01690; needs 3 classes, and
-            4 if targeted, where the denominator is the distance to the mean of the third- and the fourth-highest); or
-            a function of (logits, labels) that returns (N,) values, larger for a worse prediction of the labels.
-        targeted: whether the labels are the classes to reach; the loss is then negated.
+        loss: with z the logits, y the label and k the other classes,
+
+            "ce"
+                cross-entropy, ``log Σ_j exp z_j - z_y``.
+            "margin"
+                ``max_k z_k - z_y``, the loss of Carlini & Wagner 2017 (arXiv:1608.04644) without its confidence.
+            "logit-difference"
+                ``mean_k z_k - z_y``: the margin to all classes at once, so its gradient never changes sides.
+            "dlr"
+                the margin divided by ``z_(1) - z_(3)``, sorted downwards, which makes it independent of the logits'
+                scale (Croce & Hein 2020, arXiv:2003.01690; at least 3 classes). Targeted at t it is
+                ``(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2)``, negated (at least 4 classes), with z_(1) in place of
+                z_y where no label is known.
+            a function
+                of (logits, labels) that returns (N,) values, larger for a worse prediction of the labels.
+
+            Towards targets each is that of the target, negated.
 
     Raises:
         ValueError: an unknown name.
     """
-    named = {"ce": _cross_entropy, "margin": margin, "dlr": _dlr}
-    if loss == "dlr" and targeted:
-        chosen: Callable[[Tensor, Tensor], Tensor] = _targeted_dlr
-    elif isinstance(loss, str):
+    named = {"ce": _cross_entropy, "margin": margin, "dlr": _dlr, "logit-difference": _logit_difference}
+    if isinstance(loss, str):
         if loss not in named:
             raise ValueError(
                 f"loss must be one of {', '.join(map(repr, get_args(LossName)))} or callable; got {loss!r}"
             )
-        chosen = named[loss]
+        chosen: Callable[[Tensor, Tensor], Tensor] = named[loss]
     elif callable(loss):
         chosen = loss
     else:
         raise ValueError(f"loss must be a name or a function of (logits, labels); got {loss!r}")
-    sign = -1 if targeted else 1
 
-    def ascended(logits: Tensor, labels: Tensor) -> Tensor:
-        values = chosen(logits, labels)
-        if values.shape != labels.shape:
-            raise ValueError(f"loss must return one value per sample, {tuple(labels.shape)}; got {tuple(values.shape)}")
-        return sign * values
+    def ascended(logits: Tensor, goal: Goal) -> Tensor:
+        if goal.targets is None:
+            values = chosen(logits, goal.classes)
+        elif loss == "dlr":
+            values = -_targeted_dlr(logits, goal.labels, goal.targets)
+        else:
+            values = -chosen(logits, goal.targets)
+        if not isinstance(values, Tensor) or values.shape != goal.classes.shape:
+            found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"loss must return one value per sample, {tuple(goal.classes.shape)}; got {found}")
+        return values
 
     return ascended
-
-
-def fooled(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
-    """Whether each prediction is what the attack wants: not the label or, if targeted, the label. (N,), bool.
-
-    Logits with a NaN predict nothing, so they never count.
-    """
-    hit = logits.argmax(dim=1) == labels
-    return (hit if targeted else ~hit) & ~logits.isnan().any(dim=1)
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
@@ -77,6 +116,11 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(logits, labels, reduction="none")
 
 
+def _logit_difference(logits: Tensor, labels: Tensor) -> Tensor:
+    own = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+    return (logits.sum(1) - own) / (logits.shape[1] - 1) - own
+
+
 def _dlr(logits: Tensor, labels: Tensor) -> Tensor:
     if logits.shape[1] < 3:
         raise ValueError(f'loss "dlr" needs at least 3 classes; the model has {logits.shape[1]}: use "margin"')
@@ -85,10 +129,11 @@ def _dlr(logits: Tensor, labels: Tensor) -> Tensor:
     return margin(logits, labels) / torch.where(spread > 0, spread, 1)
 
 
-def _targeted_dlr(logits: Tensor, labels: Tensor) -> Tensor:
-    """How far the target is below the top. Not _dlr, which is constant while the target is in third place."""
+def _targeted_dlr(logits: Tensor, labels: Tensor | None, targets: Tensor) -> Tensor:
+    """How far the target is below the label, or else the top. Not _dlr, constant while the target is in third place."""
     if logits.shape[1] < 4:
         raise ValueError(f'targeted "dlr" needs at least 4 classes; the model has {logits.shape[1]}: use "margin"')
     top = logits.topk(4, dim=1).values
     spread = top[:, 0] - (top[:, 2] + top[:, 3]) / 2
-    return (top[:, 0] - logits.gather(1, labels.unsqueeze(1)).squeeze(1)) / torch.where(spread > 0, spread, 1)
+    own = top[:, 0] if labels is None else logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+    return (own - logits.gather(1, targets.unsqueeze(1)).squeeze(1)) / torch.where(spread > 0, spread, 1)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Model", "Normalized", "borrowed"]
+__all__ = ["Ensemble", "Model", "Normalized", "borrowed", "fooled"]
 
 Model = Callable[[Tensor], Tensor]
 """Images (N, C, H, W) to logits (N, K): an nn.Module or any differentiable function."""
@@ -44,6 +45,65 @@ class Normalized(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.model((images - self.mean.to(images.dtype)) / self.std.to(images.dtype))
         return logits
+
+
+class Ensemble(nn.Module):
+    """Several models as one, to craft adversarials that transfer to others.
+
+    Args:
+        models: each takes images (N, C, H, W) and returns logits (N, K), with the same classes; at least one.
+        average: "logits" averages the logits (Dong et al. 2018, arXiv:1710.06081); "loss" returns
+            ``mean_m log softmax(z_m)``, from which ``loss=Ensemble.mean_loss`` makes the mean of the models'
+            cross-entropies ("ce" would normalise once more).
+
+    Raises:
+        ValueError: no model, or an unknown average.
+
+    >>> ensemble = Ensemble([nn.Flatten(), nn.Flatten()])
+    >>> ensemble(torch.ones(1, 1, 1, 2))
+    tensor([[1., 1.]])
+    """
+
+    def __init__(self, models: Sequence[nn.Module], average: Literal["logits", "loss"] = "logits") -> None:
+        super().__init__()
+        if len(models) == 0:
+            raise ValueError("models must be at least one model")
+        if average not in ("logits", "loss"):
+            raise ValueError(f"average must be 'logits' or 'loss'; got {average!r}")
+        self.models, self.average = nn.ModuleList(models), average
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = torch.stack([model(images) for model in self.models])
+        mean: Tensor = (logits.log_softmax(2) if self.average == "loss" else logits).mean(0)
+        return mean
+
+    @staticmethod
+    def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+        """The mean cross-entropy of the members, from the output of an ensemble with ``average="loss"``. (N,)."""
+        return -logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+
+
+def fooled(model: Model, adversarials: Tensor, labels: Tensor, targeted: bool = False, batch_size: int = 64) -> Tensor:
+    """Whether a model, for example one that the adversarials were not made for, is fooled by each of them.
+
+    Args:
+        model: images (N, C, H, W) to logits (N, K); it is evaluated in evaluation mode and comes back as it was.
+        adversarials: (N, C, H, W).
+        labels: (N,) the true classes or, if targeted, the classes to reach.
+        targeted: whether the labels are targets.
+        batch_size: images per evaluation.
+
+    Returns:
+        (N,) bool. An image that was misclassified to begin with counts as fooled.
+    """
+    found = torch.zeros(len(adversarials), dtype=torch.bool, device=adversarials.device)
+    with borrowed(model, adversarials.device) as lent, torch.no_grad():
+        for first in range(0, len(adversarials), batch_size):
+            part = slice(first, first + batch_size)
+            logits = lent(adversarials[part])
+            hit = logits.argmax(1) == labels[part]
+            found[part] = (hit if targeted else ~hit) & ~logits.isnan().any(1)
+    return found
 
 
 @contextmanager

@@ -15,9 +15,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from orthattack.projection import Scope, dot, reciprocal, scaled, scope_dims, without
+from orthattack.projection import Scope, dot, orthogonalize, reciprocal, scaled, scope_dims, without
 
-__all__ = ["Plane"]
+__all__ = ["Plane", "soften"]
 
 # A pixel's colour has so few breakpoints that trying them all beats a search.
 _FEW = 4
@@ -50,7 +50,11 @@ class Plane:
         self._is_small = images.numel() <= _FEW * self._normal2.numel()
         self._scratch = tuple(torch.empty_like(images) for _ in range(3))
 
-    def step(self, start: Tensor, gradient: Tensor, alpha: float) -> Tensor:
+    def tangent(self, gradient: Tensor) -> Tensor:
+        """The gradient's projection onto the plane's own directions."""
+        return orthogonalize(gradient, self.images, self.scope)
+
+    def step(self, start: Tensor, gradient: Tensor, alpha: Tensor) -> Tensor:
         """Solve the linear program of the best L-infinity step, exactly and without sorting::
 
             max_y ⟨g, y⟩  subject to  |y - s| <= α,  lower <= y <= upper,  ⟨y - x, x⟩ = 0
@@ -61,7 +65,7 @@ class Plane:
         Args:
             start: s, (N, C, H, W), in the box and on the plane.
             gradient: g, the same shape, finite, any scale.
-            alpha: α, in pixel units.
+            alpha: α, (N, 1, 1, 1), in pixel units.
 
         Returns:
             y, (N, C, H, W), with a duality gap below 1e-8 of α‖g‖₁ plus round-off. A group whose gradient is zero, or
@@ -79,7 +83,7 @@ class Plane:
 
         def point(multiplier: Tensor, out: Tensor) -> Tensor:
             torch.addcmul(g, normal, multiplier, value=-1, out=out).sign_()
-            return torch.add(start, out, alpha=alpha, out=out).clamp_(self.lower, self.upper)
+            return torch.addcmul(start, out, alpha, out=out).clamp_(self.lower, self.upper)
 
         def reach() -> _Box:
             return torch.maximum(self.lower, start - alpha), torch.minimum(self.upper, start + alpha)
@@ -92,15 +96,17 @@ class Plane:
         y = self._optimum(point, scale, gap, alpha * self._normal1, few, reach, start)
         return torch.lerp(start, y, moves.to(y.dtype), out=y)
 
-    def nearest(self, points: Tensor) -> Tensor:
+    def nearest(self, points: Tensor, shrink: Tensor | None = None) -> Tensor:
         """Project points p onto box and plane in the Euclidean norm::
 
-            min_y ‖y - p‖₂  subject to  lower <= y <= upper,  ⟨y - x, x⟩ = 0
+            min_y ½‖y - p‖₂² + μ‖y - x‖₁  subject to  lower <= y <= upper,  ⟨y - x, x⟩ = 0
 
-        The solution is y(λ) = clip(p - λx) at the λ for which the plane holds.
+        The solution is y(λ) = clip(p - λx), or with μ > 0 clip(x + soft(p - λx - x, μ)), at the λ for which the plane
+        holds; soft(v, μ) takes μ off every |v_i|, down to 0.
 
         Args:
             points: p, (N, C, H, W).
+            shrink: μ, (N, 1, 1, 1), at least 0; None is 0.
 
         Returns:
             y, (N, C, H, W), within 1e-7 ‖p - x‖ of the projection plus round-off.
@@ -113,11 +119,14 @@ class Plane:
         distance2 = dot(delta, delta, dims, delta)
 
         def point(multiplier: Tensor, out: Tensor) -> Tensor:
-            return torch.addcmul(points, normal, multiplier, value=-1, out=out).clamp_(self.lower, self.upper)
+            torch.addcmul(points, normal, multiplier, value=-1, out=out)
+            if shrink is not None:
+                soften(out, self.images, shrink)
+            return out.clamp_(self.lower, self.upper)
 
         # λ if nothing were clipped; the search needs only its order of magnitude.
         scale = along.abs() * reciprocal(self._normal2)
-        few = self._at_kinks(points) if self._is_small else None
+        few = self._at_kinks(points, shrink) if self._is_small else None
         noise = (torch.minimum(distance2, self._width2) * self._normal2).sqrt()
         return self._optimum(point, scale, 5e-15 * distance2, noise, few, self._box, self.images, along)
 
@@ -224,11 +233,20 @@ class Plane:
         jumps = _by_group((g / self.normal).nan_to_num(0), self.dims).sort(dim=0).values
         return jumps[1:] / 2 + jumps[:-1] / 2
 
-    def _at_kinks(self, points: Tensor) -> Tensor:
-        """0, so that a point on the plane is found to be, and the λ at which a pixel of clip(p - λx) meets a bound."""
-        kinks = (((points - bound) / self.normal).nan_to_num(0) for bound in (self.lower, self.upper))
+    def _at_kinks(self, points: Tensor, shrink: Tensor | None) -> Tensor:
+        """0, so that a point on the plane is found to be, and the λ at which a pixel of y(λ) meets a bound or x."""
+        ends = [self.lower, self.upper]
+        if shrink is not None:
+            ends = [self.lower - shrink, self.upper + shrink, self.images - shrink, self.images + shrink]
+        kinks = (((points - end) / self.normal).nan_to_num(0) for end in ends)
         by_group = [_by_group(k, self.dims) for k in kinks]
         return torch.cat([torch.zeros_like(by_group[0][:1]), *by_group])
+
+
+def soften(points: Tensor, images: Tensor, shrink: Tensor) -> Tensor:
+    """The soft threshold of the perturbation, in place: each |y_i - x_i| less `shrink`, down to 0."""
+    delta = points.sub_(images)
+    return delta.sub_(delta.clamp(-shrink, shrink)).add_(images)
 
 
 _Bracket = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -8,92 +8,206 @@ constraint holds for them as stored, not merely before a last rounding.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from orthattack.plane import Plane
-from orthattack.projection import Scope, orthogonalize, reciprocal, scaled, scope_dims
+from orthattack.plane import Plane, soften
+from orthattack.projection import (
+    Scope,
+    alignment,
+    orthogonalize,
+    orthonormal_basis,
+    reciprocal,
+    remove_directions,
+    scaled,
+    scope_dims,
+)
+from orthattack.subspace import Subspace
 
-__all__ = ["Norm", "Region", "ThreatModel", "perturbation_norm"]
+__all__ = ["Direction", "Norm", "Region", "ThreatModel", "perturbation_norm"]
 
-Norm = Literal["linf", "l2"]
+Norm = Literal["linf", "l2", "l1"]
+Direction = Literal["constant", "channel-constant"] | Tensor | Callable[[Tensor], Tensor]
+"""What else a perturbation stays orthogonal to: see `ThreatModel`."""
 
 _IMAGE = scope_dims("image")
+# The share of the pixels that one L1 step changes: SLIDE's (Tramèr & Boneh 2019).
+_SPARSITY = 0.01
 
 
 @dataclass(frozen=True)
 class ThreatModel:
     """The set of perturbations an attack may use::
 
-        { δ : ‖δ‖ <= eps,  low <= x + δ <= high,  ⟨δ, x⟩ = 0 }
+        { δ : ‖δ‖ <= eps,  low <= x + δ <= high,  ⟨δ, x⟩ = 0,  ⟨δ, b_j⟩ = 0 for each direction b_j }
 
     Args:
-        norm: "linf" or "l2".
-        eps: radius in pixel units, e.g. ``8 / 255``; at least 0.
+        norm: "linf", "l2" or "l1".
+        eps: radius in pixel units, e.g. ``8 / 255``, at least 0; one number, or a tensor (N,) with one per sample.
         bounds: the smallest and largest pixel value.
         scope: which vectors must stay orthogonal to the image's own (see `orthattack.projection`), or None for no
-            orthogonality constraint.
+            orthogonality to the image.
+        directions: what else the perturbation stays orthogonal to: "constant", all ones, so that the mean brightness
+            stays; "channel-constant", each channel's ones, so that the mean colour stays; a tensor (C, H, W), or
+            (K, C, H, W) for several, the same for every image; or a function of the images (N, C, H, W) that returns
+            (N, C, H, W) or (N, K, C, H, W). Not with ``scope="pixel"``.
 
     Raises:
         ValueError: an option outside these.
     """
 
     norm: Norm
-    eps: float
+    eps: float | Tensor
     bounds: tuple[float, float] = (0.0, 1.0)
     scope: Scope | None = "image"
+    directions: Sequence[Direction] = ()
 
     def __post_init__(self) -> None:
         if self.norm not in get_args(Norm):
             raise ValueError(f"norm must be one of {', '.join(map(repr, get_args(Norm)))}; got {self.norm!r}")
-        if not (math.isfinite(self.eps) and self.eps >= 0):
-            raise ValueError(f"eps must be a finite number >= 0, in pixel units such as 8/255; got {self.eps!r}")
+        _check_eps(self.eps)
+        if len(self.bounds) != 2:
+            raise ValueError(f"bounds must be two numbers (low, high); got {self.bounds!r}")
         low, high = self.bounds
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise ValueError(f"bounds must be two finite numbers (low, high) with low < high; got {self.bounds!r}")
         if self.scope is not None:
             scope_dims(self.scope)
+        if isinstance(self.directions, str | Tensor) or callable(self.directions):
+            raise ValueError("directions must be a list, such as directions=['constant']")
+        for direction in self.directions:
+            known = isinstance(direction, Tensor) or callable(direction)
+            if not known and direction not in ("constant", "channel-constant"):
+                raise ValueError(
+                    "each of directions must be 'constant', 'channel-constant', a tensor or a function of the images; "
+                    f"got {direction!r}"
+                )
+        if self.directions and self.scope == "pixel":
+            raise ValueError('directions cannot be combined with scope="pixel", which has a constraint for every pixel')
+
+    @property
+    def is_orthogonal(self) -> bool:
+        """Whether anything but ball and bounds binds."""
+        return self.scope is not None or len(self.directions) > 0
 
     def around(self, images: Tensor) -> Region:
         """The allowed images around each of `images`, (N, C, H, W), floating point, inside the bounds."""
         return Region(self, images)
+
+    def tangent(self, gradient: Tensor, images: Tensor) -> Tensor:
+        """`gradient` without its components along `images` and the directions, (N, C, H, W): the textbook projection.
+
+        Source: docs/method.md, "Projecting the gradient".
+        """
+        if not self.directions:
+            return gradient if self.scope is None else orthogonalize(gradient, images, self.scope)
+        return remove_directions(gradient, orthonormal_basis(self._vectors(images).to(gradient.dtype)))
+
+    def cosine(self, delta: Tensor, images: Tensor) -> Tensor:
+        """(N,) the largest |cos| of a perturbation with what it should be orthogonal to, accumulated in float64.
+
+        Without any constraint, that with the image.
+        """
+        x = images.double()
+        largest = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        if self.scope is not None or not self.directions:
+            cosine = alignment(delta.double(), x, self.scope or "image").abs()
+            largest = cosine if cosine.ndim == 1 else cosine.flatten(1).amax(1)
+        if self.directions:
+            for vector in self._vectors(x).unbind(1):
+                largest = torch.maximum(largest, alignment(delta.double(), vector).abs())
+        return largest
+
+    def _vectors(self, images: Tensor) -> Tensor:
+        """All directions, those of the scope included, (N, K, C, H, W)."""
+        eye = torch.eye(images.shape[1], dtype=images.dtype, device=images.device).view(1, *[images.shape[1]] * 2, 1, 1)
+        parts = []
+        if self.scope is not None:
+            parts.append(images.unsqueeze(1) if self.scope == "image" else images.unsqueeze(1) * eye)
+        for direction in self.directions:
+            if isinstance(direction, str):
+                ones = torch.ones_like(images).unsqueeze(1)
+                parts.append(ones if direction == "constant" else ones * eye)
+                continue
+            given = direction if isinstance(direction, Tensor) else direction(images)
+            vector = given.to(images)
+            if isinstance(direction, Tensor) and vector.ndim < 5:
+                vector = vector.unsqueeze(0) if vector.ndim == 4 else vector.unsqueeze(0).unsqueeze(0)
+            vector = vector.unsqueeze(1) if vector.ndim == 4 else vector
+            if vector.ndim != 5 or vector.shape[2:] != images.shape[1:] or vector.shape[0] not in (1, len(images)):
+                raise ValueError(
+                    f"a direction must have the images' shape {tuple(images.shape[1:])}, one or several for all "
+                    f"images, or as a function (N, K, C, H, W); got {tuple(given.shape)}"
+                )
+            if not bool(vector.isfinite().all()):
+                raise ValueError("a direction must be finite; found NaN or infinity")
+            parts.append(vector.expand(len(images), *vector.shape[1:]))
+        return torch.cat(parts, dim=1)
+
+
+def _check_eps(eps: float | Tensor) -> None:
+    values = eps if isinstance(eps, Tensor) else torch.as_tensor(eps, dtype=torch.float64) if _is_number(eps) else None
+    if values is None or not bool((values.isfinite() & (values >= 0)).all()):
+        raise ValueError(f"eps must be a finite number >= 0, in pixel units such as 8/255; got {eps!r}")
+    if values.ndim > 1:
+        raise ValueError(f"eps must be a number or one per sample, (N,); got shape {tuple(values.shape)}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Region:
     """The allowed images around a batch; made by `ThreatModel.around`.
 
     Points of the region are tensors (N, C, H, W) in the images' dtype. For float32 images they satisfy, recomputed in
-    float64: inside the bounds, ‖δ‖ <= eps (1 + 1e-6), and |cos(δ, x)| <= 1e-6 in every group of the scope. float16 and
-    bfloat16 images keep the bounds and the ball, and orthogonality as far as the coarse grid allows.
+    float64: inside the bounds, ‖δ‖ <= eps (1 + 1e-6), and |cos(δ, x)| <= 1e-6 in every group of the scope, and so with
+    every direction. float16 and bfloat16 images keep the bounds and the ball, and orthogonality as far as the coarse
+    grid allows.
     """
 
     def __init__(self, threat: ThreatModel, images: Tensor) -> None:
         self.threat, self.dtype = threat, images.dtype
         low, high = threat.bounds
         x = images.detach().to(torch.promote_types(images.dtype, torch.float32)).contiguous()
+        eps = torch.as_tensor(threat.eps, dtype=torch.float64, device=x.device)
+        if eps.shape not in ((), (len(x),)):
+            raise ValueError(
+                f"eps has {eps.numel()} values for {len(x)} images: it must have one per sample, or be one"
+            )
+        self.eps = eps.expand(len(x)).view(-1, 1, 1, 1)
         if threat.norm == "linf":
-            lower = self._within_eps(x - threat.eps, x).clamp_(min=low)
-            upper = self._within_eps(x + threat.eps, x).clamp_(max=high)
+            lower = self._within_eps((x.double() - self.eps).to(x.dtype), x).clamp_(min=low)
+            upper = self._within_eps((x.double() + self.eps).to(x.dtype), x).clamp_(max=high)
         else:
             lower, upper = torch.full_like(x, low), torch.full_like(x, high)
-        self._set(x, lower, upper)
+        self._set(x, lower, upper, threat._vectors(x) if threat.directions else None)
 
-    def _set(self, images: Tensor, lower: Tensor, upper: Tensor) -> None:
-        self._images, self._lower, self._upper = images, lower, upper
+    def _set(self, images: Tensor, lower: Tensor, upper: Tensor, vectors: Tensor | None) -> None:
+        self.images, self._lower, self._upper, self._vectors = images, lower, upper, vectors
         scope = self.threat.scope
-        self._plane = None if scope is None else Plane(images, lower, upper, scope)
+        self._plane: Plane | Subspace | None = None
+        if vectors is None and self.threat.norm == "l1" and scope != "pixel":
+            # Newton's method finds the ball's multiplier along with the planes', so it serves without planes too.
+            vectors = torch.zeros_like(images).unsqueeze(1) if scope is None else self.threat._vectors(images)
+        if vectors is not None:
+            self._plane = Subspace(images, lower, upper, vectors)
+        elif scope is not None:
+            self._plane = Plane(images, lower, upper, scope)
 
     def select(self, index: Tensor) -> Region:
         """The region around the images at `index`, positions in the batch, only."""
         region = object.__new__(Region)
-        region.threat, region.dtype = self.threat, self.dtype
-        region._set(self._images[index], self._lower[index], self._upper[index])
+        region.threat, region.dtype, region.eps = self.threat, self.dtype, self.eps[index]
+        vectors = None if self._vectors is None else self._vectors[index]
+        region._set(self.images[index], self._lower[index], self._upper[index], vectors)
         return region
 
-    def step(self, points: Tensor, gradient: Tensor, alpha: float) -> Tensor:
+    def step(self, points: Tensor, gradient: Tensor, alpha: Tensor | float, avoid: Tensor | None = None) -> Tensor:
         """The step of size `alpha` from `points` that gains the most along `gradient` and stays in the region.
 
         L-infinity: the exact solution of the linear program::
@@ -101,63 +215,100 @@ class Region:
             max_y ⟨g, y⟩  subject to  ‖y - x_t‖∞ <= α  and  y in the region
 
         which is ``clip(x_t + alpha * sign(g))`` without orthogonality and ``clip(x_t + alpha * sign(g - λ x))`` with
-        it. L2: `alpha` along the normalised (projected) gradient, then `project`. Where the gradient is zero, or
-        parallel to the image, the points stay.
+        it. L2: `alpha` along the normalised (projected) gradient, then `project`. L1: `alpha`, in equal parts and with
+        the (projected) gradient's signs, on the hundredth of the pixels that gain the most by it before they meet a
+        bound, then `project`. Where the gradient is zero, or parallel to the image, the points stay.
 
         Args:
             points: (N, C, H, W), in the region.
             gradient: the same shape, finite, any scale.
-            alpha: step size in pixel units.
+            alpha: step size in pixel units and the threat model's norm; one number, or (N, 1, 1, 1).
+            avoid: (N, C, H, W), one more direction that the step itself, y - x_t, is orthogonal to: exactly for
+                L-infinity, before the projection for the others. Not with scope "pixel".
 
         Returns:
             (N, C, H, W), in the region.
 
-        Source: docs/method.md, "The best step".
+        Source: docs/method.md, "The best step"; for L1, SLIDE (Tramèr & Boneh 2019, arXiv:1904.13000), with the box
+        counted in as Croce & Hein 2021 (arXiv:2103.01208) advise.
         """
-        start, g = points.to(self._images.dtype), gradient.to(self._images.dtype)
-        if self.threat.norm == "l2":
-            return self.project(start + alpha * _unit(g, self._images, self.threat.scope))
+        start, g = points.to(self.images.dtype), gradient.to(self.images.dtype)
+        alpha = torch.as_tensor(alpha, dtype=start.dtype, device=start.device).expand(len(start), 1, 1, 1)
+        if avoid is not None:
+            others = [avoid.to(start).unsqueeze(1)]
+            if self.threat.is_orthogonal:
+                others.insert(0, self.threat._vectors(self.images) if self._vectors is None else self._vectors)
+            through = Subspace(self.images, self._lower, self._upper, torch.cat(others, 1))
+            if self.threat.norm == "linf":
+                return self._store(through.ascend(start, g, alpha))
+            g = through.tangent(g)
+        if self.threat.norm != "linf":
+            g = g if self._plane is None else self._plane.tangent(g)
+            unit = _unit(g) if self.threat.norm == "l2" else _sparse(g, start, self._lower, self._upper, alpha)
+            return self.project(torch.addcmul(start, unit, alpha))
         if self._plane is not None:
             return self._store(self._plane.step(start.contiguous(), g.contiguous(), alpha))
-        return self._store(torch.add(start, g.sign(), alpha=alpha).clamp_(self._lower, self._upper))
+        return self._store(torch.addcmul(start, g.sign(), alpha).clamp_(self._lower, self._upper))
 
     def project(self, points: Tensor) -> Tensor:
         """The Euclidean projection of any `points` (N, C, H, W) onto the region.
 
         On the box and the plane it is ``clip(p - λ x)``. The L2 ball adds a second multiplier, a factor s <= 1 on the
-        perturbation: ``clip(x + s (p - x) - λ x)`` with the s at which the ball's surface is reached.
+        perturbation: ``clip(x + s (p - x) - λ x)`` with the s at which the ball's surface is reached; the L1 ball a
+        threshold μ >= 0: ``clip(x + soft(p - x - λ x, μ))``.
 
         Source: docs/method.md, "The nearest point".
         """
-        points = points.to(self._images.dtype).contiguous()
+        points = points.to(self.images.dtype).contiguous()
+        if self.threat.norm == "l1" and isinstance(self._plane, Subspace):
+            return self._store_in_ball(self._plane.nearest_in_l1_ball(points, self.eps))
         nearest = self._nearest(points)
-        return (
-            self._store(nearest) if self.threat.norm == "linf" else self._store_in_ball(self._in_ball(points, nearest))
-        )
+        if self.threat.norm == "linf":
+            return self._store(nearest)
+        inside = self._in_ball if self.threat.norm == "l2" else self._in_l1_ball
+        return self._store_in_ball(inside(points, nearest))
+
+    def shrunk(self, points: Tensor) -> Tensor:
+        """Points of a larger region of the same kind, pulled towards the images until they are in this one.
+
+        A good start after the ball became smaller: unlike `project` it keeps the perturbation's direction, for pulling
+        leaves neither box nor plane.
+        """
+        points = points.to(self.images.dtype)
+        length = perturbation_norm((points - self.images).double(), self.threat.norm).view(-1, 1, 1, 1)
+        factor = (self.eps * reciprocal(length)).clamp(max=1).to(points.dtype)
+        return self.project(torch.lerp(self.images, points, factor))
 
     def random_start(self, generator: torch.Generator | None = None) -> Tensor:
         """A random point of the region.
 
-        L-infinity: uniform in the ball; L2: uniform in the ball (within the plane); then projected onto the region.
-        The numbers are drawn on the generator's device, so a CPU generator gives the same start on every device.
+        Uniform in the ball (for L2 and L1 within the plane), then projected onto the region. The numbers are drawn on
+        the generator's device, so a CPU generator gives the same start on every device.
         """
-        x, eps = self._images, self.threat.eps
+        x, eps = self.images, self.eps.to(self.images.dtype)
         device = x.device if generator is None else generator.device
+
+        def draw(shape: Sequence[int], draws: Callable[..., Tensor] = torch.rand) -> Tensor:
+            return draws(tuple(shape), generator=generator, device=device, dtype=x.dtype).to(x.device)
+
         if self.threat.norm == "linf":
-            noise = torch.rand(x.shape, generator=generator, device=device, dtype=x.dtype)
-            offset = (2 * noise - 1).to(x.device)
+            offset = 2 * draw(x.shape) - 1
         else:
-            noise = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
-            radius = torch.rand((len(x), 1, 1, 1), generator=generator, device=device, dtype=x.dtype)
             # A radius^n is uniform where the volume within a radius grows as its n-th power.
-            radius = radius.to(x.device) ** (1 / max(1, x[0].numel()))
-            offset = radius * _unit(noise.to(x.device), x, self.threat.scope)
+            if self.threat.norm == "l2":
+                direction = draw(x.shape, torch.randn)
+            else:  # uniform on the sphere of L1: exponential sizes, random signs
+                direction = 2 * draw(x.shape) - 1
+                direction = direction.sign() * -torch.log1p(-direction.abs())
+            radius = draw((len(x), 1, 1, 1)) ** (1 / max(1, x[0].numel()))
+            direction = direction if self._plane is None else self._plane.tangent(direction)
+            offset = radius * (_unit(direction) if self.threat.norm == "l2" else _unit(direction, 1))
         return self.project((x + eps * offset).clamp_(*self.threat.bounds))
 
     def _within_eps(self, bound: Tensor, images: Tensor) -> Tensor:
         """`bound` on the grid of the dtype, moved one step towards the image where rounding has put it outside."""
         bound = bound.to(self.dtype)
-        outside = (bound.double() - images.double()).abs() > self.threat.eps
+        outside = (bound.double() - images.double()).abs() > self.eps
         inward = torch.nextafter(bound, images.to(self.dtype))
         return torch.where(outside, inward, bound).to(images.dtype)
 
@@ -167,14 +318,18 @@ class Region:
             return points.to(self.dtype).clamp(self._lower.to(self.dtype), self._upper.to(self.dtype))
         return points if self._plane is None else self._plane.settle(points)
 
-    def _nearest(self, points: Tensor) -> Tensor:
-        return points.clamp(self._lower, self._upper) if self._plane is None else self._plane.nearest(points)
+    def _nearest(self, points: Tensor, shrink: Tensor | None = None) -> Tensor:
+        """The projection onto box and plane, with a soft threshold on the perturbation if asked."""
+        if self._plane is not None:
+            return self._plane.nearest(points, shrink)
+        points = points if shrink is None else soften(points.clone(), self.images, shrink)
+        return points.clamp(self._lower, self._upper)
 
     def _in_ball(self, points: Tensor, nearest: Tensor) -> Tensor:
         """The projection of `points` onto the L2 ball too, given that onto box and plane; safe to store."""
-        x, eps = self._images, self.threat.eps
+        x, eps = self.images, self.eps
         delta = points - x
-        length = _length(nearest - x)
+        length = _length(nearest - x, 2)
         s, s_before, before = torch.ones_like(length), torch.zeros_like(length), torch.zeros_like(length)
         for _ in range(20):
             off = (length > eps * (1 + 1e-6)) | ((s < 1) & (length < eps * (1 - 1e-6)))
@@ -184,18 +339,53 @@ class Region:
             slope = (length - before) / torch.where(s != s_before, s - s_before, 1)
             s_next = torch.where(off, (s + (eps - length) * reciprocal(slope)).clamp(0, 1), s)
             s, s_before, before = s_next, s, length
-            nearest = self._nearest(x + s.to(x.dtype) * delta)
-            length = _length(nearest - x)
+            # What was right stays bit for bit, so that a sample does not depend on its batch.
+            nearest = torch.where(off, self._nearest(x + s.to(x.dtype) * delta), nearest)
+            length = _length(nearest - x, 2)
         return nearest
+
+    def _in_l1_ball(self, points: Tensor, nearest: Tensor) -> Tensor:
+        """The projection of `points` onto the L1 ball too, given that onto box and plane; safe to store.
+
+        ‖y(μ) - x‖₁ falls as the threshold μ grows, by 1 for each pixel that moves with μ, which is neither at x nor at
+        a bound. So Newton's method, kept inside a bracket, finds where it is eps.
+        """
+        x, eps = self.images, self.eps
+        length = _length(nearest - x, 1)
+        low, high = torch.zeros_like(length), (points - x).abs().amax(_IMAGE, keepdim=True).double()
+        f_low, slope = length - eps, self._moving(nearest)
+        inside = torch.where(length <= eps, nearest, x)
+        done = length <= eps * (1 + 1e-7)
+        for attempt in range(60):
+            if bool(done.all()):
+                break
+            newton = low + f_low * reciprocal(slope)
+            usable = (newton > low) & (newton < high) & (attempt % 8 < 7)
+            mu = torch.where(usable, newton, (low + high) / 2)
+            tried = self._nearest(points, mu.to(x.dtype))
+            f = _length(tried - x, 1) - eps
+            over, under = (f > 0) & ~done, (f <= 0) & ~done
+            near = ~done & (f.abs() <= 1e-6 * eps)  # a little outside is as good: storing scales that back
+            inside = torch.where(under | near, tried, inside)
+            low, f_low = torch.where(over, mu, low), torch.where(over, f, f_low)
+            slope = torch.where(over, self._moving(tried), slope)
+            high = torch.where(under, mu, high)
+            done = done | near | (high - low <= 1e-9 * high)
+        return inside
+
+    def _moving(self, points: Tensor) -> Tensor:
+        """How many pixels are strictly between x and the bounds, (N, 1, 1, 1)."""
+        free = (points != self.images) & (points > self._lower) & (points < self._upper)
+        return free.sum(_IMAGE, keepdim=True).double()
 
     def _store_in_ball(self, points: Tensor) -> Tensor:
         """`points`, stored, with each perturbation scaled by what it takes to be in the ball: scaling towards x leaves
         neither box nor plane. It takes parts in 1e7, or more where eps is so tiny that the grid is coarse beside it."""
-        x, eps = self._images, self.threat.eps
-        factor = (eps * reciprocal(_length(points - x))).clamp(max=1)
+        x, eps, order = self.images, self.eps, 2 if self.threat.norm == "l2" else 1
+        factor = (eps * reciprocal(_length(points - x, order))).clamp(max=1)
         for attempt in range(12):
             stored = self._store(torch.lerp(x, points, factor.to(x.dtype)))
-            length = _length(stored.double() - x.double())
+            length = _length(stored.double() - x.double(), order)
             fits = length <= eps * (1 + 5e-7)
             if bool(fits.all()):
                 break
@@ -204,9 +394,9 @@ class Region:
         return torch.where(fits, stored, x.to(self.dtype))
 
 
-def _length(delta: Tensor) -> Tensor:
-    """L2 norms in float64, (N, 1, 1, 1)."""
-    length: Tensor = torch.linalg.vector_norm(delta, dim=_IMAGE, keepdim=True, dtype=torch.float64)
+def _length(delta: Tensor, order: float) -> Tensor:
+    """Norms in float64, (N, 1, 1, 1)."""
+    length: Tensor = torch.linalg.vector_norm(delta, order, dim=_IMAGE, keepdim=True, dtype=torch.float64)
     return length
 
 
@@ -215,20 +405,28 @@ def perturbation_norm(delta: Tensor, norm: Norm) -> Tensor:
 
     Args:
         delta: (N, C, H, W).
-        norm: "linf" or "l2".
+        norm: "linf", "l2" or "l1".
 
     Returns:
         (N,), the dtype of `delta`.
     """
-    if norm == "linf":
-        return delta.abs().amax(_IMAGE)
-    length: Tensor = torch.linalg.vector_norm(delta, dim=_IMAGE)
+    length: Tensor = torch.linalg.vector_norm(delta, {"linf": torch.inf, "l2": 2, "l1": 1}[norm], dim=_IMAGE)
     return length
 
 
-def _unit(gradient: Tensor, images: Tensor, scope: Scope | None) -> Tensor:
-    """The (projected) gradient at length 1, or 0 if it is zero."""
-    if scope is not None:
-        gradient = orthogonalize(gradient, images, scope)
+def _unit(gradient: Tensor, order: float = 2) -> Tensor:
+    """The gradient at length 1, or 0 if it is zero."""
     gradient, _ = scaled(gradient, _IMAGE)
-    return gradient * reciprocal(torch.linalg.vector_norm(gradient, dim=_IMAGE, keepdim=True))
+    return gradient * reciprocal(torch.linalg.vector_norm(gradient, order, dim=_IMAGE, keepdim=True))
+
+
+def _sparse(gradient: Tensor, points: Tensor, lower: Tensor, upper: Tensor, alpha: Tensor) -> Tensor:
+    """±1/k on the k pixels that gain the most by a move of α/k towards their bound, 0 elsewhere."""
+    gradient, _ = scaled(gradient, _IMAGE)
+    k = max(1, round(_SPARSITY * points[0].numel()))
+    room = torch.where(gradient > 0, upper - points, points - lower)
+    gain = (gradient.abs() * torch.minimum(room, alpha / k)).flatten(1)
+    top = gain.topk(k, dim=1)
+    chosen = torch.zeros_like(gain).scatter_(1, top.indices, (top.values > 0).to(gain.dtype))
+    unit: Tensor = chosen.view_as(gradient) * gradient.sign() / k
+    return unit

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orthattack.losses import attack_loss, fooled, margin
+from orthattack.losses import Goal, attack_loss, margin
 
 
 def drawn(seed: int, classes: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -14,81 +14,108 @@ def drawn(seed: int, classes: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
     return logits, torch.randint(classes, (20,), generator=generator)
 
 
-@given(st.integers(0, 10_000))
-def test_losses_agree_with_their_definitions(seed):
+def defined(name: str, z: list[float], y: int) -> float:
+    """The losses as their papers define them, one sample at a time."""
+    others = [v for k, v in enumerate(z) if k != y]
+    top = sorted(z, reverse=True)
+    if name == "ce":
+        return torch.tensor(z, dtype=torch.float64).exp().sum().log().item() - z[y]
+    if name == "logit-difference":
+        return sum(others) / len(others) - z[y]
+    return max(others) - z[y] if name == "margin" else (max(others) - z[y]) / (top[0] - top[2])
+
+
+@given(st.integers(0, 10_000), st.sampled_from(["ce", "margin", "dlr", "logit-difference"]))
+def test_losses_agree_with_their_definitions(seed, name):
     logits, labels = drawn(seed)
-    for i, (z, y) in enumerate(zip(logits.tolist(), labels.tolist(), strict=True)):
-        others = max(v for k, v in enumerate(z) if k != y)
-        top = sorted(z, reverse=True)
-        partition = torch.tensor(z, dtype=torch.float64).exp().sum().log().item()
-        assert attack_loss("ce", False)(logits, labels)[i].item() == pytest.approx(partition - z[y])
-        assert attack_loss("margin", False)(logits, labels)[i].item() == pytest.approx(others - z[y])
-        assert attack_loss("dlr", False)(logits, labels)[i].item() == pytest.approx((others - z[y]) / (top[0] - top[2]))
+    values = attack_loss(name)(logits, Goal(labels))
+    for value, z, y in zip(values.tolist(), logits.tolist(), labels.tolist(), strict=True):
+        assert value == pytest.approx(defined(name, z, y))
 
 
-@given(st.integers(0, 10_000), st.sampled_from(["ce", "margin"]))
+@given(st.integers(0, 10_000), st.sampled_from(["ce", "margin", "logit-difference"]))
 def test_targeting_flips_the_sign_and_nothing_else(seed, name):
     logits, labels = drawn(seed)
-    assert torch.equal(attack_loss(name, True)(logits, labels), -attack_loss(name, False)(logits, labels))
+    loss = attack_loss(name)
+    assert torch.equal(loss(logits, Goal(None, labels)), -loss(logits, Goal(labels)))
+    # With labels too, the targets direct the loss.
+    assert torch.equal(loss(logits, Goal((labels + 1) % 5, labels)), -loss(logits, Goal(labels)))
 
 
 @given(st.integers(0, 10_000))
-def test_the_margin_is_positive_exactly_if_fooled(seed):
+def test_targeted_dlr_agrees_with_its_definition(seed):
     logits, labels = drawn(seed)
-    assert torch.equal(margin(logits, labels) > 0, fooled(logits, labels, targeted=False))
-    assert torch.equal(fooled(logits, labels, targeted=True), ~fooled(logits, labels, targeted=False))
+    targets = (labels + 1 + torch.arange(20) % 4) % 5
+    known = attack_loss("dlr")(logits, Goal(labels, targets))
+    unknown = attack_loss("dlr")(logits, Goal(None, targets))
+    for i, (z, y, t) in enumerate(zip(logits.tolist(), labels.tolist(), targets.tolist(), strict=True)):
+        top = sorted(z, reverse=True)
+        spread = top[0] - (top[2] + top[3]) / 2
+        assert known[i].item() == pytest.approx(-(z[y] - z[t]) / spread)
+        assert unknown[i].item() == pytest.approx(-(top[0] - z[t]) / spread)
+
+
+@given(st.integers(0, 10_000))
+def test_the_margin_is_positive_exactly_if_the_goal_is_reached(seed):
+    logits, labels = drawn(seed)
+    away, towards = Goal(labels), Goal(None, labels)
+    assert torch.equal(margin(logits, labels) > 0, away.reached(logits))
+    assert torch.equal(away.margin(logits) > 0, away.reached(logits))
+    assert torch.equal(towards.margin(logits) > 0, towards.reached(logits))
+    assert torch.equal(towards.reached(logits), ~away.reached(logits))
+    # A target that only directs the loss does not decide about success.
+    assert torch.equal(Goal(labels, (labels + 1) % 5).reached(logits), away.reached(logits))
 
 
 @given(st.integers(0, 10_000), st.floats(1e-6, 1e6), st.floats(-100, 100))
 def test_dlr_ignores_scale_and_shift(seed, scale, shift):
     logits, labels = drawn(seed)
-    dlr = attack_loss("dlr", False)
-    torch.testing.assert_close(dlr(scale * logits + shift, labels), dlr(logits, labels), rtol=1e-6, atol=1e-6)
+    for goal in (Goal(labels), Goal(None, labels), Goal(labels, (labels + 1) % 5)):
+        dlr = attack_loss("dlr")
+        torch.testing.assert_close(dlr(scale * logits + shift, goal), dlr(logits, goal), rtol=1e-6, atol=1e-6)
 
 
 def test_dlr_of_tied_logits_is_finite():
-    logits = torch.ones(1, 3, requires_grad=True)
-    value = attack_loss("dlr", False)(logits, torch.tensor([0]))
-    (gradient,) = torch.autograd.grad(value.sum(), logits)
-    assert value.item() == 0
-    assert gradient.isfinite().all()
+    for goal in (Goal(torch.tensor([0])), Goal(None, torch.tensor([0])), Goal(torch.tensor([1]), torch.tensor([0]))):
+        logits = torch.ones(1, 4, requires_grad=True)
+        value = attack_loss("dlr")(logits, goal)
+        (gradient,) = torch.autograd.grad(value.sum(), logits)
+        assert value.item() == 0
+        assert gradient.isfinite().all()
+
+
+def test_targeted_dlr_leads_to_a_target_in_any_place():
+    logits = torch.tensor([[4.0, 3.0, 2.0, 1.0, 0.0]]).repeat(5, 1).requires_grad_()
+    targets = torch.arange(5)
+    (gradient,) = torch.autograd.grad(attack_loss("dlr")(logits, Goal(None, targets)).sum(), logits)
+    towards = gradient.gather(1, targets[:, None]).squeeze(1)
+    assert (towards[1:] > 0).all()  # the first is reached already
+
+
+@pytest.mark.parametrize(("classes", "goal"), [(2, Goal(torch.tensor([0]))), (3, Goal(None, torch.tensor([0])))])
+def test_dlr_needs_enough_classes(classes, goal):
+    with pytest.raises(ValueError, match=rf'"dlr" needs at least {classes + 1} classes; the model has {classes}: use'):
+        attack_loss("dlr")(torch.zeros(1, classes), goal)
+
+
+def test_a_function_is_used_as_it_is_and_checked():
+    logits, labels = drawn(0)
+    mine = attack_loss(lambda z, y: -z.gather(1, y[:, None]).squeeze(1))
+    torch.testing.assert_close(mine(logits, Goal(labels)), -logits[torch.arange(20), labels])
+    torch.testing.assert_close(mine(logits, Goal(None, labels)), logits[torch.arange(20), labels])
+    with pytest.raises(ValueError, match=r"loss must return one value per sample, \(20,\); got \(\)"):
+        attack_loss(lambda z, y: z.sum())(logits, Goal(labels))
+    with pytest.raises(ValueError, match=r"loss must return one value per sample, \(20,\); got float"):
+        attack_loss(lambda z, y: 0.0)(logits, Goal(labels))
+
+
+@pytest.mark.parametrize("loss", ["mse", 3, None])
+def test_other_losses_are_refused(loss):
+    with pytest.raises(ValueError, match="loss must be"):
+        attack_loss(loss)
 
 
 def test_nan_logits_fool_nobody():
     logits = torch.tensor([[0.0, float("nan")], [0.0, 1.0]])
-    assert fooled(logits, torch.tensor([0, 0]), targeted=False).tolist() == [False, True]
-    assert fooled(logits, torch.tensor([1, 1]), targeted=True).tolist() == [False, True]
-
-
-def test_a_callable_is_a_loss():
-    logits, labels = drawn(0)
-    loss = attack_loss(lambda z, y: -z.gather(1, y[:, None])[:, 0], targeted=True)
-    assert torch.equal(loss(logits, labels), logits.gather(1, labels[:, None])[:, 0])
-
-
-def test_bad_losses_are_explained():
-    logits, labels = drawn(0)
-    with pytest.raises(ValueError, match="loss must be one of 'ce', 'margin', 'dlr' or callable; got 'mse'"):
-        attack_loss("mse", False)
-    with pytest.raises(ValueError, match="loss must be a name or a function of"):
-        attack_loss(3, False)
-    with pytest.raises(ValueError, match=r"one value per sample, \(20,\); got \(\)"):
-        attack_loss(lambda z, _: z.mean(), False)(logits, labels)
-    with pytest.raises(ValueError, match='loss "dlr" needs at least 3 classes; the model has 2: use "margin"'):
-        attack_loss("dlr", False)(*drawn(0, classes=2))
-
-
-@given(st.integers(0, 10_000))
-def test_targeted_dlr_has_a_gradient_at_every_rank(seed):
-    logits, labels = drawn(seed, classes=6)
-    z = logits.double().sort(dim=1, descending=True).values
-    own = logits.double().gather(1, labels[:, None])[:, 0]
-    expected = -(z[:, 0] - own) / (z[:, 0] - (z[:, 2] + z[:, 3]) / 2)
-    torch.testing.assert_close(attack_loss("dlr", True)(logits.double(), labels), expected)
-    for rank in range(1, 6):
-        leaf = logits.double().requires_grad_()
-        targets = logits.argsort(dim=1, descending=True)[:, rank]
-        (gradient,) = torch.autograd.grad(attack_loss("dlr", True)(leaf, targets).sum(), leaf)
-        assert (gradient.abs().amax(1) > 1e-6).all()
-    with pytest.raises(ValueError, match='targeted "dlr" needs at least 4 classes; the model has 3: use "margin"'):
-        attack_loss("dlr", True)(*drawn(0, classes=3))
+    assert Goal(torch.tensor([0, 0])).reached(logits).tolist() == [False, True]
+    assert Goal(None, torch.tensor([1, 1])).reached(logits).tolist() == [False, True]

@@ -13,7 +13,7 @@ from tests.conftest import gradient_kinds, image_kinds, make_gradient, make_imag
 
 threats = st.builds(
     ThreatModel,
-    norm=st.sampled_from(["linf", "l2"]),
+    norm=st.sampled_from(["linf", "l2", "l1"]),
     eps=st.sampled_from([0.0, 1e-3, 0.5 / 255, 8 / 255, 0.5, 2.0]),
     bounds=st.just((0.0, 1.0)),
     scope=st.sampled_from([None, "image", "channel", "pixel"]),
@@ -29,9 +29,8 @@ def assert_inside(threat: ThreatModel, images: Tensor, points: Tensor) -> None:
     assert points.isfinite().all()
     assert points.min() >= low
     assert points.max() <= high
-    norms = (
-        np.abs(delta.flatten(1).numpy()).max(1) if threat.norm == "linf" else np.linalg.norm(delta.flatten(1), axis=1)
-    )
+    order = {"linf": np.inf, "l2": 2, "l1": 1}[threat.norm]
+    norms = np.linalg.norm(delta.flatten(1), order, axis=1)
     assert (norms <= threat.eps * (1 + 1e-6)).all()
     if threat.scope is not None:
         assert alignment(delta, images.double(), threat.scope).abs().max() <= 1e-6
@@ -71,7 +70,108 @@ def test_projection_obeys_the_variational_inequality(threat, image, seed, spread
     others += [region.step(y, make_gradient("normal", images, seed + k), threat.eps) for k in range(5)]
     for q in others:
         product = ((p - y) * (q - y)).flatten(1).sum(1)
-        assert (product <= 2e-5 * (p - images).flatten(1).norm(dim=1) * max(threat.eps, 1e-6) * 10).all()
+        assert (product <= 2e-5 * (p - images).flatten(1).norm(dim=1) * max(threat.eps, 1e-6) * 10 + 1e-12).all()
+
+
+@given(
+    st.sampled_from(["linf", "l2", "l1"]),
+    st.sampled_from([None, "image", "channel"]),
+    st.lists(st.sampled_from(["constant", "channel-constant"]), min_size=1, max_size=2, unique=True),
+    image_kinds,
+    gradient_kinds,
+    seeds,
+)
+def test_several_directions_hold_at_every_step(norm, scope, directions, image, gradient, seed):
+    images = make_images(image, (2, 3, 8, 8), seed)
+    eps = {"linf": 8 / 255, "l2": 0.5, "l1": 5.0}[norm]
+    threat = ThreatModel(norm, eps, scope=scope, directions=tuple(directions))
+    region = threat.around(images)
+    points = region.random_start(torch.Generator().manual_seed(seed))
+    for k in range(3):
+        assert_inside(threat, images, points)
+        delta = points.double() - images.double()
+        vectors = [torch.ones_like(delta)] if "constant" in directions else []
+        if "channel-constant" in directions:
+            vectors += [torch.ones_like(delta) * torch.eye(3)[c].view(1, 3, 1, 1).double() for c in range(3)]
+        for vector in vectors:
+            assert alignment(delta, vector).abs().max() <= 1e-6
+        assert threat.cosine(delta, images).max() <= 1e-6
+        points = region.step(points, make_gradient(gradient, images, seed + k), eps / 2)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("scope", [None, "image"])
+def test_each_sample_has_its_own_eps(norm, scope):
+    images = make_images("8-bit", (4, 3, 8, 8), 0, torch.float64)
+    eps = {"linf": 0.03, "l2": 0.5, "l1": 5.0}[norm] * torch.tensor([0.0, 0.2, 1.0, 3.0], dtype=torch.float64)
+    points = images + make_gradient("normal", images, 0)
+    together = ThreatModel(norm, eps, scope=scope).around(images).project(points)
+    for i in range(4):
+        part = slice(i, i + 1)
+        alone = ThreatModel(norm, float(eps[i]), scope=scope).around(images[part]).project(points[part])
+        torch.testing.assert_close(together[part], alone, rtol=0, atol=1e-9)
+
+
+def l1_ball(p: np.ndarray, x: np.ndarray, eps: float) -> np.ndarray:
+    """The projection onto the L1 ball around x, by sorting (Duchi et al. 2008)."""
+    size = np.sort(np.abs(p - x))[::-1]
+    if size.sum() <= eps:
+        return p
+    thresholds = (np.cumsum(size) - eps) / np.arange(1, len(size) + 1)
+    mu = thresholds[np.nonzero(size > thresholds)[0][-1]]
+    return x + np.sign(p - x) * np.maximum(np.abs(p - x) - mu, 0)
+
+
+@pytest.mark.parametrize("scope", [None, "image", "pixel"])
+@pytest.mark.parametrize("seed", range(4))
+def test_l1_projection_agrees_with_dykstras_algorithm(seed, scope):
+    images = make_images(
+        "mixed", (1, 3, 1 if scope == "pixel" else 2, 1 if scope == "pixel" else 3), seed, torch.float64
+    )
+    p = images + make_gradient("normal", images, seed)
+    result = ThreatModel("l1", 0.7, scope=scope).around(images).project(p).flatten().numpy()
+    x = images.flatten().numpy()
+    projections = [lambda y: np.clip(y, 0, 1), lambda y: l1_ball(y, x, 0.7)]
+    if scope is not None:
+        projections.append(lambda y: y - (y - x) @ x / max(x @ x, 1e-30) * x)
+    expected = alternate(p.flatten().numpy(), projections)
+    np.testing.assert_allclose(result, expected, atol=2e-5)
+
+
+def test_l1_steps_are_sparse_and_use_the_room_there_is():
+    images = make_images("mixed", (2, 3, 20, 20), 0)
+    gradient = make_gradient("normal", images, 1)
+    region = ThreatModel("l1", 10.0, scope=None).around(images)
+    moved = region.step(images, gradient, 1.0) != images
+    assert (moved.flatten(1).sum(1) == 12).all()
+    room = torch.where(gradient > 0, 1 - images, images)
+    assert (room[moved] > 0).all()
+    gain = (gradient.abs() * room.clamp(max=1 / 12)).flatten(1)
+    least = torch.where(moved.flatten(1), gain, torch.inf).amin(1)
+    assert (torch.where(moved.flatten(1), 0, gain).amax(1) <= least).all()
+
+
+@pytest.mark.parametrize(
+    ("eps", "message"),
+    [
+        ("8/255", "eps must be a finite number >= 0, in pixel units such as 8/255; got '8/255'"),
+        (True, "eps must be a finite number >= 0"),
+        (torch.tensor([0.1, -0.1]), "eps must be a finite number >= 0"),
+        (torch.tensor([[0.1]]), r"eps must be a number or one per sample, \(N,\); got shape \(1, 1\)"),
+        (torch.tensor([0.1, 0.2, 0.3]), "eps has 3 values for 2 images"),
+    ],
+)
+def test_wrong_radii_are_explained(eps, message):
+    with pytest.raises(ValueError, match=message):
+        ThreatModel("linf", eps).around(torch.rand(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize(
+    "direction", [torch.rand(3, 4), torch.rand(5, 3, 4, 5), lambda x: x[:1, 0], torch.full((3, 4, 4), torch.nan)]
+)
+def test_wrong_directions_are_explained(direction):
+    with pytest.raises(ValueError, match="a direction must"):
+        ThreatModel("linf", 0.1, directions=(direction,)).around(torch.rand(2, 3, 4, 4))
 
 
 def dykstra(p: np.ndarray, x: np.ndarray, eps: float, rounds: int = 20_000) -> np.ndarray:
@@ -81,6 +181,10 @@ def dykstra(p: np.ndarray, x: np.ndarray, eps: float, rounds: int = 20_000) -> n
         lambda y: y - (y - x) @ x / (x @ x) * x,
         lambda y: x + (y - x) * min(1, eps / np.linalg.norm(y - x)),
     ]
+    return alternate(p, projections, rounds)
+
+
+def alternate(p: np.ndarray, projections: list, rounds: int = 20_000) -> np.ndarray:
     corrections = [np.zeros_like(p) for _ in projections]
     y = p
     for _ in range(rounds):
@@ -219,7 +323,7 @@ def test_memory_layout_does_not_matter():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"norm": "l0"}, "norm must be one of 'linf', 'l2'; got 'l0'"),
+        ({"norm": "l0"}, "norm must be one of 'linf', 'l2', 'l1'; got 'l0'"),
         ({"eps": -0.1}, "eps must be a finite number >= 0, in pixel units such as 8/255; got -0.1"),
         ({"eps": float("nan")}, "eps must be a finite number"),
         ({"bounds": (1, 0)}, r"bounds must be two finite numbers \(low, high\) with low < high; got \(1, 0\)"),

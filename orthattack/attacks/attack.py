@@ -1,27 +1,50 @@
-"""The one loop that every attack here runs: climb a loss inside a threat model and keep the best iterate.
+"""An attack: a model, a threat model and a search for the best point in it, with the bookkeeping they share.
 
-A concrete attack (see `orthattack.attacks.pgd`) chooses the options; it overrides nothing.
+`Attack` checks its input, borrows the model, lets the search run, and reports. A search (`orthattack.attacks.climb`,
+`orthattack.attacks.square`, `orthattack.attacks.auto`) decides which points to score; whatever it scores is offered to
+`Best`, which keeps the best of each sample. Concrete attacks choose options; they override nothing.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
+from typing import Literal, Protocol, TypedDict, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from orthattack.attacks.oracle import Evaluation, Oracle, Precision
-from orthattack.losses import Loss, attack_loss
+from orthattack.attacks.oracle import Evaluation, LossFunction, Oracle, Precision, Scorer
+from orthattack.attacks.steps import Reference
+from orthattack.losses import Goal, Loss, attack_loss
 from orthattack.model import Model, borrowed
-from orthattack.projection import alignment, orthogonalize
-from orthattack.threat import Region, ThreatModel, perturbation_norm
+from orthattack.projection import Scope
+from orthattack.threat import Direction, Norm, Region, ThreatModel, perturbation_norm
 
-__all__ = ["Attack", "AttackResult", "Enforce", "Reference"]
+__all__ = ["Attack", "AttackResult", "Best", "Enforce", "Options", "OrthoOptions", "Search", "Task", "check_count"]
 
 Enforce = Literal["perturbation", "gradient"]
-Reference = Literal["clean", "iterate"]
+
+
+class Options(TypedDict, total=False):
+    """What every attack accepts by keyword; see `orthattack.OrthoPGD` for what each means."""
+
+    loss: Loss
+    targeted: bool
+    early_stop: bool
+    bounds: tuple[float, float]
+    generator: torch.Generator | None
+    precision: Precision
+    eot_samples: int
+
+
+class OrthoOptions(Options, total=False):
+    """What every orthogonal attack accepts by keyword."""
+
+    directions: Sequence[Direction]
+    enforce: Enforce
+    reference: Reference
 
 
 @dataclass(frozen=True)
@@ -32,9 +55,10 @@ class AttackResult:
         adversarials: (N, C, H, W), shape, dtype and device of the images.
         success: (N,) bool: the model, in its own precision, is fooled by exactly this adversarial (targeted: predicts
             the target).
-        loss: (N,) the loss that the attack maximised, at the adversarial; negated if targeted.
-        steps: (N,) int64: gradient steps from the start of its restart to the adversarial.
-        cosine: (N,) largest |cos(delta, image)| over the vectors of the scope, from float64.
+        loss: (N,) the loss that the attack maximised, at the adversarial; negated if targeted. For attacks with
+            several losses, the margin.
+        steps: (N,) int64: gradient steps (Square: queries) from the start of its restart to the adversarial.
+        cosine: (N,) largest |cos(delta, image)| over the vectors of the scope, and with the directions, from float64.
         norm: (N,) norm of the perturbation, in the norm of the attack and in pixel units.
         zero_gradients: (N,) int64: at how many steps the loss had no usable gradient: zero, or not finite.
         forward_calls: (N,) int64: how often the model was evaluated on the sample.
@@ -57,8 +81,108 @@ class AttackResult:
         return int((self.zero_gradients > 0).sum())
 
 
+class Best:
+    """The best point of each sample so far, and what it took."""
+
+    def __init__(self, images: Tensor, by: Literal["loss", "margin"] = "loss") -> None:
+        n, device = len(images), images.device
+        self.success = torch.zeros(n, dtype=torch.bool, device=device)
+        self.adversarials = images.clone()
+        self._by = by
+        self._merit = torch.full(
+            (n,), -torch.inf, dtype=torch.promote_types(images.dtype, torch.float32), device=device
+        )
+        self._steps, self._zero, self._forwards, self._gradients = torch.zeros(4, n, dtype=torch.long, device=device)
+
+    def offer(self, index: Tensor, points: Tensor, evaluation: Evaluation, step: int) -> None:
+        """Keep each of `points`, candidates of the samples at `index`, that beats what there is."""
+        success, merit = evaluation.success, getattr(evaluation, self._by).to(self._merit.dtype)
+        better = success & ~self.success[index]
+        # The later of two equals: a confident model's loss is exactly 0 long before its gradient is.
+        better |= (success == self.success[index]) & (merit >= self._merit[index])
+        rows = index[better]
+        self.adversarials[rows] = points[better]
+        self.success[rows], self._merit[rows], self._steps[rows] = success[better], merit[better], step
+        self._zero[index] += evaluation.unusable
+        self._forwards[index] += evaluation.forward_calls
+        self._gradients[index] += evaluation.gradient_calls
+
+    def judge(self, evaluation: Evaluation) -> None:
+        """Replace success and loss by those of a final evaluation of all adversarials."""
+        self.success, self._merit = evaluation.success, getattr(evaluation, self._by).to(self._merit.dtype)
+        self._forwards += evaluation.forward_calls
+
+    def result(self, images: Tensor, threat: ThreatModel) -> AttackResult:
+        delta = self.adversarials.double() - images.double()
+        return AttackResult(
+            self.adversarials, self.success, self._merit, self._steps, threat.cosine(delta, images),
+            perturbation_norm(delta, threat.norm), self._zero, self._forwards, self._gradients,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a search works on: some samples of a batch, and all that it may ask about them.
+
+    Attributes:
+        oracle: the model.
+        loss: what to climb.
+        goal: what counts as success.
+        region: the allowed images; ``region.images`` are the clean ones.
+        index: positions of these samples in the batch, for `best`.
+        best: where to offer every point that was scored.
+        early_stop: whether a sample is done as soon as it is fooled.
+        generator: of random numbers.
+        textbook: the threat model to project directions against, for ``enforce="gradient"``.
+        reference: against the clean images or the iterates.
+    """
+
+    oracle: Scorer
+    loss: LossFunction
+    goal: Goal
+    region: Region
+    index: Tensor
+    best: Best
+    early_stop: bool
+    generator: torch.Generator
+    textbook: ThreatModel | None = None
+    reference: Reference = "clean"
+
+    def score(self, points: Tensor, step: int, with_gradient: bool) -> Evaluation:
+        """Evaluate `points` of these samples and offer them to `best`."""
+        solved = self.best.success[self.index]
+        evaluation = self.oracle.evaluate(points, self.goal, self.loss, solved, with_gradient, step)
+        self.best.offer(self.index, points, evaluation, step)
+        return evaluation
+
+    def select(self, rows: Tensor) -> Task:
+        """The task for the samples at `rows`, positions in this task, only."""
+        return replace(self, goal=self.goal.select(rows), region=self.region.select(rows), index=self.index[rows])
+
+    def unsolved(self) -> Task | None:
+        """The task for the samples that no point fools yet, or None if there are none."""
+        rows = (~self.best.success[self.index]).nonzero().squeeze(1)
+        if len(rows) == len(self.index):
+            return self
+        return self.select(rows) if len(rows) > 0 else None
+
+
+class Search(Protocol):
+    """Scores points of a task."""
+
+    @property
+    def merit(self) -> Literal["loss", "margin"]:
+        """What says which of two points that do not fool is better."""
+
+    def options(self, eps: float | Tensor) -> dict[str, object]:
+        """What the attack's repr shows of it, at a radius."""
+
+    def __call__(self, task: Task, start: Tensor | None) -> None:
+        """Search, from `start` (points of the region) if given."""
+
+
 class Attack:
-    """A model, a threat model and the way to climb: call it with images and labels.
+    """A model, a threat model and a search: call it with images and labels.
 
     ``attack(images, labels)`` returns the adversarial images, ``attack.run(images, labels)`` an `AttackResult`.
     Concrete attacks document their arguments.
@@ -67,19 +191,23 @@ class Attack:
     def __init__(
         self,
         model: Model,
+        norm: Norm,
+        eps: float | Tensor,
+        search: Search,
         *,
-        threat: ThreatModel,
-        alpha: float | None,
-        loss: Loss,
-        targeted: bool,
-        precision: Precision,
+        scope: Scope | None,
+        loss: Loss = "ce",
+        targeted: bool = False,
+        early_stop: bool = False,
+        bounds: tuple[float, float] = (0, 1),
+        generator: torch.Generator | None = None,
+        precision: Precision = "float32",
+        eot_samples: int = 1,
+        directions: Sequence[Direction] = (),
         enforce: Enforce = "perturbation",
         reference: Reference = "clean",
-        steps: int = 1,
-        random_start: bool = False,
-        restarts: int = 1,
-        early_stop: bool = False,
-        generator: torch.Generator | None = None,
+        detector: Model | None = None,
+        oracle: Callable[..., Scorer] = Oracle,
     ) -> None:
         if not callable(model):
             raise ValueError(f"model must be callable on a batch of images; got {type(model).__name__}")
@@ -92,37 +220,37 @@ class Attack:
             )
         if generator is not None and not isinstance(generator, torch.Generator):
             raise ValueError(f"generator must be a torch.Generator; got {generator!r}: seed one with manual_seed")
-        _check_count("steps", steps)
-        _check_count("restarts", restarts)
-        if alpha is None:
-            alpha = 2.5 * threat.eps / steps
-        if not (math.isfinite(alpha) and alpha >= 0):
-            raise ValueError(f"alpha must be a finite step size >= 0, in pixel units such as 2/255; got {alpha!r}")
-        if restarts > 1 and not random_start:
-            raise ValueError(f"restarts={restarts} needs random_start=True: every restart would be the same")
+        check_count("eot_samples", eot_samples)
         self.model = model
-        self.threat = threat
+        self.threat = ThreatModel(norm, eps, bounds, scope, tuple(directions) if _is_list(directions) else directions)
+        self.search = search
         self.enforce, self.reference = enforce, reference
-        self.alpha, self.steps = float(alpha), steps
-        self.random_start, self.restarts = random_start, restarts
         self.loss, self.targeted = loss, targeted
-        self.early_stop, self.precision = early_stop, precision
-        self._loss = attack_loss(loss, targeted)
+        self.early_stop, self.precision, self.eot_samples = early_stop, precision, eot_samples
+        self._loss = attack_loss(loss)
+        self._models = [model] if detector is None else [model, detector]
+        self._oracle = oracle
         # Its own stream, so that an attack leaves the global one alone; seeded by torch.manual_seed all the same.
         self.generator = torch.Generator().manual_seed(torch.initial_seed()) if generator is None else generator
 
     def __repr__(self) -> str:
         threat = self.threat
-        options = [f"norm={threat.norm!r}", f"eps={threat.eps:.6g}", f"alpha={self.alpha:.6g}", f"steps={self.steps}"]
-        if threat.scope is not None:
-            options += [f"scope={threat.scope!r}", f"enforce={self.enforce!r}"]
-        return f"{type(self).__name__}({', '.join(options)})"
+        options: dict[str, object] = {"norm": threat.norm, "eps": threat.eps, **self.search.options(threat.eps)}
+        if threat.is_orthogonal:
+            options |= {"scope": threat.scope, "enforce": self.enforce}
+        if threat.directions:
+            options["directions"] = [d if isinstance(d, str) else type(d).__name__ for d in threat.directions]
+        if self.targeted:
+            options["targeted"] = True
+        return f"{type(self).__name__}({', '.join(f'{k}={_shown(v)}' for k, v in options.items())})"
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """Adversarial images for (N, C, H, W) images and (N,) labels (targeted: the classes to reach)."""
         return self.run(images, labels).adversarials
 
-    def run(self, images: Tensor, labels: Tensor) -> AttackResult:
+    def run(
+        self, images: Tensor, labels: Tensor, *, eps: float | Tensor | None = None, start: Tensor | None = None
+    ) -> AttackResult:
         """Attack a batch and report.
 
         Each sample's adversarial is the best of all its iterates, in all restarts, the first and the last one
@@ -132,46 +260,80 @@ class Attack:
         Args:
             images: (N, C, H, W), floating point, inside the bounds; values off by round-off are clamped.
             labels: (N,), integers: the true classes or, if targeted, the classes to reach.
+            eps: another radius than the attack's, in pixel units; one number, or (N,) with one per sample.
+            start: (N, C, H, W), where to start the first restart, for example the adversarials of a smaller radius;
+                what is outside the threat model is pulled towards the images.
 
         Raises:
             ValueError: images or labels of the wrong kind (the message says what and where), or a model whose output
                 is not (N, K) logits, is not finite, or does not depend differentiably on the images.
         """
+        return self._run(images, labels, eps, start, self.search, self.early_stop)
+
+    def _run(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        eps: float | Tensor | None,
+        start: Tensor | None,
+        search: Search,
+        early_stop: bool,
+    ) -> AttackResult:
         with torch.inference_mode(False), torch.no_grad():
             x, labels = self._checked(images, labels)
-            best = _Best(x)
+            threat = self.threat if eps is None else replace(self.threat, eps=eps)
+            if start is not None and start.shape != x.shape:
+                raise ValueError(f"start must have the shape of images, {tuple(x.shape)}; got {tuple(start.shape)}")
+            best = Best(x, search.merit)
             if len(x) > 0:
                 # The textbook form projects the gradient and nothing else: its perturbations are as free as PGD's.
-                textbook = self.enforce == "gradient"
-                region = (replace(self.threat, scope=None) if textbook else self.threat).around(x)
-                with borrowed(self.model, x.device) as model:
-                    oracle = Oracle(model, self._loss, self.targeted, self.precision)
-                    for _ in range(self.restarts):
-                        start = region.random_start(self.generator) if self.random_start else x.clone()
-                        self._climb(oracle, region, x, labels, start, best)
+                textbook = threat if self.enforce == "gradient" and threat.is_orthogonal else None
+                region = (threat if textbook is None else replace(threat, scope=None, directions=())).around(x)
+                goal = Goal(None, labels) if self.targeted else Goal(labels)
+                with ExitStack() as stack:
+                    models = [stack.enter_context(borrowed(model, x.device)) for model in self._models]
+                    oracle = self._oracle(*models, self.precision, self.eot_samples)
+                    index = torch.arange(len(x), device=x.device)
+                    task = Task(
+                        oracle, self._loss, goal, region, index, best, early_stop, self.generator, textbook,
+                        self.reference,
+                    )  # fmt: skip
+                    search(task, None if start is None else region.shrunk(start.detach().to(x)))
                     if self.precision != "float32":  # what is returned is judged in the model's own precision
-                        best.judge(oracle.evaluate(best.adversarials, labels, best.success, with_gradient=False))
-            return best.result(x, self.threat)
+                        best.judge(oracle.evaluate(best.adversarials, goal, self._loss, best.success, False))
+            return best.result(x, threat)
 
-    def _climb(self, oracle: Oracle, region: Region, x: Tensor, labels: Tensor, points: Tensor, best: _Best) -> None:
-        """One restart from `points`: offer every iterate, the first and the last included, to `best`."""
-        index = torch.arange(len(x), device=x.device)
-        done = best.success.clone() if self.early_stop else torch.zeros_like(best.success)
-        gradient: Tensor | None = None
-        for step in range(self.steps + 1):
-            if self.early_stop and bool(done.any()):
-                left = (~done).nonzero().squeeze(1)
-                if len(left) == 0:
-                    return
-                index, x, labels, points, region = index[left], x[left], labels[left], points[left], region.select(left)
-                gradient = None if gradient is None else gradient[left]
-            if gradient is not None:
-                if self.enforce == "gradient" and self.threat.scope is not None:
-                    gradient = orthogonalize(gradient, points if self.reference == "iterate" else x, self.threat.scope)
-                points = region.step(points, gradient, self.alpha)
-            evaluation = oracle.evaluate(points, labels, best.success[index], with_gradient=step < self.steps)
-            best.offer(index, points, evaluation, step)
-            done, gradient = evaluation.success, evaluation.gradient
+    def sweep(self, images: Tensor, labels: Tensor, eps: Sequence[float]) -> list[AttackResult]:
+        """Attack a batch at several radii, the smallest first.
+
+        An adversarial of a smaller radius is one of a larger radius too, so a sample that falls at one radius keeps
+        its adversarial at the larger ones, and only what still stands is attacked there, from its best point so far.
+        Success never falls as eps grows.
+
+        Args:
+            images: as for `run`.
+            labels: as for `run`.
+            eps: radii in pixel units, in any order, without repetition.
+
+        Returns:
+            One result per radius, in the order of `eps`. Calls are those made at that radius.
+
+        Raises:
+            ValueError: as for `run`, or no radius, or one twice.
+        """
+        if len(eps) == 0 or len(set(eps)) < len(eps):
+            raise ValueError(f"eps must be one or more different radii; got {list(eps)!r}")
+        found: dict[float, AttackResult] = {}
+        last: AttackResult | None = None
+        for radius in sorted(eps):
+            if last is None:
+                last = self.run(images, labels, eps=radius)
+            else:
+                rows = (~last.success).nonzero().squeeze(1)
+                more = self.run(images[rows], labels[rows], eps=radius, start=last.adversarials[rows])
+                last = _merged(last, more, rows)
+            found[radius] = last
+        return [found[radius] for radius in eps]
 
     def _checked(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of images and labels, the images clamped to the bounds; ValueError if they are not what is needed."""
@@ -180,6 +342,8 @@ class Attack:
             raise ValueError(f"images and labels must be tensors; got {kinds}: convert them with torch.as_tensor")
         if images.ndim != 4:
             raise ValueError(f"images must have shape (N, C, H, W); got {tuple(images.shape)}")
+        if 0 in images.shape[1:]:
+            raise ValueError(f"images must have pixels; got shape {tuple(images.shape)}")
         if not images.dtype.is_floating_point:
             raise ValueError(f"images must be floating point; got {images.dtype}: divide 8-bit images by 255")
         if labels.shape != images.shape[:1]:
@@ -188,10 +352,10 @@ class Attack:
             raise ValueError(f"labels must be integers; got {labels.dtype}")
         if labels.device != images.device:
             raise ValueError(f"images ({images.device}) and labels ({labels.device}) must be on the same device")
-        if isinstance(self.model, torch.nn.Module):
-            devices = {parameter.device for parameter in self.model.parameters()}
+        for name, model in zip(("model", "detector"), self._models, strict=False):
+            devices = {parameter.device for parameter in model.parameters()} if isinstance(model, nn.Module) else set()
             if devices and images.device not in devices:
-                raise ValueError(f"images ({images.device}) and model ({devices.pop()}) must be on the same device")
+                raise ValueError(f"images ({images.device}) and {name} ({devices.pop()}) must be on the same device")
         if len(images) > 0:
             self._check_values(images)
         return images.detach().clamp(*self.threat.bounds).contiguous(), labels.detach().long().clone()
@@ -217,43 +381,24 @@ class Attack:
             )
 
 
-class _Best:
-    """The best iterate of each sample so far."""
+def _merged(before: AttackResult, more: AttackResult, rows: Tensor) -> AttackResult:
+    """`before` with its samples at `rows` replaced by `more`; the others made no calls this time."""
+    values = {}
+    for field in fields(AttackResult):
+        old = getattr(before, field.name)
+        counts = field.name in ("zero_gradients", "forward_calls", "gradient_calls")
+        values[field.name] = (torch.zeros_like(old) if counts else old).index_copy(0, rows, getattr(more, field.name))
+    return AttackResult(**values)
 
-    def __init__(self, images: Tensor) -> None:
-        n, device = len(images), images.device
-        self.success = torch.zeros(n, dtype=torch.bool, device=device)
-        self.adversarials = images.clone()
-        self._loss = torch.full((n,), -torch.inf, dtype=torch.promote_types(images.dtype, torch.float32), device=device)
-        self._steps, self._zero, self._forwards, self._gradients = torch.zeros(4, n, dtype=torch.long, device=device)
 
-    def offer(self, index: Tensor, points: Tensor, evaluation: Evaluation, step: int) -> None:
-        """Keep each of `points`, iterates of the samples at `index`, that beats what there is."""
-        success, loss = evaluation.success, evaluation.loss.to(self._loss.dtype)
-        better = success & ~self.success[index]
-        # The later of two equals: a confident model's loss is exactly 0 long before its gradient is.
-        better |= (success == self.success[index]) & (loss >= self._loss[index])
-        rows = index[better]
-        self.adversarials[rows] = points[better]
-        self.success[rows], self._loss[rows], self._steps[rows] = success[better], loss[better], step
-        self._zero[index] += evaluation.zero_gradient
-        self._forwards[index] += evaluation.forward_calls
-        self._gradients[index] += evaluation.gradient is not None
+def _shown(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"tensor{tuple(value.shape)}" if value.ndim else f"{float(value):.6g}"
+    return f"{value:.6g}" if isinstance(value, float) else repr(value)
 
-    def judge(self, evaluation: Evaluation) -> None:
-        """Replace success and loss by those of a final evaluation of all adversarials."""
-        self.success, self._loss = evaluation.success, evaluation.loss.to(self._loss.dtype)
-        self._forwards += evaluation.forward_calls
 
-    def result(self, images: Tensor, threat: ThreatModel) -> AttackResult:
-        delta = self.adversarials.double() - images.double()
-        cosine = alignment(delta, images.double(), threat.scope or "image").abs()
-        cosine = cosine if cosine.ndim == 1 else cosine.flatten(1).amax(1)
-        norm = perturbation_norm(delta, threat.norm)
-        return AttackResult(
-            self.adversarials, self.success, self._loss, self._steps, cosine, norm,
-            self._zero, self._forwards, self._gradients,
-        )  # fmt: skip
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -261,6 +406,7 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
-def _check_count(name: str, value: int) -> None:
+def check_count(name: str, value: int) -> None:
+    """ValueError unless `value` is an integer >= 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be an integer >= 1; got {value!r}")

@@ -3,74 +3,145 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from orthattack.losses import fooled, margin
+from orthattack.losses import Goal
 from orthattack.model import Model
 
-__all__ = ["Evaluation", "Oracle", "Precision"]
+__all__ = ["Evaluation", "LossFunction", "Oracle", "Precision", "Scorer", "input_gradient"]
 
 Precision = Literal["float32", "bfloat16"]
+LossFunction = Callable[[Tensor, Goal], Tensor]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The model at a batch of points, per sample."""
+    """The model at a batch of points, per sample.
+
+    Attributes:
+        success: (N,) whether the goal is reached.
+        loss: (N,) what the attack climbs.
+        margin: (N,) how far beyond the goal the logits are, which compares points whatever the loss.
+        gradient: (N, C, H, W) the way up, or None if not asked for.
+        unusable: (N,) whether that was zero or not finite, and is zero now.
+        forward_calls: (N,) evaluations of the model that this took.
+        gradient_calls: (N,) differentiations.
+        avoid: (N, C, H, W) another loss's gradient, to which the step should be orthogonal, or None.
+    """
 
     success: Tensor
     loss: Tensor
+    margin: Tensor
     gradient: Tensor | None
-    zero_gradient: Tensor
+    unusable: Tensor
     forward_calls: Tensor
+    gradient_calls: Tensor
+    avoid: Tensor | None = None
+
+    def select(self, index: Tensor) -> Evaluation:
+        """The evaluation of the samples at `index` only."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value[index] for name, value in values.items() if value is not None})
+
+
+class Scorer(Protocol):
+    """What a search asks of a model, or of a model and a detector."""
+
+    def evaluate(
+        self, points: Tensor, goal: Goal, loss: LossFunction, solved: Tensor, with_gradient: bool, step: int = 0
+    ) -> Evaluation:
+        """Score `points`, iterate number `step`, and, if asked, say which way is up."""
+
+    def logits(self, points: Tensor, goal: Goal) -> Tensor:
+        """The model's logits (N, K)."""
 
 
 class Oracle:
-    """A borrowed model and a loss: all that the loop sees of the model."""
+    """A borrowed model: all that a search sees of it.
 
-    def __init__(self, model: Model, loss: Callable[[Tensor, Tensor], Tensor], targeted: bool, precision: Precision):
-        self._model, self._loss, self._targeted = model, loss, targeted
+    Args:
+        model: images to logits.
+        precision: of the passes that give gradients.
+        eot_samples: how many passes are averaged for a model that draws at random: expectation over transformation
+            (Athalye et al. 2018, arXiv:1707.07397). The loss, its gradient and the logits that decide about success
+            are means over them.
+    """
+
+    def __init__(self, model: Model, precision: Precision = "float32", eot_samples: int = 1):
+        self._model, self._samples = model, eot_samples
         self._reduced = precision == "bfloat16"
         self._is_first = True
 
-    def evaluate(self, points: Tensor, labels: Tensor, solved: Tensor, with_gradient: bool) -> Evaluation:
-        """Score `points` and, if asked, differentiate the loss there, in one forward pass.
+    def evaluate(
+        self,
+        points: Tensor,
+        goal: Goal,
+        loss: LossFunction,
+        solved: Tensor,
+        with_gradient: bool,
+        step: int = 0,  # noqa: ARG002
+    ) -> Evaluation:
+        """Score `points` and, if asked, differentiate the loss there, in one forward pass per EOT sample.
 
         A pass in reduced precision only claims a success; for samples not `solved` yet, another in full precision
-        confirms it or not. Without a gradient the pass is in full precision to begin with.
+        confirms it or not. Without a gradient the pass is in full precision to begin with. `step` is the number of the
+        iterate, which makes a difference to other oracles.
         """
-        calls = torch.ones_like(labels)
+        calls = torch.full_like(goal.classes, self._samples)
         if not with_gradient:
-            logits = self._logits(points, labels, reduced=False)
-            success, loss = fooled(logits, labels, self._targeted), self._loss(logits, labels)
-            return Evaluation(success, loss, None, torch.zeros_like(success), calls)
-        leaf = points.detach().requires_grad_()
-        with torch.enable_grad():
-            logits = self._logits(leaf, labels, self._reduced)
-            loss = self._loss(logits, labels)
-            gradient = _gradient(loss.sum(), leaf)
-        loss, success = loss.detach(), fooled(logits.detach(), labels, self._targeted)
+            logits, value, _ = self._pass(points, goal, loss, reduced=False, with_gradient=False)
+            no = torch.zeros_like(calls)
+            return Evaluation(goal.reached(logits), value, goal.margin(logits), None, no.bool(), calls, no)
+        logits, value, gradient = self._pass(points, goal, loss, self._reduced, with_gradient=True)
+        assert gradient is not None
+        success, margin, forward_calls = goal.reached(logits), goal.margin(logits), calls
         if self._reduced:
             rows = (success & ~solved).nonzero().squeeze(1)
             success = torch.zeros_like(success)
             if len(rows) > 0:
-                confirmed = self._logits(points[rows], labels[rows], reduced=False)
-                success[rows] = fooled(confirmed, labels[rows], self._targeted)
-                loss[rows] = self._loss(confirmed, labels[rows])
-                calls[rows] += 1
+                wanted = goal.select(rows)
+                confirmed, exact, _ = self._pass(points[rows], wanted, loss, reduced=False, with_gradient=False)
+                success[rows], margin[rows] = wanted.reached(confirmed), wanted.margin(confirmed)
+                value[rows] = exact
+                forward_calls = calls.index_add(0, rows, torch.full_like(rows, self._samples))
         largest = gradient.abs().amax((1, 2, 3))
         unusable = ~((largest > 0) & largest.isfinite())
         if bool(unusable.any()):
             gradient[unusable] = 0
             if self._is_first and bool(unusable.all()):
-                self._explain_zero(points, labels)
+                self._explain_zero(points, goal)
         self._is_first = False
-        return Evaluation(success, loss, gradient, unusable, calls)
+        return Evaluation(success, value, margin, gradient, unusable, forward_calls, calls)
 
-    def _logits(self, points: Tensor, labels: Tensor, reduced: bool) -> Tensor:
+    def logits(self, points: Tensor, goal: Goal) -> Tensor:
+        """The logits (N, K) in full precision, the mean over the EOT samples."""
+        return self._pass(points, goal, lambda logits, _: logits[:, 0], reduced=False, with_gradient=False)[0]
+
+    def _pass(
+        self, points: Tensor, goal: Goal, loss: LossFunction, reduced: bool, with_gradient: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits, loss and gradient, each the mean over the EOT samples, one sample in memory at a time."""
+        total: list[Tensor] = []
+        for _ in range(self._samples):
+            if with_gradient:
+                leaf = points.detach().requires_grad_()
+                with torch.enable_grad():
+                    logits = self._forward(leaf, goal, reduced)
+                    value = loss(logits, goal)
+                    gradient = input_gradient(value.sum(), leaf)
+                parts = [logits.detach(), value.detach(), gradient]
+            else:
+                logits = self._forward(points, goal, reduced)
+                parts = [logits, loss(logits, goal)]
+            total = parts if not total else [a + b for a, b in zip(total, parts, strict=True)]
+        means = total if self._samples == 1 else [part / self._samples for part in total]
+        return means[0], means[1], means[2] if with_gradient else None
+
+    def _forward(self, points: Tensor, goal: Goal, reduced: bool) -> Tensor:
         with torch.autocast(points.device.type, dtype=torch.bfloat16, enabled=reduced):
             logits = self._model(points)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(points):
@@ -80,6 +151,7 @@ class Oracle:
             bad = ~logits.detach().isfinite().all(1)
             if bool(bad.any()):
                 raise ValueError(f"model returned NaN or infinite logits (sample {int(bad.long().argmax())})")
+            labels = goal.classes
             outside = (labels < 0) | (labels >= logits.shape[1])
             if bool(outside.any()):
                 sample = int(outside.long().argmax())
@@ -89,12 +161,13 @@ class Oracle:
                 )
         return logits if logits.dtype.itemsize >= 4 else logits.float()
 
-    def _explain_zero(self, points: Tensor, labels: Tensor) -> None:
+    def _explain_zero(self, points: Tensor, goal: Goal) -> None:
         """Raise if not only the loss is flat, which a confident model may cause, but the model itself."""
         leaf = points.detach().requires_grad_()
         with torch.enable_grad():
-            logits = self._logits(leaf, labels, reduced=False)
-            gradient = _gradient(margin(logits, logits.argmax(1)).sum(), leaf)
+            logits = self._forward(leaf, goal, reduced=False)
+            top = Goal(logits.argmax(1))
+            gradient = input_gradient(top.margin(logits).sum(), leaf)
         if not bool(gradient.isfinite().any()):
             raise ValueError(
                 "the model's gradient is NaN or infinite for every image of the batch, so nothing can be climbed; look "
@@ -107,13 +180,14 @@ class Oracle:
             )
 
 
-def _gradient(value: Tensor, leaf: Tensor) -> Tensor:
+def input_gradient(value: Tensor, leaf: Tensor, what: str = "the model") -> Tensor:
+    """The gradient of a sum of per-sample values; ValueError if there is none."""
     gradient = None
     if value.requires_grad:
         (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True)
     if gradient is None:
         raise ValueError(
-            "the model has no gradient with respect to the images: part of it is detached, runs under "
+            f"{what} has no gradient with respect to the images: part of it is detached, runs under "
             "torch.no_grad(), or leaves torch"
         )
     return gradient

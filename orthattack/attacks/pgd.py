@@ -1,19 +1,26 @@
-"""Projected gradient descent and its single-step case, with and without the orthogonality constraint."""
+"""Attacks with a step size set in advance: FGSM, PGD, MI-FGSM and NI-FGSM, with and without the orthogonality."""
 
 from __future__ import annotations
 
-from typing import final
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, final
 
 import torch
+from torch import Tensor
 
-from orthattack.attacks.attack import Attack, Enforce, Reference
+from orthattack.attacks.attack import Attack, Enforce, Options, OrthoOptions
+from orthattack.attacks.climb import Climb
 from orthattack.attacks.oracle import Precision
+from orthattack.attacks.steps import Reference, Schedule, ScheduledStep
 from orthattack.losses import Loss
 from orthattack.model import Model
 from orthattack.projection import Scope
-from orthattack.threat import Norm, ThreatModel
+from orthattack.threat import Direction, Norm
 
-__all__ = ["FGSM", "PGD", "OrthoFGSM", "OrthoPGD"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["FGSM", "MIFGSM", "NIFGSM", "PGD", "OrthoFGSM", "OrthoMIFGSM", "OrthoNIFGSM", "OrthoPGD"]
 
 
 @final
@@ -27,15 +34,16 @@ class OrthoPGD(Attack):
         model: images (N, C, H, W) in `bounds` to logits (N, K); it normalises its input itself
             (see `orthattack.Normalized`) and comes back as it was. A plain function is taken as it is: put a module
             that it calls in evaluation mode first.
-        norm: "linf" or "l2".
-        eps: radius of the ball, in pixel units, e.g. ``4 / 255``.
+        norm: "linf", "l2" or "l1".
+        eps: radius of the ball, in pixel units, e.g. ``4 / 255``; one number, or (N,) with one per sample.
         alpha: step size in pixel units; by default ``2.5 * eps / steps``, which reaches any point of the ball.
         steps: gradient steps per restart, at least 1.
         random_start: start at a random point of the threat model instead of the image.
         restarts: how often to start; the best result of each sample is kept.
-        loss: "ce", "margin", "dlr", or a function of (logits, labels) returning (N,) values.
+        loss: "ce", "margin", "dlr", "logit-difference" (see `orthattack.losses.attack_loss` for the formulas), or a
+            function of (logits, labels) returning (N,) values.
         targeted: labels are the classes to reach.
-        scope: orthogonal as a whole "image", per "channel", or per "pixel" colour.
+        scope: orthogonal to the image as a whole "image", per "channel", or per "pixel" colour; None: not at all.
         reference: for ``enforce="gradient"``, project against the "clean" image or the current "iterate".
         enforce: "perturbation" keeps x_adv - x orthogonal to x; "gradient" only projects each gradient, the textbook
             form, whose signs and clips undo most of the projection (docs/method.md).
@@ -43,6 +51,12 @@ class OrthoPGD(Attack):
         bounds: smallest and largest pixel value.
         generator: source of the random starts; by default one of the attack's own, seeded from torch's seed.
         precision: "bfloat16" computes gradients under autocast; success is judged in the model's own precision.
+        schedule: of the step size: "fixed", "linear" or "cosine" decay to 0.
+        momentum: 0, or the factor by which the sum of the past gradients is kept at each step (MI-FGSM).
+        nesterov: take the gradient where the momentum leads (NI-FGSM).
+        eot_samples: evaluations to average for a model that draws at random.
+        directions: what else the perturbation stays orthogonal to (see `orthattack.ThreatModel`), for example
+            ``["constant"]`` for the mean brightness.
 
     Raises:
         ValueError: an option out of its range; the call raises it for bad images, labels or models.
@@ -60,35 +74,42 @@ class OrthoPGD(Attack):
         self,
         model: Model,
         norm: Norm = "linf",
-        eps: float = 4 / 255,
+        eps: float | Tensor = 4 / 255,
         alpha: float | None = None,
         steps: int = 10,
         random_start: bool = True,
         restarts: int = 1,
         loss: Loss = "ce",
         targeted: bool = False,
-        scope: Scope = "image",
+        scope: Scope | None = "image",
         reference: Reference = "clean",
         enforce: Enforce = "perturbation",
         early_stop: bool = False,
         bounds: tuple[float, float] = (0, 1),
         generator: torch.Generator | None = None,
         precision: Precision = "float32",
+        schedule: Schedule = "fixed",
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        eot_samples: int = 1,
+        directions: Sequence[Direction] = (),
     ) -> None:
         super().__init__(
             model,
-            threat=ThreatModel(norm, eps, bounds, scope),
-            enforce=enforce,
-            reference=reference,
-            alpha=alpha,
-            steps=steps,
-            random_start=random_start,
-            restarts=restarts,
+            norm,
+            eps,
+            _scheduled(ScheduledStep(schedule, momentum, nesterov), alpha, steps, random_start, restarts),
+            scope=scope,
             loss=loss,
             targeted=targeted,
             early_stop=early_stop,
+            bounds=bounds,
             generator=generator,
             precision=precision,
+            eot_samples=eot_samples,
+            directions=directions,
+            enforce=enforce,
+            reference=reference,
         )
 
 
@@ -98,14 +119,15 @@ class PGD(Attack):
 
         x_{t+1} = project(x_t + alpha * sign(∇L(x_t)))
 
-    for L-infinity; for L2 the gradient is normalised instead of its sign taken. Arguments as for `OrthoPGD`.
+    for L-infinity; for L2 the gradient is normalised instead of its sign taken, for L1 the signs of the hundredth of
+    the pixels with the largest gradient. Arguments as for `OrthoPGD`.
     """
 
     def __init__(
         self,
         model: Model,
         norm: Norm = "linf",
-        eps: float = 4 / 255,
+        eps: float | Tensor = 4 / 255,
         alpha: float | None = None,
         steps: int = 10,
         random_start: bool = True,
@@ -116,19 +138,24 @@ class PGD(Attack):
         bounds: tuple[float, float] = (0, 1),
         generator: torch.Generator | None = None,
         precision: Precision = "float32",
+        schedule: Schedule = "fixed",
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        eot_samples: int = 1,
     ) -> None:
         super().__init__(
             model,
-            threat=ThreatModel(norm, eps, bounds, scope=None),
-            alpha=alpha,
-            steps=steps,
-            random_start=random_start,
-            restarts=restarts,
+            norm,
+            eps,
+            _scheduled(ScheduledStep(schedule, momentum, nesterov), alpha, steps, random_start, restarts),
+            scope=None,
             loss=loss,
             targeted=targeted,
             early_stop=early_stop,
+            bounds=bounds,
             generator=generator,
             precision=precision,
+            eot_samples=eot_samples,
         )
 
 
@@ -138,28 +165,40 @@ class OrthoFGSM(Attack):
 
     The step is the best one there is: the exact solution of the linear program for L-infinity. Arguments as for
     `OrthoPGD`. Source: Goodfellow et al. 2015, arXiv:1412.6572, for FGSM.
+
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    >>> images, labels = torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])
+    >>> float(OrthoFGSM(model, eps=8 / 255).run(images, labels).cosine.max()) <= 1e-6
+    True
     """
 
     def __init__(
         self,
         model: Model,
         norm: Norm = "linf",
-        eps: float = 4 / 255,
+        eps: float | Tensor = 4 / 255,
         loss: Loss = "ce",
         targeted: bool = False,
-        scope: Scope = "image",
+        scope: Scope | None = "image",
         enforce: Enforce = "perturbation",
         bounds: tuple[float, float] = (0, 1),
         precision: Precision = "float32",
+        eot_samples: int = 1,
+        directions: Sequence[Direction] = (),
     ) -> None:
         super().__init__(
             model,
-            threat=ThreatModel(norm, eps, bounds, scope),
+            norm,
+            eps,
+            Climb(ScheduledStep(), steps=1, rate=1.0),
+            scope=scope,
             enforce=enforce,
-            alpha=eps,
             loss=loss,
             targeted=targeted,
+            bounds=bounds,
             precision=precision,
+            eot_samples=eot_samples,
+            directions=directions,
         )
 
 
@@ -176,17 +215,129 @@ class FGSM(Attack):
         self,
         model: Model,
         norm: Norm = "linf",
-        eps: float = 4 / 255,
+        eps: float | Tensor = 4 / 255,
         loss: Loss = "ce",
         targeted: bool = False,
         bounds: tuple[float, float] = (0, 1),
         precision: Precision = "float32",
+        eot_samples: int = 1,
     ) -> None:
         super().__init__(
             model,
-            threat=ThreatModel(norm, eps, bounds, scope=None),
-            alpha=eps,
+            norm,
+            eps,
+            Climb(ScheduledStep(), steps=1, rate=1.0),
+            scope=None,
             loss=loss,
             targeted=targeted,
+            bounds=bounds,
             precision=precision,
+            eot_samples=eot_samples,
         )
+
+
+@final
+class MIFGSM(Attack):
+    """Iterated FGSM with momentum (Dong et al. 2018, arXiv:1710.06081), whose adversarials transfer better::
+
+        v_{t+1} = decay · v_t + ∇L(x_t) / mean|∇L(x_t)|
+        x_{t+1} = project(x_t + alpha * sign(v_{t+1}))
+
+    Args:
+        model: as for `OrthoPGD`, like `norm` and `eps`.
+        alpha: step size in pixel units; by default ``eps / steps``.
+        steps: gradient steps, at least 1.
+        decay: how much of the momentum is kept at each step, at least 0.
+        **options: `loss`, `targeted`, `early_stop`, `bounds`, `generator`, `precision`, `eot_samples`, as for
+            `OrthoPGD`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        norm: Norm = "linf",
+        eps: float | Tensor = 4 / 255,
+        alpha: float | None = None,
+        steps: int = 10,
+        decay: float = 1.0,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(model, norm, eps, _momentum(alpha, steps, decay, False), scope=None, **options)
+
+
+@final
+class OrthoMIFGSM(Attack):
+    """`MIFGSM` whose perturbation stays orthogonal to the image: each step is OrthoPGD's best one along v.
+
+    The momentum itself is not projected, the step is, so nothing of the image's direction is left to accumulate.
+
+    Args:
+        model: arguments as for `MIFGSM`, and `scope`, `directions`, `enforce`, `reference` as for `OrthoPGD`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        norm: Norm = "linf",
+        eps: float | Tensor = 4 / 255,
+        alpha: float | None = None,
+        steps: int = 10,
+        decay: float = 1.0,
+        scope: Scope | None = "image",
+        **options: Unpack[OrthoOptions],
+    ) -> None:
+        super().__init__(model, norm, eps, _momentum(alpha, steps, decay, False), scope=scope, **options)
+
+
+@final
+class NIFGSM(Attack):
+    """Iterated FGSM with Nesterov's momentum (Lin et al. 2020, arXiv:1908.06281)::
+
+        v_{t+1} = decay · v_t + ∇L(y_t) / mean|∇L(y_t)|,   y_t = project(x_t + alpha · decay · v_t)
+        x_{t+1} = project(x_t + alpha * sign(v_{t+1}))
+
+    Arguments as for `MIFGSM`. The points y_t are candidates too.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        norm: Norm = "linf",
+        eps: float | Tensor = 4 / 255,
+        alpha: float | None = None,
+        steps: int = 10,
+        decay: float = 1.0,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(model, norm, eps, _momentum(alpha, steps, decay, True), scope=None, **options)
+
+
+@final
+class OrthoNIFGSM(Attack):
+    """`NIFGSM` whose perturbation stays orthogonal to the image. Arguments as for `OrthoMIFGSM`."""
+
+    def __init__(
+        self,
+        model: Model,
+        norm: Norm = "linf",
+        eps: float | Tensor = 4 / 255,
+        alpha: float | None = None,
+        steps: int = 10,
+        decay: float = 1.0,
+        scope: Scope | None = "image",
+        **options: Unpack[OrthoOptions],
+    ) -> None:
+        super().__init__(model, norm, eps, _momentum(alpha, steps, decay, True), scope=scope, **options)
+
+
+def _scheduled(rule: ScheduledStep, alpha: float | None, steps: int, random_start: bool, restarts: int) -> Climb:
+    return Climb(rule, steps, _rate(2.5, steps), alpha, random_start, restarts)
+
+
+def _momentum(alpha: float | None, steps: int, decay: float, nesterov: bool) -> Climb:
+    return Climb(ScheduledStep("fixed", decay, nesterov), steps, _rate(1.0, steps), alpha)
+
+
+def _rate(total: float, steps: int) -> float:
+    """`total` over the steps; a wrong number of steps is left to `Climb` to refuse."""
+    return total / steps if isinstance(steps, int) and steps > 0 else total

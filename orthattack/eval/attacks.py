@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import foolbox
 import torch
 from torch import Tensor, nn
 
-from orthattack.attacks import FGSM, PGD, OrthoFGSM, OrthoPGD
+import orthattack.attacks as ours
+from orthattack.interop.foolbox import FromFoolbox
 from orthattack.threat import Norm
 
 __all__ = ["ATTACKS", "DEFAULT_ATTACKS", "CallCounter", "Settings"]
@@ -39,77 +42,47 @@ def _generator(settings: Settings) -> torch.Generator:
     return torch.Generator().manual_seed(settings.seed)
 
 
-def _fgsm(model: nn.Module, settings: Settings) -> Runner:
-    return FGSM(model, settings.norm, settings.eps)
+def _ours(name: str, **options: Any) -> Callable[[nn.Module, Settings], Runner]:
+    """An attack of this package by its name."""
+    attack = getattr(ours, name)
+    accepted = inspect.signature(attack).parameters
+    takes_generator = "generator" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
 
+    def make(model: nn.Module, settings: Settings) -> Runner:
+        more = dict(options)
+        if "steps" in accepted:
+            more["steps"] = settings.steps
+        if takes_generator:
+            more["generator"] = _generator(settings)
+        runner: Runner = attack(model, settings.norm, settings.eps, **more)
+        return runner
 
-def _ortho_fgsm(model: nn.Module, settings: Settings) -> Runner:
-    return OrthoFGSM(model, settings.norm, settings.eps)
-
-
-def _pgd(model: nn.Module, settings: Settings) -> Runner:
-    return PGD(model, settings.norm, settings.eps, steps=settings.steps, generator=_generator(settings))
-
-
-def _ortho_pgd(model: nn.Module, settings: Settings) -> Runner:
-    return OrthoPGD(model, settings.norm, settings.eps, steps=settings.steps, generator=_generator(settings))
-
-
-def _ortho_pgd_gradient(model: nn.Module, settings: Settings) -> Runner:
-    return OrthoPGD(
-        model,
-        settings.norm,
-        settings.eps,
-        steps=settings.steps,
-        enforce="gradient",
-        generator=_generator(settings),
-    )
+    return make
 
 
 def _foolbox_fgsm(model: nn.Module, settings: Settings) -> Runner:
     linf = settings.norm == "linf"
     attack = foolbox.attacks.LinfFastGradientAttack() if linf else foolbox.attacks.L2FastGradientAttack()
-    return _Foolbox(model, attack, settings)
+    return FromFoolbox(model, attack, settings.norm, settings.eps, generator=_generator(settings))
 
 
 def _foolbox_pgd(model: nn.Module, settings: Settings) -> Runner:
     chosen = foolbox.attacks.LinfPGD if settings.norm == "linf" else foolbox.attacks.L2PGD
-    return _Foolbox(model, chosen(rel_stepsize=2.5 / settings.steps, steps=settings.steps), settings)
+    attack = chosen(rel_stepsize=2.5 / settings.steps, steps=settings.steps)
+    return FromFoolbox(model, attack, settings.norm, settings.eps, generator=_generator(settings))
 
+
+_PAIRS = ("FGSM", "PGD", "MIFGSM", "NIFGSM", "APGD", "AutoAttack", "Square")
 
 ATTACKS: dict[str, Callable[[nn.Module, Settings], Runner]] = {
-    "FGSM": _fgsm,
-    "OrthoFGSM": _ortho_fgsm,
-    "PGD": _pgd,
-    "OrthoPGD": _ortho_pgd,
-    "OrthoPGD-gradient": _ortho_pgd_gradient,
+    **{name: _ours(name) for pair in _PAIRS for name in (pair, f"Ortho{pair}")},
+    "OrthoPGD-gradient": _ours("OrthoPGD", enforce="gradient"),
     "Foolbox-FGSM": _foolbox_fgsm,
     "Foolbox-PGD": _foolbox_pgd,
 }
+"""Every attack by name. All get the same steps, APGD and each part of AutoAttack too; Square its own 5,000 queries."""
 
 DEFAULT_ATTACKS = ["FGSM", "OrthoFGSM", "Foolbox-FGSM", "PGD", "OrthoPGD", "Foolbox-PGD"]
-
-
-class _Foolbox:
-    """A Foolbox attack (Rauber et al. 2020, doi:10.21105/joss.02607) on a model that takes [0, 1] images."""
-
-    def __init__(self, model: nn.Module, attack: foolbox.Attack, settings: Settings) -> None:
-        self._model, self._attack, self._eps = model, attack, settings.eps
-        self._state = _generator(settings).get_state()
-
-    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The attack's clipped adversarial images. Its random numbers come from torch's global generator, which is
-        given a stream of ours for the call and put back afterwards."""
-        devices = [images.device] if images.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.set_rng_state(self._state)
-            if devices:
-                torch.cuda.manual_seed(int(torch.randint(2**31, ())))
-            wrapped = foolbox.PyTorchModel(self._model, bounds=(0, 1), device=images.device)
-            _, clipped, _ = self._attack(wrapped, images, labels, epsilons=self._eps)
-            self._state = torch.get_rng_state()
-        adversarials: Tensor = clipped.detach()
-        return adversarials
 
 
 class CallCounter(nn.Module):

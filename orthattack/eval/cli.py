@@ -82,7 +82,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 # Spelled out, since the module that has them imports torch.
-_ATTACK_NAMES = ("FGSM", "OrthoFGSM", "PGD", "OrthoPGD", "OrthoPGD-gradient", "Foolbox-FGSM", "Foolbox-PGD")
+_ATTACK_NAMES = (
+    *(
+        f"{form}{name}"
+        for name in ("FGSM", "PGD", "MIFGSM", "NIFGSM", "APGD", "AutoAttack", "Square")
+        for form in ("", "Ortho")
+    ),
+    "OrthoPGD-gradient",
+    "Foolbox-FGSM",
+    "Foolbox-PGD",
+)
 
 
 def _count(text: str) -> int:

@@ -7,7 +7,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from orthattack import FGSM, PGD, OrthoFGSM, OrthoPGD, alignment
+import orthattack
+from orthattack import (
+    FGSM,
+    PGD,
+    AutoAttack,
+    MinimumNorm,
+    OrthoAPGD,
+    OrthoAutoAttack,
+    OrthoFGSM,
+    OrthoPGD,
+    OrthoSquare,
+    Square,
+    alignment,
+)
 from orthattack.eval.data import load_photographs
 from orthattack.eval.models import load_classifier
 
@@ -109,10 +122,95 @@ def test_targeted_attacks_reach_targets_on_the_standard_model():
 
 
 @pytest.mark.parametrize("attack", [FGSM, OrthoFGSM, PGD, OrthoPGD])
-@pytest.mark.parametrize("loss", ["ce", "margin", "dlr"])
+@pytest.mark.parametrize("loss", ["ce", "margin", "dlr", "logit-difference"])
 def test_every_loss_fools(trained, attack, loss):
     model, images, labels = trained
     assert robust(model, attack(model, eps=EPS, loss=loss)(images, labels), labels) < robust(model, images, labels)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("MIFGSM", {"steps": 10}),
+        ("NIFGSM", {"steps": 10}),
+        ("APGD", {"steps": 15}),
+        ("APGD", {"steps": 15, "loss": "dlr"}),
+        ("PGD", {"steps": 10, "schedule": "cosine"}),
+        ("PGD", {"steps": 10, "momentum": 0.75}),
+    ],
+    ids=str,
+)
+def test_orthogonality_costs_an_image_at_most(trained, norm, name, options):
+    """Every rule, plain and orthogonal, on the robust and the standard model: about as strong, and on the plane."""
+    model, images, labels = trained
+    eps = {"linf": 4 / 255, "l2": 0.5, "l1": 8.0}[norm]
+    clean = robust(model, images, labels)
+    kept = {}
+    for form in (name, f"Ortho{name}"):
+        attack = getattr(orthattack, form)(model, norm=norm, eps=eps, generator=seeded(), **options)
+        result = attack.run(images, labels)
+        delta = result.adversarials.double() - images.double()
+        size = torch.linalg.vector_norm(delta.flatten(1), {"linf": float("inf"), "l2": 2, "l1": 1}[norm], dim=1)
+        assert size.max() <= eps * (1 + 1e-6)
+        assert result.adversarials.min() >= 0
+        assert result.adversarials.max() <= 1
+        kept[form] = robust(model, result.adversarials, labels)
+        if form != name:
+            assert alignment(delta, images.double()).abs().max() <= 1e-6
+    assert kept[name] < clean
+    # One image of twenty; L1 is further from converged.
+    assert abs(kept[f"Ortho{name}"] - kept[name]) <= (0.1 if norm == "l1" else 0.05) + 1e-6
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_autoattack_is_the_strongest(trained, norm):
+    model, images, labels = trained
+    eps = 4 / 255 if norm == "linf" else 0.25
+    pgd = PGD(model, norm=norm, eps=eps, steps=20, generator=seeded()).run(images, labels)
+    for attack in (AutoAttack, OrthoAutoAttack):
+        result = attack(model, norm=norm, eps=eps, steps=20, targets=3, queries=30, generator=seeded()).run(
+            images, labels
+        )
+        assert robust(model, result.adversarials, labels) <= robust(model, pgd.adversarials, labels)
+        assert torch.equal(result.success, model(result.adversarials).argmax(1) != labels)
+    assert result.cosine.max() <= 1e-6
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_random_squares_fool_without_a_gradient(norm):
+    classifier = load_classifier("cifar10-standard")
+    (batch,) = load_photographs("cifar10-samples", classifier).batches(20, classifier.preprocessing)
+    eps = {"linf": EPS, "l2": 1.5, "l1": 60.0}[norm]
+
+    @torch.no_grad()
+    def model(x: Tensor) -> Tensor:
+        return classifier.model(x)
+
+    kept = {}
+    for attack in (Square, OrthoSquare):
+        result = attack(model, norm=norm, eps=eps, queries=150, early_stop=True, generator=seeded()).run(
+            batch.images, batch.labels
+        )
+        kept[attack] = robust(classifier.model, result.adversarials, batch.labels)
+        assert result.norm.max() <= eps * (1 + 1e-6)
+    assert robust(classifier.model, batch.images, batch.labels) >= 0.85
+    assert max(kept.values()) <= 0.75
+    assert result.cosine.max() <= 1e-6
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_smallest_norms_agree_with_attacks_at_fixed_eps(trained, norm):
+    model, images, labels = trained
+    eps = 4 / 255 if norm == "linf" else 0.5
+    attack = OrthoAPGD(model, norm=norm, eps=eps, steps=10, generator=seeded())
+    smallest = MinimumNorm(attack, trials=8).run(images, labels)
+    assert smallest.success.float().mean() >= 0.9
+    assert torch.equal(smallest.success, model(smallest.adversarials).argmax(1) != labels)
+    assert smallest.cosine.max() <= 1e-6
+    fixed = attack.run(images, labels)
+    within = smallest.norm <= eps * (1 + 1e-6)
+    assert abs(int(within.sum()) - int(fixed.success.sum())) <= 1
 
 
 def test_a_trained_model_in_training_mode_is_attacked_in_evaluation_mode(trained):

@@ -1,0 +1,79 @@
+"""APGD: projected gradient descent that sets its own step size, with and without the orthogonality."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, final
+
+from torch import Tensor
+
+from orthattack.attacks.attack import Attack, Options, OrthoOptions
+from orthattack.attacks.climb import Climb
+from orthattack.attacks.steps import AutoStep
+from orthattack.model import Model
+from orthattack.projection import Scope
+from orthattack.threat import Norm
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["APGD", "OrthoAPGD"]
+
+
+@final
+class APGD(Attack):
+    """Auto-PGD (Croce & Hein 2020, arXiv:2003.01690): no step size to choose::
+
+        z_{t+1} = project(x_t + alpha * sign(∇L(x_t)))
+        x_{t+1} = project(x_t + 3/4 (z_{t+1} - x_t) + 1/4 (x_t - x_{t-1}))
+
+    alpha starts at 2 eps. At checkpoints, each sample whose loss has stopped rising goes back to its best point with
+    half the step size (`orthattack.attacks.steps.AutoStep` has the conditions).
+
+    Args:
+        model: as for `OrthoPGD`, like `norm` and `eps`.
+        steps: gradient steps per restart, at least 1.
+        restarts: random starts; the best result of each sample is kept.
+        rho: share of the steps in which the loss must rise for the step size to stay, in (0, 1).
+        **options: `loss`, `targeted`, `early_stop`, `bounds`, `generator`, `precision`, `eot_samples`, as for
+            `OrthoPGD`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        norm: Norm = "linf",
+        eps: float | Tensor = 4 / 255,
+        steps: int = 100,
+        restarts: int = 1,
+        rho: float = 0.75,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(model, norm, eps, _auto(steps, restarts, rho), scope=None, **options)
+
+
+@final
+class OrthoAPGD(Attack):
+    """`APGD` whose perturbation stays orthogonal to the image, exactly and at every step.
+
+    z is OrthoPGD's best step, and the mixture with the momentum lies on the plane, so only the box needs projecting.
+
+    Args:
+        model: arguments as for `APGD`, and `scope`, `directions`, `enforce`, `reference` as for `OrthoPGD`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        norm: Norm = "linf",
+        eps: float | Tensor = 4 / 255,
+        steps: int = 100,
+        restarts: int = 1,
+        rho: float = 0.75,
+        scope: Scope | None = "image",
+        **options: Unpack[OrthoOptions],
+    ) -> None:
+        super().__init__(model, norm, eps, _auto(steps, restarts, rho), scope=scope, **options)
+
+
+def _auto(steps: int, restarts: int, rho: float) -> Climb:
+    return Climb(AutoStep(rho), steps, rate=2.0, random_start=True, restarts=restarts)

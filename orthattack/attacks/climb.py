@@ -1,0 +1,91 @@
+"""The one loop of all gradient attacks here: climb a loss inside a region by a step rule, and score every iterate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from orthattack.attacks.attack import Task, check_count
+from orthattack.attacks.steps import Ascent, StepRule
+
+__all__ = ["Climb"]
+
+
+@dataclass(frozen=True)
+class Climb:
+    """Ascents from one or more starts.
+
+    Args:
+        rule: how gradients become steps.
+        steps: gradient steps per restart, at least 1.
+        rate: first step size in units of eps.
+        alpha: or in pixel units, which overrides `rate`.
+        random_start: start at a random point of the region instead of the image.
+        restarts: how often to start.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    rule: StepRule
+    steps: int
+    rate: float
+    alpha: float | None = None
+    random_start: bool = False
+    restarts: int = 1
+    merit: Literal["loss", "margin"] = "loss"
+
+    def __post_init__(self) -> None:
+        check_count("steps", self.steps)
+        check_count("restarts", self.restarts)
+        alpha = self.alpha
+        if alpha is not None and not (
+            isinstance(alpha, int | float) and not isinstance(alpha, bool) and 0 <= alpha < math.inf
+        ):
+            raise ValueError(f"alpha must be a finite step size >= 0, in pixel units such as 2/255; got {alpha!r}")
+        if self.restarts > 1 and not self.random_start:
+            raise ValueError(f"restarts={self.restarts} needs random_start=True: every restart would be the same")
+
+    def options(self, eps: float | Tensor) -> dict[str, object]:
+        alpha = float(self.alpha) if self.alpha is not None else self.rate * eps
+        return {
+            "alpha": alpha,
+            "steps": self.steps,
+            **({"restarts": self.restarts} if self.restarts > 1 else {}),
+        }
+
+    def __call__(self, task: Task, start: Tensor | None = None) -> None:
+        for attempt in range(self.restarts):
+            if start is not None and attempt == 0:
+                points = start
+            elif self.random_start:  # for all samples, so that the random numbers do not depend on who is left
+                points = task.region.random_start(task.generator)
+            else:
+                points = task.region.images.to(task.region.dtype).clone()
+            if not task.early_stop:
+                self._ascend(task, points)
+            elif (left := task.unsolved()) is not None:
+                self._ascend(left, points if left is task else points[~task.best.success[task.index]])
+
+    def _ascend(self, task: Task, points: Tensor) -> None:
+        """One ascent from `points`, the first and the last iterate scored like the others."""
+        region = task.region
+        alpha = self.rate * region.eps if self.alpha is None else torch.full_like(region.eps, self.alpha)
+        ascent = Ascent(region, alpha.to(region.images.dtype), self.steps, task.textbook, task.reference)
+        state = self.rule.init(ascent, points)
+        for step in range(self.steps + 1):
+            evaluation = task.score(points, step, with_gradient=step < self.steps)
+            if evaluation.gradient is None:
+                return
+            if task.early_stop and bool(evaluation.success.any()):
+                left = (~evaluation.success).nonzero().squeeze(1)
+                if len(left) == 0:
+                    return
+                task, ascent, points = task.select(left), ascent.select(left), points[left]
+                state = {name: value[left] for name, value in state.items()}
+                evaluation = evaluation.select(left)
+            points, state = self.rule.update(ascent, state, points, evaluation, step)

@@ -1,0 +1,183 @@
+"""Evading a detector: fool the classifier and stay below a detector's threshold, two losses at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal, final, get_args
+
+import torch
+from torch import Tensor
+
+from orthattack.attacks.attack import Attack, Enforce, check_count
+from orthattack.attacks.climb import Climb
+from orthattack.attacks.oracle import Evaluation, LossFunction, Oracle, Precision, input_gradient
+from orthattack.attacks.steps import ScheduledStep
+from orthattack.losses import Goal, Loss
+from orthattack.model import Model
+from orthattack.projection import Scope, orthogonalize
+from orthattack.threat import Direction, Norm
+
+__all__ = ["DetectorEvasion"]
+
+Mode = Literal["orthogonal", "selective"]
+
+
+class _DetectorOracle:
+    """A classifier and a detector as one oracle: success needs both, each gradient is that of one of them."""
+
+    def __init__(
+        self,
+        model: Model,
+        detector: Model,
+        precision: Precision,
+        eot_samples: int,
+        *,
+        threshold: float,
+        mode: Mode,
+        every: int | None,
+        enforce: Enforce,
+    ) -> None:
+        self._classifier = Oracle(model, precision, eot_samples)
+        self._detector, self._threshold = detector, threshold
+        self._mode, self._every, self._enforce = mode, every, enforce
+
+    def evaluate(
+        self, points: Tensor, goal: Goal, loss: LossFunction, solved: Tensor, with_gradient: bool, step: int = 0
+    ) -> Evaluation:
+        found = self._classifier.evaluate(points, goal, loss, solved, with_gradient, step)
+        if not with_gradient:
+            return self._with_slack(found, self._slack(points))
+        leaf = points.detach().requires_grad_()
+        with torch.enable_grad():
+            slack = self._slack(leaf)
+            unseen = input_gradient(slack.sum(), leaf, "the detector")
+        assert found.gradient is not None
+        unseen = torch.where(unseen.isfinite().all((1, 2, 3), True), unseen, 0)
+        hide = found.success if self._every is None else torch.full_like(found.success, (step + 1) % self._every == 0)
+        hide = hide.view(-1, 1, 1, 1)
+        gradient, other = torch.where(hide, unseen, found.gradient), torch.where(hide, found.gradient, unseen)
+        avoid = None
+        if self._mode == "orthogonal" and self._enforce == "perturbation":
+            avoid = other
+        elif self._mode == "orthogonal":
+            gradient = orthogonalize(gradient, other)
+        return self._with_slack(found, slack.detach(), gradient, avoid)
+
+    def logits(self, points: Tensor, goal: Goal) -> Tensor:
+        return self._classifier.logits(points, goal)
+
+    def _with_slack(
+        self, found: Evaluation, slack: Tensor, gradient: Tensor | None = None, avoid: Tensor | None = None
+    ) -> Evaluation:
+        merit = torch.minimum(found.margin, slack.to(found.margin.dtype))
+        unusable = found.unusable if gradient is None else (gradient == 0).flatten(1).all(1)
+        return Evaluation(
+            found.success & (slack >= 0), merit, merit, gradient, unusable, found.forward_calls, found.gradient_calls,
+            avoid,
+        )  # fmt: skip
+
+    def _slack(self, points: Tensor) -> Tensor:
+        """(N,) how far each score is below the threshold: not detected if at least 0."""
+        scores = self._detector(points)
+        if not isinstance(scores, Tensor) or scores.shape not in ((len(points),), (len(points), 1)):
+            found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(f"detector must return one score per sample, ({len(points)},); got {found}")
+        return self._threshold - scores.reshape(-1).float()
+
+
+@final
+class DetectorEvasion(Attack):
+    """Orthogonal and selective projected gradient descent: an adversarial that a detector does not see.
+
+    The two losses are never added, so no weight has to be found: each step climbs one of them. A sample that is not
+    misclassified yet climbs the classifier's loss, one that is descends the detector's score. "orthogonal" takes each
+    step orthogonal to the other loss's gradient::
+
+        max_s ⟨g, s⟩   subject to   ‖s‖ <= alpha,  ⟨s, g_other⟩ = 0,  x_t + s in the threat model
+
+    so that, to first order, what one loss has gained the other does not take back. For L-infinity that holds exactly,
+    by the linear program; ``enforce="gradient"`` only projects g, as published, and the sign undoes most of it.
+
+    Args:
+        model: as for `OrthoPGD`.
+        detector: images (N, C, H, W) to scores (N,) or (N, 1), differentiable; larger is more suspicious. It comes back
+            as it was, like the model.
+        threshold: an image is detected if its score exceeds this.
+        norm: "linf", "l2" or "l1".
+        eps: radius of the ball, in pixel units.
+        alpha: step size in pixel units; by default ``2.5 * eps / steps``.
+        steps: gradient steps per restart, at least 1.
+        mode: "orthogonal", or "selective", which climbs the same loss without regard to the other.
+        every: descend the detector's score at every so-many-th step instead of where the classifier is fooled.
+        scope: None, or keep the perturbation orthogonal to the image too, as for `OrthoPGD` ("image" or "channel").
+        directions: what else it stays orthogonal to.
+        enforce: "perturbation" for exact steps, "gradient" for the published form.
+        random_start: start at a random point instead of the image.
+        restarts: how often to start.
+        loss: the classifier's, as for `OrthoPGD`.
+        targeted: labels are the classes to reach.
+        early_stop: stop at the first point that fools the classifier and is not detected.
+        bounds: smallest and largest pixel value.
+        generator: source of the random starts.
+
+    An `AttackResult`'s ``success`` means both: fooled and not detected, ``loss`` is the smaller of the margin and of
+    threshold - score, positive on success; calls are the classifier's, the detector is called as often.
+
+    Raises:
+        ValueError: an option out of its range; the call raises it for bad images, labels, models or scores.
+
+    Source: Bryniarski et al. 2022, arXiv:2106.15023.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        detector: Model,
+        threshold: float = 0.0,
+        norm: Norm = "linf",
+        eps: float | Tensor = 4 / 255,
+        alpha: float | None = None,
+        steps: int = 50,
+        mode: Mode = "orthogonal",
+        every: int | None = None,
+        scope: Scope | None = None,
+        directions: Sequence[Direction] = (),
+        enforce: Enforce = "perturbation",
+        random_start: bool = False,
+        restarts: int = 1,
+        loss: Loss = "margin",
+        targeted: bool = False,
+        early_stop: bool = False,
+        bounds: tuple[float, float] = (0, 1),
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if not callable(detector):
+            raise ValueError(f"detector must be callable on a batch of images; got {type(detector).__name__}")
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode must be one of {', '.join(map(repr, get_args(Mode)))}; got {mode!r}")
+        if not math.isfinite(threshold):
+            raise ValueError(f"threshold must be a finite score; got {threshold!r}")
+        if every is not None:
+            check_count("every", every)
+        if scope == "pixel":
+            raise ValueError(
+                'scope must be None, "image" or "channel" here: "pixel" leaves no room for another gradient'
+            )
+        super().__init__(
+            model,
+            norm,
+            eps,
+            Climb(ScheduledStep(), steps, 2.5 / max(1, steps), alpha, random_start, restarts),
+            scope=scope,
+            directions=directions,
+            enforce=enforce,
+            loss=loss,
+            targeted=targeted,
+            early_stop=early_stop,
+            bounds=bounds,
+            generator=generator,
+            detector=detector,
+            oracle=partial(_DetectorOracle, threshold=threshold, mode=mode, every=every, enforce=enforce),
+        )

@@ -1,0 +1,118 @@
+"""The smallest perturbation that fools a model, by bisection over eps with any attack of this package."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from orthattack.attacks.attack import Attack, AttackResult, Task, check_count
+
+__all__ = ["MinimumNorm"]
+
+
+@final
+class MinimumNorm:
+    """Per sample, the smallest eps at which an attack succeeds::
+
+        min ‖x_adv - x‖   subject to   the attack's goal, its bounds and its orthogonality
+
+    Each trial runs the attack on the samples with a radius of their own: the middle between the largest that failed
+    and the norm of the smallest adversarial found, starting from that adversarial pulled towards the image. Before
+    anything has succeeded the radius is doubled. What comes back is what was found: an upper bound of the smallest
+    norm, as good as the attack.
+
+    Args:
+        attack: any attack of this package; its eps is the first radius to try, its other options hold throughout.
+        max_eps: the largest radius to try, in pixel units; by default the distance between the bounds (L-infinity),
+            or 16 times the attack's eps.
+        trials: how many radii to try for each sample, at least 1. Once one has succeeded, each halves the interval.
+
+    Raises:
+        ValueError: an argument outside these.
+
+    Source: bisection, as in Foolbox's minimisation by binary search (Rauber et al. 2017, arXiv:1707.04131).
+
+    >>> from orthattack import OrthoPGD
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    >>> images = torch.rand(4, 3, 2, 2)
+    >>> result = MinimumNorm(OrthoPGD(model, eps=8 / 255), max_eps=1.0).run(images, model(images).argmax(1))
+    >>> bool((result.cosine <= 1e-6).all())
+    True
+    """
+
+    def __init__(self, attack: Attack, max_eps: float | None = None, trials: int = 12) -> None:
+        if not isinstance(attack, Attack):
+            raise ValueError(f"attack must be an attack of orthattack; got {type(attack).__name__}")
+        check_count("trials", trials)
+        largest = float(torch.as_tensor(attack.threat.eps).max())
+        if largest == 0:
+            raise ValueError("the attack's eps is the first radius to try, so it must be larger than 0")
+        if max_eps is None:
+            low, high = attack.threat.bounds
+            max_eps = high - low if attack.threat.norm == "linf" else 16 * largest
+        if not (math.isfinite(max_eps) and max_eps > 0):
+            raise ValueError(f"max_eps must be a finite radius > 0, in pixel units; got {max_eps!r}")
+        self.attack, self.max_eps, self.trials = attack, max_eps, trials
+
+    def __repr__(self) -> str:
+        return f"MinimumNorm({self.attack!r}, max_eps={self.max_eps:.6g}, trials={self.trials})"
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Adversarial images for (N, C, H, W) images and (N,) labels (targeted: the classes to reach)."""
+        return self.run(images, labels).adversarials
+
+    def run(self, images: Tensor, labels: Tensor) -> AttackResult:
+        """Search and report, as `Attack.run` does; ``norm`` is the smallest norm found.
+
+        A sample that is misclassified as it is (targeted: classified as the target) has norm 0; one that nothing
+        fooled comes back as the last attack left it, with ``success`` false.
+        """
+        attack = self.attack
+        result = attack._run(images, labels, 0.0, None, _Look(), True)
+        eps = torch.as_tensor(attack.threat.eps, dtype=torch.float64, device=images.device)
+        eps = eps.expand(len(images)).clamp(max=self.max_eps).clone()
+        low, high = torch.zeros_like(eps), torch.full_like(eps, torch.inf)
+        high[result.success] = 0.0
+        for _ in range(self.trials):
+            # An interval that is narrower than 1 in 1000 is not worth a trial, nor one beyond the largest radius.
+            rows = ((high > 1.001 * low) & (low < self.max_eps)).nonzero().squeeze(1)
+            if len(rows) == 0:
+                break
+            found = attack._run(
+                images[rows], labels[rows], eps[rows], result.adversarials[rows], attack.search, early_stop=True
+            )
+            fooling = found.success & (found.norm < high[rows])
+            low[rows] = torch.where(found.success, low[rows], eps[rows])
+            high[rows] = torch.where(fooling, found.norm.double(), high[rows])
+            result = _updated(result, found, rows, fooling | ~result.success[rows])
+            middle = torch.where(high.isfinite(), (low + high) / 2, 2 * eps)
+            eps = middle.clamp(max=self.max_eps)
+        return result
+
+
+class _Look:
+    """The search that only scores the images themselves."""
+
+    merit: Literal["loss", "margin"] = "loss"
+
+    def options(self, eps: float | Tensor) -> dict[str, object]:  # noqa: ARG002
+        return {}
+
+    def __call__(self, task: Task, start: Tensor | None) -> None:  # noqa: ARG002
+        task.score(task.region.images.to(task.region.dtype).clone(), 0, with_gradient=False)
+
+
+def _updated(result: AttackResult, found: AttackResult, rows: Tensor, better: Tensor) -> AttackResult:
+    """`result` with what was found for the samples at `rows`, where it is better, and all calls counted."""
+    values = {}
+    for name, new in vars(found).items():
+        old = getattr(result, name).clone()
+        if name in ("zero_gradients", "forward_calls", "gradient_calls"):
+            old[rows] += new
+        else:
+            old[rows[better]] = new[better]
+        values[name] = old
+    return AttackResult(**values)

@@ -1,0 +1,377 @@
+"""Foolbox: our attacks as Foolbox's (`FoolboxAttack`, `FoolboxMinimum`), Foolbox's as ours (`FromFoolbox`).
+
+Source: Rauber et al. 2020, doi:10.21105/joss.02607, for Foolbox's interface, which is that of its version 3.3.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal, TypeVar, final
+
+import eagerpy as ep
+import foolbox
+import numpy as np
+import torch
+from foolbox.attacks.base import FixedEpsilonAttack, MinimizationAttack, get_criterion, raise_if_kwargs
+from foolbox.criteria import Misclassification, TargetedMisclassification
+from foolbox.distances import LpDistance
+from torch import Tensor, nn
+
+from orthattack.attacks.attack import Attack, Task
+from orthattack.attacks.minimum import MinimumNorm
+from orthattack.attacks.oracle import Scorer
+from orthattack.losses import Goal
+from orthattack.threat import Norm, perturbation_norm
+
+__all__ = ["FoolboxAttack", "FoolboxMinimum", "FromFoolbox"]
+
+T = TypeVar("T")
+
+_ORDER: dict[Norm, float] = {"linf": math.inf, "l2": 2, "l1": 1}
+# Stands for "no limit" in a threat model, whose eps is finite.
+_UNLIMITED = 1e30
+
+
+class _Ours:
+    """One of our attack classes with its options, to be made anew for each model, criterion and radius."""
+
+    def __init__(self, attack: Any, options: dict[str, Any]) -> None:
+        if not (isinstance(attack, type) and issubclass(attack, Attack)):
+            hint = "; for the smallest perturbation use FoolboxMinimum(OrthoPGD, eps=...)"
+            raise ValueError(
+                f"attack must be an attack class of orthattack, such as OrthoPGD; got {attack!r}"
+                + (hint if attack is MinimumNorm or isinstance(attack, MinimumNorm) else "")
+            )
+        for name, source in (
+            ("model", "the model"),
+            ("bounds", "the model's bounds"),
+            ("targeted", "the criterion: pass foolbox.criteria.TargetedMisclassification"),
+        ):
+            if name in options:
+                raise ValueError(f"{name} cannot be an option: it comes with the call, from {source}")
+        self._attack: Any = attack
+        self._options = options
+        probe = attack(nn.Identity(), **options)  # refuses a wrong option now, not at the first call
+        self._norm = probe.threat.norm
+        # One stream for all calls, so that each repetition draws new numbers.
+        self._generator = probe.generator
+
+    @property
+    def distance(self) -> Any:
+        """How Foolbox measures and shortens the perturbations: `foolbox.distances.LpDistance` of the norm."""
+        return _PullingDistance(self._norm)
+
+    def _shown(self, **more: object) -> str:
+        options = {name: value for name, value in {**more, **self._options}.items() if name != "generator"}
+        listed = ", ".join([self._attack.__name__, *(f"{name}={_short(value)}" for name, value in options.items())])
+        return f"{type(self).__name__}({listed})"
+
+    def _made(self, model: Any, inputs: Any, criterion: Any, **more: object) -> tuple[Attack, Tensor, Tensor]:
+        """The attack on a Foolbox model, with the images and the labels or targets to call it with."""
+        if not isinstance(inputs, ep.PyTorchTensor):
+            raise ValueError(
+                f"images must be PyTorch tensors, and the model a PyTorchModel; got {type(inputs).__name__}"
+            )
+        inner = model
+        while isinstance(getattr(inner, "_model", None), foolbox.models.Model):
+            inner = inner._model
+        others = (foolbox.models.NumPyModel, foolbox.models.TensorFlowModel, foolbox.models.JAXModel)
+        if not isinstance(inner, foolbox.models.Model) or isinstance(inner, others):
+            raise ValueError(
+                f"model must be a Foolbox model of PyTorch, such as PyTorchModel; got {type(inner).__name__}"
+            )
+        targeted = isinstance(criterion, TargetedMisclassification)
+        if not targeted and not isinstance(criterion, Misclassification):
+            raise ValueError(
+                "criterion must be labels, or foolbox.criteria.Misclassification or TargetedMisclassification; got "
+                f"{type(criterion).__name__}"
+            )
+        labels = criterion.target_classes if targeted else criterion.labels
+        attack = self._attack(
+            model,
+            **{**self._options, "targeted": targeted, "bounds": tuple(model.bounds), **more},
+        )
+        attack.generator = self._generator
+        return attack, inputs.raw, labels.raw
+
+
+def _short(value: object) -> str:
+    """A value for a repr: numbers and names as they are, what is longer by its type."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_short, value))}]"
+    return repr(value) if value is None or isinstance(value, str | int | float) else type(value).__name__
+
+
+@final
+class FoolboxAttack(_Ours, FixedEpsilonAttack):  # type: ignore[misc]
+    """An attack of this package as one of Foolbox's fixed-epsilon attacks::
+
+        raw, clipped, success = FoolboxAttack(OrthoPGD, steps=20)(fmodel, images, criterion, epsilons=[2/255, 8/255])
+
+    It goes wherever Foolbox takes an attack, ``repeat`` included. The raw images already lie in the ball and the
+    bounds, so Foolbox's clipping leaves them as they are. Tensors come back as they came in: of PyTorch or of EagerPy.
+
+    As with any Foolbox attack, the model is used in the mode it is in, so put it in evaluation mode first.
+
+    Args:
+        attack: a class such as `orthattack.OrthoPGD`.
+        rel_stepsize: step size as a share of epsilon; by default the attack's own, which scales with epsilon too.
+        **options: the class's, such as ``norm="l2"`` or ``alpha``, a step size in pixel units that is the same for all
+            epsilons. Not ``eps``, ``bounds`` or ``targeted``, which come with the call: from ``epsilons``, from the
+            model, and from the criterion, `Misclassification` (or labels) or `TargetedMisclassification`. Without a
+            ``generator`` it draws from a stream of its own, seeded from torch's seed.
+
+    Raises:
+        ValueError: an option out of its range or one that comes with the call; the call raises it for another
+            criterion and for models and images that are not PyTorch's.
+
+    >>> from orthattack import OrthoPGD
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval()
+    >>> fmodel = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
+    >>> images, labels = torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])
+    >>> attack = FoolboxAttack(OrthoPGD, norm="l2", steps=5)
+    >>> attack
+    FoolboxAttack(OrthoPGD, norm='l2', steps=5)
+    >>> raw, clipped, success = attack(fmodel, images, labels, epsilons=[0.1, 0.5])
+    >>> success.shape
+    torch.Size([2, 4])
+    """
+
+    def __init__(self, attack: type[Attack], *, rel_stepsize: float | None = None, **options: Any) -> None:
+        if "eps" in options:
+            raise ValueError("eps cannot be an option: it comes with the call, attack(..., epsilons=[4/255, 8/255])")
+        super().__init__(attack, options)
+        self._rel_stepsize = rel_stepsize
+        if rel_stepsize is not None:
+            if "alpha" in options or "alpha" not in inspect.signature(attack).parameters:
+                raise ValueError("rel_stepsize needs an attack with an option alpha, and that left out")
+            self._attack(nn.Identity(), **options, alpha=rel_stepsize)  # a share has the range of a step size
+
+    def __repr__(self) -> str:
+        return self._shown(**({} if self._rel_stepsize is None else {"rel_stepsize": self._rel_stepsize}))
+
+    def run(self, model: Any, inputs: T, criterion: Any, *, epsilon: float, **kwargs: Any) -> T:
+        """Foolbox's entry for one epsilon: adversarial images for `inputs`, of their type."""
+        raise_if_kwargs(kwargs)
+        x, restore_type = ep.astensor_(inputs)
+        step = {} if self._rel_stepsize is None else {"alpha": self._rel_stepsize * epsilon}
+        attack, images, labels = self._made(model, x, get_criterion(criterion), eps=epsilon, **step)
+        found: T = restore_type(ep.astensor(attack(images, labels)))
+        return found
+
+
+@final
+class FoolboxMinimum(_Ours, MinimizationAttack):  # type: ignore[misc]
+    """`orthattack.MinimumNorm` as one of Foolbox's minimisation attacks.
+
+    With ``epsilons=None`` the smallest perturbations found are judged as they are. With a number those that are larger
+    are scaled down to it first, which keeps them orthogonal where Foolbox's clipping would not. Foolbox's
+    ``early_stop`` makes no difference.
+
+    Args:
+        attack: a class such as `orthattack.OrthoPGD`.
+        eps: the first radius to try, in units of the model's bounds.
+        max_eps: the largest radius to try; as for `MinimumNorm`, like `trials`.
+        trials: how many radii to try.
+        **options: the class's, as for `FoolboxAttack`.
+
+    Raises:
+        ValueError: as for `FoolboxAttack` and `MinimumNorm`.
+
+    >>> from orthattack import OrthoPGD
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval()
+    >>> fmodel = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
+    >>> images = torch.rand(4, 3, 2, 2)
+    >>> attack = FoolboxMinimum(OrthoPGD, eps=0.1, trials=8)
+    >>> raw, clipped, success = attack(fmodel, images, model(images).argmax(1), epsilons=[None, 0.0])
+    >>> bool(success[1].any())
+    False
+    """
+
+    def __init__(
+        self, attack: type[Attack], *, eps: float, max_eps: float | None = None, trials: int = 12, **options: Any
+    ) -> None:
+        super().__init__(attack, options)
+        self._eps, self._max_eps, self._trials = eps, max_eps, trials
+        MinimumNorm(self._attack(nn.Identity(), **options, eps=eps), max_eps, trials)
+
+    def __repr__(self) -> str:
+        limit = {} if self._max_eps is None else {"max_eps": self._max_eps}
+        return self._shown(eps=self._eps, **limit, trials=self._trials)
+
+    def run(self, model: Any, inputs: T, criterion: Any, *, early_stop: float | None = None, **kwargs: Any) -> T:  # noqa: ARG002
+        """Foolbox's entry: adversarial images for `inputs`, of their type, as near as were found."""
+        raise_if_kwargs(kwargs)
+        x, restore_type = ep.astensor_(inputs)
+        attack, images, labels = self._made(model, x, get_criterion(criterion), eps=self._eps)
+        found: T = restore_type(ep.astensor(MinimumNorm(attack, self._max_eps, self._trials)(images, labels)))
+        return found
+
+
+class _PullingDistance(LpDistance):  # type: ignore[misc]
+    """Foolbox's distance, except that perturbations are shortened by scaling, which keeps them orthogonal, and that
+    those short enough, to within the 1e-6 that attacks here are allowed, stay bit for bit what they are."""
+
+    def __init__(self, norm: Norm) -> None:
+        super().__init__(_ORDER[norm])
+        self._norm = norm
+
+    def clip_perturbation(self, references: T, perturbed: T, epsilon: float) -> T:
+        """`perturbed`, pulled towards the references until within `epsilon`."""
+        (x, y), restore_type = ep.astensors_(references, perturbed)
+        x, y = x.raw, y.raw
+        length = perturbation_norm(y.double() - x.double(), self._norm).view(-1, *[1] * (x.ndim - 1))
+        fits = length <= epsilon * (1 + 1e-6)
+        factor = torch.where(fits, 1, epsilon / torch.where(fits, 1, length)).to(x.dtype)
+        pulled = torch.lerp(x, y, factor).clamp(torch.minimum(x, y), torch.maximum(x, y))
+        clipped: T = restore_type(ep.astensor(torch.where(fits, y, pulled)))
+        return clipped
+
+
+@final
+class FromFoolbox(Attack):
+    """A Foolbox attack with the interface of the attacks here, as a baseline: measured and judged by us.
+
+    Whether an adversarial succeeds is decided in one more pass of the model, on exactly what Foolbox returned as
+    clipped (or the image, should that be NaN); its norm and |cos| with the image are recomputed in float64. The model
+    is in evaluation mode for the while and comes back as it was. Foolbox draws from the global random numbers of torch
+    and of NumPy: it is lent the attack's own streams, and the global ones stay as they are.
+
+    Args:
+        model: an nn.Module that takes images (N, C, H, W) in `bounds` and returns logits (N, K).
+        attack: of Foolbox, such as ``foolbox.attacks.LinfPGD(steps=10)``, also repeated.
+        norm: "linf", "l2" or "l1": that of the attack, if it has an `eps`.
+        eps: radius in pixel units, one for all images; None for no limit, with attacks that minimise.
+        bounds: smallest and largest pixel value.
+        generator: source of Foolbox's random numbers, on the CPU; by default one of the attack's own, seeded from
+            torch's seed.
+        targeted: labels are the classes to reach, passed on as `foolbox.criteria.TargetedMisclassification`.
+
+    An `orthattack.AttackResult`'s ``loss`` is the margin; ``steps`` and ``zero_gradients``, unknown to us, are 0; calls
+    are counted around the model, averaged over the batch and rounded up. ``start`` makes no difference.
+
+    Raises:
+        ValueError: an argument outside these; the call raises it for bad images or labels. Foolbox's own errors pass
+            through.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    >>> images, labels = torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])
+    >>> result = FromFoolbox(model, foolbox.attacks.LinfPGD(steps=5), "linf", 8 / 255).run(images, labels)
+    >>> result.gradient_calls
+    tensor([5, 5, 5, 5])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        attack: Any,
+        norm: Norm,
+        eps: float | None,
+        bounds: tuple[float, float] = (0, 1),
+        generator: torch.Generator | None = None,
+        *,
+        targeted: bool = False,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model must be an nn.Module, as Foolbox asks; got {type(model).__name__}")
+        if not isinstance(attack, foolbox.Attack):
+            raise ValueError(f"attack must be an attack of Foolbox, such as foolbox.attacks.LinfPGD(); got {attack!r}")
+        if isinstance(eps, Tensor):
+            raise ValueError("eps must be one number for all images, or None: Foolbox takes no other")
+        once = attack.attack if isinstance(attack, foolbox.attacks.base.Repeated) else attack
+        if eps is None and isinstance(once, FixedEpsilonAttack):
+            raise ValueError(f"{type(once).__name__} needs an eps: only attacks that minimise go without")
+        distance = once.distance if eps is not None and hasattr(type(once), "distance") else None
+        if isinstance(distance, LpDistance) and norm in _ORDER and distance.p != _ORDER[norm]:
+            raise ValueError(f"norm must be that of {type(once).__name__}, L{distance.p:g}; got {norm!r}")
+        if generator is not None and isinstance(generator, torch.Generator) and generator.device.type != "cpu":
+            raise ValueError(f"generator must be one on the CPU; got one on {generator.device}")
+        super().__init__(
+            model,
+            norm,
+            _UNLIMITED if eps is None else eps,
+            _Delegate(attack),
+            scope=None,
+            loss="margin",
+            targeted=targeted,
+            bounds=bounds,
+            generator=generator,
+        )
+
+
+class _Delegate:
+    """The search that leaves everything to a Foolbox attack and scores what comes back."""
+
+    merit: Literal["loss", "margin"] = "margin"
+
+    def __init__(self, attack: Any) -> None:
+        self.attack = attack
+        self._numpy: np.random.RandomState | None = None
+
+    def options(self, eps: float | Tensor) -> dict[str, object]:
+        limit: dict[str, object] = {"eps": None} if isinstance(eps, float) and eps >= _UNLIMITED else {}
+        return {**limit, "attack": self.attack}
+
+    def __call__(self, task: Task, start: Tensor | None) -> None:  # noqa: ARG002
+        threat, goal = task.region.threat, task.goal
+        if isinstance(threat.eps, Tensor) and threat.eps.ndim > 0:
+            raise ValueError("a Foolbox attack takes one eps for all images, not one per sample")
+        images = task.region.images.to(task.region.dtype)
+        model = _Counted(task.oracle, goal).eval()
+        fmodel = foolbox.PyTorchModel(model, bounds=threat.bounds, device=images.device)
+        criterion = (
+            Misclassification(goal.labels) if goal.labels is not None else TargetedMisclassification(goal.targets)
+        )
+        epsilon = None if threat.eps >= _UNLIMITED else float(threat.eps)
+        with torch.enable_grad(), self._lent_streams(task.generator, images.device):
+            _, clipped, _ = self.attack(fmodel, images, criterion, epsilons=epsilon)
+        clipped = clipped.detach()
+        finite = clipped.isfinite().flatten(1).all(1).view(-1, 1, 1, 1)
+        points = torch.where(finite, clipped, images)
+        evaluation = task.oracle.evaluate(points, goal, task.loss, task.best.success[task.index], with_gradient=False)
+        evaluation = replace(
+            evaluation,
+            forward_calls=evaluation.forward_calls + math.ceil(model.forward_calls / len(images)),
+            gradient_calls=evaluation.gradient_calls + math.ceil(model.gradient_calls / len(images)),
+        )
+        task.best.offer(task.index, points, evaluation, 0)
+
+    @contextmanager
+    def _lent_streams(self, generator: torch.Generator, device: torch.device) -> Iterator[None]:
+        """The global random numbers continue ours. Torch's are put back by whoever borrowed the model, NumPy's here."""
+        if self._numpy is None:
+            self._numpy = np.random.RandomState(generator.initial_seed() % 2**32)
+        torch.set_rng_state(generator.get_state())
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(int(torch.randint(2**31, ())))
+        before = np.random.get_state()
+        np.random.set_state(self._numpy.get_state())
+        try:
+            yield
+        finally:
+            self._numpy.set_state(np.random.get_state())
+            np.random.set_state(before)
+            generator.set_state(torch.get_rng_state())
+
+
+class _Counted(nn.Module):
+    """The borrowed model as Foolbox wants it, counting images evaluated and differentiated."""
+
+    def __init__(self, oracle: Scorer, goal: Goal) -> None:
+        super().__init__()
+        self._oracle, self._goal = oracle, goal
+        self.forward_calls = self.gradient_calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.forward_calls += len(images)
+        if images.requires_grad:
+            images.register_hook(self._count_gradient)  # type: ignore[no-untyped-call]
+        return self._oracle.logits(images, self._goal)
+
+    def _count_gradient(self, gradient: Tensor) -> None:
+        self.gradient_calls += len(gradient)

@@ -1,0 +1,154 @@
+"""The step rules against plain loops that follow the papers, on models whose every number can be recomputed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import nn
+
+from orthattack import APGD, MIFGSM, NIFGSM, PGD, OrthoAPGD, OrthoMIFGSM, ThreatModel
+from orthattack.attacks.steps import AutoStep, ScheduledStep
+from tests.attacks.test_attacks import Recorder, drawn, small_model
+from tests.conftest import seeds
+
+EPS = 8 / 255
+
+
+def losses_and_gradients(model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    leaf = x.clone().requires_grad_()
+    loss = nn.functional.cross_entropy(model(leaf), labels, reduction="none")
+    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    return loss.detach(), gradient
+
+
+def prepared(n: int = 6, seed: int = 0) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    images, labels = drawn(seed, n)
+    return small_model(seed).double(), images.double(), labels
+
+
+@pytest.mark.parametrize("schedule", ["fixed", "linear", "cosine"])
+def test_schedules_set_the_length_of_each_step(schedule):
+    model, images, labels = prepared()
+    recorder = Recorder(model)
+    PGD(recorder, eps=1.0, alpha=0.01, steps=8, schedule=schedule, random_start=False)(images, labels)
+    for t in range(8):
+        step = (recorder.seen[t + 1] - recorder.seen[t]).abs().amax()
+        factor = {"fixed": 1, "linear": 1 - t / 8, "cosine": (1 + math.cos(math.pi * t / 8)) / 2}[schedule]
+        assert float(step) == pytest.approx(0.01 * factor, rel=1e-9)
+
+
+@pytest.mark.parametrize("decay", [0.5, 1.0])
+def test_mi_fgsm_is_the_published_iteration(decay):
+    model, images, labels = prepared()
+    recorder = Recorder(model)
+    MIFGSM(recorder, eps=EPS, steps=7, decay=decay)(images, labels)
+    x, velocity, alpha = images, torch.zeros_like(images), EPS / 7
+    for seen in recorder.seen:
+        torch.testing.assert_close(seen, x, rtol=0, atol=1e-12)
+        _, g = losses_and_gradients(model, x, labels)
+        velocity = decay * velocity + g / g.abs().mean((1, 2, 3), keepdim=True)
+        x = (x + alpha * velocity.sign()).clamp(images - EPS, images + EPS).clamp(0, 1)
+    assert len(recorder.seen) == 8
+
+
+def test_ni_fgsm_looks_ahead_inside_the_ball():
+    model, images, labels = prepared()
+    recorder = Recorder(model)
+    NIFGSM(recorder, eps=EPS, steps=7)(images, labels)
+    x, velocity, alpha = images, torch.zeros_like(images), EPS / 7
+    for t, seen in enumerate(recorder.seen):
+        ahead = (x + alpha * velocity if t < 7 else x).clamp(images - EPS, images + EPS).clamp(0, 1)
+        torch.testing.assert_close(seen, ahead, rtol=0, atol=1e-12)
+        _, g = losses_and_gradients(model, ahead, labels)
+        velocity = velocity + g / g.abs().mean((1, 2, 3), keepdim=True)
+        x = (x + alpha * velocity.sign()).clamp(images - EPS, images + EPS).clamp(0, 1)
+
+
+def test_momentum_survives_gradients_of_any_size():
+    """Cross-entropy gradients of 1e-30 and less, whose mean alone would underflow."""
+    images, labels = drawn()
+    inner = small_model()
+    for scale in (1e-37, 1e35):
+        result = OrthoMIFGSM(inner, eps=EPS, steps=3, loss=lambda z, y, s=scale: -s * z.gather(1, y[:, None])[:, 0])
+        found = result.run(images, labels)
+        assert found.adversarials.isfinite().all()
+        assert (found.norm > 0.9 * EPS).all()
+        assert found.cosine.max() <= 1e-6
+
+
+def test_checkpoints_are_those_of_the_paper():
+    """p_0 = 0, p_1 = 0.22, p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06), for 100 steps."""
+    assert list(AutoStep.checkpoints(100)) == [22, 41, 57, 70, 80, 87, 93, 99]
+    assert list(AutoStep.checkpoints(100).values()) == [22, 19, 16, 13, 10, 7, 6, 6]
+    assert AutoStep.checkpoints(1) == {}
+    for steps in range(1, 60):
+        assert all(0 < at < steps for at in AutoStep.checkpoints(steps))
+
+
+def next_of_apgd(seen, losses, gradients, image, eps, steps):
+    """The points that Algorithm 1 of arXiv:2003.01690 goes to from each point seen, for one sample and L-infinity."""
+    low, high = (image - eps).clamp(min=0), (image + eps).clamp(max=1)
+    eta, best, best_loss, best_gradient = 2 * eps, None, -math.inf, None
+    checked, halved, last_check, before = float(losses[0]), True, 0, seen[0]
+    for t in range(steps):
+        x, loss, g = seen[t], float(losses[t]), gradients[t]
+        if loss > best_loss:
+            best, best_loss, best_gradient = x, loss, g
+        if t in AutoStep.checkpoints(steps):
+            rises = sum(float(losses[j]) > float(losses[j - 1]) for j in range(last_check + 1, t + 1))
+            halve = rises <= 0.75 * (t - last_check) or (not halved and checked >= best_loss)
+            if halve:
+                eta, x, g = eta / 2, best, best_gradient
+            halved, checked, last_check = halve, best_loss, t
+        z = (x + eta * g.sign()).clamp(low, high)
+        yield z if t == 0 else (x + 0.75 * (z - x) + 0.25 * (x - before)).clamp(low, high)
+        before = x
+
+
+@settings(max_examples=10)
+@given(seeds)
+def test_apgd_is_the_published_algorithm(seed):
+    model, images, labels = prepared(4, seed % 1000)
+    recorder, steps = Recorder(model), 25
+    APGD(recorder, eps=0.1, steps=steps, generator=torch.Generator().manual_seed(seed))(images, labels)
+    assert len(recorder.seen) == steps + 1
+    known = [losses_and_gradients(model, x, labels) for x in recorder.seen[:-1]]
+    for i in range(4):
+        seen = [x[i] for x in recorder.seen]
+        losses, gradients = [loss[i] for loss, _ in known], [g[i] for _, g in known]
+        for t, expected in enumerate(next_of_apgd(seen, losses, gradients, images[i], 0.1, steps)):
+            torch.testing.assert_close(seen[t + 1], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_every_iterate_of_apgd_stays_on_the_plane(norm):
+    model, images, labels = prepared()
+    recorder = Recorder(model)
+    eps = {"linf": EPS, "l2": 0.5, "l1": 5.0}[norm]
+    OrthoAPGD(recorder, norm=norm, eps=eps, steps=15)(images, labels)
+    threat = ThreatModel(norm, eps)
+    assert len(recorder.seen) == 16
+    for seen in recorder.seen:
+        assert threat.cosine(seen - images, images).max() <= 1e-9
+        assert seen.min() >= 0
+        assert seen.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ScheduledStep("step"), "schedule must be one of 'fixed', 'linear', 'cosine'; got 'step'"),
+        (lambda: ScheduledStep(momentum=-1), "momentum must be a finite number >= 0; got -1"),
+        (lambda: ScheduledStep(nesterov=True), "nesterov=True needs a momentum > 0"),
+        (lambda: AutoStep(1.0), r"rho must lie in \(0, 1\); got 1.0"),
+        (lambda: PGD(small_model(), schedule="step"), "schedule must be one of"),
+        (lambda: APGD(small_model(), rho=0), "rho must lie in"),
+        (lambda: MIFGSM(small_model(), decay=float("nan")), "momentum must be a finite number >= 0; got nan"),
+    ],
+)
+def test_bad_rules_are_explained(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,37 @@
+"""The bundled models and photographs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from orthattack.eval.data import load_photographs
+from orthattack.eval.models import load_classifier
+
+Trained = tuple[nn.Module, Tensor, Tensor]
+
+
+def loaded(name: str) -> Trained:
+    classifier = load_classifier(name)
+    (batch,) = load_photographs("cifar10-samples", classifier).batches(20, classifier.preprocessing)
+    return classifier.model, batch.images, batch.labels
+
+
+@pytest.fixture(scope="session")
+def standard() -> Trained:
+    return loaded("cifar10-standard")
+
+
+@pytest.fixture(scope="session", params=["cifar10-standard", "cifar10-robust"])
+def trained(request) -> Trained:
+    return loaded(request.param)
+
+
+@pytest.fixture
+def robust_accuracy():
+    def measured(model: nn.Module, adversarials: Tensor, labels: Tensor) -> float:
+        with torch.inference_mode():
+            return float((model(adversarials).argmax(1) == labels).float().mean())
+
+    return measured
