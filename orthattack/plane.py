@@ -54,7 +54,7 @@ class Plane:
         """The gradient's projection onto the plane's own directions."""
         return orthogonalize(gradient, self.images, self.scope)
 
-    def step(self, start: Tensor, gradient: Tensor, alpha: Tensor) -> Tensor:
+    def step(self, start: Tensor, gradient: Tensor, alpha: Tensor | float) -> Tensor:
         """Solve the linear program of the best L-infinity step, exactly and without sorting::
 
             max_y ⟨g, y⟩  subject to  |y - s| <= α,  lower <= y <= upper,  ⟨y - x, x⟩ = 0
@@ -65,7 +65,7 @@ class Plane:
         Args:
             start: s, (N, C, H, W), in the box and on the plane.
             gradient: g, the same shape, finite, any scale.
-            alpha: α, (N, 1, 1, 1), in pixel units.
+            alpha: α, in pixel units; one number, or (N, 1, 1, 1).
 
         Returns:
             y, (N, C, H, W), with a duality gap below 1e-8 of α‖g‖₁ plus round-off. A group whose gradient is zero, or
@@ -75,6 +75,7 @@ class Plane:
         """
         dims, normal = self.dims, self.normal
         own, scratch, _ = self._scratch
+        alpha = torch.as_tensor(alpha, dtype=start.dtype, device=start.device)
         g, _ = scaled(gradient, dims, out=own)
         # The optimum is the same for g and g - cx; projected, λ is near 0 and a parallel gradient is 0, not round-off.
         tolerance = 4 * torch.finfo(g.dtype).eps

@@ -25,7 +25,7 @@ from orthattack.attacks.attack import Attack, Task
 from orthattack.attacks.minimum import MinimumNorm
 from orthattack.attacks.oracle import Scorer
 from orthattack.losses import Goal
-from orthattack.threat import Norm, perturbation_norm
+from orthattack.threat import Norm, ThreatModel, perturbation_norm
 
 __all__ = ["FoolboxAttack", "FoolboxMinimum", "FromFoolbox"]
 
@@ -49,21 +49,24 @@ class _Ours:
         for name, source in (
             ("model", "the model"),
             ("bounds", "the model's bounds"),
-            ("targeted", "the criterion: pass foolbox.criteria.TargetedMisclassification"),
+            ("targeted", "the criterion, such as TargetedMisclassification"),
         ):
             if name in options:
                 raise ValueError(f"{name} cannot be an option: it comes with the call, from {source}")
         self._attack: Any = attack
         self._options = options
         probe = attack(nn.Identity(), **options)  # refuses a wrong option now, not at the first call
-        self._norm = probe.threat.norm
+        # The textbook form promises no orthogonality, so there is none to keep.
+        self._threat = (
+            probe.threat if probe.enforce == "perturbation" else replace(probe.threat, scope=None, directions=())
+        )
         # One stream for all calls, so that each repetition draws new numbers.
         self._generator = probe.generator
 
     @property
     def distance(self) -> Any:
         """How Foolbox measures and shortens the perturbations: `foolbox.distances.LpDistance` of the norm."""
-        return _PullingDistance(self._norm)
+        return _PullingDistance(self._threat)
 
     def _shown(self, **more: object) -> str:
         options = {name: value for name, value in {**more, **self._options}.items() if name != "generator"}
@@ -169,7 +172,7 @@ class FoolboxMinimum(_Ours, MinimizationAttack):  # type: ignore[misc]
     """`orthattack.MinimumNorm` as one of Foolbox's minimisation attacks.
 
     With ``epsilons=None`` the smallest perturbations found are judged as they are. With a number those that are larger
-    are scaled down to it first, which keeps them orthogonal where Foolbox's clipping would not. Foolbox's
+    are pulled into its ball first, which keeps them orthogonal where Foolbox's clipping would not. Foolbox's
     ``early_stop`` makes no difference.
 
     Args:
@@ -213,22 +216,24 @@ class FoolboxMinimum(_Ours, MinimizationAttack):  # type: ignore[misc]
 
 
 class _PullingDistance(LpDistance):  # type: ignore[misc]
-    """Foolbox's distance, except that perturbations are shortened by scaling, which keeps them orthogonal, and that
-    those short enough, to within the 1e-6 that attacks here are allowed, stay bit for bit what they are."""
+    """Foolbox's distance, except that a perturbation is shortened by pulling it towards the image, inside the threat
+    model, and that what already lies in the ball stays bit for bit what it is."""
 
-    def __init__(self, norm: Norm) -> None:
-        super().__init__(_ORDER[norm])
-        self._norm = norm
+    def __init__(self, threat: ThreatModel) -> None:
+        super().__init__(_ORDER[threat.norm])
+        self._threat = threat
 
     def clip_perturbation(self, references: T, perturbed: T, epsilon: float) -> T:
-        """`perturbed`, pulled towards the references until within `epsilon`."""
+        """`perturbed` within `epsilon` of the references."""
         (x, y), restore_type = ep.astensors_(references, perturbed)
         x, y = x.raw, y.raw
-        length = perturbation_norm(y.double() - x.double(), self._norm).view(-1, *[1] * (x.ndim - 1))
-        fits = length <= epsilon * (1 + 1e-6)
-        factor = torch.where(fits, 1, epsilon / torch.where(fits, 1, length)).to(x.dtype)
-        pulled = torch.lerp(x, y, factor).clamp(torch.minimum(x, y), torch.maximum(x, y))
-        clipped: T = restore_type(ep.astensor(torch.where(fits, y, pulled)))
+        length = perturbation_norm(y.double() - x.double(), self._threat.norm)
+        rows = (length > epsilon * (1 + 1e-6)).nonzero().squeeze(1)
+        if len(rows) > 0:
+            both = torch.stack([x[rows], y[rows]])  # which lie in the model's bounds, unknown here
+            threat = replace(self._threat, eps=epsilon, bounds=(float(both.min()), float(both.max())))
+            y = y.index_copy(0, rows, threat.around(x[rows]).shrunk(y[rows]))
+        clipped: T = restore_type(ep.astensor(y))
         return clipped
 
 

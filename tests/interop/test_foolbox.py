@@ -30,7 +30,7 @@ from orthattack.attacks.attack import AttackResult
 from orthattack.interop.foolbox import FoolboxAttack, FoolboxMinimum, FromFoolbox
 
 EPS = 8 / 255
-EPSILONS = [0.0, 1 / 255, 4 / 255, EPS]
+EPSILONS = [0.0, 2 / 255, EPS]
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -71,18 +71,18 @@ def tiny() -> tuple[foolbox.PyTorchModel, torch.Tensor, torch.Tensor]:
         FoolboxAttack(OrthoNIFGSM, steps=5),
         FoolboxAttack(APGD, steps=5),
         FoolboxAttack(OrthoAPGD, steps=5),
-        FoolboxAttack(OrthoSquare, queries=50),
-        FoolboxAttack(OrthoAutoAttack, steps=3, targets=1, queries=10),
+        FoolboxAttack(OrthoSquare, queries=30),
+        FoolboxAttack(OrthoAutoAttack, steps=2, targets=1, queries=5),
     ],
     ids=repr,
 )
 def test_every_attack_is_one_of_foolboxs(standard, attack):
-    model, images, labels = standard
+    model, images, labels = (value if isinstance(value, nn.Module) else value[:10] for value in standard)
     fmodel = foolboxed(model)
     raw, clipped, success = attack(fmodel, images, labels, epsilons=EPSILONS)
     assert isinstance(attack, foolbox.Attack)
     assert type(attack.distance).__mro__[1] is foolbox.distances.LpDistance
-    assert success.shape == (4, 20)
+    assert success.shape == (3, 10)
     for epsilon, ours, theirs, flags in zip(EPSILONS, raw, clipped, success, strict=True):
         assert torch.equal(ours, theirs)  # nothing was left to clip
         assert lengths(ours, images).max() <= epsilon * (1 + 1e-6)
@@ -119,7 +119,7 @@ def test_it_is_the_attack_itself(standard):
 def test_targets_come_from_the_criterion(standard):
     model, images, labels = standard
     targets = (labels + 3) % 10
-    attack = FoolboxAttack(OrthoPGD, steps=20)
+    attack = FoolboxAttack(OrthoPGD, steps=15)
     _, clipped, success = attack(foolboxed(model), images, TargetedMisclassification(targets), epsilons=EPS)
     assert success.float().mean() >= 0.6
     with torch.no_grad():
@@ -177,7 +177,7 @@ def test_tensors_come_back_as_they_came():
 
 def test_bounds_and_preprocessing_are_the_models(standard):
     """The same attack on 8-bit pixels finds the same."""
-    model, images, labels = standard
+    model, images, labels = (value if isinstance(value, nn.Module) else value[:10] for value in standard)
     inner, mean, std = model.model, model.mean, model.std
     scaled = foolbox.PyTorchModel(
         inner,
@@ -185,7 +185,7 @@ def test_bounds_and_preprocessing_are_the_models(standard):
         device="cpu",
         preprocessing={"mean": 255 * mean.flatten(), "std": 255 * std.flatten(), "axis": -3},
     )
-    attack = FoolboxAttack(OrthoPGD, random_start=False, steps=5)
+    attack = FoolboxAttack(OrthoPGD, random_start=False, steps=4)
     _, clipped, success = attack(scaled, 255 * images, labels, epsilons=[2.0, 8.0])
     assert clipped[1].max() > 1
     assert clipped[1].max() <= 255
@@ -235,13 +235,13 @@ def test_repr_shows_the_attack_and_its_options():
     [
         (OrthoPGD, {"eps": 0.1}, r"eps cannot be an option: it comes with the call, attack\(\.\.\., epsilons="),
         (OrthoPGD, {"bounds": (0, 1)}, "bounds cannot be an option: it comes with the call, from the model's bounds"),
-        (OrthoPGD, {"targeted": True}, "targeted cannot be an option: .* TargetedMisclassification"),
+        (OrthoPGD, {"targeted": True}, "targeted cannot be an option: it comes with the call, from the criterion"),
         (OrthoPGD, {"steps": 0}, "steps must be an integer >= 1; got 0"),
         (OrthoPGD, {"norm": "l3"}, "norm must be one of"),
         (OrthoPGD, {"rel_stepsize": -1.0}, "alpha must be a finite step size >= 0"),
         (OrthoPGD, {"rel_stepsize": 0.1, "alpha": 0.1}, "rel_stepsize needs an attack with an option alpha"),
         (APGD, {"rel_stepsize": 0.1}, "rel_stepsize needs an attack with an option alpha"),
-        (MinimumNorm, {}, "attack must be an attack class .* use FoolboxMinimum"),
+        (MinimumNorm, {}, "attack must be an attack class of orthattack, .* use FoolboxMinimum"),
         (foolbox.attacks.LinfPGD, {}, "attack must be an attack class of orthattack, such as OrthoPGD"),
         (PGD(nn.Identity()), {}, "attack must be an attack class of orthattack, such as OrthoPGD"),
     ],
@@ -272,10 +272,12 @@ def test_what_the_call_cannot_do_is_explained():
 
 def test_the_model_keeps_its_gradients_and_buffers(standard):
     model, images, labels = standard
+    model.requires_grad_(True)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     FoolboxAttack(OrthoPGD, steps=2)(foolboxed(model), images[:4], labels[:4], epsilons=EPS)
-    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    model.requires_grad_(False)
 
 
 # --- the smallest perturbation ---
@@ -298,8 +300,10 @@ def test_the_smallest_perturbations(standard):
         assert torch.equal(success[1], model(images).argmax(1) != labels)
     for epsilon, adversarials, flags in zip(epsilons[1:], clipped[1:], success[1:], strict=True):
         assert lengths(adversarials, images).max() <= epsilon * (1 + 1e-6)
-        assert cosines(adversarials, images).max() <= 2e-6  # scaled, and rounded once more
+        assert cosines(adversarials, images).max() <= 1e-6
         assert flags[smallest <= epsilon].all()
+        assert adversarials.min() >= 0
+        assert adversarials.max() <= 1
         with torch.no_grad():
             assert torch.equal(flags, model(adversarials).argmax(1) != labels)
 
@@ -370,8 +374,9 @@ def test_a_baseline_is_foolboxs_attack_measured_by_us(trained, robust_accuracy):
             None,
         ),
     ],
-    ids=lambda value: type(value).__name__,
-)  # fmt: skip
+    ids=lambda value: type(value).__name__ if isinstance(value, foolbox.Attack) else str(value),
+)
+@pytest.mark.filterwarnings("ignore:torch.meshgrid")  # Foolbox's
 def test_any_foolbox_attack_repeats_and_leaves_the_random_numbers_alone(standard, attack, norm, eps):
     model, images, labels = (value if isinstance(value, nn.Module) else value[:4] for value in standard)
     targeted = isinstance(attack, foolbox.attacks.GenAttack)
@@ -399,11 +404,13 @@ def test_any_foolbox_attack_repeats_and_leaves_the_random_numbers_alone(standard
 
 def test_minimisation_succeeds_everywhere_and_targets_are_passed_on(standard):
     model, images, labels = standard
-    result = FromFoolbox(model, foolbox.attacks.L2DeepFoolAttack(), "l2", None).run(images, labels)
+    images, labels = images[:10], labels[:10]
+    deepfool = foolbox.attacks.L2DeepFoolAttack(candidates=3)
+    result = FromFoolbox(model, deepfool, "l2", None).run(images, labels)
     assert result.success.all()
     assert 0 < result.norm.median() < 1
     targets = (labels + 3) % 10
-    attack = foolbox.attacks.LinfPGD(steps=20)
+    attack = foolbox.attacks.LinfPGD(rel_stepsize=0.2, steps=15)
     result = FromFoolbox(model, attack, "linf", EPS, targeted=True, generator=seeded()).run(images, targets)
     with torch.no_grad():
         assert torch.equal(result.success, model(result.adversarials).argmax(1) == targets)
@@ -420,6 +427,7 @@ def test_the_streams_go_on():
 
 def test_the_model_comes_back_as_it_was(standard):
     model, images, labels = standard
+    model.requires_grad_(True)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     attack = foolbox.attacks.LinfPGD(steps=2, random_start=False)
     expected = FromFoolbox(model, attack, "linf", EPS)(images[:4], labels[:4])
