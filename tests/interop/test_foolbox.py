@@ -92,7 +92,8 @@ def test_every_attack_is_one_of_foolboxs(standard, attack):
             assert torch.equal(flags, model(theirs).argmax(1) != labels)
         if "Ortho" in repr(attack):
             assert cosines(theirs, images).max() <= 1e-6
-    assert foolbox.accuracy(fmodel, raw[-1], labels) <= foolbox.accuracy(fmodel, images, labels)
+    before, after = foolbox.accuracy(fmodel, images, labels), foolbox.accuracy(fmodel, raw[-1], labels)
+    assert after < before or ("Square" in repr(attack) and after == before)  # few queries fool nobody
     assert success[-1].sum() > success[0].sum()
 
 
