@@ -279,17 +279,21 @@ class Region:
         factor = (self.eps * reciprocal(length)).clamp(max=1).to(points.dtype)
         return self.project(torch.lerp(self.images, points, factor))
 
-    def random_start(self, generator: torch.Generator | None = None) -> Tensor:
+    def random_start(self, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
         """A random point of the region.
 
         Uniform in the ball (for L2 and L1 within the plane), then projected onto the region. The numbers are drawn on
-        the generator's device, so a CPU generator gives the same start on every device.
+        the generator's device, so a CPU generator gives the same start on every device. With a generator for each
+        sample, a sample's start does not depend on the others.
         """
         x, eps = self.images, self.eps.to(self.images.dtype)
-        device = x.device if generator is None else generator.device
 
         def draw(shape: Sequence[int], draws: Callable[..., Tensor] = torch.rand) -> Tensor:
-            return draws(tuple(shape), generator=generator, device=device, dtype=x.dtype).to(x.device)
+            if generator is None or isinstance(generator, torch.Generator):
+                device = x.device if generator is None else generator.device
+                return draws(tuple(shape), generator=generator, device=device, dtype=x.dtype).to(x.device)
+            rows = [draws(tuple(shape[1:]), generator=own, device=own.device, dtype=x.dtype) for own in generator]
+            return torch.stack(rows).to(x.device)
 
         if self.threat.norm == "linf":
             offset = 2 * draw(x.shape) - 1

@@ -132,7 +132,8 @@ class Task:
         index: positions of these samples in the batch, for `best`.
         best: where to offer every point that was scored.
         early_stop: whether a sample is done as soon as it is fooled.
-        generator: of random numbers.
+        generator: of random numbers that all samples share.
+        streams: one generator per sample, for those they do not share; None: the same as `generator`.
         textbook: the threat model to project directions against, for ``enforce="gradient"``.
         reference: against the clean images or the iterates.
     """
@@ -145,6 +146,7 @@ class Task:
     best: Best
     early_stop: bool
     generator: torch.Generator
+    streams: tuple[torch.Generator, ...] | None = None
     textbook: ThreatModel | None = None
     reference: Reference = "clean"
 
@@ -157,7 +159,18 @@ class Task:
 
     def select(self, rows: Tensor) -> Task:
         """The task for the samples at `rows`, positions in this task, only."""
-        return replace(self, goal=self.goal.select(rows), region=self.region.select(rows), index=self.index[rows])
+        streams = None if self.streams is None else tuple(self.streams[row] for row in rows.tolist())
+        return replace(
+            self,
+            goal=self.goal.select(rows),
+            region=self.region.select(rows),
+            index=self.index[rows],
+            streams=streams,
+        )
+
+    def random_start(self) -> Tensor:
+        """A random point of the region, each sample's from its own stream if it has one."""
+        return self.region.random_start(self.generator if self.streams is None else self.streams)
 
     def unsolved(self) -> Task | None:
         """The task for the samples that no point fools yet, or None if there are none."""
@@ -249,7 +262,13 @@ class Attack:
         return self.run(images, labels).adversarials
 
     def run(
-        self, images: Tensor, labels: Tensor, *, eps: float | Tensor | None = None, start: Tensor | None = None
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        eps: float | Tensor | None = None,
+        start: Tensor | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> AttackResult:
         """Attack a batch and report.
 
@@ -263,12 +282,15 @@ class Attack:
             eps: another radius than the attack's, in pixel units; one number, or (N,) with one per sample.
             start: (N, C, H, W), where to start the first restart, for example the adversarials of a smaller radius;
                 what is outside the threat model is pulled towards the images.
+            seeds: one per sample, each below 2**63 in size: a sample's random numbers then come from its own stream
+                and do not depend on its batch or on earlier calls. What all samples share (the squares of `Square`)
+                starts anew from the seed of the attack's generator.
 
         Raises:
             ValueError: images or labels of the wrong kind (the message says what and where), or a model whose output
                 is not (N, K) logits, is not finite, or does not depend differentiably on the images.
         """
-        return self._run(images, labels, eps, start, self.search, self.early_stop)
+        return self._run(images, labels, eps, start, self.search, self.early_stop, seeds)
 
     def _run(
         self,
@@ -278,12 +300,14 @@ class Attack:
         start: Tensor | None,
         search: Search,
         early_stop: bool,
+        seeds: Sequence[int] | None = None,
     ) -> AttackResult:
         with torch.inference_mode(False), torch.no_grad():
             x, labels = self._checked(images, labels)
             threat = self.threat if eps is None else replace(self.threat, eps=eps)
             if start is not None and start.shape != x.shape:
                 raise ValueError(f"start must have the shape of images, {tuple(x.shape)}; got {tuple(start.shape)}")
+            generator, streams = self._streams(seeds, len(x))
             best = Best(x, search.merit)
             if len(x) > 0:
                 # The textbook form projects the gradient and nothing else: its perturbations are as free as PGD's.
@@ -295,7 +319,7 @@ class Attack:
                     oracle = self._oracle(*models, self.precision, self.eot_samples)
                     index = torch.arange(len(x), device=x.device)
                     task = Task(
-                        oracle, self._loss, goal, region, index, best, early_stop, self.generator, textbook,
+                        oracle, self._loss, goal, region, index, best, early_stop, generator, streams, textbook,
                         self.reference,
                     )  # fmt: skip
                     search(task, None if start is None else region.shrunk(start.detach().to(x)))
@@ -334,6 +358,18 @@ class Attack:
                 last = _merged(last, more, rows)
             found[radius] = last
         return [found[radius] for radius in eps]
+
+    def _streams(
+        self, seeds: Sequence[int] | None, count: int
+    ) -> tuple[torch.Generator, tuple[torch.Generator, ...] | None]:
+        """The generator that all samples share, and those of the single samples, if they have seeds."""
+        if seeds is None:
+            return self.generator, None
+        if len(seeds) != count:
+            raise ValueError(f"seeds must be one per image, {count}; got {len(seeds)}")
+        device = self.generator.device
+        shared = torch.Generator(device).manual_seed(self.generator.initial_seed())
+        return shared, tuple(torch.Generator(device).manual_seed(int(seed)) for seed in seeds)
 
     def _checked(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of images and labels, the images clamped to the bounds; ValueError if they are not what is needed."""

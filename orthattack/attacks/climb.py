@@ -63,7 +63,7 @@ class Climb:
             if start is not None and attempt == 0:
                 points = start
             elif self.random_start:  # for all samples, so that the random numbers do not depend on who is left
-                points = task.region.random_start(task.generator)
+                points = task.random_start()
             else:
                 points = task.region.images.to(task.region.dtype).clone()
             if not task.early_stop:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, final
 
 import torch
@@ -64,8 +65,8 @@ class MinimumNorm:
         """Adversarial images for (N, C, H, W) images and (N,) labels (targeted: the classes to reach)."""
         return self.run(images, labels).adversarials
 
-    def run(self, images: Tensor, labels: Tensor) -> AttackResult:
-        """Search and report, as `Attack.run` does; ``norm`` is the smallest norm found.
+    def run(self, images: Tensor, labels: Tensor, *, seeds: Sequence[int] | None = None) -> AttackResult:
+        """Search and report, as `Attack.run` does, with its `seeds`; ``norm`` is the smallest norm found.
 
         A sample that is misclassified as it is (targeted: classified as the target) has norm 0; one that nothing
         fooled comes back as the last attack left it, with ``success`` false.
@@ -82,7 +83,13 @@ class MinimumNorm:
             if len(rows) == 0:
                 break
             found = attack._run(
-                images[rows], labels[rows], eps[rows], result.adversarials[rows], attack.search, early_stop=True
+                images[rows],
+                labels[rows],
+                eps[rows],
+                result.adversarials[rows],
+                attack.search,
+                early_stop=True,
+                seeds=None if seeds is None else [seeds[row] for row in rows.tolist()],
             )
             fooling = found.success & (found.norm < high[rows])
             low[rows] = torch.where(found.success, low[rows], eps[rows])

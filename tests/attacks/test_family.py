@@ -126,6 +126,34 @@ def test_a_sample_does_not_depend_on_its_batch(name, norm, early_stop):
 
 
 @norms
+@pytest.mark.parametrize("name", ["OrthoPGD", "Square", "APGD", "OrthoAPGD", "AutoAttack", "OrthoAutoAttack"])
+def test_with_a_seed_per_sample_a_random_start_does_not_depend_on_the_batch_or_on_earlier_calls(name, norm):
+    model, (images, _) = Alone(small_model()), drawn(n=5)
+    labels = model(images).argmax(1)  # so that there is something left to search for
+    options = {"random_start": True, "restarts": 2} if name == "OrthoPGD" else {}
+    attack, own = make(name, model, norm, **options), [7, 2**62, 0, 7, 4]
+    together = attack.run(images, labels, seeds=own)
+    for i in (3, 1):
+        alone = attack.run(images[i : i + 1], labels[i : i + 1], seeds=own[i : i + 1])
+        for field, value in vars(alone).items():
+            assert torch.equal(value[0], getattr(together, field)[i]), field
+    if name != "Square":  # whose squares all samples share
+        other = attack.run(images, labels, seeds=[seed + 1 for seed in own])
+        assert not torch.equal(other.adversarials, together.adversarials)
+    with pytest.raises(ValueError, match="seeds must be one per image, 5; got 4"):
+        attack.run(images, labels, seeds=own[1:])
+
+
+def test_minimum_norm_with_seeds_does_not_depend_on_the_batch():
+    model, (images, labels) = Alone(small_model()), drawn(n=4)
+    attack = MinimumNorm(OrthoPGD(model, eps=8 / 255, steps=4), trials=5)
+    together = attack.run(images, labels, seeds=range(4))
+    alone = attack.run(images[2:3], labels[2:3], seeds=[2])
+    for field, value in vars(alone).items():
+        assert torch.equal(value[0], getattr(together, field)[2]), field
+
+
+@norms
 @pytest.mark.parametrize("name", ["APGD", "OrthoAPGD"])
 def test_apgd_from_a_given_start_does_not_depend_on_its_batch(name, norm):
     model, (images, labels) = Alone(small_model()), drawn(n=5)
