@@ -15,14 +15,21 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from orthattack.projection import Scope, dot, orthogonalize, reciprocal, scaled, scope_dims, without
+from orthattack.projection import Scope, dot, orthogonalize, reciprocal, scaled, scope_dims, total
 
 __all__ = ["Plane", "soften"]
 
+_IMAGE = scope_dims("image")
 # A pixel's colour has so few breakpoints that trying them all beats a search.
 _FEW = 4
 # A dual gap this small, relative to the objective's scale, is below float32's round-off of the objective itself.
 _GAP = 1e-8
+# Of a group of at least so many pixels, so many are sorted, to know where to start the search among all.
+_MANY, _SAMPLE = 8192, 1024
+# How often Newton's method is tried before the search that cannot fail.
+_NEWTON = 8
+# To ask whether a search is done, the host would have to wait for the GPU; there, it is so long whatever it finds.
+_TRIALS_GPU = 16
 
 
 class Plane:
@@ -34,7 +41,9 @@ class Plane:
         upper: the largest, at least x.
         scope: which pixels share a plane.
 
-    A plane keeps three image batches of working memory for the attack's many steps, so one plane must not be used by
+    `is_small` says that a group has only a few pixels, for which all is tried that might be the solution.
+
+    A plane keeps four image batches of working memory for the attack's many steps, so one plane must not be used by
     two threads at once.
     """
 
@@ -45,10 +54,15 @@ class Plane:
         normal, exponent = scaled(images, self.dims)
         self.normal = normal if bool((exponent.abs() > 16).any()) else images
         self._normal2 = dot(self.normal, self.normal, self.dims)
-        self._normal1 = self.normal.abs().sum(self.dims, keepdim=True)
-        self._width2 = (upper - lower).square_().sum(self.dims, keepdim=True)
-        self._is_small = images.numel() <= _FEW * self._normal2.numel()
-        self._scratch = tuple(torch.empty_like(images) for _ in range(3))
+        self._normal1 = total(self.normal.abs(), self.dims)
+        self._width2 = total((upper - lower).square_(), self.dims)
+        self.is_small = images.numel() <= _FEW * self._normal2.numel()
+        self._is_many = len(self.dims) > 1 and images.numel() >= _MANY * self._normal2.numel()
+        self._has_negative = bool((images < 0).any())
+        self._scratch = tuple(torch.empty_like(images) for _ in range(4))
+        # Beside perturbations as wide as this, rounding is nothing, and nothing has to be repaired pixel by pixel.
+        wide = 1e6 * torch.finfo(images.dtype).eps * images.abs().amax(self.dims, keepdim=True)
+        self._is_coarse = not self.is_small and bool((self._width2 > wide**2).all())
 
     def tangent(self, gradient: Tensor) -> Tensor:
         """The gradient's projection onto the plane's own directions."""
@@ -74,28 +88,77 @@ class Plane:
         Source: docs/method.md, "The best step".
         """
         dims, normal = self.dims, self.normal
-        own, scratch, _ = self._scratch
+        ratio, bottom, weight, scratch = self._scratch
         alpha = torch.as_tensor(alpha, dtype=start.dtype, device=start.device)
-        g, _ = scaled(gradient, dims, out=own)
         # The optimum is the same for g and g - cx; projected, λ is near 0 and a parallel gradient is 0, not round-off.
-        tolerance = 4 * torch.finfo(g.dtype).eps
-        g = without(g, normal, reciprocal(self._normal2), dims, tolerance, out=own, scratch=scratch)
-        size = torch.abs(g, out=scratch).sum(dims, keepdim=True)
-
-        def point(multiplier: Tensor, out: Tensor) -> Tensor:
-            torch.addcmul(g, normal, multiplier, value=-1, out=out).sign_()
-            return torch.addcmul(start, out, alpha, out=out).clamp_(self.lower, self.upper)
-
-        def reach() -> _Box:
-            return torch.maximum(self.lower, start - alpha), torch.minimum(self.upper, start + alpha)
-
+        g, _ = scaled(gradient, dims, out=ratio)
+        before = total(torch.abs(g, out=scratch), dims)
+        g.addcmul_(normal, dot(g, normal, dims, scratch) * reciprocal(self._normal2), value=-1)
+        size = total(torch.abs(g, out=scratch), dims)
         # Without a gradient every step is as good, so the search stops at once, and what it found is not taken.
-        moves = size > 0
-        gap = torch.where(moves, _GAP * alpha * size, torch.inf)
-        scale = size * reciprocal(self._normal1)
-        few = self._between_jumps(g) if self._is_small else None
-        y = self._optimum(point, scale, gap, alpha * self._normal1, few, reach, start)
-        return torch.lerp(start, y, moves.to(y.dtype), out=y)
+        moves = size > 4 * torch.finfo(g.dtype).eps * before
+        # y_i is at one end of its range while g_i / x_i > λ, at the other while it is less.
+        torch.div(g, normal, out=ratio)
+        top = weight
+        self._range(start, alpha, bottom, top)
+        least = dot(torch.sub(bottom, self.images, out=scratch), normal, dims, scratch)
+        weight.sub_(bottom).mul_(normal)
+        reach = total(weight, dims)
+        noise = alpha * self._normal1 * (torch.finfo(start.dtype).eps / 4)
+
+        def residual(multiplier: Tensor) -> Tensor:
+            f = least + dot(torch.gt(ratio, multiplier, out=scratch), weight, dims, scratch)
+            return f * (f.abs() > noise)
+
+        scale = torch.where(moves, size, self._normal1) * reciprocal(self._normal1)
+        if self.is_small:
+            jumps = _by_group(ratio.nan_to_num(0), dims).sort(dim=0).values
+            bracket = _try_all(residual, scale, jumps[1:] / 2 + jumps[:-1] / 2)
+        else:
+            gap = torch.where(moves, _GAP * alpha * size, torch.inf)
+            ends = (least + reach).clamp(min=0), least.clamp(max=0)
+            near = self._near(ratio, weight, least, reach) if self._is_many else None
+            bracket = _search(residual, scale, gap, ends, near)
+        # 1 where a pixel is at the top of its range, at either end of the bracket.
+        at_a, at_b = torch.gt(ratio, bracket[0], out=scratch), torch.gt(ratio, bracket[2], out=ratio)
+        self._range(start, alpha, bottom, top)
+
+        def mix(share: Tensor) -> Tensor:
+            y = torch.lerp(at_a, at_b, share)
+            return torch.lerp(bottom, top, y, out=y)
+
+        def narrow() -> _Box:
+            ends = mix(torch.zeros_like(size)), mix(torch.ones_like(size))
+            return torch.minimum(*ends), torch.maximum(*ends)
+
+        y = self._mixture(mix, bracket, narrow, start)
+        return torch.where(moves, y, start)
+
+    def _range(self, start: Tensor, alpha: Tensor, bottom: Tensor, top: Tensor) -> None:
+        """Write the ends of what each pixel may reach, the one with the smaller product with the image to `bottom`."""
+        torch.maximum(torch.sub(start, alpha, out=bottom), self.lower, out=bottom)
+        torch.minimum(torch.add(start, alpha, out=top), self.upper, out=top)
+        if self._has_negative:
+            low, negative = bottom.clone(), self.images < 0
+            torch.where(negative, top, bottom, out=bottom)
+            torch.where(negative, low, top, out=top)
+
+    def _near(self, ratio: Tensor, weight: Tensor, least: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
+        """λ, and the slope of f there, as a sample of the pixels has them: f(λ) = least + Σ weight · [ratio > λ]."""
+        ratio, weight = ratio.flatten(self.dims[0]), weight.flatten(self.dims[0])
+        # An odd distance, so that the sample is not of a few columns.
+        distance = ratio.shape[-1] // _SAMPLE | 1
+        ratio, order = ratio[..., ::distance].nan_to_num(0).sort(dim=-1, descending=True)
+        risen = weight[..., ::distance].gather(-1, order).cumsum(-1)
+        least, reach = least.flatten(self.dims[0]), reach.flatten(self.dims[0])
+        f = least + risen * (reach * reciprocal(risen[..., -1:]))
+        root = (f < 0).sum(-1, keepdim=True)
+        last, around = ratio.shape[-1] - 1, round(ratio.shape[-1] ** 0.5) // 2
+        after, before = (root + around).clamp(max=last), (root - around).clamp(0, last)
+        run = ratio.gather(-1, after) - ratio.gather(-1, before)
+        slope = (f.gather(-1, after) - f.gather(-1, before)) * reciprocal(run)
+        shape = self._normal2.shape
+        return ratio.gather(-1, root.clamp(max=last)).view(shape), slope.view(shape)
 
     def nearest(self, points: Tensor, shrink: Tensor | None = None) -> Tensor:
         """Project points p onto box and plane in the Euclidean norm::
@@ -114,10 +177,92 @@ class Plane:
 
         Source: docs/method.md, "The nearest point".
         """
+        if shrink is not None or self.is_small:
+            return self._searched(points, shrink)
+        y, found = self._newton(points, None)
+        if not points.is_cuda and not bool(found.all()):
+            y = torch.where(found, y, self._searched(points, None))
+        return self._settled(y, lambda: [self._box()], self.images)
+
+    def nearest_in_ball(self, points: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+        """Project points p onto box, plane and L2 ball in the Euclidean norm::
+
+            min_y ‖y - p‖₂  subject to  lower <= y <= upper,  ⟨y - x, x⟩ = 0,  ‖y - x‖₂ <= radius
+
+        Args:
+            points: p, (N, C, H, W).
+            radius: (N, 1, 1, 1), in pixel units.
+
+        Returns:
+            y, (N, C, H, W), its norm within 3e-7 of the radius if the ball binds; and (N, 1, 1, 1) bool, whether that
+            was found: Newton's method may fail where few pixels are free.
+
+        Source: docs/method.md, "The nearest point".
+        """
+        y, found = self._newton(points, radius.to(points.dtype))
+        return self._settled(y, lambda: [self._box()], self.images), found
+
+    def _newton(self, points: Tensor, radius: Tensor | None) -> tuple[Tensor, Tensor]:
+        """y(s, λ) = clip(x + s (p - x) - λx) on the plane and, with a radius, in the ball; per sample, whether it is.
+
+        With D the pixels that are not clipped, both equations have the derivatives
+
+            F = ⟨y - x, x⟩ = 0              F_s = ⟨p - x, x⟩_D,      F_λ = -⟨x, x⟩_D
+            E = ‖y - x‖² / 2 = radius² / 2   E_s = ⟨p - x, y - x⟩_D,  E_λ = -⟨x, y - x⟩_D
+
+        and there are as many F and λ as groups, none of which depends on another's λ.
+        """
+        x, normal, dims = self.images, self.normal, self.dims
+        delta0, v, delta, scratch = self._scratch
+        torch.sub(points, x, out=delta0)
+        along, distance2 = dot(delta0, normal, dims, scratch), dot(delta0, delta0, dims, scratch)
+        # Of equal pixels with a perturbation below their grid, all round the same way: λ cannot settle more than that.
+        unit = torch.finfo(x.dtype).eps
+        noise = unit * ((torch.minimum(distance2, self._width2) * self._normal2).sqrt() + self._normal2 / 4)
+        s = torch.ones_like(x[:, :1, :1, :1])
+        if radius is not None:
+            s = (radius * reciprocal(distance2.sum(_IMAGE, keepdim=True).sqrt())).clamp(max=1)
+        multiplier = s * along * reciprocal(self._normal2)
+        found = torch.zeros_like(s, dtype=torch.bool)
+        y = torch.empty_like(x)
+        for trial in range(_NEWTON):
+            torch.addcmul(x, delta0, s, out=v).addcmul_(normal, multiplier, value=-1)
+            torch.clamp(v, self.lower, self.upper, out=y)
+            torch.sub(y, x, out=delta)
+            f = dot(delta, normal, dims, scratch)
+            right = (f.abs() <= noise).flatten(1).all(1).view(-1, 1, 1, 1)
+            if radius is not None:
+                length = dot(delta, delta, dims, scratch).sum(_IMAGE, keepdim=True).sqrt()
+                binds = (s < 1) | (length > radius)
+                right &= (length <= radius * (1 + 3e-7)) & ((s >= 1) | (length >= radius * (1 - 3e-7)))
+            found = found | right
+            if trial + 1 == _NEWTON or (not x.is_cuda and bool(found.all())):
+                break
+            free = torch.eq(y, v, out=v)
+            more = f
+            if radius is not None:
+                moved = torch.mul(free, delta0, out=y)
+                f_s, e_s = dot(moved, normal, dims, scratch), dot(moved, delta, _IMAGE, scratch)
+            free.mul_(normal)
+            inverse = reciprocal(dot(free, normal, dims, scratch))
+            if radius is not None:
+                e_multiplier = dot(free, delta, dims, scratch) * inverse
+                e = (length - radius) * (length + radius) / 2
+                rise = e_s - (e_multiplier * f_s).sum(_IMAGE, keepdim=True)
+                s_next = (s + ((e_multiplier * f).sum(_IMAGE, keepdim=True) - e) * reciprocal(rise)).clamp(0, 1)
+                s_next = torch.where(binds & ~found, s_next, s)
+                more, s = f + f_s * (s_next - s), s_next
+            multiplier = torch.where(found, multiplier, multiplier + more * inverse)
+        return y, found
+
+    def _searched(self, points: Tensor, shrink: Tensor | None) -> Tensor:
+        """`nearest` by a search that cannot fail."""
         dims, normal = self.dims, self.normal
         delta = torch.sub(points, self.images, out=self._scratch[0])
         along = dot(delta, normal, dims, self._scratch[1])
         distance2 = dot(delta, delta, dims, delta)
+        noise = (torch.minimum(distance2, self._width2) * self._normal2).sqrt() * (torch.finfo(delta.dtype).eps / 4)
+        scratch = self._scratch[1]
 
         def point(multiplier: Tensor, out: Tensor) -> Tensor:
             torch.addcmul(points, normal, multiplier, value=-1, out=out)
@@ -125,11 +270,25 @@ class Plane:
                 soften(out, self.images, shrink)
             return out.clamp_(self.lower, self.upper)
 
+        def residual(multiplier: Tensor) -> Tensor:
+            delta = point(multiplier, scratch).sub_(self.images)
+            f = dot(delta, normal, dims, delta)
+            return f * (f.abs() > noise)
+
         # λ if nothing were clipped; the search needs only its order of magnitude.
         scale = along.abs() * reciprocal(self._normal2)
-        few = self._at_kinks(points, shrink) if self._is_small else None
-        noise = (torch.minimum(distance2, self._width2) * self._normal2).sqrt()
-        return self._optimum(point, scale, 5e-15 * distance2, noise, few, self._box, self.images, along)
+        if self.is_small:
+            bracket = _try_all(residual, scale, self._at_kinks(points, shrink))
+        else:
+            ends = _ends(residual, scale)
+            near = along * reciprocal(self._normal2), -self._normal2
+            bracket = _search(residual, torch.where(scale > 0, scale, 1), 5e-15 * distance2, (ends[1], ends[3]), near)
+        high, low = point(bracket[0], self._scratch[2]), point(bracket[2], scratch)
+
+        def narrow() -> _Box:
+            return torch.minimum(low, high), torch.maximum(low, high)
+
+        return self._mixture(lambda share: torch.lerp(high, low, share), bracket, narrow, self.images)
 
     def settle(self, points: Tensor) -> Tensor:
         """Points near the plane, moved onto it as exactly as their dtype allows.
@@ -154,10 +313,12 @@ class Plane:
         settled inside the first of the `boxes` in which they can be, or else take the `fallback`.
         """
         unit = 1e-6 if points.dtype == torch.float32 else 1e-12
-        scratch = self._scratch[0]
-        along = dot(torch.sub(points, self.images, out=scratch), self.normal, self.dims, scratch).abs()
-        delta2 = torch.sub(points, self.images, out=scratch).square_().sum(self.dims, keepdim=True)
-        lost = along > 0.9 * unit * (delta2 * self._normal2).sqrt()  # a tenth is left for the round-off of these sums
+        delta = points - self.images
+        length = (dot(delta, delta, self.dims) * self._normal2).sqrt()
+        along = dot(delta, self.normal, self.dims, delta)
+        lost = along.abs() > 0.9 * unit * length  # a tenth is left for the round-off of these sums
+        if points.is_cuda and self._is_coarse:  # so rare here that it is not worth asking, which would stop the GPU
+            return torch.where(lost, fallback, points)
         if not bool(lost.any()):
             return points
         groups = lost.squeeze(self.dims)
@@ -171,68 +332,33 @@ class Plane:
         rows(settled)[groups] = _settled_rows(y, x, narrow, z, 0.75 * unit)
         return settled
 
-    def _optimum(
-        self,
-        point: Callable[[Tensor, Tensor], Tensor],
-        scale: Tensor,
-        tolerance: Tensor,
-        magnitude: Tensor,
-        pivots: Tensor | None,
-        box: Callable[[], _Box],
-        fallback: Tensor,
-        at_zero: Tensor | None = None,
+    def _mixture(
+        self, mix: Callable[[Tensor], Tensor], bracket: _Bracket, narrow: Callable[[], _Box], fallback: Tensor
     ) -> Tensor:
-        """The optimum on the plane, given the optimum y(λ) of the Lagrangian for each λ.
+        """The point on the plane between the ends of a bracket.
 
         f(λ) = ⟨y(λ) - x, x⟩ is the derivative of the concave dual, so it falls as λ grows, and a bracket
         f(a) >= 0 >= f(b) holds the solution. y(a) and y(b) lie in the box, which is convex, so the mixture of the two
         that is on the plane does too, and its duality gap is at most
 
-            f(a) |f(b)| / (f(a) + |f(b)|) · (b - a).
+            f(a) |f(b)| / (f(a) + |f(b)|) · (b - a),
 
-        The bracket is narrowed until that bound is below the tolerance: the answer comes with its certificate, and
-        nothing is sorted.
+        which is what the searches make small: the answer comes with its certificate, and not all has to be sorted.
 
         Args:
-            point: y(λ) for one λ per group, written to a buffer.
-            scale: per group, the order of magnitude of λ.
-            tolerance: per group, the duality gap at which to stop.
-            magnitude: per group, the size of the sum of absolute values in f, whose round-off counts as zero.
-            pivots: (K, ...) multipliers that are known to separate all the pieces of y(λ), if there are few.
-            box: the box that y(λ) lies in.
+            mix: y(a) at a share of 0, y(b) at 1.
+            bracket: a, f(a), b, f(b) per group.
+            narrow: the box between y(a) and y(b): where they differ, anything between them is as good, so a pixel to
+                move is best found there.
             fallback: a point of the box on the plane, taken where there is no better one on the dtype's grid.
-            at_zero: per group, f(0) if nothing were clipped; λ is then near ±`scale`.
         """
-        scratch = self._scratch[1]
-        noise = magnitude * (torch.finfo(self.images.dtype).eps / 4)
-
-        def residual(multiplier: Tensor) -> Tensor:
-            delta = point(multiplier, scratch).sub_(self.images)
-            f = dot(delta, self.normal, self.dims, delta)
-            return f * (f.abs() > noise)
-
-        if pivots is None:
-            a, fa, b, fb = _search(residual, torch.where(scale > 0, scale, 1), tolerance, at_zero)
-        else:
-            a, fa, b, fb = _try_all(residual, scale, pivots)
+        _, fa, _, fb = bracket
         rise = torch.where(fa - fb > 0, fa - fb, 1)
         share = fa / rise  # exactly 0 if y(a) is on the plane, exactly 1 if y(b) is
-        low, high = point(b, scratch), point(a, self._scratch[2])
-        y = torch.lerp(high, low, share)
+        y = mix(share)
         # Rounding the mixture moves it off the plane; where many pixels are mixed, a corrected share brings it back.
         error = dot(y.sub_(self.images), self.normal, self.dims, y)
-        torch.lerp(high, low, (share + error / rise).clamp(0, 1), out=y)
-
-        def boxes() -> list[_Box]:
-            # Where the two points differ, anything between them is as good, so a pixel to move is best found there.
-            return [(torch.minimum(low, high), torch.maximum(low, high)), box()]
-
-        return self._settled(y, boxes, fallback)
-
-    def _between_jumps(self, g: Tensor) -> Tensor:
-        """One λ between each two neighbouring jumps of sign(g - λx), which lie at g / x."""
-        jumps = _by_group((g / self.normal).nan_to_num(0), self.dims).sort(dim=0).values
-        return jumps[1:] / 2 + jumps[:-1] / 2
+        return self._settled(mix((share + error / rise).clamp(0, 1)), lambda: [narrow(), self._box()], fallback)
 
     def _at_kinks(self, points: Tensor, shrink: Tensor | None) -> Tensor:
         """0, so that a point on the plane is found to be, and the λ at which a pixel of y(λ) meets a bound or x."""
@@ -273,11 +399,23 @@ def _try_all(residual: Callable[[Tensor], Tensor], scale: Tensor, pivots: Tensor
     return a, fa, b, fb
 
 
-def _search(residual: Callable[[Tensor], Tensor], scale: Tensor, tolerance: Tensor, at_zero: Tensor | None) -> _Bracket:
+def _search(
+    residual: Callable[[Tensor], Tensor],
+    scale: Tensor,
+    tolerance: Tensor,
+    ends: tuple[Tensor, Tensor],
+    near: tuple[Tensor, Tensor] | None,
+) -> _Bracket:
     """A bracket whose mixture has a duality gap of at most `tolerance`, by a safeguarded secant.
 
-    It runs over u = λ / (scale + |λ|), which maps all λ to [-1, 1], and starts at u = 0 or, given an estimate of f
-    there, at λ = ±scale, whichever is on the root's side.
+    It runs over u = λ / (scale + |λ|), which maps all λ to [-1, 1].
+
+    Args:
+        residual: f.
+        scale: per group, the order of magnitude of λ, not 0.
+        tolerance: per group, the duality gap at which to stop.
+        ends: f where λ is -infinity and infinity.
+        near: a λ to start at and the slope of f there; by default 0, and that between the ends.
     """
     scale64 = scale.double()
     largest = _largest(scale)
@@ -288,25 +426,24 @@ def _search(residual: Callable[[Tensor], Tensor], scale: Tensor, tolerance: Tens
     def f_at(u: Tensor) -> Tensor:
         return residual(value(u).to(scale.dtype)).double()
 
-    _, fa, _, fb = (t.double() for t in _ends(residual, scale))
+    fa, fb = (end.double() for end in ends)
     a, b = torch.full_like(scale64, -1), torch.ones_like(scale64)
-    if at_zero is None:
-        u, slope = torch.zeros_like(scale64), (fb - fa) / 2
-        f = f_at(u)
-    else:
-        u = 0.5 * at_zero.sign().double()
-        f = f_at(u)
-        slope = (f - at_zero) * reciprocal(u)
+    u, slope = torch.zeros_like(scale64), (fb - fa) / 2
+    if near is not None:
+        u = near[0] / (scale64 + near[0].abs())
+        slope = near[1] * scale64 / (1 - u.abs()).square()
+    f = f_at(u)
     right = f >= 0
     stuck = done = torch.zeros_like(right)
-    for attempt in range(200):
+    asks = not scale.is_cuda
+    for attempt in range(200 if asks else _TRIALS_GPU):
         # A group that is done keeps its bracket, so that its answer does not depend on its batch.
         is_a, is_b = right & ~done, ~right & ~done
         a, fa = torch.where(is_a, u, a), torch.where(is_a, f, fa)
         b, fb = torch.where(is_b, u, b), torch.where(is_b, f, fb)
         gap = fa * -fb * reciprocal(fa - fb) * (value(b) - value(a))
         done = gap <= tolerance
-        if bool(done.all()):
+        if asks and bool(done.all()):
             break
         # The secant through the last two trials tends to come from one side, which leaves the bracket wide: after two
         # trials on the same side it aims twice as far, to land on the other. Every fourth trial halves the bracket.

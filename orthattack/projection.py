@@ -194,7 +194,18 @@ def without(
 
 def dot(a: Tensor, b: Tensor, dims: tuple[int, ...], scratch: Tensor | None = None) -> Tensor:
     """⟨a, b⟩ per group, the summed dimensions kept."""
-    return torch.mul(a, b, out=scratch).sum(dims, keepdim=True)
+    return total(torch.mul(a, b, out=scratch), dims)
+
+
+def total(values: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The sum per group, the summed dimensions kept: rows first, then the rows' sums in float64.
+
+    In one go, torch would share a single image among the threads but not several, in another order of summation: a
+    sample's result would depend on the size of its batch.
+    """
+    if len(dims) == 1:
+        return values.sum(dims, keepdim=True)
+    return values.sum(-1, keepdim=True).sum(dims[:-1], keepdim=True, dtype=torch.float64).to(values.dtype)
 
 
 def reciprocal(values: Tensor) -> Tensor:

@@ -247,8 +247,9 @@ class Region:
             unit = _unit(g) if self.threat.norm == "l2" else _sparse(g, start, self._lower, self._upper, alpha)
             return self.project(torch.addcmul(start, unit, alpha))
         if self._plane is not None:
-            return self._store(self._plane.step(start.contiguous(), g.contiguous(), alpha))
-        return self._store(torch.addcmul(start, g.sign(), alpha).clamp_(self._lower, self._upper))
+            return self._rounded(self._plane.step(start.contiguous(), g.contiguous(), alpha))
+        signs = torch.sign(g)
+        return self._rounded(torch.addcmul(start, signs, alpha, out=signs).clamp_(self._lower, self._upper))
 
     def project(self, points: Tensor) -> Tensor:
         """The Euclidean projection of any `points` (N, C, H, W) onto the region.
@@ -262,11 +263,16 @@ class Region:
         points = points.to(self.images.dtype).contiguous()
         if self.threat.norm == "l1" and isinstance(self._plane, Subspace):
             return self._store_in_ball(self._plane.nearest_in_l1_ball(points, self.eps))
-        nearest = self._nearest(points)
         if self.threat.norm == "linf":
-            return self._store(nearest)
-        inside = self._in_ball if self.threat.norm == "l2" else self._in_l1_ball
-        return self._store_in_ball(inside(points, nearest))
+            return self._rounded(self._nearest(points))
+        if self.threat.norm == "l1":
+            return self._store_in_ball(self._in_l1_ball(points, self._nearest(points)))
+        if isinstance(self._plane, Plane) and not self._plane.is_small:
+            inside, found = self._plane.nearest_in_ball(points, self.eps)
+            if points.is_cuda or bool(found.all()):
+                return self._store_in_ball(inside)
+            return self._store_in_ball(torch.where(found, inside, self._in_ball(points, self._nearest(points))))
+        return self._store_in_ball(self._in_ball(points, self._nearest(points)))
 
     def shrunk(self, points: Tensor) -> Tensor:
         """Points of a larger region of the same kind, pulled towards the images until they are in this one.
@@ -318,9 +324,14 @@ class Region:
 
     def _store(self, points: Tensor) -> Tensor:
         """`points` in the images' dtype, still in the box and, if that dtype is fine enough, still on the plane."""
+        points = points if self._plane is None or self.dtype != points.dtype else self._plane.settle(points)
+        return self._rounded(points)
+
+    def _rounded(self, points: Tensor) -> Tensor:
+        """Points that box and plane hold, in the images' dtype."""
         if self.dtype != points.dtype:  # half precision: a grid too coarse to aim on
             return points.to(self.dtype).clamp(self._lower.to(self.dtype), self._upper.to(self.dtype))
-        return points if self._plane is None else self._plane.settle(points)
+        return points
 
     def _nearest(self, points: Tensor, shrink: Tensor | None = None) -> Tensor:
         """The projection onto box and plane, with a soft threshold on the perturbation if asked."""
@@ -386,21 +397,30 @@ class Region:
         """`points`, stored, with each perturbation scaled by what it takes to be in the ball: scaling towards x leaves
         neither box nor plane. It takes parts in 1e7, or more where eps is so tiny that the grid is coarse beside it."""
         x, eps, order = self.images, self.eps, 2 if self.threat.norm == "l2" else 1
-        factor = (eps * reciprocal(_length(points - x, order))).clamp(max=1)
-        for attempt in range(12):
-            stored = self._store(torch.lerp(x, points, factor.to(x.dtype)))
-            length = _length(stored.double() - x.double(), order)
-            fits = length <= eps * (1 + 5e-7)
-            if bool(fits.all()):
+
+        def excess(stored: Tensor) -> tuple[Tensor, Tensor]:
+            length = _length(stored.to(x.dtype) - x, order)
+            return length, length <= eps * (1 + 5e-7)
+
+        stored = self._store(points)
+        length, fits = excess(stored)
+        factor = (eps * reciprocal(length)).clamp(max=1)
+        asks = not x.is_cuda  # which would stop the GPU: there, three times whatever is found
+        for attempt in range(12 if asks else 3):
+            if asks and bool(fits.all()):
                 break
+            scaled_down = self._store(torch.lerp(x, points, factor.to(x.dtype)))
+            stored = torch.where(fits, stored, scaled_down)
+            length, fits = excess(stored)
             # On a coarse grid a slight shrink changes nothing, so each attempt shrinks by more.
             factor = torch.where(fits, factor, factor * (eps * reciprocal(length)) ** 2**attempt)
-        return torch.where(fits, stored, x.to(self.dtype))
+        return stored if asks and bool(fits.all()) else torch.where(fits, stored, x.to(self.dtype))
 
 
 def _length(delta: Tensor, order: float) -> Tensor:
-    """Norms in float64, (N, 1, 1, 1)."""
-    length: Tensor = torch.linalg.vector_norm(delta, order, dim=_IMAGE, keepdim=True, dtype=torch.float64)
+    """Norms in float64, (N, 1, 1, 1); rows first, as `orthattack.projection.total` does."""
+    rows = torch.linalg.vector_norm(delta, order, dim=-1, keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(rows, order, dim=_IMAGE, keepdim=True, dtype=torch.float64)
     return length
 
 
@@ -414,7 +434,8 @@ def perturbation_norm(delta: Tensor, norm: Norm) -> Tensor:
     Returns:
         (N,), the dtype of `delta`.
     """
-    length: Tensor = torch.linalg.vector_norm(delta, {"linf": torch.inf, "l2": 2, "l1": 1}[norm], dim=_IMAGE)
+    order = {"linf": torch.inf, "l2": 2, "l1": 1}[norm]
+    length: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(delta, order, dim=-1), order, dim=(-2, -1))
     return length
 
 
