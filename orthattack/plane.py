@@ -24,8 +24,6 @@ _IMAGE = scope_dims("image")
 _FEW = 4
 # A dual gap this small, relative to the objective's scale, is below float32's round-off of the objective itself.
 _GAP = 1e-8
-# Of a group of at least so many pixels, so many are sorted, to know where to start the search among all.
-_MANY, _SAMPLE = 8192, 1024
 # How often Newton's method is tried before the search that cannot fail.
 _NEWTON = 8
 # To ask whether a search is done, the host would have to wait for the GPU; there, it is so long whatever it finds.
@@ -57,7 +55,6 @@ class Plane:
         self._normal1 = total(self.normal.abs(), self.dims)
         self._width2 = total((upper - lower).square_(), self.dims)
         self.is_small = images.numel() <= _FEW * self._normal2.numel()
-        self._is_many = len(self.dims) > 1 and images.numel() >= _MANY * self._normal2.numel()
         self._has_negative = bool((images < 0).any())
         self._scratch = tuple(torch.empty_like(images) for _ in range(4))
         # Beside perturbations as wide as this, rounding is nothing, and nothing has to be repaired pixel by pixel.
@@ -91,19 +88,16 @@ class Plane:
         ratio, bottom, weight, scratch = self._scratch
         alpha = torch.as_tensor(alpha, dtype=start.dtype, device=start.device)
         # The optimum is the same for g and g - cx; projected, λ is near 0 and a parallel gradient is 0, not round-off.
-        g, _ = scaled(gradient, dims, out=ratio)
-        before = total(torch.abs(g, out=scratch), dims)
-        g.addcmul_(normal, dot(g, normal, dims, scratch) * reciprocal(self._normal2), value=-1)
-        size = total(torch.abs(g, out=scratch), dims)
+        g, size = self._projected(gradient, dims)
         # Without a gradient every step is as good, so the search stops at once, and what it found is not taken.
-        moves = size > 4 * torch.finfo(g.dtype).eps * before
-        # y_i is at one end of its range while g_i / x_i > λ, at the other while it is less.
+        moves = size > 0
+        # y_i is at one end of its range while g_i / x_i > λ, at the other while it is less. With x_i = 0 there is no
+        # ratio, or an infinite one, and no influence on f.
         torch.div(g, normal, out=ratio)
-        top = weight
-        self._range(start, alpha, bottom, top)
+        self._range(start, alpha, bottom, weight)
         least = dot(torch.sub(bottom, self.images, out=scratch), normal, dims, scratch)
         weight.sub_(bottom).mul_(normal)
-        reach = total(weight, dims)
+        ends = (least + total(weight, dims)).clamp(min=0), least.clamp(max=0)
         noise = alpha * self._normal1 * (torch.finfo(start.dtype).eps / 4)
 
         def residual(multiplier: Tensor) -> Tensor:
@@ -111,28 +105,46 @@ class Plane:
             return f * (f.abs() > noise)
 
         scale = torch.where(moves, size, self._normal1) * reciprocal(self._normal1)
+        scale = torch.where(scale > 0, scale, 1)
         if self.is_small:
             jumps = _by_group(ratio.nan_to_num(0), dims).sort(dim=0).values
             bracket = _try_all(residual, scale, jumps[1:] / 2 + jumps[:-1] / 2)
         else:
-            gap = torch.where(moves, _GAP * alpha * size, torch.inf)
-            ends = (least + reach).clamp(min=0), least.clamp(max=0)
-            near = self._near(ratio, weight, least, reach) if self._is_many else None
-            bracket = _search(residual, scale, gap, ends, near)
-        # 1 where a pixel is at the top of its range, at either end of the bracket.
-        at_a, at_b = torch.gt(ratio, bracket[0], out=scratch), torch.gt(ratio, bracket[2], out=ratio)
-        self._range(start, alpha, bottom, top)
+            bracket = _search(residual, scale, torch.where(moves, _GAP * alpha * size, torch.inf), ends, None)
 
-        def mix(share: Tensor) -> Tensor:
-            y = torch.lerp(at_a, at_b, share)
-            return torch.lerp(bottom, top, y, out=y)
+        def mix(share: Tensor, out: Tensor) -> Tensor:
+            torch.lerp(torch.gt(ratio, bracket[0], out=scratch), torch.gt(ratio, bracket[2], out=out), share, out=out)
+            self._range(start, alpha, bottom, weight)
+            return torch.lerp(bottom, weight, out, out=out)
 
-        def narrow() -> _Box:
-            ends = mix(torch.zeros_like(size)), mix(torch.ones_like(size))
-            return torch.minimum(*ends), torch.maximum(*ends)
+        y = self._mixture(mix, bracket, start)
+        return y if not y.is_cuda and bool(moves.all()) else torch.where(moves, y, start)
 
-        y = self._mixture(mix, bracket, narrow, start)
-        return torch.where(moves, y, start)
+    def unit_tangent(self, gradient: Tensor) -> Tensor:
+        """The gradient's projection onto the plane's own directions, at length 1 for the whole image; 0 stays 0.
+
+        It is in the plane's working memory, until the next call.
+        """
+        g, _ = self._projected(gradient, _IMAGE)
+        length2 = dot(g, g, self.dims, self._scratch[3]).sum(_IMAGE, keepdim=True)
+        return g.mul_(reciprocal(length2.sqrt()))
+
+    def _projected(self, gradient: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """The gradient, scaled by powers of two over `dims`, without its components along the normals, exactly 0 if
+        less than round-off is left; and the sum of its absolute values per group."""
+        g, _, _, scratch = self._scratch
+        scaled(gradient, dims, out=g)
+        tolerance = 4 * torch.finfo(g.dtype).eps * total(torch.abs(g, out=scratch), self.dims)
+        inverse = reciprocal(self._normal2)
+        g.addcmul_(self.normal, dot(g, self.normal, self.dims, scratch) * inverse, value=-1)
+        size = total(torch.abs(g, out=scratch), self.dims)
+        nearly_parallel = size < 1e3 * tolerance  # for the others a second pass would change round-off only
+        if g.is_cuda or bool(nearly_parallel.any()):
+            again = dot(g, self.normal, self.dims, scratch) * inverse * nearly_parallel
+            g.addcmul_(self.normal, again, value=-1)
+            size = total(torch.abs(g, out=scratch), self.dims)
+        rest = size > tolerance
+        return g if not g.is_cuda and bool(rest.all()) else g.mul_(rest), size * rest
 
     def _range(self, start: Tensor, alpha: Tensor, bottom: Tensor, top: Tensor) -> None:
         """Write the ends of what each pixel may reach, the one with the smaller product with the image to `bottom`."""
@@ -142,23 +154,6 @@ class Plane:
             low, negative = bottom.clone(), self.images < 0
             torch.where(negative, top, bottom, out=bottom)
             torch.where(negative, low, top, out=top)
-
-    def _near(self, ratio: Tensor, weight: Tensor, least: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
-        """λ, and the slope of f there, as a sample of the pixels has them: f(λ) = least + Σ weight · [ratio > λ]."""
-        ratio, weight = ratio.flatten(self.dims[0]), weight.flatten(self.dims[0])
-        # An odd distance, so that the sample is not of a few columns.
-        distance = ratio.shape[-1] // _SAMPLE | 1
-        ratio, order = ratio[..., ::distance].nan_to_num(0).sort(dim=-1, descending=True)
-        risen = weight[..., ::distance].gather(-1, order).cumsum(-1)
-        least, reach = least.flatten(self.dims[0]), reach.flatten(self.dims[0])
-        f = least + risen * (reach * reciprocal(risen[..., -1:]))
-        root = (f < 0).sum(-1, keepdim=True)
-        last, around = ratio.shape[-1] - 1, round(ratio.shape[-1] ** 0.5) // 2
-        after, before = (root + around).clamp(max=last), (root - around).clamp(0, last)
-        run = ratio.gather(-1, after) - ratio.gather(-1, before)
-        slope = (f.gather(-1, after) - f.gather(-1, before)) * reciprocal(run)
-        shape = self._normal2.shape
-        return ratio.gather(-1, root.clamp(max=last)).view(shape), slope.view(shape)
 
     def nearest(self, points: Tensor, shrink: Tensor | None = None) -> Tensor:
         """Project points p onto box and plane in the Euclidean norm::
@@ -182,7 +177,7 @@ class Plane:
         y, found = self._newton(points, None)
         if not points.is_cuda and not bool(found.all()):
             y = torch.where(found, y, self._searched(points, None))
-        return self._settled(y, lambda: [self._box()], self.images)
+        return self._settled(y, [self._box], self.images)
 
     def nearest_in_ball(self, points: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
         """Project points p onto box, plane and L2 ball in the Euclidean norm::
@@ -200,7 +195,7 @@ class Plane:
         Source: docs/method.md, "The nearest point".
         """
         y, found = self._newton(points, radius.to(points.dtype))
-        return self._settled(y, lambda: [self._box()], self.images), found
+        return self._settled(y, [self._box], self.images), found
 
     def _newton(self, points: Tensor, radius: Tensor | None) -> tuple[Tensor, Tensor]:
         """y(s, λ) = clip(x + s (p - x) - λx) on the plane and, with a radius, in the ball; per sample, whether it is.
@@ -283,12 +278,8 @@ class Plane:
             ends = _ends(residual, scale)
             near = along * reciprocal(self._normal2), -self._normal2
             bracket = _search(residual, torch.where(scale > 0, scale, 1), 5e-15 * distance2, (ends[1], ends[3]), near)
-        high, low = point(bracket[0], self._scratch[2]), point(bracket[2], scratch)
-
-        def narrow() -> _Box:
-            return torch.minimum(low, high), torch.maximum(low, high)
-
-        return self._mixture(lambda share: torch.lerp(high, low, share), bracket, narrow, self.images)
+        high, low = point(bracket[0], self._scratch[2]), point(bracket[2], self._scratch[0])
+        return self._mixture(lambda share, out: torch.lerp(high, low, share, out=out), bracket, self.images)
 
     def settle(self, points: Tensor) -> Tensor:
         """Points near the plane, moved onto it as exactly as their dtype allows.
@@ -300,23 +291,28 @@ class Plane:
             y with |cos(y - x, x)| at most 1e-6 (float32) or 1e-12 (float64) in every group; the same tensor if that
             held already. A group that cannot be so gives up its perturbation.
         """
-        return self._settled(points, lambda: [self._box()], self.images)
+        return self._settled(points, [self._box], self.images)
 
     def _box(self) -> _Box:
         return self.lower, self.upper
 
-    def _settled(self, points: Tensor, boxes: Callable[[], list[_Box]], fallback: Tensor) -> Tensor:
+    def _lost(self, points: Tensor) -> Tensor:
+        """Which groups are off the plane by more than may be, as far as float32's sums can tell."""
+        unit = 1e-6 if points.dtype == torch.float32 else 1e-12
+        _, scratch, _, delta = self._scratch
+        torch.sub(points, self.images, out=delta)
+        along = dot(delta, self.normal, self.dims, scratch).abs()
+        # A tenth is left for the round-off of these sums.
+        return along > 0.9 * unit * (dot(delta, delta, self.dims, scratch) * self._normal2).sqrt()
+
+    def _settled(self, points: Tensor, boxes: list[Callable[[], _Box]], fallback: Tensor) -> Tensor:
         """`points`, with the orthogonality restored that rounding has cost, by moving a pixel or two per group.
 
         Rounding moves ⟨y - x, x⟩ by about 1e-8 per pixel, at random. Beside a whole image that is nothing; beside one
         pixel's colour, or a tiny perturbation, it is more than a cosine of 1e-6. Groups where it is too much are
         settled inside the first of the `boxes` in which they can be, or else take the `fallback`.
         """
-        unit = 1e-6 if points.dtype == torch.float32 else 1e-12
-        delta = points - self.images
-        length = (dot(delta, delta, self.dims) * self._normal2).sqrt()
-        along = dot(delta, self.normal, self.dims, delta)
-        lost = along.abs() > 0.9 * unit * length  # a tenth is left for the round-off of these sums
+        lost = self._lost(points)
         if points.is_cuda and self._is_coarse:  # so rare here that it is not worth asking, which would stop the GPU
             return torch.where(lost, fallback, points)
         if not bool(lost.any()):
@@ -326,15 +322,17 @@ class Plane:
         def rows(tensor: Tensor) -> Tensor:  # a view with the pixels of a group along the last dimension
             return tensor.movedim(-3, -1) if self.scope == "pixel" else tensor.flatten(self.dims[0])
 
+        def lost_rows(box: Callable[[], _Box]) -> _Box:
+            low, high = box()
+            return rows(low)[groups], rows(high)[groups]
+
         settled = points.clone(memory_format=torch.contiguous_format)
-        narrow = [(rows(low)[groups], rows(high)[groups]) for low, high in boxes()]
         y, x, z = (rows(tensor)[groups] for tensor in (points, self.images, fallback))
-        rows(settled)[groups] = _settled_rows(y, x, narrow, z, 0.75 * unit)
+        unit = 1e-6 if points.dtype == torch.float32 else 1e-12
+        rows(settled)[groups] = _settled_rows(y, x, [partial(lost_rows, box) for box in boxes], z, 0.75 * unit)
         return settled
 
-    def _mixture(
-        self, mix: Callable[[Tensor], Tensor], bracket: _Bracket, narrow: Callable[[], _Box], fallback: Tensor
-    ) -> Tensor:
+    def _mixture(self, mix: Callable[[Tensor, Tensor], Tensor], bracket: _Bracket, fallback: Tensor) -> Tensor:
         """The point on the plane between the ends of a bracket.
 
         f(λ) = ⟨y(λ) - x, x⟩ is the derivative of the concave dual, so it falls as λ grows, and a bracket
@@ -343,22 +341,30 @@ class Plane:
 
             f(a) |f(b)| / (f(a) + |f(b)|) · (b - a),
 
-        which is what the searches make small: the answer comes with its certificate, and not all has to be sorted.
+        which is what the searches make small: the answer comes with its certificate, and nothing is sorted.
 
         Args:
-            mix: y(a) at a share of 0, y(b) at 1.
+            mix: writes y(a) at a share of 0, y(b) at 1 to a tensor, and uses none of the second and the last scratch.
             bracket: a, f(a), b, f(b) per group.
-            narrow: the box between y(a) and y(b): where they differ, anything between them is as good, so a pixel to
-                move is best found there.
             fallback: a point of the box on the plane, taken where there is no better one on the dtype's grid.
         """
         _, fa, _, fb = bracket
         rise = torch.where(fa - fb > 0, fa - fb, 1)
         share = fa / rise  # exactly 0 if y(a) is on the plane, exactly 1 if y(b) is
-        y = mix(share)
-        # Rounding the mixture moves it off the plane; where many pixels are mixed, a corrected share brings it back.
-        error = dot(y.sub_(self.images), self.normal, self.dims, y)
-        return self._settled(mix((share + error / rise).clamp(0, 1)), lambda: [narrow(), self._box()], fallback)
+        y = mix(share, torch.empty_like(self.images))
+        lost = self._lost(y)
+        if y.is_cuda or bool(lost.any()):
+            # Rounding has moved the mixture off the plane; where many pixels are mixed, a corrected share may help.
+            error = dot(y - self.images, self.normal, self.dims)
+            corrected = torch.where(lost, (share + error / rise).clamp(0, 1), share)
+            y = self._settled(mix(corrected, y), [partial(self._between, mix, share), self._box], fallback)
+        return y
+
+    def _between(self, mix: Callable[[Tensor, Tensor], Tensor], like: Tensor) -> _Box:
+        """The box between y(a) and y(b): where they differ, anything between them is as good, so a pixel to move is
+        best found there."""
+        at_a, at_b = (mix(torch.full_like(like, end), torch.empty_like(self.images)) for end in (0.0, 1.0))
+        return torch.minimum(at_a, at_b), torch.maximum(at_a, at_b)
 
     def _at_kinks(self, points: Tensor, shrink: Tensor | None) -> Tensor:
         """0, so that a point on the plane is found to be, and the λ at which a pixel of y(λ) meets a bound or x."""
@@ -445,10 +451,11 @@ def _search(
         done = gap <= tolerance
         if asks and bool(done.all()):
             break
-        # The secant through the last two trials tends to come from one side, which leaves the bracket wide: after two
-        # trials on the same side it aims twice as far, to land on the other. Every fourth trial halves the bracket.
-        target = u - f * reciprocal(slope) * torch.where(stuck, 2, 1)
-        usable = (target > a) & (target < b) & (attempt % 4 < 3)
+        # The secant tends to come from one side, which leaves the bracket wide: so it aims a little beyond the root, by
+        # what the tolerance allows, and twice as far after two trials on the same side. Later trials also halve.
+        beyond = (tolerance * reciprocal(slope.abs() * scale64)).sqrt() / 2
+        target = u - f * reciprocal(slope) * torch.where(stuck, 2, 1) + torch.where(right, beyond, -beyond)
+        usable = (target > a) & (target < b) & (attempt < 6 or attempt % 3 < 2)
         target = torch.where(usable, target, (a + b) / 2)
         u_before, f_before, right_before = u, f, right
         u, f = target, f_at(target)
@@ -470,50 +477,53 @@ def _by_group(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
     return moved.reshape(-1, *shape)
 
 
-def _settled_rows(points: Tensor, images: Tensor, boxes: list[_Box], fallback: Tensor, allowed: float) -> Tensor:
+def _settled_rows(
+    points: Tensor, images: Tensor, boxes: list[Callable[[], _Box]], fallback: Tensor, allowed: float
+) -> Tensor:
     """`Plane._settled` for rows, (R, n), until |cos| <= allowed."""
     y, x, dtype = points.double(), images.double(), points.dtype
-    take_up = partial(_take_up, dtype=dtype, allowed=allowed)
-    combine = partial(_combine, dtype=dtype, allowed=allowed)
-    attempts: list[tuple[_Box, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]]] = [
-        *((box, take_up) for box in boxes),
-        *((boxes[-1], partial(combine, radius=radius)) for radius in (1, 8, 64)),
+    # Among many pixels there is one that will do in any thousand of them.
+    few = slice(None, None, y.shape[1] // 1024 | 1)
+    Attempt = tuple[Callable[[], _Box], slice, Callable[..., Tensor]]
+    attempts: list[Attempt] = [
+        (boxes[-1], few, _take_up),
+        *((box, slice(None), _take_up) for box in boxes),
+        *((boxes[-1], slice(None), partial(_combine, radius=radius)) for radius in (1, 8, 64)),
     ]
-    for (low, high), attempt in attempts:
-        off = _off_plane(y, x, allowed)
+    for box, columns, attempt in attempts[y.shape[1] < 4096 :]:
+        excess, limit = _excess(y, x, allowed)
+        off = (excess.abs() > limit).squeeze(1).nonzero().squeeze(1)
         if len(off) == 0:
             return y.to(dtype)
+        low, high = box()
+        part, x_off = y[off][:, columns], x[off][:, columns]
         # No pixel moves by more than the whole perturbation: that would not repair it but replace it.
         size = torch.linalg.vector_norm(y[off] - x[off], dim=1, keepdim=True)
-        low_off, high_off = torch.maximum(low[off], y[off] - size), torch.minimum(high[off], y[off] + size)
+        low, high = torch.maximum(low[off][:, columns], part - size), torch.minimum(high[off][:, columns], part + size)
         # The limits may lie between two numbers of the dtype, so what an attempt gives is judged as it will be stored.
-        y[off] = attempt(y[off].clamp(low_off, high_off), x[off], low_off, high_off).to(dtype).double()
-    off = _off_plane(y, x, allowed)
-    y[off] = fallback[off].double()
-    return y.to(dtype)
+        part = part.clamp(low, high)
+        moved = attempt(part, x_off, low, high, excess[off], limit[off], dtype=dtype)
+        y[off.unsqueeze(1), torch.arange(y.shape[1], device=y.device)[columns]] = moved.to(dtype).double()
+    excess, limit = _excess(y, x, allowed)
+    return torch.where(excess.abs() > limit, fallback.double(), y).to(dtype)
 
 
-def _off_plane(y: Tensor, x: Tensor, allowed: float) -> Tensor:
-    """The rows with |cos(y - x, x)| > allowed."""
-    along = ((y - x) * x).sum(1, keepdim=True).abs()
-    return (along > allowed * _norms(y, x)).squeeze(1).nonzero().squeeze(1)
+def _excess(y: Tensor, x: Tensor, allowed: float) -> tuple[Tensor, Tensor]:
+    """⟨y - x, x⟩ and allowed ‖y - x‖ ‖x‖ per row, (R, 1)."""
+    delta = y - x
+    norms = torch.linalg.vector_norm(delta, dim=1, keepdim=True) * torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return (delta * x).sum(1, keepdim=True), allowed * norms
 
 
-def _norms(y: Tensor, x: Tensor) -> Tensor:
-    """‖y - x‖ ‖x‖ per row, (R, 1)."""
-    norms: Tensor = torch.linalg.vector_norm(y - x, dim=1, keepdim=True)
-    norms *= torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    return norms
-
-
-def _take_up(y: Tensor, x: Tensor, low: Tensor, high: Tensor, *, dtype: torch.dtype, allowed: float) -> Tensor:
-    """(R, n) float64 rows with ⟨y - x, x⟩ taken up by a pixel that has the room: of those with a grid fine enough the
-    one that moves least, or else the one with the finest grid."""
-    amount = ((y - x) * x).sum(1, keepdim=True)
+def _take_up(
+    y: Tensor, x: Tensor, low: Tensor, high: Tensor, amount: Tensor, limit: Tensor, *, dtype: torch.dtype
+) -> Tensor:
+    """(R, n) float64 rows with ⟨y - x, x⟩ = amount taken up by a pixel that has the room: of those with a grid fine
+    enough the one that moves least, or else the one with the finest grid."""
     room = torch.where(amount * x > 0, y - low, high - y) * x.abs()
     grid = _spacing(y, dtype) * x.abs()
     enough = room >= amount.abs()
-    fine = enough & (grid <= allowed * _norms(y, x))
+    fine = enough & (grid <= limit)
     finest = torch.where(enough, grid, torch.inf).argmin(1, keepdim=True)
     brightest = torch.where(fine, x.abs(), -1).argmax(1, keepdim=True)
     pixel = torch.where(enough.any(1, keepdim=True), finest, room.argmax(1, keepdim=True))
@@ -523,7 +533,15 @@ def _take_up(y: Tensor, x: Tensor, low: Tensor, high: Tensor, *, dtype: torch.dt
 
 
 def _combine(
-    y: Tensor, x: Tensor, low: Tensor, high: Tensor, *, dtype: torch.dtype, allowed: float, radius: int
+    y: Tensor,
+    x: Tensor,
+    low: Tensor,
+    high: Tensor,
+    excess: Tensor,
+    limit: Tensor,
+    *,
+    dtype: torch.dtype,
+    radius: int,
 ) -> Tensor:
     """(R, n) float64 rows with neighbouring values of one pixel tried, each with the best value of another for it.
 
@@ -533,10 +551,8 @@ def _combine(
     first = (torch.minimum(y - low, high - y) * size).argmax(1, keepdim=True)
     others = ((high - low) * size).scatter(1, first, 0)
     finest = torch.where(others > 0, _spacing(y, dtype) * size, torch.inf).argmin(1, keepdim=True)
-    target = allowed * _norms(y, x)
     offsets = torch.arange(-radius, radius + 1, device=y.device)
     for other in (finest, others.argmax(1, keepdim=True)):
-        excess = ((y - x) * x).sum(1, keepdim=True)
         y1, x1, low1, high1 = (t.gather(1, other) for t in (y, x, low, high))
         y2, x2, low2, high2 = (t.gather(1, first) for t in (y, x, low, high))
         tried = (y2 + offsets * _spacing(y2, dtype)).to(dtype).double().clamp(low2, high2)
@@ -544,9 +560,11 @@ def _combine(
         answer = _lowered(y1, x1, amount, dtype).clamp(low1, high1)
         left = (amount + (answer - y1) * x1).abs()
         # The smallest move that is good enough, or else the best.
-        best = torch.where(left <= target, offsets.abs() - 1000.0, left).argmin(1, keepdim=True)
+        best = torch.where(left <= limit, offsets.abs() - 1000.0, left).argmin(1, keepdim=True)
         moved = y.scatter(1, first, tried.gather(1, best)).scatter(1, other, answer.gather(1, best))
-        y = torch.where(left.gather(1, best) <= excess.abs(), moved, y)
+        better = left.gather(1, best) <= excess.abs()
+        excess = excess + torch.where(better, ((moved - y) * x).sum(1, keepdim=True), 0)
+        y = torch.where(better, moved, y)
     return y
 
 

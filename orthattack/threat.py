@@ -173,7 +173,8 @@ class Region:
     def __init__(self, threat: ThreatModel, images: Tensor) -> None:
         self.threat, self.dtype = threat, images.dtype
         low, high = threat.bounds
-        x = images.detach().to(torch.promote_types(images.dtype, torch.float32)).contiguous()
+        # Plus 0, which makes a zero of -0: the side of a ratio g / x is read off its sign.
+        x = images.detach().to(torch.promote_types(images.dtype, torch.float32)).contiguous() + 0.0
         eps = torch.as_tensor(threat.eps, dtype=torch.float64, device=x.device)
         if eps.shape not in ((), (len(x),)):
             raise ValueError(
@@ -242,6 +243,8 @@ class Region:
             if self.threat.norm == "linf":
                 return self._store(through.ascend(start, g, alpha))
             g = through.tangent(g)
+        if self.threat.norm == "l2" and avoid is None and isinstance(self._plane, Plane):
+            return self.project(torch.addcmul(start, self._plane.unit_tangent(g.contiguous()), alpha))
         if self.threat.norm != "linf":
             g = g if self._plane is None else self._plane.tangent(g)
             unit = _unit(g) if self.threat.norm == "l2" else _sparse(g, start, self._lower, self._upper, alpha)
@@ -270,7 +273,7 @@ class Region:
         if isinstance(self._plane, Plane) and not self._plane.is_small:
             inside, found = self._plane.nearest_in_ball(points, self.eps)
             if points.is_cuda or bool(found.all()):
-                return self._store_in_ball(inside)
+                return self._store_in_ball(inside, is_settled=True)
             return self._store_in_ball(torch.where(found, inside, self._in_ball(points, self._nearest(points))))
         return self._store_in_ball(self._in_ball(points, self._nearest(points)))
 
@@ -393,7 +396,7 @@ class Region:
         free = (points != self.images) & (points > self._lower) & (points < self._upper)
         return free.sum(_IMAGE, keepdim=True).double()
 
-    def _store_in_ball(self, points: Tensor) -> Tensor:
+    def _store_in_ball(self, points: Tensor, is_settled: bool = False) -> Tensor:
         """`points`, stored, with each perturbation scaled by what it takes to be in the ball: scaling towards x leaves
         neither box nor plane. It takes parts in 1e7, or more where eps is so tiny that the grid is coarse beside it."""
         x, eps, order = self.images, self.eps, 2 if self.threat.norm == "l2" else 1
@@ -402,7 +405,7 @@ class Region:
             length = _length(stored.to(x.dtype) - x, order)
             return length, length <= eps * (1 + 5e-7)
 
-        stored = self._store(points)
+        stored = self._rounded(points) if is_settled else self._store(points)
         length, fits = excess(stored)
         factor = (eps * reciprocal(length)).clamp(max=1)
         asks = not x.is_cuda  # which would stop the GPU: there, three times whatever is found
