@@ -16,8 +16,35 @@ import orthattack
 ROOT = Path(orthattack.__file__).parent
 # Later layers may import earlier ones, never the other way round.
 LAYERS = ["projection", "plane", "subspace", "threat", "losses", "model", "attacks", "interop", "eval"]
-EVAL_LAYERS = ["models", "metrics", "data", "attacks", "run", "report", "cli"]
-HEAVY = {"torchvision", "foolbox", "matplotlib", "PIL", "safetensors", "tabulate", "tqdm", "numpy"}
+EVAL_LAYERS = [
+    "models",
+    "metrics",
+    "data",
+    "attacks",
+    "store",
+    "suite",
+    "results",
+    "checks",
+    "run",
+    "plots",
+    "page",
+    "report",
+    "cli",
+]
+HEAVY = {
+    "torchvision",
+    "foolbox",
+    "matplotlib",
+    "PIL",
+    "safetensors",
+    "tabulate",
+    "tqdm",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "pydantic",
+    "jinja2",
+}
 
 
 def imported(path: Path) -> set[str]:
