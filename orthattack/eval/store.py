@@ -125,8 +125,8 @@ class Shard:
 
     @property
     def image_path(self) -> Path:
-        """Where its images are, relative to the run's folder."""
-        return self._in("images", ".safetensors")
+        """Where its images are, relative to the run's folder; those of the checks are apart from the run's."""
+        return self._in("checks" if self.kind == "checks" else "images", ".safetensors")
 
     def _in(self, folder: str, suffix: str) -> Path:
         parts = [folder, _slug(self.model)]
@@ -233,16 +233,23 @@ class RunFolder:
         schema = CLEAN_SCHEMA if kind == "clean" else ROW_SCHEMA
         if not parts:
             parts = [schema.empty_table() if columns is None else schema.empty_table().select(list(columns))]
-        # Nullable types, so that a whole number stays one where some are missing.
-        rows: pd.DataFrame = pa.concat_tables(parts).to_pandas(types_mapper=_NULLABLE.get)
-        return rows
+        return _frame(parts)
+
+    def read_shard(self, shard: Shard, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """The rows of one shard."""
+        return _frame([pq.read_table(self.path / shard.path, columns=None if columns is None else list(columns))])
 
     def images(
-        self, model: str, attack: str, eps: float | None, positions: Iterable[int] | None = None
+        self,
+        model: str,
+        attack: str,
+        eps: float | None,
+        positions: Iterable[int] | None = None,
+        kind: Kind = "shards",
     ) -> Iterator[tuple[int, Tensor]]:
         """Stored images (3, H, W), float32, with their positions; only those at `positions` if given."""
         wanted = None if positions is None else set(positions)
-        for path in self._files(Shard(model, attack, eps, 0).image_path):
+        for path in self._files(Shard(model, attack, eps, 0, kind).image_path):
             with safetensors.safe_open(path, framework="pt") as file:
                 for row, position in enumerate(file.get_tensor("position").tolist()):
                     if wanted is None or position in wanted:
@@ -251,6 +258,12 @@ class RunFolder:
     def _files(self, example: Path) -> list[Path]:
         folder = self.path / example.parent
         return sorted(folder.glob("*" + example.suffix)) if folder.is_dir() else []
+
+
+def _frame(tables: Sequence[pa.Table]) -> pd.DataFrame:
+    """A frame of nullable types, so that a whole number stays one where some are missing."""
+    frame: pd.DataFrame = pa.concat_tables(tables).to_pandas(types_mapper=_NULLABLE.get)
+    return frame
 
 
 _NULLABLE = {
