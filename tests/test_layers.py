@@ -16,8 +16,23 @@ import orthattack
 ROOT = Path(orthattack.__file__).parent
 # Later layers may import earlier ones, never the other way round.
 LAYERS = ["projection", "plane", "subspace", "threat", "losses", "model", "attacks", "interop", "eval"]
-EVAL_LAYERS = ["models", "metrics", "data", "attacks", "run", "report", "cli"]
-HEAVY = {"torchvision", "foolbox", "matplotlib", "PIL", "safetensors", "tabulate", "tqdm", "numpy"}
+EVAL_LAYERS = [
+    *("errors", "plugin", "preprocessing", "checkpoint", "classifier", "models", "metrics", "suspicion"),
+    *("classes", "sources", "photographs", "torchdata", "data", "attacks", "run", "report", "cli"),
+]
+HEAVY = {
+    "torchvision",
+    "foolbox",
+    "matplotlib",
+    "PIL",
+    "safetensors",
+    "tabulate",
+    "tqdm",
+    "numpy",
+    "scipy",
+    "pyarrow",
+    "timm",
+}
 
 
 def imported(path: Path) -> set[str]:

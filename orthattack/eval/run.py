@@ -223,7 +223,7 @@ def _evaluate_model(
     _write(evaluation, out)  # so that a run that is killed tells what its images.jsonl was measured with
     shown = "OrthoPGD" if "OrthoPGD" in attacks else attacks[-1]
     examples = _Examples(classifier.name, shown, classifier.classes or photographs.classes)
-    total = len(photographs.items) * len(attacks)
+    total = len(photographs) * len(attacks)
     often = 0.1 if sys.stderr.isatty() else 30.0  # a log file is no place for an animation
     with tqdm(
         total=total, desc=classifier.name, unit="img", disable=not progress, leave=False, mininterval=often
