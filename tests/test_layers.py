@@ -17,19 +17,9 @@ ROOT = Path(orthattack.__file__).parent
 # Later layers may import earlier ones, never the other way round.
 LAYERS = ["projection", "plane", "subspace", "threat", "losses", "model", "attacks", "interop", "eval"]
 EVAL_LAYERS = [
-    "models",
-    "metrics",
-    "data",
-    "attacks",
-    "store",
-    "suite",
-    "results",
-    "checks",
-    "run",
-    "plots",
-    "page",
-    "report",
-    "cli",
+    *("errors", "plugin", "preprocessing", "checkpoint", "classifier", "models", "metrics", "suspicion"),
+    *("classes", "sources", "photographs", "torchdata", "data", "attacks", "store", "suite", "decode", "measure"),
+    *("results", "checks", "run", "plots", "page", "report", "api", "cli"),
 ]
 HEAVY = {
     "torchvision",
@@ -44,6 +34,8 @@ HEAVY = {
     "pyarrow",
     "pydantic",
     "jinja2",
+    "scipy",
+    "timm",
 }
 
 
