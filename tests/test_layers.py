@@ -19,7 +19,7 @@ LAYERS = ["projection", "plane", "subspace", "threat", "losses", "model", "attac
 EVAL_LAYERS = [
     *("errors", "plugin", "preprocessing", "checkpoint", "classifier", "models", "metrics", "suspicion"),
     *("classes", "sources", "photographs", "torchdata", "data", "attacks", "store", "suite", "decode", "measure"),
-    *("results", "checks", "run", "plots", "page", "report", "api", "cli"),
+    *("checks", "manifest", "job", "run", "results", "plots", "page", "report", "api", "cli"),
 ]
 HEAVY = {
     "torchvision",

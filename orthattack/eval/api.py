@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from orthattack.eval.attacks import AttackKind, user_attack
-from orthattack.eval.data import Photographs, load_photographs
-from orthattack.eval.models import Classifier, EvaluationError, load_classifier
+from orthattack.eval.data import Photographs, load_photographs, read_names
+from orthattack.eval.errors import EvaluationError
+from orthattack.eval.models import Classifier, load_classifier
 from orthattack.eval.report import write_report
 from orthattack.eval.results import Run
 from orthattack.eval.run import Source, run_suite
@@ -129,7 +130,7 @@ def suite_source(
         data = suite.data
         found = load_photographs(data.source, model, _path(data.labels), _path(data.classes))
         if data.subset is not None:
-            found = found.subset(read_subset(Path(data.subset)))
+            found = found.subset(read_names(Path(data.subset)))
         return found.limited(data.limit)
 
     return Source(classifier, opened, suite.kinds() if kinds is None else kinds)

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 import orthattack.attacks as ours
 from orthattack.attacks.attack import Attack, Options, OrthoOptions
-from orthattack.eval.models import EvaluationError
+from orthattack.eval import plugin
+from orthattack.eval.errors import EvaluationError
 from orthattack.interop.foolbox import FromFoolbox
 from orthattack.threat import Norm
 
@@ -174,7 +175,7 @@ def attack_kind(name: str, parameters: Mapping[str, Any] | None = None) -> Attac
         return _foolbox(name, rest, options)
     if prefix == "torchattacks":
         return _torchattacks(name, rest, options)
-    return _users(name, imported(name, "attack"), options)
+    return _users(name, plugin.find(name), options)
 
 
 def user_attack(name: str, factory: Callable[..., Any], parameters: Mapping[str, Any] | None = None) -> AttackKind:
@@ -198,21 +199,6 @@ def _of_foolbox() -> dict[str, Any]:
     }
     # What people call it, as Foolbox's own short names are those of L-infinity.
     return kinds | {"BIM": foolbox.attacks.LinfBasicIterativeAttack}
-
-
-def imported(name: str, what: str) -> Any:
-    """The object that ``package.module:name`` names; EvaluationError if there is none."""
-    module, _, attribute = name.partition(":")
-    try:
-        found: Any = import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise EvaluationError(
-            f"{what} {name!r} cannot be imported ({error}): it must be package.module:function, of a module that "
-            "Python finds (the current folder counts)"
-        ) from error
-    return found
 
 
 def _defaults(kind: Any, without: set[str]) -> dict[str, Any]:

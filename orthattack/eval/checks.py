@@ -15,14 +15,19 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
-from scipy.stats import binomtest
 
 from orthattack.eval.attacks import AttackKind, attack_kind
+from orthattack.eval.metrics import Rate
 from orthattack.eval.store import RunFolder, shown_eps
+from orthattack.eval.suite import Suite
+from orthattack.eval.suspicion import CleanStatistics, suspicions
 from orthattack.projection import alignment
 from orthattack.threat import Norm, perturbation_norm
 
-__all__ = ["Check", "Probe", "assess", "probes"]
+__all__ = ["CLEAN_COLUMNS", "TRANSFER", "Check", "Probe", "assess", "clean_suspicions", "planned_probes", "probes"]
+
+TRANSFER = "transfer from "
+"""What the label of a probe begins with that tries another model's adversarials; the other's label follows."""
 
 QUERIES = 200
 """Evaluations per image of the query-based probe."""
@@ -83,6 +88,39 @@ def probes(norm: Norm, eps: Sequence[float], steps: int, size: int) -> list[Prob
     return [probe for probe in found if radius > 0]
 
 
+def planned_probes(suite: Suite, models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every probe of every model, for the manifest: model, label and eps."""
+    found: list[dict[str, Any]] = []
+    for model in models:
+        planned = probes(suite.norm, suite.eps, suite.steps, model["preprocessing"]["crop"])
+        found += [{"model": model["label"], "label": probe.label, "eps": probe.eps} for probe in planned]
+        others = [other["label"] for other in models if other is not model and _comparable(model, other)]
+        eps = next((probe.eps for probe in planned if probe.label == "PGD"), None)
+        if eps is not None:
+            found += [{"model": model["label"], "label": f"{TRANSFER}{other}", "eps": eps} for other in others]
+    return found
+
+
+def _comparable(model: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether one model's images and classes are the other's."""
+    mine, theirs = ((about["num_classes"], about["data"], about["preprocessing"]["crop"]) for about in (model, other))
+    return mine == theirs
+
+
+CLEAN_COLUMNS = ["status", "wrong_share", "logit_min", "logit_max", "logit_sum", "image_min", "image_max"]
+
+
+def clean_suspicions(rows: pd.DataFrame, num_classes: int) -> list[str]:
+    """What looks wrong with a model on clean photographs, from `CLEAN_COLUMNS` of their rows; see `suspicions`."""
+    rows = rows[rows["status"] == "ok"]
+    if rows.empty:
+        return []
+    ends = {name: (float(rows[name].min()), float(rows[name].max())) for name in CLEAN_COLUMNS[2:]}
+    right = Rate(int((rows["wrong_share"] <= 0.5).sum()), len(rows))
+    logits, images = (ends["logit_min"][0], ends["logit_max"][1]), (ends["image_min"][0], ends["image_max"][1])
+    return suspicions(CleanStatistics(right, num_classes, logits, ends["logit_sum"], images))
+
+
 def assess(folder: RunFolder, manifest: Mapping[str, Any]) -> list[Check]:
     """Every check of every model, from what is stored."""
     found: list[Check] = []
@@ -125,17 +163,21 @@ class _Model:
         return Check(self.label, name, "not run", "", why)
 
     def _clean(self) -> Check:
-        rows = self.folder.read("clean", self.label, columns=["status", "wrong_share"])
+        name = "model, data and preprocessing belong together"
+        rows = self.folder.read("clean", self.label, columns=CLEAN_COLUMNS)
         rows = rows[rows["status"] == "ok"]
-        name = "clean accuracy is above chance"
         if rows.empty:
             return self._not_run(name, "no image could be scored")
         right, n = int((rows["wrong_share"] <= 0.5).sum()), len(rows)
-        chance = binomtest(right, n, 1 / self.classes, alternative="greater").pvalue
+        found, numbers = clean_suspicions(rows, self.classes), rows[CLEAN_COLUMNS[2:]]
+        low, high = numbers.min(), numbers.max()
         return self._check(
-            name, chance < 0.01, f"{100 * right / n:.1f} % of {n}, chance is {100 / self.classes:.3g} %",
-            "labels, class order, weights or preprocessing do not belong together",
-        )  # fmt: skip
+            name,
+            not found,
+            f"{100 * right / n:.1f} % of {n} right, logits from {low['logit_min']:.3g} to {high['logit_max']:.3g}, "
+            f"pixels from {low['image_min']:.3g} to {high['image_max']:.3g}",
+            "; ".join(found),
+        )
 
     def _gradients(self) -> Check:
         name = "gradients are not zero, NaN or missing"
@@ -203,7 +245,7 @@ class _Model:
         rivals = [
             entry["label"]
             for entry in self.manifest.get("probes", [])
-            if entry["model"] == self.label and entry["label"].startswith("transfer from ")
+            if entry["model"] == self.label and entry["label"].startswith(TRANSFER)
         ]
         if not rivals:
             return self._not_run(name, "it needs a second model with the same classes and input size")

@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        from orthattack.eval.models import EvaluationError
+        from orthattack.eval.errors import EvaluationError
 
         try:
             code: int = options.run(options)
@@ -171,7 +171,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _from_flags(options: argparse.Namespace) -> Suite | None:
     """The suite that the flags describe, or None if they name a file."""
-    from orthattack.eval.models import BUNDLED, EvaluationError
+    from orthattack.eval.errors import EvaluationError
+    from orthattack.eval.models import BUNDLED
     from orthattack.eval.suite import make_suite
 
     given: dict[str, Any] = {name: value for name in _OF_THE_SUITE if (value := getattr(options, name)) is not None}
@@ -204,7 +205,7 @@ def _from_flags(options: argparse.Namespace) -> Suite | None:
 
 def _attack(text: str) -> dict[str, Any]:
     """An attack of the command line, NAME,key=value,..., as a table of a suite."""
-    from orthattack.eval.models import EvaluationError
+    from orthattack.eval.errors import EvaluationError
 
     name, *pairs = text.split(",")
     table: dict[str, Any] = {"name": name, "label": text}
@@ -230,7 +231,7 @@ def _value(text: str) -> Any:
 def _device(name: str | None) -> str:
     import torch
 
-    from orthattack.eval.models import EvaluationError
+    from orthattack.eval.errors import EvaluationError
 
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"

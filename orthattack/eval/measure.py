@@ -19,7 +19,7 @@ from orthattack.losses import Goal
 from orthattack.projection import alignment
 from orthattack.threat import Norm, perturbation_norm
 
-__all__ = ["Judge", "clean_columns", "problem", "row_columns"]
+__all__ = ["Judge", "check_batch", "clean_columns", "row_columns"]
 
 Columns = dict[str, list[Any]]
 
@@ -108,15 +108,14 @@ def clean_columns(judge: Judge, images: Tensor, labels: Tensor) -> Columns:
     }
 
 
-def problem(adversarials: object, images: Tensor) -> str | None:
-    """Why what an attack returned for a batch cannot be scored at all, if so."""
+def check_batch(adversarials: object, images: Tensor) -> None:
+    """Raise ValueError if what an attack returned for a batch cannot be scored at all."""
     if not isinstance(adversarials, Tensor):
-        return f"returned {type(adversarials).__name__} instead of a tensor"
+        raise ValueError(f"returned {type(adversarials).__name__} instead of a tensor")
     if adversarials.shape != images.shape or adversarials.dtype != images.dtype:
-        return (
+        raise ValueError(
             f"returned {tuple(adversarials.shape)} of {adversarials.dtype} for {tuple(images.shape)} of {images.dtype}"
         )
-    return None
 
 
 def row_columns(

@@ -1,15 +1,16 @@
-"""A person's own code: ``package.module:function``, found and called without arguments."""
+"""A person's own code: ``package.module:function``, found and called."""
 
 from __future__ import annotations
 
 import importlib
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from orthattack.eval.errors import EvaluationError, first_line
 
-__all__ = ["call", "is_plugin"]
+__all__ = ["call", "find", "is_plugin"]
 
 
 def is_plugin(name: str) -> bool:
@@ -21,14 +22,14 @@ def is_plugin(name: str) -> bool:
     return re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name) is not None
 
 
-def call(name: str) -> object:
-    """What the function returns.
+def find(name: str) -> Callable[..., object]:
+    """The function.
 
     The module is looked for on ``sys.path`` and then in the current directory, which stays on the path, since the
     code may import its neighbours later.
 
     Raises:
-        EvaluationError: no such module or function, or an error in it.
+        EvaluationError: no such module or function, or an error in the module.
     """
     module_name, _, function_name = name.partition(":")
     here = str(Path.cwd())
@@ -51,6 +52,13 @@ def call(name: str) -> object:
     if not callable(function):
         what = "no function" if function is None else f"a {type(function).__name__}, not a function, called"
         raise EvaluationError(f"{name}: {getattr(module, '__file__', module_name)} has {what} {function_name}")
+    found: Callable[..., object] = function
+    return found
+
+
+def call(name: str) -> object:
+    """What the function returns without arguments; EvaluationError if it cannot be found or fails."""
+    function = find(name)
     try:
         return function()
     except Exception as error:  # of whatever the function does

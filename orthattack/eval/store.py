@@ -28,7 +28,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from orthattack.eval.models import EvaluationError
+from orthattack.eval.errors import EvaluationError
 
 __all__ = ["CLEAN_SCHEMA", "ROW_SCHEMA", "Kind", "RunFolder", "Shard", "shown_eps"]
 

@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from orthattack.eval.attacks import DEFAULT_ATTACKS, AttackKind, attack_kind
-from orthattack.eval.models import BUNDLED, EvaluationError
+from orthattack.eval.errors import EvaluationError
+from orthattack.eval.models import BUNDLED
 from orthattack.threat import Norm
 
 if sys.version_info >= (3, 11):
@@ -385,3 +386,8 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(item, f"{prefix}[{number}]")
     else:
         yield prefix, list(value) if isinstance(value, tuple) else value
+
+
+def evenly(count: int, among: int) -> list[int]:
+    """At most `count` positions, evenly spaced, of `among`."""
+    return [k * among // count for k in range(count)] if count < among else list(range(among))
