@@ -18,8 +18,8 @@ ROOT = Path(orthattack.__file__).parent
 LAYERS = ["projection", "plane", "subspace", "threat", "losses", "model", "attacks", "interop", "eval"]
 EVAL_LAYERS = [
     *("errors", "plugin", "preprocessing", "checkpoint", "classifier", "models", "metrics", "suspicion"),
-    *("classes", "sources", "photographs", "torchdata", "data", "attacks", "store", "suite", "decode", "measure"),
-    *("checks", "manifest", "job", "run", "results", "plots", "page", "report", "api", "cli"),
+    *("classes", "sources", "photographs", "torchdata", "data", "kinds", "baselines", "attacks", "store", "suite"),
+    *("decode", "measure", "checks", "manifest", "job", "run", "results", "plots", "page", "report", "api", "cli"),
 ]
 HEAVY = {
     "torchvision",

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from orthattack.eval.attacks import AttackKind, user_attack
+from orthattack.eval.baselines import user_attack
 from orthattack.eval.data import Photographs, load_photographs, read_names
 from orthattack.eval.errors import EvaluationError
+from orthattack.eval.kinds import AttackKind
 from orthattack.eval.models import Classifier, load_classifier
 from orthattack.eval.report import write_report
 from orthattack.eval.results import Run

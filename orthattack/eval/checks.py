@@ -16,7 +16,8 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 
-from orthattack.eval.attacks import AttackKind, attack_kind
+from orthattack.eval.attacks import attack_kind
+from orthattack.eval.kinds import AttackKind
 from orthattack.eval.metrics import Rate
 from orthattack.eval.store import RunFolder, shown_eps
 from orthattack.eval.suite import Suite

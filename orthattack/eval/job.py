@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orthattack.eval.attacks import CallCounter, Found, Runner, drawing, image_seed, joint_seed
 from orthattack.eval.classifier import Classifier
 from orthattack.eval.data import Photographs, Unreadable
 from orthattack.eval.errors import first_line
+from orthattack.eval.kinds import CallCounter, Found, Runner, drawing, image_seed, joint_seed
 from orthattack.eval.measure import Judge, check_batch, clean_columns, row_columns
 from orthattack.eval.store import CLEAN_SCHEMA, ROW_SCHEMA, Kind, RunFolder, Shard
 from orthattack.eval.suite import Entry

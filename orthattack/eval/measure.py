@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from orthattack.attacks.oracle import input_gradient
-from orthattack.eval.attacks import Found, drawing
+from orthattack.eval.kinds import Found, drawing
 from orthattack.losses import Goal
 from orthattack.projection import alignment
 from orthattack.threat import Norm, perturbation_norm

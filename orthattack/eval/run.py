@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from orthattack.eval.attacks import AttackKind, Conditions
 from orthattack.eval.checks import CLEAN_COLUMNS, TRANSFER, clean_suspicions, planned_probes, probes
 from orthattack.eval.classifier import Classifier
 from orthattack.eval.data import Photographs
 from orthattack.eval.decode import ahead
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.job import Job, Part
+from orthattack.eval.kinds import AttackKind, Conditions
 from orthattack.eval.manifest import describe_attacks, describe_model, new_session, now, to_go_on
 from orthattack.eval.store import RunFolder, Shard, shown_eps
 from orthattack.eval.suite import AttackSpec, Entry, Suite, evenly

@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from orthattack.eval.attacks import DEFAULT_ATTACKS, AttackKind, attack_kind
+from orthattack.eval.attacks import DEFAULT_ATTACKS, attack_kind
 from orthattack.eval.errors import EvaluationError
+from orthattack.eval.kinds import AttackKind
 from orthattack.eval.models import BUNDLED
 from orthattack.threat import Norm
 
