@@ -12,17 +12,16 @@ import torch
 from torch import nn
 
 from orthattack.eval.baselines import user_attack
-from orthattack.eval.data import Photographs, load_photographs, read_names
+from orthattack.eval.data import Photographs
 from orthattack.eval.errors import EvaluationError
-from orthattack.eval.kinds import AttackKind
-from orthattack.eval.models import Classifier, load_classifier
+from orthattack.eval.models import Classifier
 from orthattack.eval.report import write_report
 from orthattack.eval.results import Run
-from orthattack.eval.run import Source, run_suite
+from orthattack.eval.run import run_suite, suite_source
 from orthattack.eval.store import RunFolder
-from orthattack.eval.suite import ModelSpec, Suite, make_suite
+from orthattack.eval.suite import make_suite
 
-__all__ = ["evaluate", "run_folder", "suite_source"]
+__all__ = ["evaluate", "run_folder"]
 
 
 def evaluate(
@@ -107,36 +106,6 @@ def evaluate(
     return run
 
 
-def suite_source(
-    suite: Suite,
-    kinds: Mapping[str, AttackKind] | None = None,
-    classifiers: Mapping[str, Classifier] | None = None,
-    photographs: Photographs | None = None,
-) -> Source:
-    """Where a suite's models, data and attacks come from: by their names, but for those that are at hand."""
-    specs = {spec.label: spec for spec in suite.models}
-    last: dict[str, Classifier] = {}  # one at a time is kept, so that many models do not fill the memory
-
-    def classifier(label: str) -> Classifier:
-        if classifiers is not None and label in classifiers:
-            return classifiers[label]
-        if label not in last:
-            last.clear()
-            last[label] = _load(specs[label])
-        return last[label]
-
-    def opened(model: Classifier) -> Photographs:
-        if photographs is not None:
-            return photographs
-        data = suite.data
-        found = load_photographs(data.source, model, _path(data.labels), _path(data.classes))
-        if data.subset is not None:
-            found = found.subset(read_names(Path(data.subset)))
-        return found.limited(data.limit)
-
-    return Source(classifier, opened, suite.kinds() if kinds is None else kinds)
-
-
 def run_folder(out: Path | None, name: str | None = None) -> RunFolder:
     """The folder of a run: the one asked for, the one of a suite's name, or a new one that says when."""
     if out is not None:
@@ -147,14 +116,6 @@ def run_folder(out: Path | None, name: str | None = None) -> RunFolder:
     while path.exists():  # another run has started in the same second
         path = path.with_name(path.name + "-2")
     return RunFolder(path)
-
-
-def _load(spec: ModelSpec) -> Classifier:
-    return load_classifier(spec.name, spec.weights, spec.image_size)
-
-
-def _path(name: str | None) -> Path | None:
-    return None if name is None else Path(name)
 
 
 def _sequence(models: Any) -> Sequence[Any]:

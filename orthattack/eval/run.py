@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,16 +18,17 @@ from tqdm import tqdm
 
 from orthattack.eval.checks import CLEAN_COLUMNS, TRANSFER, clean_suspicions, planned_probes, probes
 from orthattack.eval.classifier import Classifier
-from orthattack.eval.data import Photographs
+from orthattack.eval.data import Photographs, load_photographs, read_names
 from orthattack.eval.decode import ahead
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.job import Job, Part
-from orthattack.eval.kinds import AttackKind, Conditions
+from orthattack.eval.kinds import AttackKind, Conditions, drawing
 from orthattack.eval.manifest import describe_attacks, describe_model, new_session, now, to_go_on
+from orthattack.eval.models import load_classifier
 from orthattack.eval.store import RunFolder, Shard, shown_eps
 from orthattack.eval.suite import AttackSpec, Entry, Suite, evenly
 
-__all__ = ["GALLERY", "Source", "run_suite"]
+__all__ = ["GALLERY", "Source", "run_suite", "suite_source"]
 
 GALLERY = 24
 """How many photographs' adversarials are kept for the report."""
@@ -45,6 +47,41 @@ class Source:
     classifier: Callable[[str], Classifier]
     photographs: Callable[[Classifier], Photographs]
     kinds: Mapping[str, AttackKind]
+
+
+def suite_source(
+    suite: Suite,
+    kinds: Mapping[str, AttackKind] | None = None,
+    classifiers: Mapping[str, Classifier] | None = None,
+    photographs: Photographs | None = None,
+) -> Source:
+    """Where a suite's models, data and attacks come from: by their names, but for those that are at hand."""
+    specs = {spec.label: spec for spec in suite.models}
+    last: dict[str, Classifier] = {}  # one at a time is kept, so that many models do not fill the memory
+
+    def classifier(label: str) -> Classifier:
+        if classifiers is not None and label in classifiers:
+            return classifiers[label]
+        if label not in last:
+            last.clear()
+            spec = specs[label]
+            last[label] = load_classifier(spec.name, spec.weights, spec.image_size)
+        return last[label]
+
+    def opened(model: Classifier) -> Photographs:
+        if photographs is not None:
+            return photographs
+        data = suite.data
+        found = load_photographs(data.source, model, _path(data.labels), _path(data.classes))
+        if data.subset is not None:
+            found = found.subset(read_names(Path(data.subset)))
+        return found.limited(data.limit)
+
+    return Source(classifier, opened, suite.kinds() if kinds is None else kinds)
+
+
+def _path(name: str | None) -> Path | None:
+    return None if name is None else Path(name)
 
 
 def run_suite(
@@ -74,8 +111,23 @@ def run_suite(
     Raises:
         EvaluationError: the folder belongs to another run, a model or the data cannot be had, or the disk is full.
     """
+    with drawing(
+        0
+    ):  # making a model draws its initial weights: the caller's random numbers go on as if nothing had been
+        return _run_suite(suite, source, folder, torch.device(device), progress, command, say)
+
+
+def _run_suite(
+    suite: Suite,
+    source: Source,
+    folder: RunFolder,
+    device: torch.device,
+    progress: bool,
+    command: Sequence[str],
+    say: Callable[[str], None],
+) -> bool:
     entries = suite.entries(source.kinds)
-    session = new_session(entries, torch.device(device), command)
+    session = new_session(entries, device, command)
     folder.create()
     models = []
     for spec in suite.models:  # all are tried before the first is attacked, but only one at a time is kept
@@ -96,7 +148,7 @@ def run_suite(
     manifest["sessions"].append(session)
     manifest["status"] = "running"
     folder.write_manifest(manifest)
-    run = _Run(suite, source, folder, torch.device(device), manifest, entries, say)
+    run = _Run(suite, source, folder, device, manifest, entries, say)
     try:
         run.everything(progress)
         manifest["status"] = "complete"
