@@ -19,11 +19,13 @@ LAYERS = ["projection", "plane", "subspace", "threat", "losses", "model", "attac
 EVAL_LAYERS = [
     "models",
     "metrics",
+    "stats",
     "data",
     "attacks",
     "store",
     "suite",
     "results",
+    "comparison",
     "checks",
     "run",
     "plots",
