@@ -28,6 +28,7 @@ EVAL_LAYERS = [
     "comparison",
     "checks",
     "run",
+    "gallery",
     "plots",
     "page",
     "report",

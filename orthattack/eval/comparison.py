@@ -12,9 +12,10 @@ from orthattack.eval.models import EvaluationError
 from orthattack.eval.results import UNSCORED, Run, paired_row, robust_by_image
 from orthattack.eval.stats import Paired
 
-__all__ = ["compared", "differences"]
+__all__ = ["CLEAN", "compared", "differences"]
 
 CLEAN = "(clean)"
+"""What the rows are called that compare the models on the images as they are."""
 
 
 def compared(first: Run, second: Run) -> pd.DataFrame:
@@ -83,26 +84,33 @@ def _close(a: float | None, b: float | None) -> bool:
 
 def differences(first: Run, second: Run) -> list[str]:
     """What differs between two runs: settings, attacks and models by label, and the versions of the last session."""
-    one, other = _flat(_parts(first)), _flat(_parts(second))
-    missing = "absent"
-    return [
-        f"{key}: {one.get(key, missing)} -> {other.get(key, missing)}"
-        for key in dict.fromkeys([*one, *other])
-        if one.get(key, missing) != other.get(key, missing)
-    ]
+    pairs = [("", _settings(first), _settings(second))]
+    found = []
+    for kind, one, other in (("attack", first.attacks, second.attacks), ("model", first.models, second.models)):
+        for label in dict.fromkeys([*one, *other]):
+            if label in one and label in other:
+                # Class names are as many as there are classes; where they differ, so do the classes' number or source.
+                left, right = ({k: v for k, v in run[label].items() if k != "class_names"} for run in (one, other))
+                pairs.append((f"{kind} {label}", left, right))
+            else:
+                found.append(f"{kind} {label}: only in the {'first' if label in one else 'second'} run")
+    for name, one, other in pairs:
+        left, right = _flat(one, name), _flat(other, name)
+        found += [
+            f"{key}: {left.get(key, 'absent')} -> {right.get(key, 'absent')}"
+            for key in dict.fromkeys([*left, *right])
+            if left.get(key) != right.get(key)
+        ]
+    return found
 
 
-def _parts(run: Run) -> dict[str, Any]:
+def _settings(run: Run) -> dict[str, Any]:
     sessions = run.manifest.get("sessions") or [{}]
-    # The class names are as many as there are classes; where they differ the classes' number or source does too.
-    models = {k: {n: v for n, v in model.items() if n != "class_names"} for k, model in run.models.items()}
     return {
         "orthattack": run.manifest.get("orthattack"),
         "status": run.status,
-        # What the configuration says of attacks and models, these say in full.
+        # What the configuration says of attacks and models, the manifest says of each in full.
         "config": {k: v for k, v in run.manifest["config"].items() if k not in ("attacks", "models")},
-        "attack": dict(run.attacks),
-        "model": models,
         "versions": sessions[-1].get("versions"),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from orthattack.eval.models import EvaluationError
 from orthattack.eval.stats import Paired, optimality
 from orthattack.eval.store import RunFolder
 
-__all__ = ["COSINE_EDGES", "FOOLED", "ROBUST", "UNSCORED", "WORST", "WRONG", "Outcomes", "Run"]
+__all__ = ["COSINE_EDGES", "FOOLED", "ROBUST", "UNSCORED", "WORST", "WRONG", "Outcomes", "Run", "records"]
 
 WORST = "worst case of all"
 """Name of the rows in which an image counts as fooled if any attack at that radius fooled it."""
@@ -344,6 +345,15 @@ class Run:
             "rounded_success": float(rounded.mean()) if len(rounded) else None,
             "reasons": json.dumps({str(k): int(v) for k, v in why.value_counts().head(20).items()}),
         }
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as dictionaries of plain Python values, None for what is undefined."""
+    rows = []
+    for row in table.to_dict("records"):
+        values = {str(k): v.item() if hasattr(v, "item") else v for k, v in row.items()}
+        rows.append({k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()})
+    return rows
 
 
 def robust_by_image(run: Run, model: str, attack: str | None, eps: float | None) -> pd.DataFrame:

@@ -41,7 +41,7 @@ class Paired:
 
     @property
     def difference(self) -> float | None:
-        """Robust accuracy under the first less that under the second; below 0 the first is stronger. None of no images."""
+        """Robust accuracy under the first less under the second; below 0 the first is stronger. None of no images."""
         return (self.first_only - self.second_only) / self.n if self.n else None
 
     def interval(self, seed: int = 0) -> tuple[float, float] | None:

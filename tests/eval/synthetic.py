@@ -71,7 +71,14 @@ def make_run(
         {
             "orthattack": "0.1.0",
             "status": status,
-            "config": {"norm": norm, "eps": list(eps), "steps": steps, "batch_size": 32, "shard_size": chunk, "seed": seed},
+            "config": {
+                "norm": norm,
+                "eps": list(eps),
+                "steps": steps,
+                "batch_size": 32,
+                "shard_size": chunk,
+                "seed": seed,
+            },
             "attacks": [
                 {
                     "label": label,
@@ -177,7 +184,7 @@ def make_run(
     return folder
 
 
-def _clean(folder, model, number, positions, labels, right, bad, rng, count, keep, size, photograph):  # noqa: ANN
+def _clean(folder, model, number, positions, labels, right, bad, rng, count, keep, size, photograph):
     rows: dict[str, list[Any]] = {name: [] for name in CLEAN_SCHEMA.names}
     for p in positions:
         row: dict[str, Any] = dict.fromkeys(CLEAN_SCHEMA.names)
