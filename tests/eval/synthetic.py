@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def make_run(
     checks: list[dict[str, str]] | None = None,
     warnings: Sequence[str] = (),
     steps: int = 10,
+    prefix: str = "photo",
 ) -> RunFolder:
     """Write a run and return its folder.
 
@@ -60,6 +62,7 @@ def make_run(
         n: images that the run sets out to attack.
         limit: images it has come to, all if None; only those of whole chunks have rows.
         stored: how many images, from the first on, are stored.
+        prefix: what the photographs' names begin with.
         flaws: with unreadable photographs (position 3 and 40), and for the first attack of the first model errors
             (10 to 13) and an invalid image (14).
     """
@@ -119,8 +122,6 @@ def make_run(
         }
     )
     if checks is not None:
-        import json
-
         folder.write_text("checks.json", json.dumps(checks))
     for number, model in enumerate(models):
         rng = np.random.default_rng([seed, number])
@@ -131,7 +132,9 @@ def make_run(
             positions = range(start, min(start + chunk, n))
             keep = [p for p in positions if p < stored]
             bad = {p for p in positions if flaws and p in (3, 40)}
-            _clean(folder, model, start // chunk, positions, labels, right, bad, rng, count, keep, size, photograph)
+            _clean(
+                folder, model, start // chunk, positions, labels, right, bad, rng, count, keep, size, photograph, prefix
+            )
             for order, (label, (_, orthogonal, minimal, _, factor)) in enumerate(attacks.items()):
                 for radius in [None] if minimal else eps:
                     broken = flaws and number == 0 and order == 0
@@ -142,7 +145,12 @@ def make_run(
                         distance = nearest[p] * factor * jitter
                         fooled = bool(right[p]) and (minimal or distance <= radius)
                         row: dict[str, Any] = dict.fromkeys(ROW_SCHEMA.names)
-                        row |= {"position": p, "name": f"photo-{p:04d}.png", "label": int(labels[p]), "evaluations": 1}
+                        row |= {
+                            "position": p,
+                            "name": f"{prefix}-{p:04d}.png",
+                            "label": int(labels[p]),
+                            "evaluations": 1,
+                        }
                         if p in bad:
                             row |= {"status": "unreadable", "message": "cannot identify image file"}
                         elif broken and 10 <= p < 14:
@@ -184,11 +192,11 @@ def make_run(
     return folder
 
 
-def _clean(folder, model, number, positions, labels, right, bad, rng, count, keep, size, photograph):
+def _clean(folder, model, number, positions, labels, right, bad, rng, count, keep, size, photograph, prefix):
     rows: dict[str, list[Any]] = {name: [] for name in CLEAN_SCHEMA.names}
     for p in positions:
         row: dict[str, Any] = dict.fromkeys(CLEAN_SCHEMA.names)
-        row |= {"position": p, "name": f"photo-{p:04d}.png", "label": int(labels[p]), "evaluations": 1}
+        row |= {"position": p, "name": f"{prefix}-{p:04d}.png", "label": int(labels[p]), "evaluations": 1}
         if p in bad:
             row |= {"status": "unreadable", "message": "cannot identify image file"}
         else:

@@ -122,7 +122,7 @@ function classes() {
 function classTable(model, cells, order) {
   const names = [...data.attacks, data.worst];
   const head = make("tr", {}, make("th", { className: "first", scope: "col", textContent: "class" }),
-    ...names.map((name) => make("th", { scope: "col", textContent: name })));
+    ...names.map((name) => make("th", { className: "column", scope: "col" }, make("span", { textContent: name }))));
   const rows = order.map((i) => make("tr", {}, make("th", { className: "first", scope: "row", textContent: model.names[i] }),
     ...cells.map((column) => {
       const [robust, scored] = column[i];
