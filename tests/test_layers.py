@@ -24,6 +24,7 @@ EVAL_LAYERS = [
     "attacks",
     "store",
     "suite",
+    "outcomes",
     "results",
     "comparison",
     "checks",

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from orthattack.eval.models import EvaluationError
-from orthattack.eval.results import UNSCORED, Run, paired_row, robust_by_image
+from orthattack.eval.outcomes import ROBUST, UNSCORED, WRONG, bools, is_, paired_row
+from orthattack.eval.results import Run
 from orthattack.eval.stats import Paired
 
 __all__ = ["CLEAN", "compared", "differences"]
@@ -48,7 +49,7 @@ def compared(first: Run, second: Run) -> pd.DataFrame:
         cells += [(attack, *eps) for eps in radii for attack in first.attacks if attack in second.attacks]
         for attack, eps, other_eps in cells:
             name = None if attack == CLEAN else attack
-            left, right = robust_by_image(first, one, name, eps), robust_by_image(second, other, name, other_eps)
+            left, right = _robust_by_image(first, one, name, eps), _robust_by_image(second, other, name, other_eps)
             both = left.merge(right, on=["name", "label", "occurrence"], suffixes=("_first", "_second"))
             scored = both[(both["outcome_first"] != UNSCORED) & (both["outcome_second"] != UNSCORED)]
             paired = Paired.of(scored["robust_first"].to_numpy(bool), scored["robust_second"].to_numpy(bool))
@@ -76,6 +77,23 @@ def compared(first: Run, second: Run) -> pd.DataFrame:
             "fooled_by_baseline_alone": "first_robust_alone",
         }
     )
+
+
+def _robust_by_image(run: Run, model: str, attack: str | None, eps: float | None) -> pd.DataFrame:
+    """Outcome and robustness by name and label, for matching with another run; attack None is the clean image.
+
+    Columns name, label, occurrence (0 but where a name comes again), outcome, robust.
+    """
+    if attack is None:
+        rows = run.clean(model, ["name", "label", "status", "prediction"])
+        right = bools(rows["prediction"] == rows["label"])
+        outcome = np.where(is_(rows["status"], "ok"), np.where(right, ROBUST, WRONG), UNSCORED).astype(np.int8)
+    else:
+        rows = run.rows(model, attack, eps, ["position", "name", "label", "status", "success", run.norm])
+        outcome = run.outcomes_of(rows, attack, eps).outcome
+    table = rows[["name", "label"]].assign(outcome=outcome, robust=outcome == ROBUST)
+    table.insert(2, "occurrence", table.groupby(["name", "label"], dropna=False).cumcount())
+    return table
 
 
 def _close(a: float | None, b: float | None) -> bool:

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from orthattack.eval.models import EvaluationError
-from orthattack.eval.results import Run, records
+from orthattack.eval.outcomes import records
+from orthattack.eval.results import Run
 from orthattack.eval.store import shown_eps
 
 __all__ = ["Example", "examples", "order", "save_picture"]

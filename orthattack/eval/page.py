@@ -20,7 +20,8 @@ from torch import Tensor
 
 from orthattack.eval import gallery, plots
 from orthattack.eval.metrics import DEFINITIONS
-from orthattack.eval.results import COSINE_EDGES, WORST, Run, records
+from orthattack.eval.outcomes import records
+from orthattack.eval.results import COSINE_EDGES, WORST, Run
 from orthattack.eval.store import shown_eps
 
 __all__ = ["page"]

@@ -167,7 +167,7 @@ def accuracy_by_calls(rows: pd.DataFrame, look: Mapping[str, Style]) -> str:
         _percent(axes)
         if len(y):  # from the data: the points of one radius lie near each other
             bottom, top = max(0.0, low.min() - 3), min(100.0, high.max() + 3)
-            axes.set_ylim(bottom, top)
+            axes.set_ylim(bottom - 0.02 * (top - bottom), top + 0.02 * (top - bottom))  # room for a marker on the edge
             step = next(step for step in (1, 2, 5, 10, 20) if (top - bottom) / step <= 7)
             axes.set_yticks([tick for tick in range(0, 101, step) if bottom <= tick <= top])
         ticks = [0, 1, 10, 100, 1_000, 10_000, 100_000, 1_000_000]

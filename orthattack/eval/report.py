@@ -16,8 +16,9 @@ from torch import Tensor
 
 from orthattack.eval.comparison import CLEAN, compared, differences
 from orthattack.eval.metrics import DEFINITIONS, Rate
+from orthattack.eval.outcomes import records
 from orthattack.eval.page import NORMS, number, page, percent, points
-from orthattack.eval.results import WORST, Run, records
+from orthattack.eval.results import WORST, Run
 from orthattack.eval.store import shown_eps
 
 if TYPE_CHECKING:

@@ -1,10 +1,13 @@
-"""What a stored run says, as numbers. Read one attack at one radius at a time: memory does not grow with the rows."""
+"""What a stored run says, as numbers.
+
+One attack at one radius is read at a time, and of it the columns that are asked for: memory grows with the images, not
+with how often they were attacked.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +19,26 @@ from numpy.typing import NDArray
 
 from orthattack.eval.metrics import Rate
 from orthattack.eval.models import EvaluationError
+from orthattack.eval.outcomes import (
+    FOOLED,
+    ROBUST,
+    UNSCORED,
+    WRONG,
+    Outcomes,
+    bools,
+    compare,
+    floats,
+    is_,
+    measures,
+    paired_row,
+    per_class,
+    rate_columns,
+    rates,
+)
 from orthattack.eval.stats import Paired, optimality
 from orthattack.eval.store import RunFolder
 
-__all__ = ["COSINE_EDGES", "FOOLED", "ROBUST", "UNSCORED", "WORST", "WRONG", "Outcomes", "Run", "records"]
+__all__ = ["COSINE_EDGES", "WORST", "Run"]
 
 WORST = "worst case of all"
 """Name of the rows in which an image counts as fooled if any attack at that radius fooled it."""
@@ -27,31 +46,8 @@ WORST = "worst case of all"
 COSINE_EDGES = np.linspace(-10, 0, 51)
 """Edges of the histograms of log10 |cos|; what is smaller, 0 included, is counted in the first bin."""
 
-UNSCORED, WRONG, ROBUST, FOOLED = -1, 0, 1, 2
-
 _COLUMNS = ["position", "label", "status", "message", "success", "cosine", "forward_calls", "gradient_calls"]
 _COLUMNS += ["rounded_success", "seconds"]
-
-
-@dataclass(frozen=True)
-class Outcomes:
-    """What became of each image, in three columns of one length: of an attack at a radius on a model.
-
-    Attributes:
-        position: of the image in the data.
-        label: its class.
-        outcome: -1 not scored, 0 wrong to begin with, 1 robust, 2 fooled.
-    """
-
-    position: NDArray[np.int32]
-    label: NDArray[np.int32]
-    outcome: NDArray[np.int8]
-
-    def dense(self, size: int) -> NDArray[np.int8]:
-        """The outcome by position, -1 where there is no row."""
-        full = np.full(size, UNSCORED, np.int8)
-        full[self.position] = self.outcome
-        return full
 
 
 @dataclass(frozen=True)
@@ -141,9 +137,9 @@ class Run:
         found = {}
         for model in self.models:
             rows = self.clean(model, ["label", "status", "prediction", "gradient_cosine"])
-            ok = _is(rows["status"], "ok")
-            right = _bools(rows["prediction"] == rows["label"]) & ok
-            cosine = _floats(rows["gradient_cosine"])[ok]
+            ok = is_(rows["status"], "ok")
+            right = bools(rows["prediction"] == rows["label"]) & ok
+            cosine = floats(rows["gradient_cosine"])[ok]
             found[model] = Rate(int(right.sum()), int(ok.sum())), cosine[np.isfinite(cosine)]
         return found
 
@@ -154,14 +150,7 @@ class Run:
 
     def outcomes_of(self, rows: pd.DataFrame, attack: str, eps: float | None) -> Outcomes:
         """The same, of rows that have been read."""
-        fooled = _bools(rows["success"])
-        if self.attacks[attack].get("minimal") and eps is not None:
-            fooled = fooled & (_floats(rows[self.norm]) <= eps)
-        outcome = np.full(len(rows), UNSCORED, np.int8)
-        outcome[_is(rows["status"], "misclassified")] = WRONG
-        ok = _is(rows["status"], "ok")
-        outcome[ok] = np.where(fooled[ok], FOOLED, ROBUST)
-        return Outcomes(_ints(rows["position"]), _ints(rows["label"]), outcome)
+        return Outcomes.of(rows, self.norm, eps if self.attacks[attack].get("minimal") else None)
 
     def table(self) -> pd.DataFrame:
         """The leaderboard: a row per model, radius and attack, and one for the worst case of all.
@@ -209,7 +198,7 @@ class Run:
     def _whole_curve(self, model: str, attack: str) -> pd.DataFrame:
         rows = self.rows(model, attack, None, ["position", "label", "status", "success", self.norm])
         outcome = self.outcomes_of(rows, attack, None).outcome
-        norms = np.sort(_floats(rows[self.norm])[outcome == FOOLED])
+        norms = np.sort(floats(rows[self.norm])[outcome == FOOLED])
         scored, right = int((outcome != UNSCORED).sum()), int((outcome > WRONG).sum())
         reach = max([eps for eps in self.radii if eps is not None], default=float(norms.max(initial=0.0)))
         grid = np.linspace(0, reach, 201)
@@ -247,7 +236,7 @@ class Run:
             found = self.outcomes_of(rows, attack, None)
             distance = np.select(
                 [found.outcome == WRONG, found.outcome == ROBUST, found.outcome == FOOLED],
-                [0.0, np.inf, _floats(rows[self.norm])],
+                [0.0, np.inf, floats(rows[self.norm])],
                 np.nan,
             )
             best[found.position] = np.fmin(best[found.position], distance)
@@ -286,9 +275,12 @@ class Run:
             found = self.outcomes_of(table, attack, eps)
             by_position[attack] = found.dense(size)
             labels[found.position] = found.label
-            rows.append(self._row(model, attack, eps, found.outcome) | self._measures(table, attack, found.outcome))
-            classes += _per_class(attack, found.label, found.outcome)
-            cosine = np.abs(_floats(table["cosine"])[found.outcome > WRONG])
+            rows.append(
+                self._row(model, attack, eps, found.outcome)
+                | measures(table, self.norm, bool(self.attacks[attack].get("minimal")), found.outcome)
+            )
+            classes += per_class(attack, found.label, found.outcome)
+            cosine = np.abs(floats(table["cosine"])[found.outcome > WRONG])
             logs = np.log10(np.maximum(cosine[np.isfinite(cosine)], 10.0 ** COSINE_EDGES[0]))
             cosines[attack] = np.histogram(np.minimum(logs, 0.0), COSINE_EDGES)[0]
         if by_position:
@@ -297,10 +289,10 @@ class Run:
             complete = np.minimum.reduce(list(by_position.values())) != UNSCORED
             row = self._row(model, WORST, eps, worst)
             rows.append(row | {"rows": row["scored"], "scored_by_all": int(complete.sum())})
-            classes += _per_class(WORST, labels, worst)
+            classes += per_class(WORST, labels, worst)
         pairs = [
             {"model": model, "eps": eps, "attack": attack, "baseline": baseline}
-            | paired_row(_compare(by_position[attack], by_position[baseline]))
+            | paired_row(compare(by_position[attack], by_position[baseline]))
             for attack in self.attacks
             for baseline in self.attacks[attack].get("baselines") or []
             if baseline in by_position
@@ -308,134 +300,10 @@ class Run:
         return _Cell(rows, pairs, classes, cosines)
 
     def _row(self, model: str, attack: str, eps: float | None, outcome: NDArray[np.int8]) -> dict[str, Any]:
-        wrong, robust, fooled = (int((outcome == code).sum()) for code in (WRONG, ROBUST, FOOLED))
-        return {
-            "model": model,
-            "attack": attack,
-            "eps": eps,
-            "images": self.images(model),
-            "rows": len(outcome),
-            "scored": wrong + robust + fooled,
-            "ok": robust + fooled,
-            "robust": robust,
-            "fooled": fooled,
-            "misclassified": wrong,
-            **_rate("robust_accuracy", Rate(robust, wrong + robust + fooled)),
-            **_rate("success_rate", Rate(fooled, robust + fooled)),
-            **_rate("clean_accuracy", self.clean_accuracy(model)),
-        }
-
-    def _measures(self, table: pd.DataFrame, attack: str, outcome: NDArray[np.int8]) -> dict[str, Any]:
-        attacked = outcome > WRONG
-        minimal = bool(self.attacks[attack].get("minimal"))
-        norm = _floats(table[self.norm])[(outcome == FOOLED) if minimal else attacked]
-        cosine = np.abs(_floats(table["cosine"])[attacked])
-        rounded = table["rounded_success"][outcome == FOOLED].dropna()
-        left_out = outcome == UNSCORED
-        why = table["status"][left_out].str.cat(table["message"][left_out].fillna("no reason given"), sep=": ")
-        return {
-            **{status: int(_is(table["status"], status).sum()) for status in ("error", "unreadable", "invalid")},
-            "mean_norm": _mean(norm),
-            "max_norm": _max(norm),
-            "mean_abs_cosine": _mean(cosine),
-            "max_abs_cosine": _max(cosine),
-            "forward_calls": _mean(_floats(table["forward_calls"])[attacked]),
-            "gradient_calls": _mean(_floats(table["gradient_calls"])[attacked]),
-            "seconds": float(np.nansum(_floats(table["seconds"]))),
-            "rounded_success": float(rounded.mean()) if len(rounded) else None,
-            "reasons": json.dumps({str(k): int(v) for k, v in why.value_counts().head(20).items()}),
-        }
-
-
-def records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows as dictionaries of plain Python values, None for what is undefined."""
-    rows = []
-    for row in table.to_dict("records"):
-        values = {str(k): v.item() if hasattr(v, "item") else v for k, v in row.items()}
-        rows.append({k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()})
-    return rows
-
-
-def robust_by_image(run: Run, model: str, attack: str | None, eps: float | None) -> pd.DataFrame:
-    """Outcome and robustness by name and label, for matching with another run; attack None is the clean image.
-
-    Columns name, label, occurrence (0 but where a name comes again), outcome, robust.
-    """
-    if attack is None:
-        rows = run.clean(model, ["name", "label", "status", "prediction"])
-        right = _bools(rows["prediction"] == rows["label"])
-        outcome = np.where(_is(rows["status"], "ok"), np.where(right, ROBUST, WRONG), UNSCORED).astype(np.int8)
-    else:
-        rows = run.rows(model, attack, eps, ["position", "name", "label", "status", "success", run.norm])
-        outcome = run.outcomes_of(rows, attack, eps).outcome
-    table = rows[["name", "label"]].assign(outcome=outcome, robust=outcome == ROBUST)
-    table.insert(2, "occurrence", table.groupby(["name", "label"], dropna=False).cumcount())
-    return table
-
-
-def paired_row(paired: Paired) -> dict[str, Any]:
-    """A comparison as columns of a table."""
-    low, high = paired.interval() or (None, None)
-    return {
-        "n": paired.n,
-        "attack_accuracy": Rate(paired.both + paired.first_only, paired.n).value,
-        "baseline_accuracy": Rate(paired.both + paired.second_only, paired.n).value,
-        "difference": paired.difference,
-        "low": low,
-        "high": high,
-        "fooled_by_attack_alone": paired.second_only,
-        "fooled_by_baseline_alone": paired.first_only,
-        "p": paired.p,
-    }
-
-
-def _compare(first: NDArray[np.int8], second: NDArray[np.int8]) -> Paired:
-    both = (first != UNSCORED) & (second != UNSCORED)
-    return Paired.of(first[both] == ROBUST, second[both] == ROBUST)
-
-
-def _per_class(attack: str, labels: NDArray[np.int32], outcome: NDArray[np.int8]) -> list[dict[str, Any]]:
-    scored = outcome != UNSCORED
-    classes, place = np.unique(labels[scored], return_inverse=True)
-    total = np.bincount(place, minlength=len(classes))
-    robust = np.bincount(place, outcome[scored] == ROBUST, len(classes)).astype(int)
-    return [
-        {"label": int(label), "attack": attack, "scored": int(n), "robust": int(count)}
-        for label, n, count in zip(classes, total, robust, strict=True)
-    ]
+        row = {"model": model, "attack": attack, "eps": eps, "images": self.images(model)}
+        return row | rates(outcome) | rate_columns("clean_accuracy", self.clean_accuracy(model))
 
 
 def _curve(points: list[tuple[float, Rate]]) -> pd.DataFrame:
     rows = [(eps, rate.value, *(rate.interval() or (None, None))) for eps, rate in points]
     return pd.DataFrame(rows, columns=["eps", "robust_accuracy", "low", "high"], dtype=float)
-
-
-def _rate(name: str, rate: Rate) -> dict[str, float | None]:
-    low, high = rate.interval() or (None, None)
-    return {name: rate.value, f"{name}_low": low, f"{name}_high": high}
-
-
-def _is(column: pd.Series[Any], value: str) -> NDArray[np.bool_]:
-    return _bools(column == value)
-
-
-def _bools(column: pd.Series[Any]) -> NDArray[np.bool_]:
-    return column.to_numpy(bool, na_value=False)
-
-
-def _floats(column: pd.Series[Any]) -> NDArray[np.float64]:
-    return column.to_numpy(float, na_value=np.nan)
-
-
-def _ints(column: pd.Series[Any]) -> NDArray[np.int32]:
-    return column.to_numpy(np.int32, na_value=-1)
-
-
-def _mean(values: NDArray[np.float64]) -> float | None:
-    values = values[np.isfinite(values)]
-    return float(values.mean()) if len(values) else None
-
-
-def _max(values: NDArray[np.float64]) -> float | None:
-    values = values[np.isfinite(values)]
-    return float(values.max()) if len(values) else None

@@ -205,7 +205,7 @@ def test_it_loads_and_shows_what_is_chosen(browser, ordinary):
 def test_tables_sort_by_every_column_and_back(browser, ordinary):
     with Opened(browser, ordinary) as page:
         page.select_option("#eps", label="all")
-        for column, numeric in ((1, False), (3, True), (6, True), (8, True)):
+        for column, numeric in ((1, False), (3, True), (5, True), (7, True), (9, True)):
             head = page.locator(f"#table thead th:nth-child({column})")
             cells = page.locator(f"#table tbody tr > :nth-child({column})")
             orders = []
