@@ -17,9 +17,10 @@ ROOT = Path(orthattack.__file__).parent
 # Later layers may import earlier ones, never the other way round.
 LAYERS = ["projection", "plane", "subspace", "threat", "losses", "model", "attacks", "interop", "eval"]
 EVAL_LAYERS = [
-    *("errors", "plugin", "preprocessing", "checkpoint", "classifier", "models", "metrics", "suspicion"),
+    *("errors", "plugin", "preprocessing", "checkpoint", "classifier", "models", "metrics", "stats", "suspicion"),
     *("classes", "sources", "photographs", "torchdata", "data", "kinds", "baselines", "attacks", "store", "suite"),
-    *("decode", "measure", "checks", "manifest", "job", "run", "results", "plots", "page", "report", "api", "cli"),
+    *("decode", "measure", "checks", "manifest", "job", "run", "outcomes", "results", "comparison"),
+    *("gallery", "plots", "page", "report", "api", "cli"),
 ]
 HEAVY = {
     "torchvision",

@@ -227,7 +227,8 @@ class RunFolder:
     ) -> pd.DataFrame:
         """The rows of one model and, but for clean, one attack at one radius, in the order of the photographs."""
         parts = [
-            pq.read_table(path, columns=None if columns is None else list(columns))
+            # Half the time of pq.read_table, which looks for a data set of many files around each.
+            pq.ParquetFile(path).read(columns=None if columns is None else list(columns), use_threads=False)
             for path in self._files(Shard(model, attack, eps, 0, kind).path)
         ]
         schema = CLEAN_SCHEMA if kind == "clean" else ROW_SCHEMA
@@ -254,6 +255,14 @@ class RunFolder:
                 for row, position in enumerate(file.get_tensor("position").tolist()):
                     if wanted is None or position in wanted:
                         yield position, file.get_slice("images")[row]
+
+    def image_positions(self, model: str, attack: str, eps: float | None) -> list[int]:
+        """Positions of the stored images, without reading the images."""
+        found: list[int] = []
+        for path in self._files(Shard(model, attack, eps, 0).image_path):
+            with safetensors.safe_open(path, framework="pt") as file:
+                found += file.get_tensor("position").tolist()
+        return found
 
     def _files(self, example: Path) -> list[Path]:
         folder = self.path / example.parent
