@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 
 from orthattack.eval.baselines import user_attack
+from orthattack.eval.checks import assess
 from orthattack.eval.data import Photographs
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models import Classifier
@@ -21,7 +24,7 @@ from orthattack.eval.run import run_suite, suite_source
 from orthattack.eval.store import RunFolder
 from orthattack.eval.suite import make_suite
 
-__all__ = ["evaluate", "run_folder"]
+__all__ = ["evaluate", "reported", "run_folder"]
 
 
 def evaluate(
@@ -100,9 +103,16 @@ def evaluate(
     source = suite_source(suite, kinds, classifiers, data if isinstance(data, Photographs) else None)
     folder = run_folder(None if out is None else Path(out))
     run_suite(suite, source, folder, device=device, progress=progress, command=sys.argv)
+    return reported(folder) if report else Run.open(folder.path)
+
+
+def reported(folder: RunFolder) -> Run:
+    """Judge the trust checks of a run, finished or not, and write its report."""
+    manifest = folder.manifest()
+    checks = [asdict(check) for check in assess(folder, manifest)] if manifest["config"]["checks"] else []
+    folder.write_text("checks.json", json.dumps(checks, indent=1) + "\n")
     run = Run.open(folder.path)
-    if report:
-        write_report(run)
+    write_report(run)
     return run
 
 

@@ -159,8 +159,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         suite = read_suite(options.suite)
     device = _device(options.device)
 
-    from orthattack.eval.api import run_folder, suite_source
-    from orthattack.eval.run import run_suite
+    from orthattack.eval.api import run_folder
+    from orthattack.eval.run import run_suite, suite_source
 
     source = suite_source(suite)
     folder = run_folder(options.out, None if options.suite is None else options.suite.stem)
@@ -249,19 +249,19 @@ def _say(line: str) -> None:
 
 
 def _tell(path: Path, complete: bool) -> int:
-    """Print the table of a run and write its report; returns the exit code."""
-    from orthattack.eval.report import leaderboard_table, write_report
-    from orthattack.eval.results import Run
+    """Write the report of a run and print its table; returns the exit code."""
+    from orthattack.eval.api import reported
+    from orthattack.eval.report import leaderboard_table
+    from orthattack.eval.store import RunFolder
 
-    run = Run.open(path)
-    written = write_report(run)
-    print(leaderboard_table(run))
-    print(f"\nreport: {next(file for file in written if file.suffix == '.html')}")
-    print(f"results: {path}", flush=True)
+    run = reported(RunFolder(path))
+    views = [run, *map(run.in_norm, run.other_norms)]
+    print("\n\n".join(map(leaderboard_table, views)))
+    print(f"\nreport: {path / 'report.html'}", flush=True)
     if not complete:
-        print("orthattack: interrupted; the same command goes on from here", file=sys.stderr)
+        print("orthattack: interrupted; the same command, with --out, goes on from here", file=sys.stderr)
         return 130
-    if not bool((run.table()["scored"] > 0).any()):
+    if not any((view.table()["scored"] > 0).any() for view in views):
         print("orthattack: no attack returned anything that could be scored", file=sys.stderr)
         return 1
     return 0

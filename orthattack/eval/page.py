@@ -113,6 +113,7 @@ def _context(run: Run) -> dict[str, Any]:
         "shown": len(cards),
         "shown_norm": lambda value: _UNDEFINED if value is None else shown_eps(value, run.norm),
         "norm": NORMS.get(run.norm, run.norm),
+        "others": [{"name": NORMS.get(norm, norm), "file": _file(run, norm)} for norm in run.other_norms],
         "models": models,
         "attacks": attacks,
         "radii": radii,
@@ -140,6 +141,10 @@ def _context(run: Run) -> dict[str, Any]:
         "stored": stored,
         "session": (run.manifest.get("sessions") or [{}])[-1],
     }
+
+
+def _file(run: Run, norm: str) -> str:
+    return "report.html" if norm == run.manifest["config"]["norm"] else f"report-{norm}.html"
 
 
 def _known(run: Run) -> list[float]:
@@ -211,7 +216,7 @@ def _cards(run: Run) -> tuple[list[list[Any]], list[str], int]:
     for model in run.models:
         order = gallery.order(run, model)
         for attack in run.attacks if order else []:
-            for eps in [None] if run.attacks[attack].get("minimal") else run.radii:
+            for eps in run.radii_of(attack):
                 stored = set(run.folder.image_positions(model, attack, eps))
                 cells.append(_Cell(model, attack, eps, [position for position in order if position in stored]))
     # Evenly strided, so that a limit met on the way leaves out some of every model rather than all of the last.

@@ -63,21 +63,33 @@ class _Cell:
 class Run:
     """A run read back from its folder. What is read is kept, so open it again to see what has come since.
 
+    Radii in different norms cannot be compared, so a run is seen one norm at a time.
+
     Args:
         folder: the run's folder.
         manifest: what its manifest.json says.
+        norm: whose attacks to see; by default the run's main norm.
     """
 
-    def __init__(self, folder: RunFolder, manifest: Mapping[str, Any]) -> None:
+    def __init__(self, folder: RunFolder, manifest: Mapping[str, Any], norm: str | None = None) -> None:
         self.folder = folder
         self.manifest = manifest
         try:
             config = manifest["config"]
-            self.norm: str = config["norm"]
-            # Radii as they were asked for, or None for attacks that minimise the norm and have no radius to be seen at.
-            self.radii: list[float | None] = [float(eps) for eps in config["eps"]] or [None]
+            self.norm: str = norm or config["norm"]
             self.models: dict[str, Mapping[str, Any]] = {model["label"]: model for model in manifest["models"]}
-            self.attacks: dict[str, Mapping[str, Any]] = {attack["label"]: attack for attack in manifest["attacks"]}
+            self.attacks: dict[str, Mapping[str, Any]] = {
+                attack["label"]: attack
+                for attack in manifest["attacks"]
+                if attack.get("norm", config["norm"]) == self.norm
+            }
+            main = config["eps"] if self.norm == config["norm"] else ()
+            own = [eps for attack in self.attacks.values() for eps in attack.get("eps", ()) if eps is not None]
+            # None for attacks that minimise the norm, if there is no radius to see them at.
+            self.radii: list[float | None] = [*sorted({float(eps) for eps in (*main, *own)})] or [None]
+            self.other_norms = sorted(
+                {attack.get("norm", config["norm"]) for attack in manifest["attacks"]} - {self.norm}
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise EvaluationError(f"{folder.path}/manifest.json lacks what a report needs ({error!r})") from error
         self._cells: dict[tuple[str, float | None], _Cell] = {}
@@ -87,6 +99,19 @@ class Run:
         """Open the folder of a run, finished or not; EvaluationError if it is none."""
         folder = RunFolder(Path(path))
         return cls(folder, folder.manifest())
+
+    def in_norm(self, norm: str) -> Run:
+        """The same run, its attacks in another norm."""
+        return Run(self.folder, self.manifest, norm)
+
+    def radii_of(self, attack: str) -> list[float | None]:
+        """The radii under which the rows of an attack are stored: None alone for one that minimises the norm."""
+        about = self.attacks[attack]
+        return [None] if about.get("minimal") else list(about.get("eps") or self.radii)
+
+    def attacks_at(self, eps: float | None) -> list[str]:
+        """The attacks that are seen at a radius: those that were run at it, and those that minimise the norm."""
+        return [attack for attack in self.attacks if self.radii_of(attack) == [None] or eps in self.radii_of(attack)]
 
     @property
     def status(self) -> str:
@@ -189,7 +214,7 @@ class Run:
                 found[attack] = self._whole_curve(model, attack)
                 continue
             points = [(0.0, clean)]
-            for eps in self.radii:
+            for eps in self.radii_of(attack):
                 row = next(row for row in self.cell(model, eps).rows if row["attack"] == attack)
                 points.append((float(eps or 0), Rate(row["robust"], row["scored"])))
             found[attack] = _curve(points)
@@ -231,7 +256,7 @@ class Run:
     def _distances(self, model: str, attack: str) -> NDArray[np.float64]:
         """Smallest norm by position: 0 where wrong to begin with, inf where not fooled, NaN where not scored."""
         best = np.full(self._size(model), np.nan)
-        for eps in [None] if self.attacks[attack].get("minimal") else self.radii:
+        for eps in self.radii_of(attack):
             rows = self.rows(model, attack, eps, ["position", "label", "status", "success", self.norm])
             found = self.outcomes_of(rows, attack, None)
             distance = np.select(
@@ -250,9 +275,10 @@ class Run:
         """Rows that are there, and rows that there will be."""
         done = expected = 0
         for model in self.models:
-            for number, eps in enumerate(self.radii):
+            for eps in self.radii:
                 for row in self.cell(model, eps).rows:
-                    if row["attack"] != WORST and (number == 0 or not self.attacks[row["attack"]].get("minimal")):
+                    attack = row["attack"]
+                    if attack != WORST and (eps == self.radii[0] or not self.attacks[attack].get("minimal")):
                         done, expected = done + row["rows"], expected + row["images"]
         return done, expected
 
@@ -270,7 +296,8 @@ class Run:
         rows, classes, cosines = [], [], {}
         by_position: dict[str, NDArray[np.int8]] = {}
         labels = np.full(size, -1, np.int32)
-        for attack in self.attacks:
+        attacks = self.attacks_at(eps)
+        for attack in attacks:
             table = self.rows(model, attack, eps, [*_COLUMNS, self.norm])
             found = self.outcomes_of(table, attack, eps)
             by_position[attack] = found.dense(size)
@@ -293,7 +320,7 @@ class Run:
         pairs = [
             {"model": model, "eps": eps, "attack": attack, "baseline": baseline}
             | paired_row(compare(by_position[attack], by_position[baseline]))
-            for attack in self.attacks
+            for attack in attacks
             for baseline in self.attacks[attack].get("baselines") or []
             if baseline in by_position
         ]

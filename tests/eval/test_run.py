@@ -41,7 +41,8 @@ CONTENT = {
 EVERYONE = [
     "FGSM", "OrthoPGD", {"name": "OrthoPGD", "label": "textbook", "enforce": "gradient"},
     {"name": "MinimumNorm", "trials": 3}, "foolbox:LinfPGD", "foolbox:FGSM", "foolbox:BIM",
-    {"name": "foolbox:L2PGD", "norm": "l2", "eps": 0.5}, {"name": "foolbox:LinfDeepFoolAttack", "steps": 2, "candidates": 2},
+    {"name": "foolbox:L2PGD", "norm": "l2", "eps": 0.5},
+    {"name": "foolbox:LinfDeepFoolAttack", "steps": 2, "candidates": 2},
     {"name": "Square", "queries": 5},
 ]  # fmt: skip
 
