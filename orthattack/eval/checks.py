@@ -209,7 +209,7 @@ class _Model:
 
     def _never_helps(self, name: str, weaker: str, stronger: str) -> Check:
         weak, strong = self._probe(weaker), self._probe(stronger)
-        both = weak.join(strong, lsuffix="_weak", rsuffix="_strong", how="inner")
+        both = _both(weak, strong, "weak", "strong")
         if both.empty:
             return self._not_run(name, "no probe could be scored")
         before, after, n = int((~both["success_weak"]).sum()), int((~both["success_strong"]).sum()), len(both)
@@ -220,7 +220,7 @@ class _Model:
 
     def _no_stronger(self, name: str, other: str) -> Check:
         gradient, rival = self._probe("PGD, 4 times the steps"), self._probe(other)
-        both = gradient.join(rival, lsuffix="_gradient", rsuffix="_other", how="inner")
+        both = _both(gradient, rival, "gradient", "other")
         if both.empty:
             return self._not_run(name, "no probe could be scored")
         alone = int((both["success_other"] & ~both["success_gradient"]).sum())
@@ -327,6 +327,11 @@ class _Model:
 
 def _largest(delta: torch.Tensor, images: torch.Tensor, attack: Mapping[str, Any]) -> torch.Tensor:
     return alignment(delta, images, attack["parameters"].get("scope", "image")).abs().max()
+
+
+def _both(first: pd.DataFrame, second: pd.DataFrame, one: str, other: str) -> pd.DataFrame:
+    """The images that two attacks both scored."""
+    return first.merge(second, left_index=True, right_index=True, suffixes=(f"_{one}", f"_{other}"))
 
 
 def _slack(n: int) -> int:

@@ -18,13 +18,13 @@ from tqdm import tqdm
 
 from orthattack.eval.checks import CLEAN_COLUMNS, TRANSFER, clean_suspicions, planned_probes, probes
 from orthattack.eval.classifier import Classifier
-from orthattack.eval.data import Photographs, load_photographs, read_names
+from orthattack.eval.data import Photographs, check_data, load_photographs, read_names
 from orthattack.eval.decode import ahead
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.job import Job, Part
 from orthattack.eval.kinds import AttackKind, Conditions, drawing
 from orthattack.eval.manifest import describe_attacks, describe_model, new_session, now, to_go_on
-from orthattack.eval.models import load_classifier
+from orthattack.eval.models import check_name, load_classifier
 from orthattack.eval.store import RunFolder, Shard, shown_eps
 from orthattack.eval.suite import AttackSpec, Entry, Suite, evenly
 
@@ -56,6 +56,11 @@ def suite_source(
     photographs: Photographs | None = None,
 ) -> Source:
     """Where a suite's models, data and attacks come from: by their names, but for those that are at hand."""
+    for spec in suite.models:  # before any model is loaded
+        if spec.label not in (classifiers or {}):
+            check_name(spec.name)
+    if photographs is None:
+        check_data(suite.data.source)
     specs = {spec.label: spec for spec in suite.models}
     last: dict[str, Classifier] = {}  # one at a time is kept, so that many models do not fill the memory
 
