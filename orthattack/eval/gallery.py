@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from torch import Tensor
 
 from orthattack.eval.models import EvaluationError
@@ -54,16 +56,23 @@ class Example:
     clean: Tensor
     adversarial: Tensor
 
+    # Differences in NumPy: torch wakes its threads for each of hundreds of small images.
+
     @property
     def magnification(self) -> float:
         """Factor that makes the perturbation's largest entry black or white when it is drawn around grey."""
-        largest = float(np.abs(self.adversarial.numpy() - self.clean.numpy()).max())
+        largest = float(np.abs(self._delta).max())
         return 0.5 / largest if largest > 0 else 1.0
 
     @property
     def perturbation(self) -> Tensor:
         """(3, H, W), magnified, grey where nothing changed."""
-        return 0.5 + self.magnification * (self.adversarial - self.clean)
+        return torch.from_numpy(np.float32(0.5) + np.float32(self.magnification) * self._delta)
+
+    @property
+    def _delta(self) -> NDArray[np.float32]:
+        delta: NDArray[np.float32] = self.adversarial.numpy() - self.clean.numpy()
+        return delta
 
 
 def order(run: Run, model: str) -> list[int]:

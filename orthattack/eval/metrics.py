@@ -12,7 +12,7 @@ __all__ = ["DEFINITIONS", "Rate", "attack_success_rate", "clean_accuracy", "robu
 
 DEFINITIONS = (
     "robust accuracy: right on the clean and on the adversarial image, over all images scored; "
-    "success: newly fooled, over the images scored that were right to begin with; intervals: 95 %, Wilson"
+    "success: newly fooled, over the images that were right to begin with and scored; intervals: 95 %, Wilson"
 )
 
 

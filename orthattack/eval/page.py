@@ -298,5 +298,5 @@ def data_uri(image: Tensor, exact: bool = False) -> str:
     if max(picture.size) <= LOSSLESS_SIZE:
         picture.save(stream, "WEBP", lossless=True, quality=50, method=2)
     else:
-        picture.save(stream, "WEBP", quality=70 if exact else 88, method=3)
+        picture.save(stream, "WEBP", quality=70 if exact else 88, method=2)
     return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
