@@ -60,7 +60,7 @@ def test_the_terminal_tells_what_was_left_out_and_what_to_beware_of(run):
     assert "left out of standard by every attack: 2 x unreadable: cannot identify image file" in text
     assert block(text, "standard")[0].endswith(" 7")
     assert "warning: 2 photographs were left out" in text
-    assert "trust check warned: black box on robust: Square is stronger" in text
+    assert "trust check warned, robust: black box: 2" in text
     assert "more steps" not in text
     for meaning in ("robust accuracy: ", "success: ", "worst case of all: ", "norm: ", "cos: "):
         assert f"\n{meaning}" in text
