@@ -2,10 +2,10 @@
 
     python benchmarks/throughput.py --data FOLDER --labels CSV [--steps 10 50] [--attacks PGD OrthoPGD] [--threads 2]
 
-A torchvision ResNet-18 at 224x224 with weights from a file (random ones are made: they change no time) and original-size
+A torchvision ResNet-18 at 224x224 with weights from a file (random ones: they change no time) and original-size
 photographs. For each number of steps the bare attack runs on images that are decoded already, in the same batches, and
-then the evaluation from files to report; both are timed in one process. Everything is attacked, also what the model gets
-wrong.
+then the evaluation, from files to rows; both are timed in one process. Everything is attacked, also what the model
+gets wrong.
 """
 
 from __future__ import annotations
