@@ -10,7 +10,8 @@ with its normalisation layers folded into the convolutions.
 A row is one attack in one norm. Each chunk of it goes to the row's file as soon as it is finished, so a run that is
 stopped at any moment goes on with the next chunk when the same command is given again; random numbers depend on row and
 chunk alone, so the result is the same. Then the table is printed in Markdown. With --out benchmarks/strength it starts
-from the rows of docs/strength.md; --report prints what is there and attacks nothing.
+from the rows of docs/strength.md; --report prints what is there and attacks nothing. On a machine that is busy with
+other things, two processes with a thread each (--threads 1 --parts 2 --part 0, and 1) do more than one with two.
 
 Foolbox and torchattacks are needed: pip install torchattacks --no-deps
 """
@@ -210,14 +211,20 @@ def attack_chunk(
 
 def read(path: Path) -> list[Record]:
     """The chunks of a row that are there."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    records: list[Record] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:  # of a run that was killed while it wrote: the chunk is attacked again
+            continue
+    return records
 
 
-def write(path: Path, records: list[Record]) -> None:
-    """All chunks of a row so far: the file is replaced at once, so it is whole at any moment."""
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    partial.replace(path)
+def append(path: Path, record: Record) -> None:
+    """Add a chunk in one write, so that processes that share a row do not mix their lines."""
+    is_torn = path.exists() and not path.read_bytes().endswith(b"\n")
+    with path.open("ab", buffering=0) as file:
+        file.write(("\n" * is_torn + json.dumps(record) + "\n").encode())
 
 
 def cells(name: str, norm: str, records: list[Record], total: int, correct: int) -> list[str]:
@@ -249,7 +256,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/strength"))
     parser.add_argument("--norms", nargs="+", choices=list(EPS), default=list(EPS))
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="NAME")
-    parser.add_argument("--chunks", type=int, help="stop each row after so many new chunks")
+    parser.add_argument("--parts", type=int, default=1, help="how many processes share the chunks of each row")
+    parser.add_argument("--part", type=int, default=0, help="which of them this is, from 0")
     parser.add_argument("--report", action="store_true", help="print the tables of what is there")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -271,20 +279,18 @@ def main() -> None:
         table = []
         for name in args.rows:
             path = args.out / f"{norm} {name}.jsonl"
-            records = read(path)
-            done = {k for r in records for k in range(r["first"], len(images), r["stride"])}
+            done = {k for r in read(path) for k in range(r["first"], len(images), r["stride"])}
             stride = -(-len(images) // ROWS[name][2])
             missing = [] if args.report else [first for first in range(stride) if first not in done]
-            for first in missing[: args.chunks]:
+            for first in (k for k in missing if k % args.parts == args.part):
                 record = attack_chunk(name, norm, model, fast, images, labels, first, stride)
-                records.append(record)
-                write(path, records)
+                append(path, record)
                 print(
                     f"{norm} {name}, chunk {first} of {stride}: {record['robust'].count('1')} of "
                     f"{len(record['robust'])} robust, {record['seconds']:.0f} s, {record['cpu_seconds']:.0f} CPU s",
                     flush=True,
                 )
-            table.append(cells(name, norm, records, total, len(images)))
+            table.append(cells(name, norm, read(path), total, len(images)))
         head = ["attack", "robust accuracy", "max |cos|", "max norm / eps", "gradients", "forwards"]
         print(f"\n{norm}, eps {EPS[norm]:.6g}\n")
         print(tabulate(table, head, tablefmt="github", disable_numparse=True), flush=True)
