@@ -215,7 +215,7 @@ def read(path: Path) -> list[Record]:
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             records.append(json.loads(line))
-        except ValueError:  # of a run that was killed while it wrote: the chunk is attacked again
+        except ValueError:  # noqa: PERF203 -- of a run that was killed while it wrote: the chunk is attacked again
             continue
     return records
 

@@ -358,8 +358,8 @@ class Region:
         length = _length(nearest - x, 1)
         low, high = torch.zeros_like(length), (points - x).abs().amax(_IMAGE, keepdim=True).double()
         f_low, slope = length - eps, self._moving(nearest)
-        inside = torch.where(length <= eps, nearest, x)
         done = length <= eps * (1 + 1e-7)
+        inside = torch.where(done, nearest, x)
         for attempt in range(60):
             if bool(done.all()):
                 break
