@@ -46,7 +46,7 @@ from orthattack import Normalized, alignment
 EPS = {"linf": 4 / 255, "l2": 0.5}
 STEPS = (10, 20, 50)
 CLASSES, SIZE = 20, 64
-CHUNK, SMALL_CHUNK = 250, 64  # the small ones for the rows that take an hour
+CHUNK, SMALL_CHUNK = 250, 32  # the small ones for the rows that take an hour
 QUERIES = 1000
 Record = dict[str, Any]
 Runner = Callable[[Tensor, Tensor], Tensor]
