@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -156,6 +156,7 @@ def test_l1_steps_are_sparse_and_use_the_room_there_is():
     [
         ("8/255", "eps must be a finite number >= 0, in pixel units such as 8/255; got '8/255'"),
         (True, "eps must be a finite number >= 0"),
+        ([0.1, 0.2], r"eps must be a number, or a tensor with one per sample; got a list: use torch.tensor\(eps\) for"),
         (torch.tensor([0.1, -0.1]), "eps must be a finite number >= 0"),
         (torch.tensor([[0.1]]), r"eps must be a number or one per sample, \(N,\); got shape \(1, 1\)"),
         (torch.tensor([0.1, 0.2, 0.3]), "eps has 3 values for 2 images"),
@@ -269,6 +270,7 @@ def test_the_l2_step_in_the_open_is_the_normalised_projection(seed, gradient):
     torch.testing.assert_close((points - images).flatten(1), expected, rtol=0, atol=1e-6)
 
 
+@settings(max_examples=12)  # of sixty steps each
 @given(seeds, st.sampled_from(["linf", "l2"]), st.sampled_from([None, "image", "pixel"]))
 def test_steps_gain_until_the_optimum_of_a_linear_loss(seed, norm, scope):
     """On a linear loss the ascent is monotone and ends where no feasible point is better."""
@@ -285,6 +287,22 @@ def test_steps_gain_until_the_optimum_of_a_linear_loss(seed, norm, scope):
     for _ in range(20):
         other = region.random_start(generator)
         assert float((g * other).sum()) <= values[-1] + 1e-6 * float(g.norm())
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 1 / 255), ("l2", 0.05), ("l1", 0.5)])
+@pytest.mark.parametrize("kind", ["8-bit", "mixed"])
+def test_many_directions_beside_a_small_perturbation_leave_it_something(kind, norm, eps):
+    """Also where many pixels are at a bound: settling finds others to move."""
+    images = make_images(kind, (6, 3, 32, 32), 3)
+    basis = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    directions = ["constant", "channel-constant", basis, lambda x: x.flip(3)]
+    threat = ThreatModel(norm, eps, scope="channel", directions=directions)
+    region = threat.around(images)
+    for seed in range(4):
+        points = region.step(images, make_gradient("normal", images, seed), eps / 2)
+        assert_inside(threat, images, points)
+        assert threat.cosine(points.double() - images.double(), images).max() <= 1e-6
+        assert (perturbation_norm(points - images, norm) >= 0.2 * eps).all()
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
