@@ -20,7 +20,7 @@ EVAL_LAYERS = [
     *("errors", "plugin", "preprocessing", "checkpoint", "classifier", "models", "metrics", "stats", "suspicion"),
     *("classes", "sources", "photographs", "torchdata", "data", "kinds", "baselines", "attacks", "store", "suite"),
     *("decode", "measure", "checks", "manifest", "job", "run", "outcomes", "results", "comparison"),
-    *("gallery", "plots", "page", "report", "api", "cli"),
+    *("gallery", "plots", "page", "report", "api", "cli", "__init__"),
 ]
 HEAVY = {
     "torchvision",
