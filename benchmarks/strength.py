@@ -63,7 +63,7 @@ class Counted(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         self.forward_calls += len(images)
         if images.requires_grad:
-            images.register_hook(self._count)
+            images.register_hook(self._count)  # type: ignore[no-untyped-call]
         logits: Tensor = self.model(images)
         return logits
 
@@ -237,7 +237,7 @@ def cells(name: str, norm: str, records: list[Record], total: int, correct: int)
     share = 100 * robust / (total * seen / correct)
 
     def mean(key: str) -> float:
-        return sum(r[key] * len(r["robust"]) for r in records) / seen
+        return float(sum(r[key] * len(r["robust"]) for r in records) / seen)
 
     return [
         name,

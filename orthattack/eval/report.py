@@ -114,7 +114,7 @@ def _beware(run: Run, table: pd.DataFrame) -> list[str]:
         lines.append(f"left out of {_cut(model)} by {by}: {count} x {_cut(reason, 60)}")
     lines = lines[:12] + [f"and {len(lines) - 12} more reasons for leaving out, see results.json"] * (len(lines) > 12)
     lines += [f"warning: {_cut(str(text), 120)}" for text in run.manifest.get("warnings") or []]
-    for check in run.checks():
+    for check in run.checks() if run.norm == run.manifest["config"]["norm"] else ():  # once, not for every norm
         if check["status"] == "warned":
             head = f"trust check warned, {_cut(check['model'])}: {_cut(check['check'], 50)}: "
             lines.append(head + _cut(check["figures"] or check["why"], 132 - len(head)))
