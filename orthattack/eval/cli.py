@@ -284,9 +284,19 @@ def _models(options: argparse.Namespace) -> int:
 
     from orthattack.eval.models import list_models
 
-    rows = [model for model in list_models() if options.pattern.casefold() in model["name"].casefold()]
-    print(tabulate([list(row.values()) for row in rows], list(rows[0]) if rows else [], "simple"))
+    rows = [
+        [model["name"], model["source"], model["input_size"], ", ".join(_weights(model))]
+        for model in list_models()
+        if options.pattern.casefold() in model["name"].casefold()
+    ]
+    print(tabulate(rows, ["model", "from", "pixels", "--weights (* by default)"], "simple"))
     return 0 if rows else _nothing(options.pattern)
+
+
+def _weights(model: dict[str, Any]) -> list[str]:
+    """The names of a model's weights as --weights takes them, the default one marked."""
+    names = {name: name.rpartition(".")[2] for name in model["weights"]}
+    return [short + "*" * (name == model["default_weights"]) for name, short in names.items()]
 
 
 def _attacks(options: argparse.Namespace) -> int:
