@@ -100,7 +100,7 @@ def fooled(model: Model, adversarials: Tensor, labels: Tensor, targeted: bool = 
     with borrowed(model, adversarials.device) as lent, torch.no_grad():
         for first in range(0, len(adversarials), batch_size):
             part = slice(first, first + batch_size)
-            logits = lent(adversarials[part])
+            logits = lent(adversarials[part].clone())  # which a model may write into
             hit = logits.argmax(1) == labels[part]
             found[part] = (hit if targeted else ~hit) & ~logits.isnan().any(1)
     return found

@@ -175,11 +175,11 @@ class Subspace:
                 return points
             y = points.double()
             excess = self._components(y - x)
-            if attempt == 0:  # in proportion to the room they have, so that no pixel meets a bound
-                room = torch.minimum(y - lower, upper - y)
-            else:  # rounding all pixels again would err as much again: now a few, each time others
-                room = torch.where(self._along(excess) > 0, y - lower, upper - y)
-                room = room * self._few(room, points, (attempt - 1) % 8)
+            room = torch.minimum(y - lower, upper - y)  # in proportion to it, so that no pixel meets a bound
+            if attempt > 0:  # rounding all pixels again would err as much again: now a few, each time others
+                if attempt % 3 == 2:  # where pixels at a bound are all there is, they may have to do
+                    room = torch.where(self._along(excess) > 0, y - lower, upper - y)
+                room = room * self._few(room, points, (attempt - 1) // 3, 2 if attempt % 3 == 0 else 1)
             room = room * reciprocal(room.amax(_IMAGE, keepdim=True))
             shift = self._along(self._solve(room, excess))
             moved = (y - shift * room).clamp_(lower, upper).to(points.dtype)
@@ -187,12 +187,12 @@ class Subspace:
         settled: Tensor = torch.where(off(points).view(-1, 1, 1, 1), fallback, points)
         return settled
 
-    def _few(self, room: Tensor, points: Tensor, rank: int) -> Tensor:
-        """1 for one pixel per direction, one with much room and a fine grid, the best at rank 0; 0 elsewhere."""
+    def _few(self, room: Tensor, points: Tensor, rank: int, count: int) -> Tensor:
+        """1 for `count` pixels per direction with much room and a fine grid, the best ones at rank 0; 0 elsewhere."""
         grid = torch.nextafter(points, torch.full_like(points, torch.inf)).double() - points.double()
         merit = ((room * room / grid).unsqueeze(1) * self.basis.abs()).flatten(2)
-        pixels = merit.topk(min(rank + 1, merit.shape[2]), dim=2).indices[:, :, -1]
-        few: Tensor = torch.zeros_like(room.flatten(1)).scatter_(1, pixels, 1.0).view_as(room)
+        best = merit.topk(min(count * (rank + 1), merit.shape[2]), dim=2).indices
+        few: Tensor = torch.zeros_like(room.flatten(1)).scatter_(1, best[:, :, -count:].flatten(1), 1.0).view_as(room)
         return few
 
     def _nearest(

@@ -149,7 +149,12 @@ class ThreatModel:
         return torch.cat(parts, dim=1)
 
 
-def _check_eps(eps: float | Tensor) -> None:
+def _check_eps(eps: object) -> None:
+    if isinstance(eps, list | tuple):
+        raise ValueError(
+            f"eps must be a number, or a tensor with one per sample; got a {type(eps).__name__}: use torch.tensor(eps) "
+            "for one per sample, or an attack's sweep(images, labels, eps) for several radii"
+        )
     values = eps if isinstance(eps, Tensor) else torch.as_tensor(eps, dtype=torch.float64) if _is_number(eps) else None
     if values is None or not bool((values.isfinite() & (values >= 0)).all()):
         raise ValueError(f"eps must be a finite number >= 0, in pixel units such as 8/255; got {eps!r}")
@@ -372,8 +377,8 @@ class Region:
         length = _length(nearest - x, 1)
         low, high = torch.zeros_like(length), (points - x).abs().amax(_IMAGE, keepdim=True).double()
         f_low, slope = length - eps, self._moving(nearest)
-        inside = torch.where(length <= eps, nearest, x)
         done = length <= eps * (1 + 1e-7)
+        inside = torch.where(done, nearest, x)
         for attempt in range(60):
             if bool(done.all()):
                 break

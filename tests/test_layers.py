@@ -16,8 +16,28 @@ import orthattack
 ROOT = Path(orthattack.__file__).parent
 # Later layers may import earlier ones, never the other way round.
 LAYERS = ["projection", "plane", "subspace", "threat", "losses", "model", "attacks", "interop", "eval"]
-EVAL_LAYERS = ["models", "metrics", "data", "attacks", "run", "report", "cli"]
-HEAVY = {"torchvision", "foolbox", "matplotlib", "PIL", "safetensors", "tabulate", "tqdm", "numpy"}
+EVAL_LAYERS = [
+    *("errors", "plugin", "preprocessing", "checkpoint", "classifier", "models", "metrics", "stats", "suspicion"),
+    *("classes", "sources", "photographs", "torchdata", "data", "kinds", "baselines", "attacks", "store", "suite"),
+    *("decode", "measure", "checks", "manifest", "job", "run", "outcomes", "results", "comparison"),
+    *("gallery", "plots", "page", "report", "api", "cli", "__init__"),
+]
+HEAVY = {
+    "torchvision",
+    "foolbox",
+    "matplotlib",
+    "PIL",
+    "safetensors",
+    "tabulate",
+    "tqdm",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "pydantic",
+    "jinja2",
+    "scipy",
+    "timm",
+}
 
 
 def imported(path: Path) -> set[str]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from orthattack import PGD, Normalized, OrthoPGD
+from orthattack import PGD, Normalized, OrthoPGD, fooled
 from orthattack.model import borrowed
 
 
@@ -183,3 +183,11 @@ def test_an_overridden_train_is_not_called_and_new_buffers_are_removed():
     assert model.calls == 0
     assert model.norm.training
     assert not hasattr(model, "cache")
+
+
+def test_judging_adversarials_leaves_them_as_they_are():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    images, labels = torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])
+    expected, before = fooled(lambda x: model(x - 0.5), images, labels), images.clone()
+    assert torch.equal(fooled(lambda x: model(x.sub_(0.5)), images, labels, batch_size=3), expected)
+    assert torch.equal(images, before)

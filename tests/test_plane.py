@@ -190,6 +190,64 @@ def test_nearest_agrees_with_a_quadratic_program_solver(image, seed):
     np.testing.assert_allclose(result, solved.x, atol=1e-5)
 
 
+def shrunken_nearest(p, x, low, high, shrink):
+    """min ½‖y - p‖² + μ‖y - x‖₁ on box and plane by scipy, with y - x split into what is added and what is taken."""
+    n = len(x)
+
+    def value(parts):
+        rest = x + parts[:n] - parts[n:] - p
+        return 0.5 * rest @ rest + shrink * parts.sum(), np.concatenate([rest, -rest]) + shrink
+
+    plane = np.concatenate([x, -x])
+    solved = minimize(
+        value,
+        np.zeros(2 * n),
+        jac=True,
+        bounds=np.stack([np.zeros(2 * n), np.concatenate([high - x, x - low])], axis=1),
+        constraints={"type": "eq", "fun": lambda parts: plane @ parts, "jac": lambda parts: plane} if x.any() else (),
+        method="SLSQP",
+        options={"ftol": 1e-15, "maxiter": 1000},
+    )
+    return x + solved.x[:n] - solved.x[n:]
+
+
+@settings(max_examples=60)
+@given(image_kinds, scopes, seeds, st.sampled_from([0.005, 0.02, 0.1]))
+def test_nearest_with_a_threshold_agrees_with_a_quadratic_program_solver(image, scope, seed, shrink):
+    x = make_images(image, (1, 3, 2, 2), seed, torch.float64)
+    low, high = box(x, 0.1)
+    p = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    y = Plane(x, low, high, scope).nearest(p, torch.full((1, 1, 1, 1), shrink, dtype=torch.float64))
+    for result, *problem in zip(*(groups(t, scope) for t in (y, p, x, low, high)), strict=True):
+        np.testing.assert_allclose(result, shrunken_nearest(*problem, shrink), atol=1e-5)
+
+
+@given(image_kinds, scopes, seeds, epsilons, st.sampled_from([0.0, 0.1, 0.5, 1.0]))
+def test_nearest_with_a_threshold_obeys_the_variational_inequality(image, scope, seed, eps, share):
+    """<p - y, q - y> <= μ (‖q - x‖₁ - ‖y - x‖₁) for every feasible q, each sample with a μ of its own."""
+    x = make_images(image, (2, 3, 10, 10), seed, torch.float64)
+    low, high = box(x, eps)
+    plane = Plane(x, low, high, scope)
+    p, a, b = (x + 2 * eps * make_gradient("normal", x, seed + k) for k in range(3))
+    shrink = eps * torch.tensor([share, 1.0], dtype=torch.float64).view(2, 1, 1, 1)
+    y = plane.nearest(p, shrink)
+    assert (y >= low).all()
+    assert (y <= high).all()
+    others = [x, plane.nearest(a), plane.nearest(b), plane.nearest(p), plane.nearest(a, shrink)]
+    for q in others:
+        gained = ((p - y) * (q - y)).sum((1, 2, 3))
+        rise = ((q - x).abs() - (y - x).abs()).sum((1, 2, 3)) * shrink.flatten()
+        assert (gained <= rise + 1e-6 * (p - x).square().sum((1, 2, 3))).all()
+
+
+@given(scopes, seeds)
+def test_a_threshold_above_everything_leaves_the_image(scope, seed):
+    x = make_images("8-bit", (2, 3, 6, 6), seed, torch.float64)
+    p = x + 0.2 * make_gradient("normal", x, seed)
+    shrink = (p - x).abs().amax((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(Plane(x, *box(x, 0.1), scope).nearest(p, shrink), x, rtol=0, atol=1e-14)
+
+
 @given(image_kinds, scopes, seeds, epsilons)
 def test_nearest_obeys_the_variational_inequality(image, scope, seed, eps):
     """<p - y, q - y> <= 0 for every feasible q: what makes y the projection of p."""

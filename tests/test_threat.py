@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -31,7 +31,7 @@ def assert_inside(threat: ThreatModel, images: Tensor, points: Tensor) -> None:
     assert points.max() <= high
     order = {"linf": np.inf, "l2": 2, "l1": 1}[threat.norm]
     norms = np.linalg.norm(delta.flatten(1), order, axis=1)
-    assert (norms <= threat.eps * (1 + 1e-6)).all()
+    assert (norms <= np.asarray(threat.eps) * (1 + 1e-6)).all()
     if threat.scope is not None:
         assert alignment(delta, images.double(), threat.scope).abs().max() <= 1e-6
 
@@ -156,6 +156,7 @@ def test_l1_steps_are_sparse_and_use_the_room_there_is():
     [
         ("8/255", "eps must be a finite number >= 0, in pixel units such as 8/255; got '8/255'"),
         (True, "eps must be a finite number >= 0"),
+        ([0.1, 0.2], r"eps must be a number, or a tensor with one per sample; got a list: use torch.tensor\(eps\) for"),
         (torch.tensor([0.1, -0.1]), "eps must be a finite number >= 0"),
         (torch.tensor([[0.1]]), r"eps must be a number or one per sample, \(N,\); got shape \(1, 1\)"),
         (torch.tensor([0.1, 0.2, 0.3]), "eps has 3 values for 2 images"),
@@ -269,6 +270,7 @@ def test_the_l2_step_in_the_open_is_the_normalised_projection(seed, gradient):
     torch.testing.assert_close((points - images).flatten(1), expected, rtol=0, atol=1e-6)
 
 
+@settings(max_examples=12)  # of sixty steps each
 @given(seeds, st.sampled_from(["linf", "l2"]), st.sampled_from([None, "image", "pixel"]))
 def test_steps_gain_until_the_optimum_of_a_linear_loss(seed, norm, scope):
     """On a linear loss the ascent is monotone and ends where no feasible point is better."""
@@ -285,6 +287,59 @@ def test_steps_gain_until_the_optimum_of_a_linear_loss(seed, norm, scope):
     for _ in range(20):
         other = region.random_start(generator)
         assert float((g * other).sum()) <= values[-1] + 1e-6 * float(g.norm())
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 1 / 255), ("l2", 0.05), ("l1", 0.5)])
+@pytest.mark.parametrize("kind", ["8-bit", "mixed"])
+def test_many_directions_beside_a_small_perturbation_leave_it_something(kind, norm, eps):
+    """Also where many pixels are at a bound: settling finds others to move."""
+    images = make_images(kind, (6, 3, 32, 32), 3)
+    basis = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    directions = ["constant", "channel-constant", basis, lambda x: x.flip(3)]
+    threat = ThreatModel(norm, eps, scope="channel", directions=directions)
+    region = threat.around(images)
+    for seed in range(4):
+        points = region.step(images, make_gradient("normal", images, seed), eps / 2)
+        assert_inside(threat, images, points)
+        assert threat.cosine(points.double() - images.double(), images).max() <= 1e-6
+        assert (perturbation_norm(points - images, norm) >= 0.2 * eps).all()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("scope", [None, "image", "channel", "pixel"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shrinking_pulls_straight_towards_the_image(norm, scope, dtype):
+    """Where nothing is clipped: the perturbation keeps its direction and has the smaller radius, or what it had."""
+    images = make_images("8-bit", (3, 3, 12, 12), 5, dtype)
+    eps = {"linf": 0.1, "l2": 0.6, "l1": 6.0}[norm]
+    large = ThreatModel(norm, eps, scope=scope)
+    points = large.around(images).random_start(torch.Generator().manual_seed(1))
+    delta = points.double() - images.double()
+    size = perturbation_norm(delta, norm)
+    radii = size * torch.tensor([0.3, 1.0, 2.0], dtype=torch.float64)
+    small = ThreatModel(norm, radii, scope=scope)
+    shrunk = small.around(images).shrunk(points)
+    moved = shrunk.double() - images.double()
+    unit = 1e-5 if dtype == torch.float32 else 1e-12  # three pixels have a grid to be repaired on
+    torch.testing.assert_close(moved[0], 0.3 * delta[0], rtol=0, atol=unit * float(size[0]))
+    torch.testing.assert_close(moved[1:], delta[1:], rtol=0, atol=unit * float(size.max()))
+    assert_inside(small, images, shrunk)
+
+
+@given(image_kinds, seeds, st.sampled_from(["linf", "l2", "l1"]), st.sampled_from([None, "image", "channel", "pixel"]))
+def test_shrinking_ends_in_the_smaller_region_and_stays_there(image, seed, norm, scope):
+    """From the larger region, from outside of both, and again from where it ended."""
+    images = make_images(image, (2, 3, 8, 8), seed)
+    eps = {"linf": 8 / 255, "l2": 0.4, "l1": 3.0}[norm]
+    small = ThreatModel(norm, eps, scope=scope)
+    region = small.around(images)
+    inside = ThreatModel(norm, 4 * eps, scope=scope).around(images).random_start(torch.Generator().manual_seed(seed))
+    outside = images + 3 * eps * make_gradient("normal", images, seed)
+    for points in (inside, outside, images):
+        once = region.shrunk(points)
+        assert_inside(small, images, once)
+        torch.testing.assert_close(region.shrunk(once), once, rtol=0, atol=1e-6 * max(1, eps))
+    assert torch.equal(once, images)
 
 
 def test_random_starts_fill_the_ball_and_repeat():

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from typing import Literal, Protocol, TypedDict, get_args
@@ -327,7 +327,7 @@ class Attack:
                         best.judge(oracle.evaluate(best.adversarials, goal, self._loss, best.success, False))
             return best.result(x, threat)
 
-    def sweep(self, images: Tensor, labels: Tensor, eps: Sequence[float]) -> list[AttackResult]:
+    def sweep(self, images: Tensor, labels: Tensor, eps: Sequence[float] | Tensor) -> list[AttackResult]:
         """Attack a batch at several radii, the smallest first.
 
         An adversarial of a smaller radius is one of a larger radius too, so a sample that falls at one radius keeps
@@ -337,7 +337,7 @@ class Attack:
         Args:
             images: as for `run`.
             labels: as for `run`.
-            eps: radii in pixel units, in any order, without repetition.
+            eps: radii in pixel units, a list or a tensor (K,), in any order, without repetition.
 
         Returns:
             One result per radius, in the order of `eps`. Calls are those made at that radius.
@@ -345,11 +345,10 @@ class Attack:
         Raises:
             ValueError: as for `run`, or no radius, or one twice.
         """
-        if len(eps) == 0 or len(set(eps)) < len(eps):
-            raise ValueError(f"eps must be one or more different radii; got {list(eps)!r}")
+        radii = _radii(eps)
         found: dict[float, AttackResult] = {}
         last: AttackResult | None = None
-        for radius in sorted(eps):
+        for radius in sorted(radii):
             if last is None:
                 last = self.run(images, labels, eps=radius)
             else:
@@ -357,7 +356,7 @@ class Attack:
                 more = self.run(images[rows], labels[rows], eps=radius, start=last.adversarials[rows])
                 last = _merged(last, more, rows)
             found[radius] = last
-        return [found[radius] for radius in eps]
+        return [found[radius] for radius in radii]
 
     def _streams(
         self, seeds: Sequence[int] | None, count: int
@@ -415,6 +414,14 @@ class Attack:
                 f"images must lie in bounds ({low:g}, {high:g}); found min {float(smallest[sample]):.4g}, "
                 f"max {float(largest[sample]):.4g} (sample {sample}): {hint}"
             )
+
+
+def _radii(eps: object) -> list[float]:
+    """Several radii as a list; ValueError if they are none, or one comes twice."""
+    radii: object = eps.tolist() if isinstance(eps, Tensor) else list(eps) if isinstance(eps, Iterable) else eps
+    if not isinstance(radii, list) or len(radii) == 0 or len(set(radii)) < len(radii):
+        raise ValueError(f"eps must be a list of one or more different radii; got {radii!r}")
+    return radii
 
 
 def _merged(before: AttackResult, more: AttackResult, rows: Tensor) -> AttackResult:

@@ -142,8 +142,14 @@ class Oracle:
         return means[0], means[1], means[2] if with_gradient else None
 
     def _forward(self, points: Tensor, goal: Goal, reduced: bool) -> Tensor:
+        written = points._version
         with torch.autocast(points.device.type, dtype=torch.bfloat16, enabled=reduced):
             logits = self._model(points)
+        if points._version != written:  # with a gradient torch itself refuses that
+            raise ValueError(
+                "the model changes its input in place, and with it the adversarials: let it write images = images - "
+                "mean instead of images -= mean"
+            )
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(points):
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"model must return logits of shape ({len(points)}, classes); got {found}")

@@ -1,105 +1,132 @@
-"""The attacks an evaluation can run, by name: ours, and Foolbox's as baselines, all at the same eps, steps and size."""
+"""The attacks an evaluation can run: ours by name, Foolbox's and torchattacks' as baselines, and a user's own function.
+
+`attack_kind` understands a name and its parameters, and refuses what does not fit before anything runs;
+`AttackKind.bind` makes the attack for a model and a radius. All get the same eps, steps and images, and the same
+relative step size.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import foolbox
 import torch
 from torch import Tensor, nn
 
 import orthattack.attacks as ours
-from orthattack.interop.foolbox import FromFoolbox
-from orthattack.threat import Norm
+from orthattack.attacks.attack import Attack, Options, OrthoOptions
+from orthattack.eval import plugin
+from orthattack.eval.baselines import foolbox_attack, foolbox_attacks, torchattacks_attack, user_attack
+from orthattack.eval.errors import EvaluationError
+from orthattack.eval.kinds import GIVEN, AttackKind, Conditions, Found, Runner, check_options, defaults, nearest
 
-__all__ = ["ATTACKS", "DEFAULT_ATTACKS", "CallCounter", "Settings"]
+__all__ = ["DEFAULT_ATTACKS", "OURS", "attack_kind", "list_attacks"]
 
-Runner = Callable[[Tensor, Tensor], Tensor]
-"""Images (N, 3, H, W) and labels (N,) to adversarial images."""
+OURS = tuple(
+    name
+    for name in ours.__all__
+    if inspect.isclass(getattr(ours, name)) and name not in ("AttackResult", "DetectorEvasion")
+)
+"""The names of our attacks; DetectorEvasion needs a detector, and is called from Python."""
+
+DEFAULT_ATTACKS = ["FGSM", "OrthoFGSM", "foolbox:FGSM", "PGD", "OrthoPGD", "foolbox:PGD"]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What all attacks of an evaluation share.
+def attack_kind(name: str, parameters: Mapping[str, Any] | None = None) -> AttackKind:
+    """Understand an attack.
 
-    Attributes:
-        norm: "linf" or "l2".
-        eps: radius in units of [0, 1] pixels.
-        steps: gradient steps of the iterative attacks; their step size is ``2.5 * eps / steps``.
-        seed: of the random starts.
+    Args:
+        name: one of `OURS`; ``foolbox:NAME`` with a class of `foolbox.attacks`; ``torchattacks:NAME``; or
+            ``package.module:function`` with a function that takes the model, and parameters called ``norm``, ``eps``,
+            ``steps`` and ``seed`` if it has them, and returns a callable (images, labels) -> adversarial images.
+        parameters: options of the attack. For MinimumNorm, ``attack`` names the one whose radius is searched.
+
+    Raises:
+        EvaluationError: there is no such attack, or it has no such option; the message names the nearest.
     """
-
-    norm: Norm = "linf"
-    eps: float = 4 / 255
-    steps: int = 10
-    seed: int = 0
-
-
-def _generator(settings: Settings) -> torch.Generator:
-    return torch.Generator().manual_seed(settings.seed)
-
-
-def _ours(name: str, **options: Any) -> Callable[[nn.Module, Settings], Runner]:
-    """An attack of this package by its name."""
-    attack = getattr(ours, name)
-    accepted = inspect.signature(attack).parameters
-    takes_generator = "generator" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-
-    def make(model: nn.Module, settings: Settings) -> Runner:
-        more = dict(options)
-        if "steps" in accepted:
-            more["steps"] = settings.steps
-        if takes_generator:
-            more["generator"] = _generator(settings)
-        runner: Runner = attack(model, settings.norm, settings.eps, **more)
-        return runner
-
-    return make
+    options = dict(parameters or {})
+    prefix, colon, rest = name.partition(":")
+    if not colon:
+        return _ours(name, options)
+    if prefix == "foolbox":
+        return foolbox_attack(name, rest, options)
+    if prefix == "torchattacks":
+        return torchattacks_attack(name, rest, options)
+    return user_attack(name, plugin.find(name), options)
 
 
-def _foolbox_fgsm(model: nn.Module, settings: Settings) -> Runner:
-    linf = settings.norm == "linf"
-    attack = foolbox.attacks.LinfFastGradientAttack() if linf else foolbox.attacks.L2FastGradientAttack()
-    return FromFoolbox(model, attack, settings.norm, settings.eps, generator=_generator(settings))
+def list_attacks() -> list[dict[str, Any]]:
+    """Every attack that can be named, with its parameters and their defaults."""
+    own = {name: defaults(getattr(ours, name), GIVEN | {"options"}) for name in OURS}
+    theirs = {f"foolbox:{name}": defaults(kind, GIVEN) for name, kind in sorted(foolbox_attacks().items())}
+    return [{"name": name, "parameters": parameters} for name, parameters in (own | theirs).items()]
 
 
-def _foolbox_pgd(model: nn.Module, settings: Settings) -> Runner:
-    chosen = foolbox.attacks.LinfPGD if settings.norm == "linf" else foolbox.attacks.L2PGD
-    attack = chosen(rel_stepsize=2.5 / settings.steps, steps=settings.steps)
-    return FromFoolbox(model, attack, settings.norm, settings.eps, generator=_generator(settings))
+def _accepted(kind: Any) -> list[str]:
+    names = []
+    for parameter in inspect.signature(kind).parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:  # Unpack[Options] or Unpack[OrthoOptions]
+            options: Any = OrthoOptions if kind.__name__.startswith("Ortho") else Options
+            names += list(inspect.get_annotations(Options)) + list(inspect.get_annotations(options))
+        else:
+            names.append(parameter.name)
+    return [name for name in dict.fromkeys(names) if name not in GIVEN]
 
 
-_PAIRS = ("FGSM", "PGD", "MIFGSM", "NIFGSM", "APGD", "AutoAttack", "Square")
+def _ours(name: str, options: dict[str, Any]) -> AttackKind:
+    lower = {known.casefold(): known for known in OURS}
+    if name.casefold() not in lower:
+        raise EvaluationError(f"unknown attack {name!r}; {nearest(name, OURS)} Others: foolbox:NAME, torchattacks:NAME")
+    kind = getattr(ours, lower[name.casefold()])
+    if kind is ours.MinimumNorm:
+        return _minimum(options)
+    name = kind.__name__
+    accepted = _accepted(kind)
+    check_options(name, options, accepted)
+    takes_generator = "generator" in inspect.signature(kind).parameters or "early_stop" in accepted
 
-ATTACKS: dict[str, Callable[[nn.Module, Settings], Runner]] = {
-    **{name: _ours(name) for pair in _PAIRS for name in (pair, f"Ortho{pair}")},
-    "OrthoPGD-gradient": _ours("OrthoPGD", enforce="gradient"),
-    "Foolbox-FGSM": _foolbox_fgsm,
-    "Foolbox-PGD": _foolbox_pgd,
-}
-"""Every attack by name. All get the same steps, APGD and each part of AutoAttack too; Square its own 5,000 queries."""
+    def make(model: nn.Module, conditions: Conditions) -> Runner:
+        return _OwnRunner(_own(kind, takes_generator, options, model, conditions))
 
-DEFAULT_ATTACKS = ["FGSM", "OrthoFGSM", "Foolbox-FGSM", "PGD", "OrthoPGD", "Foolbox-PGD"]
+    return AttackKind(
+        name, "orthattack", options, name.startswith("Ortho") and options.get("enforce") != "gradient", False,
+        name.removeprefix("Ortho"), ("linf", "l2", "l1"), make,
+    )  # fmt: skip
 
 
-class CallCounter(nn.Module):
-    """A model that counts, per sample, how often it is evaluated and differentiated, whoever does it."""
+def _own(
+    kind: Any, takes_generator: bool, options: Mapping[str, Any], model: nn.Module, conditions: Conditions
+) -> Attack:
+    more = dict(options)
+    if "steps" in inspect.signature(kind).parameters:
+        more.setdefault("steps", conditions.steps)
+    if takes_generator:
+        more["generator"] = torch.Generator().manual_seed(0)
+    attack: Attack = kind(model, conditions.norm, conditions.eps, **more)
+    return attack
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.forward_calls = 0
-        self.gradient_calls = 0
 
-    def forward(self, images: Tensor) -> Tensor:
-        self.forward_calls += len(images)
-        if images.requires_grad:
-            images.register_hook(self._count_gradient)  # type: ignore[no-untyped-call]
-        logits: Tensor = self.model(images)
-        return logits
+def _minimum(options: dict[str, Any]) -> AttackKind:
+    own = {key: options[key] for key in ("trials", "max_eps") if key in options}
+    inner_options = {key: value for key, value in options.items() if key not in ("attack", *own)}
+    inner = _ours(str(options.get("attack", "OrthoPGD")), inner_options)
+    if inner.minimal:
+        raise EvaluationError("MinimumNorm needs attack = the name of an attack with an eps, such as OrthoPGD")
+    kind = getattr(ours, inner.name)
+    first = {"linf": 4 / 255, "l2": 0.5, "l1": 8.0}  # where to begin; the radius is doubled until something falls
 
-    def _count_gradient(self, gradient: Tensor) -> None:
-        self.gradient_calls += len(gradient)
+    def make(model: nn.Module, conditions: Conditions) -> Runner:
+        start = Conditions(conditions.norm, first[conditions.norm], conditions.steps, conditions.classes)
+        return _OwnRunner(ours.MinimumNorm(_own(kind, inner.family != "FGSM", inner_options, model, start), **own))
+
+    return AttackKind("MinimumNorm", "orthattack", options, inner.orthogonal, True, "MinimumNorm", inner.norms, make)
+
+
+class _OwnRunner:
+    def __init__(self, attack: Any) -> None:
+        self._attack = attack
+
+    def __call__(self, images: Tensor, labels: Tensor, seeds: Sequence[int]) -> Found:
+        result = self._attack.run(images, labels, seeds=seeds)
+        return Found(result.adversarials, result.steps, result.forward_calls, result.gradient_calls)

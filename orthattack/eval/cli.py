@@ -5,43 +5,50 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import signal
 import sys
-from datetime import datetime
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from orthattack import __version__
 
 if TYPE_CHECKING:
-    from orthattack.eval.attacks import Settings
-    from orthattack.eval.data import Photographs
-    from orthattack.eval.models import Classifier
-    from orthattack.eval.run import Evaluation
+    from orthattack.eval.suite import Suite
 
 __all__ = ["main"]
 
 _EPILOG = """\
-with no options: the two bundled CIFAR-10 models on 20 photographs at eps 8/255, offline, in under a minute
+with no options: two bundled CIFAR-10 models on 20 photographs at eps 8/255, offline, in about a minute
 
 examples:
   orthattack eval
-  orthattack eval --model resnet50 --data imagenet/val --limit 1000
-  orthattack eval --model resnet50 --data imagenet-samples
-  orthattack eval --model resnet18 --weights my.safetensors --data photos --labels labels.csv --eps 2/255
+  orthattack eval --model resnet50 --data imagenet/val --limit 1000 --out runs/resnet50
+  orthattack eval --model resnet50 --data imagenet-samples --eps 1/255 2/255 4/255
+  orthattack eval --model resnet18 --weights my.safetensors --data photos --labels labels.csv
+  orthattack eval --attacks OrthoPGD,steps=50 torchattacks:APGD,steps=50 foolbox:LinfPGD
+  orthattack eval benchmark.toml
+
+The same command, with a suite or --out, goes on where an earlier one stopped.
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0 done, 2 something to put right first, 130 interrupted."""
+    """Run the command line; returns the exit code.
+
+    0 done, 1 done but nothing could be scored, 2 something to put right first, 130 interrupted: what is finished is
+    kept.
+    """
     options = _parser().parse_args(arguments)
     try:
-        from orthattack.eval.models import EvaluationError
+        from orthattack.eval.errors import EvaluationError
 
         try:
-            return _evaluate(options)
+            code: int = options.run(options)
         except EvaluationError as error:
             print(f"orthattack: {error}", file=sys.stderr)
             return 2
+        return code
     except KeyboardInterrupt:
         print("orthattack: interrupted before anything was measured", file=sys.stderr)
         return 130
@@ -56,42 +63,56 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"orthattack {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    evaluate = commands.add_parser(
-        "eval",
-        help="attack a model on photographs and tabulate robust accuracy beside Foolbox's attacks",
-        description="Attack models on photographs; print one table and write results and a picture.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = evaluate.add_argument
-    add("--model", action="append", metavar="NAME", help="torchvision classifier, or a bundled model; may be repeated")
-    add("--weights", type=Path, metavar="FILE", help="state dict (.safetensors or PyTorch) instead of a download")
-    add("--data", metavar="DIR", help="folder of class folders, imagenet-samples, or cifar10-samples")
-    add("--labels", type=Path, metavar="CSV", help="columns file and label, for folders that are not the class list")
-    add("--image-size", type=_count, metavar="N", help="pixels of the model's input, if not the weights' own")
-    add("--attacks", nargs="+", metavar="NAME", help="which attacks to run, of: " + ", ".join(_ATTACK_NAMES))
-    add("--norm", choices=("linf", "l2"), default="linf", help="norm of the perturbation (default: linf)")
-    add("--eps", type=_fraction, metavar="E", help="radius in [0, 1] pixels, such as 4/255 (default: 4/255, l2: 0.5)")
-    add("--steps", type=_count, default=10, metavar="N", help="steps of the iterative attacks (default: 10)")
-    add("--batch-size", type=_count, default=32, metavar="N", help="images at a time (default: 32)")
-    add("--device", metavar="D", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    add("--seed", type=_whole, default=0, metavar="N", help="seed of the random starts (default: 0)")
-    add("--limit", type=_count, metavar="N", help="only N photographs, evenly spaced")
-    add("--out", type=Path, metavar="DIR", help="folder for the results (default: runs/DATE-TIME)")
+    _add_eval(commands)
+    report = commands.add_parser("report", help="write the report of a run again, finished or not, and print its table")
+    report.add_argument("folder", type=Path, metavar="RUN", help="the run's folder")
+    report.set_defaults(run=_report)
+    compare = commands.add_parser("compare", help="set two runs side by side, image by image")
+    compare.add_argument("folders", type=Path, nargs=2, metavar="RUN", help="the runs' folders")
+    compare.set_defaults(run=_compare)
+    models = commands.add_parser("models", help="list the classifiers that can be named, with their weights")
+    models.add_argument("pattern", nargs="?", default="", help="only names that contain this")
+    models.set_defaults(run=_models)
+    attacks = commands.add_parser("attacks", help="list the attacks that can be named, with parameters and defaults")
+    attacks.add_argument("pattern", nargs="?", default="", help="only names that contain this")
+    attacks.set_defaults(run=_attacks)
     return parser
 
 
-# Spelled out, since the module that has them imports torch.
-_ATTACK_NAMES = (
-    *(
-        f"{form}{name}"
-        for name in ("FGSM", "PGD", "MIFGSM", "NIFGSM", "APGD", "AutoAttack", "Square")
-        for form in ("", "Ortho")
-    ),
-    "OrthoPGD-gradient",
-    "Foolbox-FGSM",
-    "Foolbox-PGD",
-)
+def _add_eval(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "eval",
+        help="attack models on photographs, beside Foolbox's attacks, and write a report",
+        description="Attack models on photographs; print a table and write a report. Goes on where it was stopped.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    evaluate.set_defaults(run=_evaluate)
+    evaluate.add_argument("suite", nargs="?", type=Path, metavar="SUITE.toml", help="a benchmark, instead of the flags")
+    add = evaluate.add_argument_group("what to run").add_argument
+    add("--model", action="append", metavar="NAME", help="see `orthattack models`, timm:NAME, or module:function")
+    add("--weights", metavar="FILE", help="state dict, or name of torchvision weights (default: the model's own)")
+    add(
+        "--data", metavar="SOURCE", help="folder of class folders, Parquet files, imagenet-samples, cifar10-samples ..."
+    )
+    add("--labels", metavar="CSV", help="columns file and label, for folders that are not the class list")
+    add("--classes", metavar="CSV", help="columns folder and label: which folder is which of the model's classes")
+    add("--subset", metavar="FILE", help="names of photographs, one a line: only these, in that order")
+    add("--limit", type=_count, metavar="N", help="only N photographs, evenly spaced")
+    add("--image-size", type=_count, metavar="N", help="pixels of the model's input, if not the weights' own")
+    add("--attacks", nargs="+", metavar="NAME", help="see `orthattack attacks`; options as NAME,key=value,...")
+    add("--norm", choices=("linf", "l2", "l1"), help="norm of the perturbation (default: linf)")
+    add("--eps", nargs="+", type=_fraction, metavar="E", help="radii in [0, 1] pixels (default: 4/255, l2: 0.5)")
+    add("--steps", type=_count, metavar="N", help="steps of the iterative attacks (default: 10)")
+    add("--seed", nargs="+", type=_whole, metavar="N", help="seeds of the random numbers (default: 0)")
+    add("--batch-size", type=_count, metavar="N", help="images at a time (default: 32)")
+    add("--shard-size", type=_count, metavar="N", help="images per file, what a stop may lose (default: 128)")
+    add("--save-images", choices=("gallery", "all", "none"), help="adversarial images to keep (default: gallery)")
+    add("--attack-misclassified", action="store_true", default=None, help="attack what is wrong to begin with too")
+    add("--no-checks", dest="checks", action="store_false", default=None, help="leave out the trust checks")
+    how = evaluate.add_argument_group("how to run it").add_argument
+    how("--device", metavar="D", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    how("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/DATE-TIME, or runs/SUITE)")
 
 
 def _count(text: str) -> int:
@@ -124,71 +145,93 @@ def _fraction(text: str) -> float:
     return value
 
 
-def _evaluate(options: argparse.Namespace) -> int:
-    from orthattack.eval.models import BUNDLED, EvaluationError, check_name, load_classifier
+_OF_THE_SUITE = (
+    "model", "weights", "data", "labels", "classes", "subset", "limit", "image_size", "attacks", "norm", "eps", "steps",
+    "seed", "batch_size", "shard_size", "save_images", "attack_misclassified", "checks",
+)  # fmt: skip
 
-    names = list(dict.fromkeys(options.model or BUNDLED))
-    for name in names:
-        check_name(name)
-    if options.weights is not None and len(names) != 1:
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from orthattack.eval.suite import read_suite
+
+    suite = _from_flags(options)
+    if suite is None:
+        suite = read_suite(options.suite)
+    device = _device(options.device)
+
+    from orthattack.eval.api import run_folder
+    from orthattack.eval.run import run_suite, suite_source
+
+    source = suite_source(suite)
+    folder = run_folder(options.out, None if options.suite is None else options.suite.stem)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # stop in order, as by Ctrl-C
+    complete = run_suite(suite, source, folder, device=device, command=sys.argv, say=_say)
+    return _tell(folder.path, complete)
+
+
+def _from_flags(options: argparse.Namespace) -> Suite | None:
+    """The suite that the flags describe, or None if they name a file."""
+    from orthattack.eval.errors import EvaluationError
+    from orthattack.eval.models import BUNDLED
+    from orthattack.eval.suite import make_suite
+
+    given: dict[str, Any] = {name: value for name in _OF_THE_SUITE if (value := getattr(options, name)) is not None}
+    if options.suite is not None:
+        if given:
+            flag = next(iter(given)).replace("_", "-")
+            raise EvaluationError(f"--{flag} goes into the suite: beside {options.suite} only --out and --device")
+        return None
+    names = list(dict.fromkeys(given.pop("model", BUNDLED)))
+    weights, size = given.pop("weights", None), given.pop("image_size", None)
+    if weights is not None and len(names) != 1:
         raise EvaluationError("--weights goes with one --model, the architecture of the weights")
     others = [name for name in names if name not in BUNDLED]
-    data = options.data or (None if others else "cifar10-samples")
-    if data is None:
+    data: dict[str, Any] = {key: given.pop(key) for key in ("labels", "classes", "subset", "limit") if key in given}
+    data["source"] = given.pop("data", None if others else "cifar10-samples")
+    if data["source"] is None:
         raise EvaluationError(f"--model {others[0]} needs --data: a folder of class folders, or imagenet-samples")
-    settings = _settings(options, bundled=not others)
-    attacks = _attacks(options.attacks)
-    device = _device(options.device)
-    out = _folder(options.out)
-
-    from orthattack.eval.data import check_data, load_photographs
-    from orthattack.eval.run import evaluate
-
-    check_data(data)
-    classifiers = [load_classifier(name, options.weights, options.image_size) for name in names]
-    pairs: list[tuple[Classifier, Photographs]] = [
-        (classifier, load_photographs(data, classifier, options.labels).limited(options.limit))
-        for classifier in classifiers
-    ]
-    try:
-        while options.out is None and out.exists():  # another run has started in the same second
-            out = out.with_name(out.name + "-2")
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "images.jsonl").touch()
-        (out / "images.jsonl").unlink()
-    except OSError as error:
-        raise EvaluationError(f"could not make the results folder {out} ({error})") from error
-    evaluation = evaluate(pairs, attacks, settings, out=out, batch_size=options.batch_size, device=device)
-    return _tell(evaluation, out)
+    about = {"weights": weights, "image_size": size}
+    content: dict[str, Any] = {
+        "models": [{"name": name, **{k: v for k, v in about.items() if v is not None}} for name in names],
+        "data": data,
+        **given,
+    }
+    if "attacks" in content:
+        content["attacks"] = [_attack(text) for text in content["attacks"]]
+    if "seed" in content:
+        content["seeds"] = content.pop("seed")
+    return make_suite(content, "options")
 
 
-def _settings(options: argparse.Namespace, bundled: bool) -> Settings:
-    from orthattack.eval.attacks import Settings
-    from orthattack.eval.models import EvaluationError
+def _attack(text: str) -> dict[str, Any]:
+    """An attack of the command line, NAME,key=value,..., as a table of a suite."""
+    from orthattack.eval.errors import EvaluationError
 
-    eps = options.eps
-    if eps is None:
-        eps = 0.5 if options.norm == "l2" else 8 / 255 if bundled else 4 / 255
-    if options.norm == "linf" and eps > 1:
-        raise EvaluationError(f"--eps is in units of [0, 1] pixels; got {eps:g}: did you mean {eps:g}/255?")
-    return Settings(options.norm, eps, options.steps, options.seed)
+    name, *pairs = text.split(",")
+    table: dict[str, Any] = {"name": name, "label": text}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or key in ("name", "label", "baselines", ""):
+            raise EvaluationError(f"--attacks {text}: options are key=value, such as {name},steps=50; got {pair!r}")
+        table[key] = _value(value)
+    return table
 
 
-def _attacks(names: list[str] | None) -> list[str]:
-    from orthattack.eval.attacks import ATTACKS, DEFAULT_ATTACKS
-    from orthattack.eval.models import EvaluationError
-
-    known = {name.casefold(): name for name in ATTACKS}
-    unknown = [name for name in names or [] if name.casefold() not in known]
-    if unknown:
-        raise EvaluationError(f"unknown attack {unknown[0]!r}; there are {', '.join(ATTACKS)}")
-    return list(dict.fromkeys(known[name.casefold()] for name in names or DEFAULT_ATTACKS))
+def _value(text: str) -> Any:
+    """A number, true, false or text; fractions are left to whoever knows that a number is meant."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    with suppress(ValueError):
+        return int(text)
+    with suppress(ValueError):
+        return float(text)
+    return text
 
 
 def _device(name: str | None) -> str:
     import torch
 
-    from orthattack.eval.models import EvaluationError
+    from orthattack.eval.errors import EvaluationError
 
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -199,36 +242,77 @@ def _device(name: str | None) -> str:
     return name
 
 
-def _folder(chosen: Path | None) -> Path:
-    from orthattack.eval.models import EvaluationError
+def _say(line: str) -> None:
+    from tqdm import tqdm
 
-    out = chosen or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
-    try:
-        taken = chosen is not None and out.exists() and (not out.is_dir() or any(out.iterdir()))
-    except OSError as error:
-        raise EvaluationError(f"could not look into --out {out} ({error})") from error
-    if taken:
-        raise EvaluationError(f"--out {out} exists and is not an empty folder; choose another")
-    return out
+    tqdm.write(f"orthattack: {line}", file=sys.stderr)
 
 
-def _tell(evaluation: Evaluation, out: Path) -> int:
-    from orthattack.eval.models import EvaluationError
-    from orthattack.eval.report import save_picture, table
+def _tell(path: Path, complete: bool) -> int:
+    """Write the report of a run and print its table; returns the exit code."""
+    from orthattack.eval.api import reported
+    from orthattack.eval.report import leaderboard_table
+    from orthattack.eval.store import RunFolder
 
-    scored = any(result.names for result in evaluation.results)
-    tried = scored or any(result.unscored for result in evaluation.results)
-    if evaluation.complete and evaluation.unreadable and not tried:
-        name, reason = next(iter(evaluation.unreadable.items()))
-        raise EvaluationError(f"none of the photographs could be read, the first, {name}, because of {reason}")
-    for model in dict.fromkeys(example.model for example in evaluation.examples):
-        save_picture([e for e in evaluation.examples if e.model == model], out / f"examples-{model}.png")
-    print(table(evaluation))
-    print(f"results and pictures: {out}", flush=True)
-    if evaluation.complete and not scored:
-        print("orthattack: no attack returned anything that could be scored", file=sys.stderr)
-        return 2
-    if not evaluation.complete:
-        print("orthattack: interrupted; what was measured until then is kept", file=sys.stderr)
+    run = reported(RunFolder(path))
+    views = [run, *map(run.in_norm, run.other_norms)]
+    print("\n\n".join(map(leaderboard_table, views)))
+    print(f"\nreport: {path / 'report.html'}", flush=True)
+    if not complete:
+        print("orthattack: interrupted; the same command, with --out, goes on from here", file=sys.stderr)
         return 130
+    if not any((view.table()["scored"] > 0).any() for view in views):
+        print("orthattack: no attack returned anything that could be scored", file=sys.stderr)
+        return 1
     return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    return _tell(options.folder, complete=True)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from orthattack.eval.report import compare
+    from orthattack.eval.results import Run
+
+    print(compare(*(Run.open(folder) for folder in options.folders)))
+    return 0
+
+
+def _models(options: argparse.Namespace) -> int:
+    from tabulate import tabulate
+
+    from orthattack.eval.models import list_models
+
+    rows = [
+        [model["name"], model["source"], model["input_size"], ", ".join(_weights(model))]
+        for model in list_models()
+        if options.pattern.casefold() in model["name"].casefold()
+    ]
+    print(tabulate(rows, ["model", "from", "pixels", "--weights (* by default)"], "simple"))
+    return 0 if rows else _nothing(options.pattern)
+
+
+def _weights(model: dict[str, Any]) -> list[str]:
+    """The names of a model's weights as --weights takes them, the default one marked."""
+    names = {name: name.rpartition(".")[2] for name in model["weights"]}
+    return [short + "*" * (name == model["default_weights"]) for name, short in names.items()]
+
+
+def _attacks(options: argparse.Namespace) -> int:
+    from tabulate import tabulate
+
+    from orthattack.eval.attacks import list_attacks
+
+    rows = [
+        [attack["name"], ", ".join(f"{key}={value}" for key, value in attack["parameters"].items())]
+        for attack in list_attacks()
+        if options.pattern.casefold() in attack["name"].casefold()
+    ]
+    print(tabulate(rows, ["attack", "parameters and defaults"], "simple", maxcolwidths=[None, 80]))
+    return 0 if rows else _nothing(options.pattern)
+
+
+def _nothing(pattern: str) -> int:
+    print(f"orthattack: nothing has {pattern!r} in its name", file=sys.stderr)
+    return 2

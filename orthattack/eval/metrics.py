@@ -11,8 +11,8 @@ from torch import Tensor
 __all__ = ["DEFINITIONS", "Rate", "attack_success_rate", "clean_accuracy", "robust_accuracy"]
 
 DEFINITIONS = (
-    "robust accuracy: right on the clean and on the adversarial image, over all images; "
-    "success: newly fooled, over the images that were right to begin with; intervals: 95 %, Wilson"
+    "robust accuracy: right on the clean and on the adversarial image, over all images scored; "
+    "success: newly fooled, over the images that were right to begin with and scored; intervals: 95 %, Wilson"
 )
 
 

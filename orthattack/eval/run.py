@@ -1,353 +1,307 @@
-"""The evaluation itself: every attack on every model over every photograph, measured on what the attacks return."""
+"""The run itself: every attack at every radius on every model over every chunk of the photographs, one shard at a time.
+
+A shard that is finished is on the disk and is never computed again; one that is not leaves nothing. What it holds
+depends on the configuration, the photographs and the hardware, not on what was computed before it.
+"""
 
 from __future__ import annotations
 
-import json
-import platform
 import sys
-import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from orthattack.eval.attacks import ATTACKS, CallCounter, Runner, Settings
-from orthattack.eval.data import Batch, Photographs, Unreadable
-from orthattack.eval.metrics import DEFINITIONS, Rate, attack_success_rate, clean_accuracy, robust_accuracy
-from orthattack.eval.models import Classifier
-from orthattack.projection import alignment
-from orthattack.threat import perturbation_norm
+from orthattack.eval.checks import CLEAN_COLUMNS, TRANSFER, clean_suspicions, planned_probes, probes
+from orthattack.eval.classifier import Classifier
+from orthattack.eval.data import Photographs, check_data, load_photographs, read_names
+from orthattack.eval.decode import ahead
+from orthattack.eval.errors import EvaluationError
+from orthattack.eval.job import Job, Part
+from orthattack.eval.kinds import AttackKind, Conditions, drawing
+from orthattack.eval.manifest import describe_attacks, describe_model, new_session, now, to_go_on
+from orthattack.eval.models import check_name, load_classifier
+from orthattack.eval.store import RunFolder, Shard, shown_eps
+from orthattack.eval.suite import AttackSpec, Entry, Suite, evenly
 
-__all__ = ["Evaluation", "Example", "Result", "evaluate"]
+__all__ = ["GALLERY", "Source", "run_suite", "suite_source"]
 
-EXAMPLES = 8
-
-
-@dataclass
-class Result:
-    """One attack on one model: per image, in order, what was measured; all of it from the returned images.
-
-    Attributes:
-        model: name of the model.
-        attack: name of the attack.
-        names: the photographs.
-        labels: their classes.
-        clean: predictions on the clean images.
-        adversarial: predictions on the adversarial images, by the model in its own precision.
-        norm: norms of the perturbations in the evaluation's norm, computed in float64.
-        cosine: |cos(perturbation, image)|, computed in float64.
-        forward_calls: evaluations of the model, samples counted singly.
-        gradient_calls: differentiations, counted likewise.
-        seconds: the attack's own time.
-        errors: messages of batches the attack failed on; their images are in none of the above.
-        unscored: how many images those are.
-    """
-
-    model: str
-    attack: str
-    names: list[str] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    clean: list[int] = field(default_factory=list)
-    adversarial: list[int] = field(default_factory=list)
-    norm: list[float] = field(default_factory=list)
-    cosine: list[float] = field(default_factory=list)
-    forward_calls: int = 0
-    gradient_calls: int = 0
-    seconds: float = 0.0
-    errors: list[str] = field(default_factory=list)
-    unscored: int = 0
-
-    @property
-    def clean_accuracy(self) -> Rate:
-        return clean_accuracy(self._right(self.clean))
-
-    @property
-    def robust_accuracy(self) -> Rate:
-        return robust_accuracy(self._right(self.clean), self._right(self.adversarial))
-
-    @property
-    def success_rate(self) -> Rate:
-        return attack_success_rate(self._right(self.clean), self._right(self.adversarial))
-
-    def _right(self, predictions: list[int]) -> Tensor:
-        return torch.tensor(predictions) == torch.tensor(self.labels)
-
-    def summary(self) -> dict[str, Any]:
-        """The row of the table, as JSON."""
-        n = len(self.names)
-
-        def mean(values: list[float]) -> float | None:
-            return sum(values) / n if n else None
-
-        return {
-            "model": self.model,
-            "attack": self.attack,
-            "images": n,
-            "clean_accuracy": self.clean_accuracy.value,
-            "robust_accuracy": self.robust_accuracy.value,
-            "robust_accuracy_interval": self.robust_accuracy.interval(),
-            "attack_success_rate": self.success_rate.value,
-            "attack_success_interval": self.success_rate.interval(),
-            "mean_norm": mean(self.norm),
-            "max_norm": max(self.norm, default=None),
-            "mean_abs_cosine": mean(self.cosine),
-            "max_abs_cosine": max(self.cosine, default=None),
-            "forward_calls_per_image": self.forward_calls / n if n else None,
-            "gradient_calls_per_image": self.gradient_calls / n if n else None,
-            "seconds": self.seconds,
-            "unscored": self.unscored,
-            "errors": self.errors,
-        }
+GALLERY = 24
+"""How many photographs' adversarials are kept for the report."""
 
 
 @dataclass(frozen=True)
-class Example:
-    """A photograph before and after an attack, for the picture. Images (3, H, W)."""
+class Source:
+    """Where models and data come from, for suites that name them or for objects that are at hand.
 
-    model: str
-    attack: str
-    clean: Tensor
-    adversarial: Tensor
-    label: str
-    clean_prediction: str
-    adversarial_prediction: str
+    Attributes:
+        classifier: the model of a label.
+        photographs: the data as a model needs them.
+        kinds: the attacks by label.
+    """
+
+    classifier: Callable[[str], Classifier]
+    photographs: Callable[[Classifier], Photographs]
+    kinds: Mapping[str, AttackKind]
+
+
+def suite_source(
+    suite: Suite,
+    kinds: Mapping[str, AttackKind] | None = None,
+    classifiers: Mapping[str, Classifier] | None = None,
+    photographs: Photographs | None = None,
+) -> Source:
+    """Where a suite's models, data and attacks come from: by their names, but for those that are at hand."""
+    for spec in suite.models:  # before any model is loaded
+        if spec.label not in (classifiers or {}):
+            check_name(spec.name)
+    if photographs is None:
+        check_data(suite.data.source)
+    specs = {spec.label: spec for spec in suite.models}
+    last: dict[str, Classifier] = {}  # one at a time is kept, so that many models do not fill the memory
+
+    def classifier(label: str) -> Classifier:
+        if classifiers is not None and label in classifiers:
+            return classifiers[label]
+        if label not in last:
+            last.clear()
+            spec = specs[label]
+            last[label] = load_classifier(spec.name, spec.weights, spec.image_size)
+        return last[label]
+
+    def opened(model: Classifier) -> Photographs:
+        if photographs is not None:
+            return photographs
+        data = suite.data
+        found = load_photographs(data.source, model, _path(data.labels), _path(data.classes))
+        if data.subset is not None:
+            found = found.subset(read_names(Path(data.subset)))
+        return found.limited(data.limit)
+
+    return Source(classifier, opened, suite.kinds() if kinds is None else kinds)
+
+
+def _path(name: str | None) -> Path | None:
+    return None if name is None else Path(name)
+
+
+def run_suite(
+    suite: Suite,
+    source: Source,
+    folder: RunFolder,
+    *,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+    command: Sequence[str] = (),
+    say: Callable[[str], None] = lambda _: None,
+) -> bool:
+    """Do what of a suite is not done yet.
+
+    Args:
+        suite: what to run.
+        source: its models, data and attacks.
+        folder: where; a new or empty folder, or one in which the same suite was begun.
+        device: where to compute.
+        progress: show a bar on standard error.
+        command: how it was started, for the manifest.
+        say: is told what a person should know at once, a line at a time.
+
+    Returns:
+        True if everything is done; False if it was interrupted from the keyboard.
+
+    Raises:
+        EvaluationError: the folder belongs to another run, a model or the data cannot be had, or the disk is full.
+    """
+    with drawing(
+        0
+    ):  # making a model draws its initial weights: the caller's random numbers go on as if nothing had been
+        return _run_suite(suite, source, folder, torch.device(device), progress, command, say)
+
+
+def _run_suite(
+    suite: Suite,
+    source: Source,
+    folder: RunFolder,
+    device: torch.device,
+    progress: bool,
+    command: Sequence[str],
+    say: Callable[[str], None],
+) -> bool:
+    entries = suite.entries(source.kinds)
+    session = new_session(entries, device, command)
+    folder.create()
+    models = []
+    for spec in suite.models:  # all are tried before the first is attacked, but only one at a time is kept
+        classifier = source.classifier(spec.label)
+        models.append(describe_model(spec.label, classifier, source.photographs(classifier)))
+    manifest: dict[str, Any] = {
+        "orthattack": session["versions"]["orthattack"],
+        "status": "running",
+        "config": suite.config(),
+        "attacks": describe_attacks(entries, suite.baselines(source.kinds)),
+        "models": models,
+        "probes": planned_probes(suite, models) if suite.checks else [],
+        "warnings": [],
+        "sessions": [],
+    }
+    if folder.exists:
+        manifest = to_go_on(folder, manifest, session, say)
+    manifest["sessions"].append(session)
+    manifest["status"] = "running"
+    folder.write_manifest(manifest)
+    run = _Run(suite, source, folder, device, manifest, entries, say)
+    try:
+        run.everything(progress)
+        manifest["status"] = "complete"
+    except KeyboardInterrupt:
+        manifest["status"] = "interrupted"
+    except OSError as error:
+        manifest["status"] = "interrupted"
+        raise EvaluationError(
+            f"could not write to {folder.path} ({error.strerror or error}): what is finished is kept; mend it, and "
+            "start again with the same command to go on"
+        ) from error
+    finally:
+        session["finished"] = now()
+        with suppress(OSError):  # a full disk has been reported; the manifest of the session's start stands
+            folder.write_manifest(manifest)
+    return bool(manifest["status"] == "complete")
 
 
 @dataclass
-class Evaluation:
-    """All results of a run."""
+class _Run:
+    """What the parts of a run share."""
 
-    settings: Settings
-    data: str
-    models: list[dict[str, Any]] = field(default_factory=list)
-    results: list[Result] = field(default_factory=list)
-    examples: list[Example] = field(default_factory=list)
-    unreadable: dict[str, str] = field(default_factory=dict)
-    complete: bool = False
+    suite: Suite
+    source: Source
+    folder: RunFolder
+    device: torch.device
+    manifest: Mapping[str, Any]
+    entries: Sequence[Entry]
+    say: Callable[[str], None]
+    rates: dict[tuple[str, float | None], tuple[int, int]] = field(default_factory=dict)
 
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "orthattack": version("orthattack"),
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": sys.argv,
-            "complete": self.complete,
-            "settings": asdict(self.settings),
-            "data": self.data,
-            "unreadable": self.unreadable,
-            "definitions": DEFINITIONS,
-            "models": self.models,
-            "environment": {
-                "python": platform.python_version(),
-                "platform": platform.platform(),
-                **{name: version(name) for name in ("torch", "torchvision", "foolbox", "numpy")},
-            },
-            "results": [result.summary() for result in self.results],
+    def everything(self, progress: bool) -> None:
+        counts = {model["label"]: model["data"]["images"] for model in self.manifest["models"]}
+        total = sum(counts.values()) * len(self.entries)
+        often = 0.1 if sys.stderr.isatty() else 30.0  # a log file is no place for an animation
+        with tqdm(total=total, unit="img", disable=not progress, mininterval=often) as bar:
+            for label, count in counts.items():
+                self._model(label, count, bar)
+            if self.suite.checks:
+                bar.set_description("trust checks")
+                for label in counts:
+                    self._transfer(label)
+
+    def _job(self, label: str) -> Job:
+        classifier = self.source.classifier(label)
+        photographs = self.source.photographs(classifier)
+        return Job(label, classifier, photographs, self.device, self.folder, self.suite.batch_size, self.say)
+
+    def _model(self, label: str, count: int, bar: tqdm[Any]) -> None:
+        """All that is left to do on one model."""
+        size = self.suite.shard_size
+        chunks = [range(first, min(first + size, count)) for first in range(0, count, size)]
+        todo: dict[int, list[Entry]] = {}
+        for number, chunk in enumerate(chunks):
+            wanted = [
+                entry
+                for entry in self.entries
+                if not self.folder.is_done(Shard(label, entry.label, entry.eps, number), len(chunk))
+            ]
+            bar.update((len(self.entries) - len(wanted)) * len(chunk))
+            if wanted or not self.folder.is_done(Shard(label, "clean", None, number, "clean"), len(chunk)):
+                todo[number] = wanted
+        bar.initial = bar.n  # so that the time left is estimated from this session's speed
+        checks = self._probes_left(label, count)
+        if not todo and not checks:
+            return
+        bar.set_description(label)
+        self.rates.clear()
+        job = self._job(label)
+        runners = {
+            (entry.label, entry.eps): entry.kind.bind(job.counter, self._conditions(job, entry))
+            for entry in self.entries
         }
+        kept = {"gallery": evenly(GALLERY, count), "all": range(count), "none": ()}[self.suite.save_images]
+        decoded = ahead([chunks[number] for number in todo], job.load)
+        for (number, wanted), images in zip(todo.items(), decoded, strict=True):
+            part = Part(job, number, images, frozenset(kept))
+            part.look()
+            if number == 0:
+                self._doubt(job)
+            for entry in wanted:
+                robust = part.attack(entry, runners[entry.label, entry.eps], self.suite.attack_misclassified)
+                bar.update(len(chunks[number]))
+                bar.set_postfix_str(self._so_far(entry, *robust), refresh=False)
+        if checks:
+            bar.set_postfix_str("trust checks")
+            self._probe(job, checks)
 
+    def _doubt(self, job: Job) -> None:
+        """Say at once, after the first chunk, what looks like a mistake; the whole is judged by the trust checks."""
+        rows = self.folder.read_shard(Shard(job.label, "clean", None, 0, "clean"), CLEAN_COLUMNS)
+        for suspicion in clean_suspicions(rows, job.classifier.num_classes):
+            self.say(f"{job.label}: {suspicion}")
+        if job.judge.is_random:
+            self.say(f"{job.label} answers at random: each image is judged by {job.judge.evaluations} evaluations")
 
-def evaluate(
-    classifiers: Iterable[tuple[Classifier, Photographs]],
-    attacks: list[str],
-    settings: Settings,
-    *,
-    out: Path,
-    batch_size: int = 32,
-    device: torch.device | str = "cpu",
-    progress: bool = True,
-) -> Evaluation:
-    """Run every attack on every classifier and measure what it returns.
+    def _conditions(self, job: Job, entry: Entry) -> Conditions:
+        return Conditions(entry.norm, entry.eps, self.suite.steps, job.classifier.num_classes)
 
-    Args:
-        classifiers: models with their photographs.
-        attacks: keys of `ATTACKS`.
-        settings: eps, norm, steps and seed for all of them.
-        out: an existing folder. images.jsonl gets a line per image and attack as soon as it is measured, so a run
-            that is stopped loses nothing that was finished; results.json the settings, when a model's turn begins, and
-            the summary, at the end or when interrupted.
-        batch_size: images per batch.
-        device: where to run.
-        progress: show a progress bar on standard error.
+    def _so_far(self, entry: Entry, robust: int, scored: int) -> str:
+        """Robust accuracy of what this session has measured."""
+        before = self.rates.get((entry.label, entry.eps), (0, 0))
+        robust, scored = before[0] + robust, before[1] + scored
+        self.rates[entry.label, entry.eps] = robust, scored
+        share = f"{100 * robust / scored:.1f} %" if scored else "-"
+        return f"{entry.label} at {shown_eps(entry.eps, entry.norm)}: {share} robust"
 
-    Returns:
-        The results; `complete` is false if the run was interrupted from the keyboard.
-    """
-    evaluation = Evaluation(settings, "")
-    with (out / "images.jsonl").open("x", encoding="utf-8") as log:
-        try:
-            for classifier, photographs in classifiers:
-                evaluation.data = photographs.name
-                _evaluate_model(evaluation, classifier, photographs, attacks, out, log, batch_size, device, progress)
-            evaluation.complete = True
-        except KeyboardInterrupt:
-            pass
-    _write(evaluation, out)
-    return evaluation
+    def _probes_left(self, label: str, count: int) -> list[Entry]:
+        """The probes of the trust checks that are still to be run on a model."""
+        suite, images = self.suite, len(evenly(self.suite.check_images, count))
+        size = next(about["preprocessing"]["crop"] for about in self.manifest["models"] if about["label"] == label)
+        return [
+            Entry(
+                AttackSpec(name=probe.kind.name, label=probe.label), probe.kind, suite.norm, probe.eps, 0, probe.label
+            )
+            for probe in (probes(suite.norm, suite.eps, suite.steps, size) if suite.checks else ())
+            if not self.folder.is_done(Shard(label, probe.label, probe.eps, 0, "checks"), images)
+        ]
 
+    def _probed(self, job: Job) -> Part:
+        """The few photographs of the checks."""
+        positions = evenly(self.suite.check_images, len(job.photographs))
+        part = Part(job, 0, next(ahead([positions], job.load)), frozenset(), "checks")
+        part.look()
+        return part
 
-def _write(evaluation: Evaluation, out: Path) -> None:
-    temporary = out / "results.json.partial"
-    temporary.write_text(json.dumps(evaluation.as_json(), indent=2) + "\n", encoding="utf-8")
-    temporary.replace(out / "results.json")
+    def _probe(self, job: Job, checks: Sequence[Entry]) -> None:
+        part = self._probed(job)
+        for entry in checks:
+            # Kept, to try them on the other models.
+            part.keep = frozenset(part.positions if entry.label == "PGD" else ())
+            part.attack(entry, entry.kind.bind(job.counter, self._conditions(job, entry)), attack_misclassified=False)
 
-
-def _evaluate_model(
-    evaluation: Evaluation,
-    classifier: Classifier,
-    photographs: Photographs,
-    attacks: list[str],
-    out: Path,
-    log: TextIO,
-    batch_size: int,
-    device: torch.device | str,
-    progress: bool,
-) -> None:
-    model, preprocessing = classifier.model.to(device), classifier.preprocessing
-    counters = {name: CallCounter(model).eval() for name in attacks}
-    runners = {name: ATTACKS[name](counters[name], evaluation.settings) for name in attacks}
-    results = {name: Result(classifier.name, name) for name in attacks}
-    evaluation.results.extend(results.values())
-    evaluation.models.append(
-        {
-            "name": classifier.name,
-            "weights": classifier.source,
-            "classes": classifier.num_classes,
-            "preprocessing": {**asdict(preprocessing), "interpolation": preprocessing.interpolation.value},
-        }
-    )
-    _write(evaluation, out)  # so that a run that is killed tells what its images.jsonl was measured with
-    shown = "OrthoPGD" if "OrthoPGD" in attacks else attacks[-1]
-    examples = _Examples(classifier.name, shown, classifier.classes or photographs.classes)
-    total = len(photographs.items) * len(attacks)
-    often = 0.1 if sys.stderr.isatty() else 30.0  # a log file is no place for an animation
-    with tqdm(
-        total=total, desc=classifier.name, unit="img", disable=not progress, leave=False, mininterval=often
-    ) as bar:
-        try:
-            for batch in photographs.batches(batch_size, preprocessing):
-                if isinstance(batch, Unreadable):
-                    evaluation.unreadable[batch.name] = batch.reason
-                    bar.update(len(attacks))
-                    continue
-                images, labels = batch.images.to(device), batch.labels.to(device)
-                clean = _predict(model, images)
-                for name in attacks:
-                    result = results[name]
-                    adversarials = _attack(runners[name], images, labels, counters[name], result)
-                    if adversarials is not None:
-                        _measure(
-                            result, batch, images, adversarials, clean, _predict(model, adversarials), evaluation, log
-                        )
-                        if name == shown:
-                            examples.offer(batch, images, adversarials, result)
-                        accuracy = result.robust_accuracy.value or 0.0
-                        bar.set_postfix_str(f"{name}: robust accuracy {100 * accuracy:.1f} %", refresh=False)
-                    bar.update(len(labels))
-        finally:
-            evaluation.examples.extend(examples.chosen())
-
-
-def _predict(model: torch.nn.Module, images: Tensor) -> Tensor:
-    with torch.inference_mode():
-        predictions: Tensor = model(images).argmax(1).cpu()
-    return predictions
-
-
-def _attack(runner: Runner, images: Tensor, labels: Tensor, counter: CallCounter, result: Result) -> Tensor | None:
-    """The adversarial images, or None, with the reason in `result`, if the attack failed or returned something else."""
-    before = counter.forward_calls, counter.gradient_calls
-    start = _now(images)
-    try:
-        adversarials = runner(images, labels)
-        problem = _problem(adversarials, images)
-    except Exception as error:  # whatever a model or a foreign attack may raise: the other attacks go on
-        problem = f"{type(error).__name__}: {error}"
-    if problem is not None:
-        result.unscored += len(images)
-        if problem not in result.errors:
-            result.errors.append(problem)
-        return None
-    result.seconds += _now(images) - start
-    result.forward_calls += counter.forward_calls - before[0]
-    result.gradient_calls += counter.gradient_calls - before[1]
-    return adversarials
-
-
-def _now(images: Tensor) -> float:
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
-    return time.perf_counter()
-
-
-def _problem(adversarials: Tensor, images: Tensor) -> str | None:
-    if adversarials.shape != images.shape or adversarials.dtype != images.dtype:
-        return (
-            f"returned {tuple(adversarials.shape)} of {adversarials.dtype} for {tuple(images.shape)} of {images.dtype}"
-        )
-    if not bool(adversarials.isfinite().all()) or float(adversarials.min()) < 0 or float(adversarials.max()) > 1:
-        return "returned images outside [0, 1]"
-    return None
-
-
-def _measure(
-    result: Result,
-    batch: Batch,
-    images: Tensor,
-    adversarials: Tensor,
-    clean: Tensor,
-    predictions: Tensor,
-    evaluation: Evaluation,
-    log: TextIO,
-) -> None:
-    """Add a batch to `result` and, a line per image, to the log."""
-    delta = adversarials.double() - images.double()
-    columns = {
-        "name": batch.names,
-        "label": batch.labels.tolist(),
-        "clean_prediction": clean.tolist(),
-        "adversarial_prediction": predictions.tolist(),
-        "norm": perturbation_norm(delta, evaluation.settings.norm).tolist(),
-        "abs_cosine": alignment(delta, images.double()).abs().tolist(),
-    }
-    result.names += columns["name"]
-    result.labels += columns["label"]
-    result.clean += columns["clean_prediction"]
-    result.adversarial += columns["adversarial_prediction"]
-    result.norm += columns["norm"]
-    result.cosine += columns["abs_cosine"]
-    for values in zip(*columns.values(), strict=True):
-        row = {"model": result.model, "attack": result.attack, **dict(zip(columns, values, strict=True))}
-        log.write(json.dumps(row) + "\n")
-    log.flush()
-
-
-class _Examples:
-    """A few photographs of one attack: newly fooled ones first, of as many classes as there are."""
-
-    def __init__(self, model: str, attack: str, classes: tuple[str, ...] | None) -> None:
-        self._model, self._attack, self._classes = model, attack, classes
-        self._fooled: dict[int, Example] = {}  # one per class
-        self._more: list[Example] = []
-        self._others: list[Example] = []
-
-    def offer(self, batch: Batch, images: Tensor, adversarials: Tensor, result: Result) -> None:
-        first = len(result.names) - len(batch.names)
-        for k in range(len(batch.names)):
-            label, clean, adversarial = (v[first + k] for v in (result.labels, result.clean, result.adversarial))
-            names = (self._name(index) for index in (label, clean, adversarial))
-            is_fooled = clean == label and adversarial != label
-            if is_fooled and label not in self._fooled and len(self._fooled) < EXAMPLES:
-                self._fooled[label] = Example(self._model, self._attack, images[k].cpu(), adversarials[k].cpu(), *names)
-            elif len(group := self._more if is_fooled else self._others) < EXAMPLES:
-                group.append(Example(self._model, self._attack, images[k].cpu(), adversarials[k].cpu(), *names))
-
-    def chosen(self) -> list[Example]:
-        return [*self._fooled.values(), *self._more, *self._others][:EXAMPLES]
-
-    def _name(self, index: int) -> str:
-        return str(index) if self._classes is None else self._classes[index]
+    def _transfer(self, label: str) -> None:
+        """Try a model on the adversarials that the checks made for the others."""
+        count = next(model["data"]["images"] for model in self.manifest["models"] if model["label"] == label)
+        images = len(evenly(self.suite.check_images, count))
+        todo = [
+            probe
+            for probe in self.manifest["probes"]
+            if probe["model"] == label
+            and probe["label"].startswith(TRANSFER)
+            and not self.folder.is_done(Shard(label, probe["label"], probe["eps"], 0, "checks"), images)
+        ]
+        if not todo:
+            return
+        part = self._probed(self._job(label))
+        for probe in todo:
+            other = probe["label"].removeprefix(TRANSFER)
+            adversarials = dict(self.folder.images(other, "PGD", probe["eps"], kind="checks"))
+            part.transfer(probe["label"], probe["eps"], self.suite.norm, adversarials)

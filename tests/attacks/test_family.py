@@ -257,8 +257,30 @@ def test_a_sweep_over_eps_is_monotone_and_feasible(name, norm):
     assert (results[0].success | ~results[2].success).all()
     assert (results[2].success | ~results[1].success).all()
     assert (results[0].forward_calls[results[2].success] == 0).all()  # nothing that has fallen is attacked again
-    with pytest.raises(ValueError, match=r"eps must be one or more different radii; got \[\]"):
+    with pytest.raises(ValueError, match=r"eps must be a list of one or more different radii; got \[\]"):
         make(name, model, norm).sweep(images, labels, [])
+
+
+def test_a_sweep_takes_its_radii_as_a_tensor_too():
+    model, (images, labels) = small_model(), drawn()
+    swept = make("PGD", model).sweep(images, labels, torch.tensor([0.1, 0.05]))
+    listed = make("PGD", model).sweep(images, labels, torch.tensor([0.1, 0.05]).tolist())
+    for one, other in zip(swept, listed, strict=True):
+        assert torch.equal(one.adversarials, other.adversarials)
+    with pytest.raises(ValueError, match=r"eps must be a list of one or more different radii; got 0\.1"):
+        make("PGD", model).sweep(images, labels, 0.1)
+
+
+def test_a_model_that_writes_into_its_input_is_refused():
+    """Without a gradient nothing else would notice, and the adversarials would be what the model has made of them."""
+    model, (images, labels) = small_model(), drawn()
+
+    def centred(x):
+        return model(x.sub_(0.5))
+
+    for name in ("Square", "OrthoSquare", "AutoAttack"):
+        with pytest.raises(ValueError, match="the model changes its input in place"):
+            make(name, centred)(images, labels)
 
 
 @settings(max_examples=15)

@@ -3,9 +3,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import torchvision
@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from orthattack.eval import cli
-from orthattack.eval.attacks import ATTACKS
+from orthattack.eval.results import WORST, Run
 
 
 def orthattack(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -22,13 +22,13 @@ def orthattack(*arguments: object, cwd: Path | None = None) -> subprocess.Comple
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line that a refused command prints."""
-    assert cli.main(["eval", *map(str, arguments)]) == 2
+    """The line that a refused command prints."""
+    assert cli.main([*map(str, arguments)]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    line = captured.err.strip().splitlines()[-1]
-    assert line.startswith("orthattack: ")
     assert "Traceback" not in captured.err
+    line = captured.err.strip()
+    assert line.startswith("orthattack: ")
     return line.removeprefix("orthattack: ")
 
 
@@ -36,26 +36,32 @@ def test_with_no_arguments_it_attacks_the_bundled_models_offline(tmp_path):
     done = orthattack("eval", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "runs").iterdir()
-    assert {path.name for path in run.iterdir()} == {
-        "results.json",
-        "images.jsonl",
-        "examples-cifar10-standard.png",
-        "examples-cifar10-robust.png",
-    }
-    assert done.stdout.rstrip().endswith(f"results and pictures: runs/{run.name}")
-    results = json.loads((run / "results.json").read_text())
-    rows = {(row["model"], row["attack"]): row for row in results["results"]}
-    assert len(rows) == 12
-    assert results["settings"] == {"norm": "linf", "eps": 8 / 255, "steps": 10, "seed": 0}
-    assert rows["cifar10-standard", "OrthoPGD"]["robust_accuracy"] <= 0.1
-    assert rows["cifar10-robust", "OrthoPGD"]["robust_accuracy"] >= 0.2
-    for (_, attack), row in rows.items():
-        assert row["images"] == 20
-        if "Ortho" in attack:
+    expected = {"manifest.json", "checks.json", "results.json", "results.csv", "results.md", "report.html"}
+    assert {path.name for path in run.iterdir() if path.is_file()} == expected
+    assert done.stdout.rstrip().endswith(f"report: runs/{run.name}/report.html")
+    table = Run.open(run).table().set_index(["model", "attack"])
+    assert len(table) == 2 * 7
+    assert table.loc[("cifar10-standard", "OrthoPGD"), "robust_accuracy"] <= 0.1
+    assert table.loc[("cifar10-robust", "OrthoPGD"), "robust_accuracy"] >= 0.2
+    assert (table["scored"] == 20).all()
+    for (_, attack), row in table.iterrows():
+        if attack.startswith("Ortho"):
             assert row["max_abs_cosine"] <= 1e-6
+        elif attack != WORST:
+            assert row["max_abs_cosine"] > 1e-3
+    checks = json.loads((run / "checks.json").read_text())
+    assert len(checks) == 2 * 12
+    assert [check for check in checks if check["status"] == "warned"] == []
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["status"] == "complete"
+    assert manifest["config"]["eps"] == [8 / 255]
+    assert manifest["sessions"][0]["command"][1:] == ["eval"]
+    again = orthattack("report", run)
+    assert again.returncode == 0
+    assert again.stdout.replace(str(run), f"runs/{run.name}") == done.stdout
 
 
-def test_a_folder_with_labels_and_a_weights_file(tmp_path):
+def test_a_folder_with_labels_and_a_weights_file_and_the_same_command_again(tmp_path):
     torch.manual_seed(0)
     save_file(torchvision.models.resnet18(num_classes=6).state_dict(), tmp_path / "w.safetensors")
     data = tmp_path / "data"
@@ -64,99 +70,126 @@ def test_a_folder_with_labels_and_a_weights_file(tmp_path):
         Image.effect_noise((90, 70), 60 + 10 * k).convert("RGB").save(data / f"{k}.jpg")
     (data / "4.jpg").write_bytes((data / "4.jpg").read_bytes()[:300])
     (tmp_path / "labels.csv").write_text("file,wnid,label\n" + "".join(f"{k}.jpg,x,{k}\n" for k in range(5)))
-    done = orthattack(
+    (tmp_path / "names.txt").write_text("3.jpg\n4.jpg\n0.jpg\n1.jpg\n")
+    command = [
         *("eval", "--model", "resnet18", "--weights", tmp_path / "w.safetensors", "--data", data, "--image-size", 64),
-        *("--labels", tmp_path / "labels.csv", "--attacks", "orthopgd", "FOOLBOX-PGD", "--eps", "2/255"),
-        *("--steps", 2, "--batch-size", 3, "--device", "cpu", "--seed", 1, "--out", tmp_path / "run"),
-    )
+        *("--labels", tmp_path / "labels.csv", "--subset", tmp_path / "names.txt", "--eps", "1/255", "2/255"),
+        *("--attacks", "orthopgd", "foolbox:LinfPGD,steps=3", "OrthoPGD,enforce=gradient", "--attack-misclassified"),
+        *("--steps", 2, "--batch-size", 3, "--device", "cpu", "--seed", 1, "--out", tmp_path / "run", "--no-checks"),
+    ]
+    done = orthattack(*command)
     assert done.returncode == 0, done.stderr
-    assert "1 photograph was left out, unreadable:\n  4.jpg (" in done.stdout
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert list(results["unreadable"]) == ["4.jpg"]
-    assert [(row["attack"], row["images"]) for row in results["results"]] == [("OrthoPGD", 4), ("Foolbox-PGD", 4)]
-    assert results["settings"] == {"norm": "linf", "eps": 2 / 255, "steps": 2, "seed": 1}
-    assert results["models"][0]["preprocessing"]["crop"] == 64
+    assert "left out of resnet18 by every attack: 1 x unreadable: " in done.stdout
+    run = Run.open(tmp_path / "run")
+    rows = run.rows("resnet18", "orthopgd", 2 / 255)
+    assert rows["name"].tolist() == ["3.jpg", "4.jpg", "0.jpg", "1.jpg"]
+    assert rows["status"].tolist()[1] == "unreadable"
+    config = run.manifest["config"]
+    assert (config["steps"], config["seeds"], config["eps"]) == (2, [1], [1 / 255, 2 / 255])
+    assert run.attacks["foolbox:LinfPGD,steps=3"]["parameters"] == {"steps": 3}
+    assert run.rows("resnet18", "foolbox:LinfPGD,steps=3", 2 / 255)["gradient_calls"].max() == 3
+    assert run.models["resnet18"]["preprocessing"]["crop"] == 64
+    again = orthattack(*command)
+    assert again.returncode == 0
+    assert again.stdout == done.stdout
+    assert len(Run.open(tmp_path / "run").manifest["sessions"]) == 2
+    other = orthattack(*command, "--steps", 3)
+    assert other.returncode == 2
+    assert "steps: 2 there, 3 now" in other.stderr
 
 
 def test_l2(tmp_path):
-    arguments = [
-        "--model",
-        "cifar10-robust",
-        "--norm",
-        "l2",
-        "--limit",
-        "4",
-        "--steps",
-        "3",
-        "--out",
-        str(tmp_path / "r"),
-    ]
-    assert cli.main(["eval", *arguments]) == 0
-    results = json.loads((tmp_path / "r" / "results.json").read_text())
-    assert results["settings"]["eps"] == 0.5
-    for row in results["results"]:
-        assert row["images"] == 4
-        assert row["max_norm"] <= 0.5 * (1 + 1e-5)
+    arguments = ["--model", "cifar10-robust", "--norm", "l2", "--limit", "4", "--steps", "3", "--no-checks"]
+    attacks = ["PGD", "OrthoPGD", "foolbox:L2PGD"]
+    assert cli.main(["eval", *arguments, "--attacks", *attacks, "--out", str(tmp_path / "r")]) == 0
+    table = Run.open(tmp_path / "r").table()
+    assert table["eps"].unique().tolist() == [0.5]
+    assert (table["scored"] == 4).all()
+    assert (table["max_norm"].dropna() <= 0.5 * (1 + 1e-5)).all()
 
 
-def test_a_killed_run_says_what_it_was_and_keeps_its_lines(tmp_path):
-    out = tmp_path / "run"
-    command = [sys.executable, "-m", "orthattack", "eval", "--steps", "2000", "--batch-size", "2", "--out", str(out)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
-        while not ((out / "images.jsonl").exists() and (out / "images.jsonl").stat().st_size > 0):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        process.kill()
-    results = json.loads((out / "results.json").read_text())
-    assert results["complete"] is False
-    assert results["settings"]["steps"] == 2000
-    line = json.loads((out / "images.jsonl").read_text().splitlines()[0])
-    assert (line["model"], line["attack"]) == ("cifar10-standard", "FGSM")
+def test_a_suite_file_names_its_folder(tmp_path):
+    (tmp_path / "small.toml").write_text(
+        'models = ["cifar10-robust"]\nattacks = ["FGSM", {name = "foolbox:L2PGD", norm = "l2", eps = [0.5]}]\n'
+        'checks = false\nsteps = 2\n[data]\nsource = "cifar10-samples"\nlimit = 3\n'
+    )
+    done = orthattack("eval", "small.toml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "small"
+    assert {"report.html", "report-l2.html", "results.csv", "results-l2.csv"} <= {path.name for path in run.iterdir()}
+    assert "1 attack, norm linf, eps 8/255" in done.stdout
+    assert "1 attack, norm l2, eps 0.5" in done.stdout
+    assert pd.read_csv(run / "results-l2.csv")["attack"].tolist() == ["foolbox:L2PGD", WORST]
+    assert 'href="report-l2.html"' in (run / "report.html").read_text()
+    assert 'href="report.html"' in (run / "report-l2.html").read_text()
+
+
+def test_two_runs_are_compared(tmp_path, capsys):
+    for name, steps in (("a", "1"), ("b", "5")):
+        arguments = ["--model", "cifar10-robust", "--attacks", "PGD", "--steps", steps, "--limit", "6", "--no-checks"]
+        assert cli.main(["eval", *arguments, "--out", str(tmp_path / name)]) == 0
+    capsys.readouterr()
+    assert cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    shown = capsys.readouterr().out
+    assert "PGD" in shown
+    assert "steps" in shown  # what differs in configuration
+    assert "is not the folder of a run" in refused(capsys, "compare", tmp_path / "a", tmp_path)
 
 
 def test_weights_that_cannot_be_used_at_that_size(capsys, tmp_path):
     save_file(torchvision.models.vit_b_16(num_classes=3, image_size=224).state_dict(), tmp_path / "w.safetensors")
-    arguments = ["--model", "vit_b_16", "--weights", tmp_path / "w.safetensors", "--image-size", 32, "--data", tmp_path]
-    assert "vit_b_16 does not take images of 32x32 (Wrong image height" in refused(capsys, *arguments)
+    (tmp_path / "data").mkdir()
+    arguments = ["--model", "vit_b_16", "--weights", tmp_path / "w.safetensors", "--image-size", 32]
+    message = refused(capsys, "eval", *arguments, "--data", tmp_path / "data", "--out", tmp_path / "r")
+    assert "vit_b_16 does not take images of 32x32 (Wrong image height" in message
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "resnet"], "unknown model 'resnet'; did you mean"),
-        (["--attacks", "CW"], "unknown attack 'CW'; there are FGSM, OrthoFGSM, PGD"),
+        (["--model", "resnet"], "--model resnet needs --data"),
+        (["--model", "resnet", "--data", "."], "unknown model 'resnet'; did you mean"),
+        (["--attacks", "CW"], "unknown attack 'CW'; "),
+        (["--attacks", "PGD,steps"], "--attacks PGD,steps: options are key=value, such as PGD,steps=50; got 'steps'"),
+        (["--attacks", "PGD", "PGD"], "two attacks are called 'PGD'"),
         (["--model", "resnet50"], "--model resnet50 needs --data: a folder of class folders, or imagenet-samples"),
-        (["--eps", "8"], "--eps is in units of [0, 1] pixels; got 8: did you mean 8/255?"),
+        (["--eps", "8"], "eps is in units of [0, 1] pixels; got 8: did you mean 8/255?"),
         (["--weights", "w.pt"], "--weights goes with one --model, the architecture of the weights"),
         (["--data", "nowhere"], "data folder nowhere does not exist; it must be a folder or"),
+        (["--model", "resnet50", "--data", "nowhere"], "data folder nowhere does not exist"),
         (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
         (["--device", "toaster"], "--device toaster cannot be used here"),
         (["--model", "resnet18", "--weights", "none.pt", "--data", "."], "weights file none.pt does not exist"),
         (["--data", "imagenet-samples"], "has 10 classes, 0 to 9: is this the right model for imagenet-samples?"),
+        (["none.toml"], "could not read the suite none.toml (No such file or directory)"),
+        (["none.toml", "--steps", "3"], "--steps goes into the suite: beside none.toml only --out and --device"),
     ],
 )
-def test_what_cannot_work_is_refused_in_one_line(capsys, arguments, message):
-    assert message in refused(capsys, *arguments)
+def test_what_cannot_work_is_refused_in_one_line(capsys, tmp_path, arguments, message):
+    line = refused(capsys, "eval", *arguments, "--out", tmp_path / "r")
+    assert message in line
+    assert "\n" not in line
 
 
 def test_nothing_is_overwritten(capsys, tmp_path):
     (tmp_path / "results.json").write_text("precious")
-    assert "exists and is not an empty folder; choose another" in refused(capsys, "--out", tmp_path)
+    assert "is not empty and not the folder of a run" in refused(capsys, "eval", "--out", tmp_path)
     assert (tmp_path / "results.json").read_text() == "precious"
 
 
 def test_a_folder_that_cannot_be_made(capsys, tmp_path):
     (tmp_path / "file").touch()
-    assert "could not make the results folder" in refused(capsys, "--out", tmp_path / "file" / "run", "--limit", 1)
+    assert "could not make the run folder" in refused(capsys, "eval", "--out", tmp_path / "file" / "r", "--limit", 1)
 
 
 def test_photographs_none_of_which_can_be_read(capsys, tmp_path):
     for k in range(10):
         (tmp_path / "data" / str(k)).mkdir(parents=True)
         (tmp_path / "data" / str(k) / "x.png").touch()
-    message = refused(capsys, "--data", tmp_path / "data", "--out", tmp_path / "run")
-    assert message.startswith("none of the photographs could be read, the first, 0/x.png, because of")
+    assert cli.main(["eval", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]) == 1
+    captured = capsys.readouterr()
+    assert "orthattack: no attack returned anything that could be scored" in captured.err
+    assert "left out of cifar10-robust by every attack: 10 x unreadable" in captured.out
 
 
 @pytest.mark.parametrize("eps", ["four", "1/0", "-1/255", "nan", "1e999999999", "1/2/3"])
@@ -167,13 +200,25 @@ def test_eps_is_a_fraction(capsys, eps):
     assert "--eps: must be" in capsys.readouterr().err
 
 
-def test_help_lists_every_attack(capsys):
-    assert tuple(ATTACKS) == cli._ATTACK_NAMES
-    with pytest.raises(SystemExit):
-        cli.main(["eval", "--help"])
-    text = "".join(capsys.readouterr().out.split())  # a name may be wrapped at its hyphen
-    for name in ATTACKS:
-        assert name in text
+def test_models_and_attacks_are_listed(capsys):
+    assert cli.main(["models", "net18"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("resnet18") and "IMAGENET1K_V1" in line and "224" in line for line in lines)
+    assert cli.main(["attacks"]) == 0
+    listed = capsys.readouterr().out
+    for name in ("OrthoPGD", "MinimumNorm", "foolbox:LinfPGD", "foolbox:L2CarliniWagnerAttack"):
+        assert f"\n{name} " in listed
+    assert "random_start=True" in listed
+    assert cli.main(["attacks", "nothing of the kind"]) == 2
+    assert "nothing has 'nothing of the kind' in its name" in capsys.readouterr().err
+
+
+def test_every_command_says_what_it_does(capsys):
+    for command in ("eval", "report", "compare", "models", "attacks"):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([command, "--help"])
+        assert stopped.value.code == 0
+        assert f"usage: orthattack {command}" in capsys.readouterr().out
 
 
 def test_version(capsys):

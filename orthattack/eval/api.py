@@ -1,0 +1,138 @@
+"""The evaluation from Python: `evaluate` with names or with objects that are at hand, and suites read from files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from orthattack.eval.baselines import user_attack
+from orthattack.eval.checks import assess
+from orthattack.eval.data import Photographs
+from orthattack.eval.errors import EvaluationError
+from orthattack.eval.models import Classifier
+from orthattack.eval.report import write_report
+from orthattack.eval.results import Run
+from orthattack.eval.run import run_suite, suite_source
+from orthattack.eval.store import RunFolder
+from orthattack.eval.suite import make_suite
+
+__all__ = ["evaluate", "reported", "run_folder"]
+
+
+def evaluate(
+    models: str | Sequence[str | Mapping[str, Any] | Classifier] | Mapping[str, Classifier],
+    data: str | Mapping[str, Any] | Photographs,
+    attacks: Sequence[str | Mapping[str, Any]]
+    | Mapping[str, str | Mapping[str, Any] | Callable[..., Any]]
+    | None = None,
+    *,
+    out: Path | str | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+    report: bool = True,
+    **options: Any,
+) -> Run:
+    """Run attacks on models and measure what they return: `orthattack eval` as a function.
+
+    Args:
+        models: names (see `load_classifier`), tables as in a suite (``{"name": "resnet18", "weights": "my.pt"}``), or
+            `Classifier` objects; a mapping gives them labels.
+        data: a source by name, a table as in a suite, or `Photographs`.
+        attacks: names, tables as in a suite (``{"name": "PGD", "steps": 50}``), or, in a mapping from labels, also
+            functions: ``attack(model)(images, labels)`` returns adversarial images. What a function draws at random is
+            seeded for each batch.
+        out: the run's folder; the same call goes on with what is in it. By default a new one under ``runs/``.
+        device: where to compute.
+        progress: show a bar on standard error.
+        report: write the report at the end.
+        **options: `eps` (a radius or several, in pixel units), `norm`, `steps`, `seeds`, `batch_size`, `shard_size`,
+            `save_images`, `attack_misclassified`, `checks`, `check_images`: see `orthattack.eval.suite.Suite`.
+
+    Returns:
+        The run, complete or, if it was interrupted from the keyboard, not.
+
+    Raises:
+        EvaluationError: something to put right; the message says what.
+    """
+    classifiers: dict[str, Classifier] = {}
+    listed: list[Any] = []
+    labelled = models.items() if isinstance(models, Mapping) else [(None, m) for m in _sequence(models)]
+    for label, model in labelled:
+        if isinstance(model, Classifier):
+            name = label or model.name
+            classifiers[name] = model
+            listed.append({"name": model.name, "label": name})
+        elif isinstance(model, nn.Module):
+            raise EvaluationError(
+                "a model at hand must be an orthattack.eval.models.Classifier, which says what its input is: "
+                "Classifier(name, model, Preprocessing(resize=256, crop=224), None, num_classes=1000, source='mine')"
+            )
+        else:
+            listed.append(_labelled(label, model))
+    functions: dict[str, Callable[..., Any]] = {}
+    wanted: list[Any] = []
+    for label, attack in attacks.items() if isinstance(attacks, Mapping) else [(None, a) for a in attacks or ()]:
+        if callable(attack):
+            assert label is not None
+            functions[label] = attack
+            wanted.append(
+                {"name": f"function:{getattr(attack, '__qualname__', type(attack).__name__)}", "label": label}
+            )
+        else:
+            wanted.append(_labelled(label, attack))
+    content: dict[str, Any] = {"models": listed, "data": data, **options}
+    if isinstance(data, Photographs):
+        content["data"] = {"source": data.name}
+    if attacks is not None:
+        content["attacks"] = wanted
+    suite = make_suite(content, "evaluate")
+    kinds = {
+        spec.label: user_attack(spec.name, functions[spec.label], spec.parameters)
+        if spec.label in functions
+        else spec.kind()
+        for spec in suite.attacks
+    }
+    source = suite_source(suite, kinds, classifiers, data if isinstance(data, Photographs) else None)
+    folder = run_folder(None if out is None else Path(out))
+    run_suite(suite, source, folder, device=device, progress=progress, command=sys.argv)
+    return reported(folder) if report else Run.open(folder.path)
+
+
+def reported(folder: RunFolder) -> Run:
+    """Judge the trust checks of a run, finished or not, and write its report."""
+    manifest = folder.manifest()
+    checks = [asdict(check) for check in assess(folder, manifest)] if manifest["config"]["checks"] else []
+    folder.write_text("checks.json", json.dumps(checks, indent=1) + "\n")
+    run = Run.open(folder.path)
+    write_report(run)
+    return run
+
+
+def run_folder(out: Path | None, name: str | None = None) -> RunFolder:
+    """The folder of a run: the one asked for, the one of a suite's name, or a new one that says when."""
+    if out is not None:
+        return RunFolder(out)
+    if name is not None:
+        return RunFolder(Path("runs") / name)
+    path = Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    while path.exists():  # another run has started in the same second
+        path = path.with_name(path.name + "-2")
+    return RunFolder(path)
+
+
+def _sequence(models: Any) -> Sequence[Any]:
+    return [models] if isinstance(models, str | Classifier | nn.Module) else list(models)
+
+
+def _labelled(label: str | None, value: Any) -> Any:
+    if label is None:
+        return value
+    return {"name": value, "label": label} if isinstance(value, str) else {**value, "label": label}

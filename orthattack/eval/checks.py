@@ -1,0 +1,339 @@
+"""Trust checks: whether a robustness evaluation shows the signs of one that went wrong.
+
+After Carlini et al. 2019 (arXiv:1902.06705), "On Evaluating Adversarial Robustness", and Pintor et al. 2022
+(arXiv:2106.09947), "Indicators of Attack Failure". Some read what the run measured anyway; for the others a few short
+attacks run on a few images of each model (`probes`). A check passes or warns, with its figures; it never changes a
+result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+
+from orthattack.eval.attacks import attack_kind
+from orthattack.eval.kinds import AttackKind
+from orthattack.eval.metrics import Rate
+from orthattack.eval.store import RunFolder, shown_eps
+from orthattack.eval.suite import Suite
+from orthattack.eval.suspicion import CleanStatistics, suspicions
+from orthattack.projection import alignment
+from orthattack.threat import Norm, perturbation_norm
+
+__all__ = ["CLEAN_COLUMNS", "TRANSFER", "Check", "Probe", "assess", "clean_suspicions", "planned_probes", "probes"]
+
+TRANSFER = "transfer from "
+"""What the label of a probe begins with that tries another model's adversarials; the other's label follows."""
+
+QUERIES = 200
+"""Evaluations per image of the query-based probe."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A short attack of the checks."""
+
+    label: str
+    kind: AttackKind
+    eps: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check of one model.
+
+    Attributes:
+        model: its label.
+        check: what was checked.
+        status: passed, warned, or not run.
+        figures: what was found.
+        why: what it means, if it warns, or why it was not run.
+    """
+
+    model: str
+    check: str
+    status: Literal["passed", "warned", "not run"]
+    figures: str
+    why: str = ""
+
+
+def probes(norm: Norm, eps: Sequence[float], steps: int, size: int) -> list[Probe]:
+    """The attacks of the checks, at the middle one of the radii.
+
+    Args:
+        norm: of the run.
+        eps: its radii.
+        steps: its steps.
+        size: pixels of the model's square input, for a radius that leaves nothing as it was.
+    """
+    radius = sorted(eps)[len(eps) // 2]
+    everything = {"linf": 0.5, "l2": 0.5 * (3 * size * size) ** 0.5, "l1": 0.5 * 3 * size * size}[norm]
+
+    def pgd(**options: Any) -> AttackKind:
+        return attack_kind("PGD", {"steps": steps, "early_stop": True, **options})
+
+    found = [
+        Probe("one step", attack_kind("FGSM"), radius),
+        Probe("PGD", pgd(), radius),
+        Probe("PGD, 4 times the steps", pgd(steps=4 * steps), radius),
+        Probe("PGD, 3 restarts", pgd(restarts=3), radius),
+        Probe("PGD, twice the radius", pgd(), 2 * radius),
+        Probe("PGD, any image", pgd(), everything),
+        Probe("queries only", attack_kind("Square", {"queries": QUERIES, "early_stop": True}), radius),
+    ]
+    return [probe for probe in found if radius > 0]
+
+
+def planned_probes(suite: Suite, models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every probe of every model, for the manifest: model, label and eps."""
+    found: list[dict[str, Any]] = []
+    for model in models:
+        planned = probes(suite.norm, suite.eps, suite.steps, model["preprocessing"]["crop"])
+        found += [{"model": model["label"], "label": probe.label, "eps": probe.eps} for probe in planned]
+        others = [other["label"] for other in models if other is not model and _comparable(model, other)]
+        eps = next((probe.eps for probe in planned if probe.label == "PGD"), None)
+        if eps is not None:
+            found += [{"model": model["label"], "label": f"{TRANSFER}{other}", "eps": eps} for other in others]
+    return found
+
+
+def _comparable(model: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether one model's images and classes are the other's."""
+    mine, theirs = ((about["num_classes"], about["data"], about["preprocessing"]["crop"]) for about in (model, other))
+    return mine == theirs
+
+
+CLEAN_COLUMNS = ["status", "wrong_share", "logit_min", "logit_max", "logit_sum", "image_min", "image_max"]
+
+
+def clean_suspicions(rows: pd.DataFrame, num_classes: int) -> list[str]:
+    """What looks wrong with a model on clean photographs, from `CLEAN_COLUMNS` of their rows; see `suspicions`."""
+    rows = rows[rows["status"] == "ok"]
+    if rows.empty:
+        return []
+    ends = {name: (float(rows[name].min()), float(rows[name].max())) for name in CLEAN_COLUMNS[2:]}
+    right = Rate(int((rows["wrong_share"] <= 0.5).sum()), len(rows))
+    logits, images = (ends["logit_min"][0], ends["logit_max"][1]), (ends["image_min"][0], ends["image_max"][1])
+    return suspicions(CleanStatistics(right, num_classes, logits, ends["logit_sum"], images))
+
+
+def assess(folder: RunFolder, manifest: Mapping[str, Any]) -> list[Check]:
+    """Every check of every model, from what is stored."""
+    found: list[Check] = []
+    for model in manifest["models"]:
+        found += _Model(folder, manifest, model).checks()
+    return found
+
+
+class _Model:
+    """One model's rows, as the checks need them."""
+
+    def __init__(self, folder: RunFolder, manifest: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+        self.folder, self.manifest, self.label = folder, manifest, str(model["label"])
+        self.classes = int(model["num_classes"])
+        config = manifest["config"]
+        self.norm: Norm = config["norm"]
+        self.radius = sorted(config["eps"])[len(config["eps"]) // 2]
+        self.at = f"at eps {shown_eps(self.radius, self.norm)}"
+
+    def checks(self) -> list[Check]:
+        return [
+            self._clean(),
+            self._gradients(),
+            self._never_helps("more steps never help the defender", "PGD", "PGD, 4 times the steps"),
+            self._never_helps("more restarts never help the defender", "PGD", "PGD, 3 restarts"),
+            self._never_helps("a larger radius never helps the defender", "PGD", "PGD, twice the radius"),
+            self._any_image(),
+            self._never_helps("iterating is no weaker than a single step", "one step", "PGD"),
+            self._no_stronger("queries are no stronger than gradients", "queries only"),
+            self._transfer(),
+            self._larger_eps(),
+            self._rounding(),
+            self._saved(),
+        ]
+
+    def _check(self, name: str, passed: bool, figures: str, why: str) -> Check:
+        return Check(self.label, name, "passed" if passed else "warned", figures, "" if passed else why)
+
+    def _not_run(self, name: str, why: str) -> Check:
+        return Check(self.label, name, "not run", "", why)
+
+    def _clean(self) -> Check:
+        name = "model, data and preprocessing belong together"
+        rows = self.folder.read("clean", self.label, columns=CLEAN_COLUMNS)
+        rows = rows[rows["status"] == "ok"]
+        if rows.empty:
+            return self._not_run(name, "no image could be scored")
+        right, n = int((rows["wrong_share"] <= 0.5).sum()), len(rows)
+        found, numbers = clean_suspicions(rows, self.classes), rows[CLEAN_COLUMNS[2:]]
+        low, high = numbers.min(), numbers.max()
+        return self._check(
+            name,
+            not found,
+            f"{100 * right / n:.1f} % of {n} right, logits from {low['logit_min']:.3g} to {high['logit_max']:.3g}, "
+            f"pixels from {low['image_min']:.3g} to {high['image_max']:.3g}",
+            "; ".join(found),
+        )
+
+    def _gradients(self) -> Check:
+        name = "gradients are not zero, NaN or missing"
+        rows = self.folder.read("clean", self.label, columns=["status", "gradient_norm", "evaluations"])
+        rows = rows[rows["status"] == "ok"]
+        if rows.empty:
+            return self._not_run(name, "no image could be scored")
+        if (rows["evaluations"] > 1).all():
+            return self._not_run(name, "the model answers at random, so one gradient says little: use eot_samples")
+        usable = rows["gradient_norm"].notna() & (rows["gradient_norm"] > 0)
+        bad = int((~usable.fillna(False)).sum())
+        return self._check(
+            name, bad == 0, f"{bad} of {len(rows)} images without a usable gradient",
+            "a masked or saturated gradient hides adversarials from gradient attacks; trust the query-based ones",
+        )  # fmt: skip
+
+    def _probe(self, label: str) -> pd.DataFrame:
+        """What a probe did: fooled or not, by position; empty if it was not run."""
+        for entry in self.manifest.get("probes", []):
+            if (entry["model"], entry["label"]) == (self.label, label):
+                return self._read("checks", label, entry["eps"])
+        return pd.DataFrame({"success": pd.Series(dtype=bool)})
+
+    def _read(self, kind: Literal["shards", "checks"], label: str, eps: float | None) -> pd.DataFrame:
+        columns = ["position", "status", "success"]
+        rows = self.folder.read(kind, self.label, label, eps, columns)
+        return rows[rows["status"] == "ok"].set_index("position")["success"].astype(bool).to_frame()
+
+    def _never_helps(self, name: str, weaker: str, stronger: str) -> Check:
+        weak, strong = self._probe(weaker), self._probe(stronger)
+        both = _both(weak, strong, "weak", "strong")
+        if both.empty:
+            return self._not_run(name, "no probe could be scored")
+        before, after, n = int((~both["success_weak"]).sum()), int((~both["success_strong"]).sum()), len(both)
+        return self._check(
+            name, after <= before + _slack(n), f"{before} of {n} robust, then {after}, {self.at}",
+            "the attack does not use what it is given: its loss or gradient is broken, or its steps are too large",
+        )  # fmt: skip
+
+    def _no_stronger(self, name: str, other: str) -> Check:
+        gradient, rival = self._probe("PGD, 4 times the steps"), self._probe(other)
+        both = _both(gradient, rival, "gradient", "other")
+        if both.empty:
+            return self._not_run(name, "no probe could be scored")
+        alone = int((both["success_other"] & ~both["success_gradient"]).sum())
+        return self._check(
+            name, alone <= _slack(len(both)),
+            f"{alone} of {len(both)} fooled by it alone, {self.at}",
+            "the gradients are masked: gradient attacks overestimate this model's robustness",
+        )  # fmt: skip
+
+    def _any_image(self) -> Check:
+        name = "a radius that allows any image leaves nothing robust"
+        rows = self._probe("PGD, any image")
+        if rows.empty:
+            return self._not_run(name, "no probe could be scored")
+        robust = int((~rows["success"]).sum())
+        return self._check(
+            name, robust <= _slack(len(rows)), f"{robust} of {len(rows)} robust",
+            "an attack that may turn an image into any other must succeed: the gradient is masked or the loss broken",
+        )  # fmt: skip
+
+    def _transfer(self) -> Check:
+        name = "transfer is no stronger than gradients"
+        rivals = [
+            entry["label"]
+            for entry in self.manifest.get("probes", [])
+            if entry["model"] == self.label and entry["label"].startswith(TRANSFER)
+        ]
+        if not rivals:
+            return self._not_run(name, "it needs a second model with the same classes and input size")
+        worst = [self._no_stronger(name, rival) for rival in rivals]
+        return next((check for check in worst if check.status == "warned"), worst[0])
+
+    def _larger_eps(self) -> Check:
+        """Of every attack of the run with several radii: a larger one never leaves more robust."""
+        found: list[tuple[int, str, list[int], int]] = []
+        for attack in self.manifest["attacks"]:
+            radii = sorted(eps for eps in attack["eps"] if eps is not None)
+            if len(radii) < 2:
+                continue
+            rows = [self._read("shards", attack["label"], eps) for eps in radii]
+            counts = [int((~frame["success"]).sum()) for frame in rows]
+            n = min(map(len, rows))
+            if n == 0:
+                continue
+            rises = [b - a for a, b in pairwise(counts)]
+            found.append((max(rises), attack["label"], counts, n))
+        if not found:
+            return self._not_run("robust accuracy falls as eps grows", "it needs several radii")
+        rise, label, counts, n = max(found)
+        return self._check(
+            "robust accuracy falls as eps grows",
+            rise <= _slack(n),
+            f"of {len(found)} attacks, {label} is the least regular: {', '.join(map(str, counts))} robust of {n}",
+            "a larger ball contains the smaller one, so the attack fails to use it",
+        )
+
+    def _rounding(self) -> Check:
+        name = "success survives rounding to 8 bits"
+        kept: dict[tuple[str, float], list[int]] = {}
+        for attack in self.manifest["attacks"]:
+            for eps in attack["eps"]:
+                if eps is None:  # the smallest perturbation that fools is one that rounding undoes, by construction
+                    continue
+                rows = self.folder.read("shards", self.label, attack["label"], eps, ["rounded_success"]).dropna()
+                both = kept.setdefault((attack["norm"], eps), [0, 0])
+                both[0] += int(rows["rounded_success"].sum())
+                both[1] += len(rows)
+        shares = {key: (a, b) for key, (a, b) in kept.items() if b > 0}
+        if not shares:
+            return self._not_run(name, "no attack with a radius succeeded")
+        figures = ", ".join(f"{100 * a / b:.1f} % at {shown_eps(eps, norm)}" for (norm, eps), (a, b) in shares.items())
+        return self._check(
+            name,
+            all(a >= 0.9 * b for a, b in shares.values()),
+            figures,
+            "an 8-bit file cannot hold these adversarials; what it holds fools less often",
+        )
+
+    def _saved(self) -> Check:
+        """Budget and |cos| of the stored images, from nothing but the files, and after rounding to 8 bits."""
+        clean = dict(self.folder.images(self.label, "clean", None))
+        if not clean:
+            return self._not_run("saved images keep budget and orthogonality", "no images were saved")
+        count, worst, cosine, rounded = 0, 0.0, 0.0, 0.0
+        for attack in self.manifest["attacks"]:
+            for eps in attack["eps"]:
+                for position, image in self.folder.images(self.label, attack["label"], eps):
+                    x, adversarial = clean[position].double()[None], image.double()[None]
+                    delta = adversarial - x
+                    count += 1
+                    if eps:
+                        worst = max(worst, float(perturbation_norm(delta, attack["norm"])) / eps)
+                    if attack["orthogonal"]:
+                        cosine = max(cosine, float(_largest(delta, x, attack)))
+                        rounded = max(rounded, float(_largest((adversarial * 255).round() / 255 - x, x, attack)))
+        return self._check(
+            "saved images keep budget and orthogonality",
+            worst <= 1 + 1e-4 and cosine <= 1e-6,
+            f"{count} images: norm at most {worst:.7g} eps, |cos| at most {cosine:.1e} where promised, "
+            f"{rounded:.1e} after rounding to 8 bits",
+            "what was saved is not what the attack promised",
+        )
+
+
+def _largest(delta: torch.Tensor, images: torch.Tensor, attack: Mapping[str, Any]) -> torch.Tensor:
+    return alignment(delta, images, attack["parameters"].get("scope", "image")).abs().max()
+
+
+def _both(first: pd.DataFrame, second: pd.DataFrame, one: str, other: str) -> pd.DataFrame:
+    """The images that two attacks both scored."""
+    return first.merge(second, left_index=True, right_index=True, suffixes=(f"_{one}", f"_{other}"))
+
+
+def _slack(n: int) -> int:
+    """How many of n images may go the wrong way without meaning anything: one, or 5 %."""
+    return max(1, n // 20)

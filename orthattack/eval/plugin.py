@@ -1,0 +1,65 @@
+"""A person's own code: ``package.module:function``, found and called."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from orthattack.eval.errors import EvaluationError, first_line
+
+__all__ = ["call", "find", "is_plugin"]
+
+
+def is_plugin(name: str) -> bool:
+    """Whether `name` has the form ``package.module:function``.
+
+    >>> is_plugin("mine.models:build"), is_plugin("resnet50"), is_plugin("C:/photos")
+    (True, False, False)
+    """
+    return re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name) is not None
+
+
+def find(name: str) -> Callable[..., object]:
+    """The function.
+
+    The module is looked for on ``sys.path`` and then in the current directory, which stays on the path, since the
+    code may import its neighbours later.
+
+    Raises:
+        EvaluationError: no such module or function, or an error in the module.
+    """
+    module_name, _, function_name = name.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+    importlib.invalidate_caches()
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
+            raise EvaluationError(
+                f"{name}: there is no module {error.name} on sys.path or in the current directory {here}"
+            ) from error
+        raise EvaluationError(f"{name}: importing {module_name} failed ({first_line(error)})") from error
+    except Exception as error:  # of whatever the module does when imported
+        raise EvaluationError(
+            f"{name}: importing {module_name} failed ({type(error).__name__}: {first_line(error)})"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        what = "no function" if function is None else f"a {type(function).__name__}, not a function, called"
+        raise EvaluationError(f"{name}: {getattr(module, '__file__', module_name)} has {what} {function_name}")
+    found: Callable[..., object] = function
+    return found
+
+
+def call(name: str) -> object:
+    """What the function returns without arguments; EvaluationError if it cannot be found or fails."""
+    function = find(name)
+    try:
+        return function()
+    except Exception as error:  # of whatever the function does
+        raise EvaluationError(f"{name}() failed ({type(error).__name__}: {first_line(error)})") from error

@@ -1,0 +1,124 @@
+"""From a file's bytes to a model's input: decoding that distrusts files, then resize and crop as the weights say."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as transforms
+
+from orthattack.eval.errors import first_line
+
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "MAX_PIXELS", "DecodeError", "Preprocessing", "decode"]
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+MAX_PIXELS = 89_478_485
+"""Pillow's own limit, a quarter of a gigabyte at three bytes a pixel; above it Pillow warns, we refuse."""
+
+
+class DecodeError(ValueError):
+    """A photograph that cannot become a model's input; the message says why."""
+
+
+def decode(data: bytes) -> Image.Image:
+    """The decoded first frame of an image file's bytes, in its own mode.
+
+    Nothing is allocated for the pixels before the size in the header has been checked.
+
+    Raises:
+        DecodeError: not an image, damaged, or of more than `MAX_PIXELS` pixels.
+    """
+    if not data:
+        raise DecodeError("the file is empty")
+    try:
+        image = Image.open(io.BytesIO(data))
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise Image.DecompressionBombError(f"{width}x{height}")
+        image.load()
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DecodeError(
+            f"larger than {MAX_PIXELS / 1e6:.0f} million pixels: too large to decode safely ({first_line(error)})"
+        ) from error
+    except UnidentifiedImageError as error:  # its own message has the address of a buffer
+        raise DecodeError("not an image of a known format") from error
+    except Exception as error:  # decoders raise whatever they like
+        raise DecodeError(f"damaged ({type(error).__name__}: {first_line(error)})") from error
+    return image
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From a photograph to the model's input in [0, 1]; the normalisation stays inside the model.
+
+    Attributes:
+        resize: pixels of the shorter side before the crop; of both sides if `aspect` is "squash".
+        crop: pixels of the model's square input. A photograph of that size already is used as it is.
+        interpolation: how the weights were trained to be resized.
+        mean: normalisation, one number per channel, in units of [0, 1] pixels.
+        std: the same.
+        aspect: "keep" the photograph's proportions, or "squash" it to a square.
+    """
+
+    resize: int
+    crop: int
+    interpolation: InterpolationMode = InterpolationMode.BILINEAR
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    aspect: Literal["keep", "squash"] = "keep"
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """(3, crop, crop), float32, in [0, 1].
+
+        16-bit grey is scaled, transparency dropped, and other colours converted to RGB by Pillow. The orientation in
+        EXIF data is ignored, as by torchvision's loaders, with which the published accuracies were measured.
+
+        Raises:
+            DecodeError: pixels without a known range, or sides so different that the resized photograph is too large.
+        """
+        image = _rgb(image)
+        if image.size != (self.crop, self.crop):
+            shape = [self.resize] * (2 if self.aspect == "squash" else 1)
+            if len(shape) == 1 and self.resize**2 * max(image.size) / min(image.size) > MAX_PIXELS:
+                raise DecodeError(
+                    f"{image.width}x{image.height} pixels: its sides differ too much to make the shorter {self.resize}"
+                )
+            image = transforms.resize(image, shape, interpolation=self.interpolation, antialias=True)
+            image = transforms.center_crop(image, [self.crop, self.crop])
+        pixels: Tensor = transforms.convert_image_dtype(transforms.pil_to_tensor(image), torch.float32)
+        return pixels
+
+    def at_size(self, size: int) -> Preprocessing:
+        """The same for an input of `size` pixels, with the crop's share of the photograph kept."""
+        return replace(self, resize=max(size, round(size * self.resize / self.crop)), crop=size)
+
+    def describe(self) -> dict[str, Any]:
+        """All of it, as JSON."""
+        return {
+            "resize": self.resize,
+            "crop": self.crop,
+            "aspect": self.aspect,
+            "interpolation": self.interpolation.value,
+            "antialias": True,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "exif_orientation": "ignored",
+            "already_of_input_size": "used as it is",
+        }
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """16-bit grey is scaled to 8 bits, where Pillow would clip it; wider pixels have no known range."""
+    if image.mode.startswith("I;16"):
+        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    if image.mode in ("I", "F"):
+        raise DecodeError(f"pixels of mode {image.mode} have no known range; save the photograph with 8 bits a channel")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # as Pillow asks for, with a warning, where a palette is transparent
+    return image.convert("RGB")

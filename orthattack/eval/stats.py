@@ -1,0 +1,103 @@
+"""Statistics of stored outcomes: an attack beside its baseline on the same images, and beside the best known."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+
+__all__ = ["Paired", "optimality"]
+
+RESAMPLES = 9_999
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two attacks, or two runs, on the same images; an image is robust if it is right on the clean and adversarial one.
+
+    Attributes:
+        n: images that both scored.
+        both: robust under both.
+        first_only: robust under the first and not under the second.
+        second_only: robust under the second and not under the first.
+    """
+
+    n: int
+    both: int
+    first_only: int
+    second_only: int
+
+    @classmethod
+    def of(cls, first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Paired:
+        """Count two columns of robust or not, (N,), of the same images in the same order."""
+        if first.shape != second.shape:
+            raise ValueError(f"two columns of the same images are of one length; found {first.shape}, {second.shape}")
+        counts = (first & second).sum(), (first & ~second).sum(), (~first & second).sum()
+        return cls(len(first), *map(int, counts))
+
+    @property
+    def difference(self) -> float | None:
+        """Robust accuracy under the first less under the second; below 0 the first is stronger. None of no images."""
+        return (self.first_only - self.second_only) / self.n if self.n else None
+
+    def interval(self, seed: int = 0) -> tuple[float, float] | None:
+        """Paired bootstrap, 95 %, percentiles of 9,999 resamples.
+
+        Drawing n images with replacement draws the counts of the 2 × 2 table from a multinomial, and the difference
+        depends on the counts alone: so the counts are drawn. As with any bootstrap, what did not occur is not drawn:
+        where the two agree on every image the interval is a point; `first_only` and `second_only` tell.
+        """
+        return _bootstrap(self.n, self.first_only, self.second_only, seed)
+
+    @property
+    def p(self) -> float | None:
+        """McNemar's test (1947, doi:10.1007/BF02295996), exact: the binomial test on the images they differ on.
+
+        1 where they differ on none; None of no images.
+        """
+        if self.n == 0:
+            return None
+        differ = self.first_only + self.second_only
+        return float(binomtest(self.first_only, differ).pvalue) if differ else 1.0
+
+
+@functools.lru_cache(maxsize=4096)  # many pairs of a run have the same counts
+def _bootstrap(n: int, first_only: int, second_only: int, seed: int) -> tuple[float, float] | None:
+    if n == 0:
+        return None
+    shares = np.array([first_only, second_only, n - first_only - second_only]) / n
+    counts = np.random.default_rng(seed).multinomial(n, shares, size=RESAMPLES)
+    low, high = np.quantile((counts[:, 0] - counts[:, 1]) / n, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def optimality(distances: NDArray[Any], best: NDArray[Any]) -> float | None:
+    """How close an attack that minimises the norm comes to the best that is known (Cinà et al. 2024, arXiv:2404.19460).
+
+    With A the area under robust accuracy against ε, up to the ε₀ at which the best reaches its floor:
+
+        (ρ ε₀ − A) / (ρ ε₀ − A_best),    ρ: clean accuracy, ρ ε₀: the area of an attack that fools nothing
+
+    It is 1 where the attack is the best on every image and 0 where it fools nothing below ε₀. The curve is a step
+    function, so its area is the mean of min(distance, ε₀), exactly; AttackBench takes the trapezoids between the steps.
+
+    Args:
+        distances: (N,), norm of the adversarial perturbation; 0 where the clean image is wrong, inf where not fooled.
+        best: (N,), the smallest distance over all attacks, these distances among them.
+
+    Returns:
+        In [0, 1]; None where no image is fooled, or all at the same distance: nothing is left to be better at.
+    """
+    finite = best[np.isfinite(best)]
+    reach = float(finite.max(initial=0.0))
+    if reach == 0:
+        return None
+    nothing = float((best > 0).mean()) * reach
+    gain = nothing - float(np.minimum(best, reach).mean())
+    if gain <= 1e-12 * reach:
+        return None
+    return (nothing - float(np.minimum(distances, reach).mean())) / gain

@@ -1,0 +1,394 @@
+"""What a run consists of: models, data, attacks, radii. Read from a TOML file or made of the command line's flags."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from orthattack.eval.attacks import DEFAULT_ATTACKS, attack_kind
+from orthattack.eval.errors import EvaluationError
+from orthattack.eval.kinds import AttackKind
+from orthattack.eval.models import BUNDLED
+from orthattack.threat import Norm
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = [
+    "AttackSpec",
+    "DataSpec",
+    "Entry",
+    "ModelSpec",
+    "Suite",
+    "differences",
+    "make_suite",
+    "parse_fraction",
+    "read_suite",
+]
+
+
+def parse_fraction(value: object) -> object:
+    """A number from "4/255"; anything else as it is."""
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*([0-9.eE+-]+)\s*/\s*([0-9.eE+-]+)\s*", value)):
+        try:
+            return float(match[1]) / float(match[2])
+        except (ValueError, ZeroDivisionError):
+            return value
+    return value
+
+
+def _radius(value: float) -> float:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError("must be a finite radius >= 0, such as 4/255")
+    return value
+
+
+Radius = Annotated[float, BeforeValidator(parse_fraction), AfterValidator(_radius)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+Whole = Annotated[int, Field(strict=True, gt=-(2**63), lt=2**63)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSpec(_Strict):
+    """A classifier.
+
+    Attributes:
+        name: torchvision's name, ``timm:NAME``, a bundled model, or ``package.module:function``.
+        label: what the results call it; unique.
+        weights: a file, or the name of torchvision weights; by default the architecture's own.
+        image_size: pixels of its square input, where it differs from the weights' own.
+    """
+
+    name: str
+    label: str
+    weights: str | None = None
+    image_size: Count | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_label(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"name": value}
+        if isinstance(value, dict) and "label" not in value and "name" in value:
+            value = {**value, "label": value["name"]}
+        return value
+
+
+class DataSpec(_Strict):
+    """Photographs.
+
+    Attributes:
+        source: a folder of class folders, Parquet files, imagenet-samples, cifar10-samples, ``torchvision:NAME``, or
+            ``package.module:function``.
+        labels: CSV file with columns file and label.
+        classes: CSV file that maps folders to class indices.
+        subset: file with a name per line: only these photographs, in that order.
+        limit: only so many, evenly spaced.
+    """
+
+    source: str
+    labels: str | None = None
+    classes: str | None = None
+    subset: str | None = None
+    limit: Count | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_source(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+
+class AttackSpec(BaseModel):
+    """An attack: a name, and its options beside it.
+
+    Attributes:
+        name: see `orthattack.eval.attacks.attack_kind`.
+        label: what the results call it; unique.
+        norm: another norm than the suite's, with radii of its own.
+        eps: those radii.
+        baselines: labels of the attacks to compare it with; by default those of its family.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+    label: str
+    norm: Norm | None = None
+    eps: tuple[Radius, ...] | None = None
+    baselines: tuple[str, ...] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_label(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"name": value}
+        if isinstance(value, dict) and "label" not in value and "name" in value:
+            value = {**value, "label": value["name"]}
+        if isinstance(value, dict) and isinstance(value.get("eps"), str | int | float):
+            value = {**value, "eps": [value["eps"]]}
+        return value
+
+    @model_validator(mode="after")
+    def _own_radii(self) -> AttackSpec:
+        if self.norm is not None and self.eps is None:
+            raise ValueError("an attack with its own norm needs its own eps, for radii differ from norm to norm")
+        return self
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The options, fractions as numbers."""
+        return {key: parse_fraction(value) for key, value in (self.model_extra or {}).items()}
+
+    def kind(self) -> AttackKind:
+        """The attack; EvaluationError if there is none."""
+        return attack_kind(self.name, self.parameters)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the results: an attack at a radius, with the seed of its random numbers."""
+
+    attack: AttackSpec
+    kind: AttackKind
+    norm: Norm
+    eps: float | None
+    seed: int
+    label: str
+
+
+class Suite(_Strict):
+    """A whole benchmark: every attack at every radius on every model.
+
+    Attributes:
+        models: what to attack.
+        data: on what.
+        attacks: by what; `DEFAULT_ATTACKS` if not said.
+        norm: of the perturbations.
+        eps: radii in units of [0, 1] pixels.
+        steps: of the iterative attacks, where they do not say themselves.
+        seeds: of the random numbers; with several, each attack is run once with each.
+        batch_size: images at a time.
+        shard_size: images per file of results, the unit of work that a stop may lose.
+        save_images: which adversarial images to keep: a few for the report's gallery, all, or none.
+        attack_misclassified: attack also what the model gets wrong to begin with. No rate changes, for it is not robust
+            either way; without it, such images are recorded and left alone.
+        checks: run the trust checks, a few short attacks on `check_images` images of each model.
+        check_images: how many.
+    """
+
+    models: tuple[ModelSpec, ...] = Field(min_length=1)
+    data: DataSpec
+    attacks: tuple[AttackSpec, ...] = Field(
+        default_factory=lambda: tuple(AttackSpec.model_validate(name) for name in DEFAULT_ATTACKS), min_length=1
+    )
+    norm: Norm = "linf"
+    eps: tuple[Radius, ...] = Field(min_length=1)
+    steps: Count = 10
+    seeds: tuple[Whole, ...] = Field(default=(0,), min_length=1)
+    batch_size: Count = 32
+    shard_size: Count = 128
+    save_images: Literal["gallery", "all", "none"] = "gallery"
+    attack_misclassified: bool = False
+    checks: bool = True
+    check_images: Count = 32
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        value = dict(value)
+        if "seed" in value and "seeds" not in value:
+            value["seeds"] = [value.pop("seed")]
+        for key in ("eps", "models", "attacks"):
+            if isinstance(value.get(key), str | int | float):
+                value[key] = [value[key]]
+        if "eps" not in value:
+            bundled = all(_name(model) in BUNDLED for model in value.get("models", ()))
+            value["eps"] = {"linf": [8 / 255 if bundled else 4 / 255], "l2": [0.5], "l1": [12.0]}.get(
+                value.get("norm", "linf"), []
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Suite:
+        for what, labels in (
+            ("model", [model.label for model in self.models]),
+            ("attack", [attack.label for attack in self.attacks]),
+        ):
+            twice = sorted({label for label in labels if labels.count(label) > 1})
+            if twice:
+                raise ValueError(f"two {what}s are called {twice[0]!r}: give one of them another label")
+            if "clean" in labels and what == "attack":
+                raise ValueError('an attack cannot be called "clean", the name of the images as they are')
+        for values, name in ((self.eps, "eps"), (self.seeds, "seeds")):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} has a value twice")
+        largest = max(self.eps)
+        if self.norm == "linf" and largest > 1:
+            raise ValueError(f"eps is in units of [0, 1] pixels; got {largest:g}: did you mean {largest:g}/255?")
+        known = {attack.label for attack in self.attacks}
+        for attack in self.attacks:
+            for label in attack.baselines or ():
+                if label not in known or label == attack.label:
+                    raise ValueError(f"{attack.label} has a baseline {label!r}, which is not another attack here")
+        return self
+
+    def kinds(self) -> dict[str, AttackKind]:
+        """The attacks by label; EvaluationError if there is no such attack."""
+        return {attack.label: attack.kind() for attack in self.attacks}
+
+    def entries(self, kinds: Mapping[str, AttackKind] | None = None) -> list[Entry]:
+        """Every attack at every radius, in order; EvaluationError if an attack cannot be made."""
+        kinds = self.kinds() if kinds is None else kinds
+        found: list[Entry] = []
+        for attack in self.attacks:
+            kind, norm = kinds[attack.label], attack.norm or self.norm
+            kind.check(norm, self.steps)
+            for seed in self.seeds:
+                label = attack.label if len(self.seeds) == 1 else f"{attack.label} (seed {seed})"
+                radii = (None,) if kind.minimal else attack.eps or self.eps
+                found += [Entry(attack, kind, norm, eps, seed, label) for eps in radii]
+        return found
+
+    def baselines(self, kinds: Mapping[str, AttackKind] | None = None) -> dict[str, list[str]]:
+        """For each attack's label, those it is compared with: as said, or, of its family, first the same without the
+        orthogonality, then other libraries'. Only ours have any."""
+        kinds = self.kinds() if kinds is None else kinds
+        chosen: dict[str, list[str]] = {}
+        for attack in self.attacks:
+            kind, norm = kinds[attack.label], attack.norm or self.norm
+            if attack.baselines is not None:
+                chosen[attack.label] = list(attack.baselines)
+                continue
+            chosen[attack.label] = []
+            if kind.source != "orthattack":
+                continue
+            for other in self.attacks:
+                theirs = kinds[other.label]
+                plain = theirs.source != "orthattack" or (
+                    kind.name.startswith("Ortho") and not theirs.name.startswith("Ortho")
+                )
+                if other is not attack and theirs.family == kind.family and (other.norm or self.norm) == norm and plain:
+                    chosen[attack.label].append(other.label)
+        return chosen
+
+    def config(self) -> dict[str, Any]:
+        """All of it as JSON: what two runs must share to be the same run."""
+        config: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
+        return config
+
+
+def _name(model: Any) -> Any:
+    return model.get("name") if isinstance(model, dict) else getattr(model, "name", model)
+
+
+def read_suite(path: Path) -> Suite:
+    """Read a suite from a TOML file; paths in it are relative to the file.
+
+    Raises:
+        EvaluationError: no TOML, an unknown key (the message names the nearest), or a value that does not fit.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise EvaluationError(f"could not read the suite {path} ({error.strerror or error})") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise EvaluationError(f"{path} is not TOML ({error})") from error
+    return make_suite(_anchor(content, path.parent), str(path))
+
+
+def make_suite(content: Mapping[str, Any], origin: str) -> Suite:
+    """Validate a suite; EvaluationError, in one line that says where and what, if it does not fit."""
+    try:
+        return Suite.model_validate(dict(content))
+    except ValidationError as error:
+        # A key that nobody knows first: what seems to be missing may only be misspelt.
+        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+        where = "".join(f"[{part + 1}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+        where = where or "suite"
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            word, known = str(first["loc"][-1]), _known_keys(first["loc"])
+            close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+            message = (
+                f"unknown key; did you mean {close[0]}?" if close else f"unknown key; there are {', '.join(known)}"
+            )
+        elif first["type"] not in ("value_error", "missing"):
+            message = f"{message}; got {first['input']!r}"
+        raise EvaluationError(f"{origin}: {where}: {message}") from error
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    models: dict[str, type[BaseModel]] = {"models": ModelSpec, "data": DataSpec, "attacks": AttackSpec}
+    model = models.get(str(location[0]), Suite) if len(location) > 1 else Suite
+    return list(model.model_fields)
+
+
+def _anchor(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Relative paths made relative to `folder`, where they are meant as paths."""
+
+    def moved(table: Any, *keys: str) -> Any:
+        if not isinstance(table, dict):
+            return table
+        return {
+            key: str(folder / value) if key in keys and isinstance(value, str) and _is_path(folder, value) else value
+            for key, value in table.items()
+        }
+
+    content = dict(content)
+    data = content.get("data")
+    content["data"] = moved(
+        {"source": data} if isinstance(data, str) else data, "source", "labels", "classes", "subset"
+    )
+    if isinstance(content.get("models"), list):
+        content["models"] = [moved(model, "weights") for model in content["models"]]
+    return content
+
+
+def _is_path(folder: Path, value: str) -> bool:
+    """Whether a value is meant as a path, not as a name: what exists is, and what has a slash or a file's ending."""
+    try:
+        exists = (folder / value).exists()
+    except OSError:
+        return False
+    return exists or (":" not in value and ("/" in value or bool(Path(value).suffix)))
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What differs between two configurations, a line each."""
+    old, new = dict(_flat(before)), dict(_flat(after))
+    return [
+        f"{key}: {old.get(key, 'not set')} there, {new.get(key, 'not set')} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flat(item, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+        for number, item in enumerate(value, 1):
+            yield from _flat(item, f"{prefix}[{number}]")
+    else:
+        yield prefix, list(value) if isinstance(value, tuple) else value
+
+
+def evenly(count: int, among: int) -> list[int]:
+    """At most `count` positions, evenly spaced, of `among`."""
+    return [k * among // count for k in range(count)] if count < among else list(range(among))

@@ -1,0 +1,164 @@
+"""What every attack promises, kept on a trained model: each attack against each promise."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import orthattack
+from orthattack import AttackResult, DetectorEvasion, MinimumNorm, OrthoAPGD, alignment
+from orthattack.eval.data import load_photographs
+from orthattack.eval.models import load_classifier
+from tests.attacks.test_family import FAMILY, Alone, sizes
+
+RADII = {"linf": 8 / 255, "l2": 1.5, "l1": 40.0}
+SETTINGS: dict[str, dict[str, Any]] = {
+    **FAMILY,
+    **{name: {"queries": 60} for name in ("Square", "OrthoSquare")},
+    "DetectorEvasion": {"steps": 10, "scope": "image"},
+    "MinimumNorm": {},
+}
+COUNT = 5
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+names = pytest.mark.parametrize("name", SETTINGS)
+norms = pytest.mark.parametrize("norm", RADII)
+
+
+@functools.cache
+def trained() -> tuple[nn.Module, Tensor, Tensor]:
+    """A standard model and photographs that it classifies correctly."""
+    classifier = load_classifier("cifar10-standard")
+    batch = next(iter(load_photographs("cifar10-samples", classifier).batches(COUNT, classifier.preprocessing)))
+    return classifier.model, batch.images, batch.labels
+
+
+def roughness(images: Tensor) -> Tensor:
+    """A detector's score: how unlike the neighbours' mean the pixels are."""
+    smooth = functional.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
+    return (images - smooth).square().mean((1, 2, 3))
+
+
+THRESHOLD = 1.0  # no image is that rough: that evasion evades is tested on a trained detector, in test_detector.py
+
+
+def make(name: str, model: nn.Module, norm: str = "linf") -> Any:
+    options = {"norm": norm, "eps": RADII[norm], **SETTINGS[name]}
+    if name == "MinimumNorm":
+        inner = OrthoAPGD(model, norm=norm, eps=RADII[norm] / 4, steps=5, generator=torch.Generator().manual_seed(0))
+        return MinimumNorm(inner, max_eps=RADII[norm], trials=4)
+    if name == "DetectorEvasion":
+        return DetectorEvasion(model, roughness, THRESHOLD, **options)
+    if name not in ("FGSM", "OrthoFGSM"):  # which draw nothing
+        options["generator"] = torch.Generator().manual_seed(0)
+    return getattr(orthattack, name)(model, **options)
+
+
+@functools.cache
+def outcome(name: str, norm: str) -> AttackResult:
+    model, images, labels = trained()
+    return make(name, model, norm).run(images, labels)
+
+
+def assert_feasible(name: str, norm: str, images: Tensor, found: Tensor, cosine: float = 1e-6) -> None:
+    """In float64, from the tensors themselves."""
+    assert found.isfinite().all()
+    assert found.min() >= 0
+    assert found.max() <= 1
+    delta = found.double() - images.double()
+    assert (sizes(delta, norm) <= RADII[norm] * (1 + 1e-6)).all()
+    if name.startswith("Ortho") or name in ("DetectorEvasion", "MinimumNorm"):
+        assert alignment(delta, images.double()).abs().max() <= cosine
+
+
+@norms
+@names
+def test_it_fools_the_model_and_says_so(name, norm):
+    model, images, labels = trained()
+    result = outcome(name, norm)
+    with torch.no_grad():
+        assert (model(images).argmax(1) == labels).all()
+        assert torch.equal(result.success, model(result.adversarials).argmax(1) != labels)
+    # Sixty squares, or one step or few of a hundredth of the pixels each, fool some.
+    few = "Square" in name or norm == "l1" or name.endswith("FGSM")
+    assert int(result.success.sum()) >= (1 if few else COUNT - 1)
+
+
+@norms
+@names
+def test_it_stays_inside_the_threat_model(name, norm):
+    _, images, _ = trained()
+    result = outcome(name, norm)
+    assert_feasible(name, norm, images, result.adversarials)
+    torch.testing.assert_close(result.norm, sizes(result.adversarials.double() - images.double(), norm))
+
+
+@names
+def test_the_same_seed_gives_the_same_bits(name):
+    model, images, labels = trained()
+    again = make(name, model).run(images, labels)
+    for field, value in vars(outcome(name, "linf")).items():
+        assert torch.equal(value, getattr(again, field)), field
+
+
+@names
+def test_a_sample_with_a_seed_does_not_depend_on_its_batch(name):
+    model, images, labels = trained()
+    attack = make(name, Alone(model))
+    together = attack.run(images[:2], labels[:2], seeds=[5, 6])
+    alone = attack.run(images[1:2], labels[1:2], seeds=[6])
+    for field, value in vars(alone).items():
+        assert torch.equal(value[0], getattr(together, field)[1]), field
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("dtype", "cosine"), [(torch.float64, 1e-12), (torch.bfloat16, 5e-2)])
+@names
+def test_other_dtypes_and_devices(name, dtype, cosine, device):
+    model, images, labels = trained()
+    model = copy.deepcopy(model).to(device, dtype)
+    images, labels = images.to(device, dtype), labels.to(device)
+    result = make(name, model).run(images, labels)
+    found = result.adversarials
+    assert (found.dtype, found.device) == (dtype, images.device)
+    assert_feasible(name, "linf", images, found, cosine)
+    assert {value.device for value in vars(result).values()} == {images.device}
+    with torch.no_grad():
+        assert torch.equal(result.success, model(found).argmax(1) != labels)
+    assert int(result.success.sum()) >= 1
+
+
+@names
+def test_bad_input_is_explained_and_leaves_the_model_alone(name):
+    model, images, labels = trained()
+    model = copy.deepcopy(model).train()
+    for k, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(k % 2 == 0)
+    flags = [p.requires_grad for p in model.parameters()]
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    attack = make(name, model)
+    nowhere = images.clone()
+    nowhere[2, 0, 0, 0] = math.nan
+    for x, y, message in [
+        (images * 4 - 2, labels, r"images must lie in bounds \(0, 1\); found min .* they look normalised"),
+        (images * 255, labels, "they look 8-bit"),
+        (nowhere, labels, r"images must be finite; found NaN or infinity \(sample 2\)"),
+        ((images * 255).byte(), labels, "images must be floating point; got torch.uint8"),
+        (images[0], labels[:1], r"images must have shape \(N, C, H, W\); got \(3, 32, 32\)"),
+        (images, labels[:2], r"labels must have shape \(5,\), one per image; got \(2,\)"),
+        (images, labels.float(), "labels must be integers; got torch.float32"),
+        (images, labels + 10, r"labels must lie in \[0, 9\], the model has 10 classes; found 1\d \(sample 0\)"),
+        (images.numpy(), labels, "images and labels must be tensors; got ndarray and Tensor"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            attack(x, y)
+    assert model.training
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())

@@ -1,0 +1,78 @@
+"""The evaluation as a function: names or objects, the same run either way."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+
+from orthattack import OrthoPGD
+from orthattack.eval import Run, evaluate
+from orthattack.eval.data import load_photographs
+from orthattack.eval.errors import EvaluationError
+from orthattack.eval.models import load_classifier
+from orthattack.eval.results import WORST
+
+FEW = {"source": "cifar10-samples", "limit": 4}
+OPTIONS = {"eps": 8 / 255, "steps": 2, "progress": False, "checks": False}
+
+
+@pytest.fixture(scope="module")
+def by_name(tmp_path_factory) -> Run:
+    path = tmp_path_factory.mktemp("api") / "run"
+    return evaluate("cifar10-robust", FEW, ["OrthoPGD", "foolbox:LinfPGD"], out=path, **OPTIONS)
+
+
+def test_names_give_a_run_with_a_table_and_a_report(by_name):
+    assert by_name.status == "complete"
+    table = by_name.table()
+    assert isinstance(table, pd.DataFrame)
+    assert table["attack"].tolist() == ["OrthoPGD", "foolbox:LinfPGD", WORST]
+    assert (table["scored"] == 4).all()
+    assert (by_name.folder.path / "report.html").exists()
+
+
+def test_objects_give_the_same_rows(by_name, tmp_path):
+    classifier = load_classifier("cifar10-robust")
+    photographs = load_photographs("cifar10-samples", classifier).limited(4)
+    run = evaluate(
+        {"cifar10-robust": classifier},
+        photographs,
+        {"OrthoPGD": "OrthoPGD", "mine": lambda model, eps, steps: OrthoPGD(model, eps=eps, steps=steps)},
+        out=tmp_path / "run",
+        report=False,
+        **OPTIONS,
+    )
+    ours, theirs = (r.rows("cifar10-robust", "OrthoPGD", 8 / 255).drop(columns="seconds") for r in (run, by_name))
+    pd.testing.assert_frame_equal(ours, theirs, check_exact=True)
+    mine = run.rows("cifar10-robust", "mine", 8 / 255)
+    assert mine["status"].tolist() == ours["status"].tolist()
+    assert (mine["cosine"].dropna().abs() <= 1e-6).all()
+    assert not (tmp_path / "run" / "report.html").exists()
+    assert run.attacks["mine"]["source"] == "user"
+
+
+def test_the_same_call_goes_on_and_another_is_refused(by_name):
+    again = evaluate("cifar10-robust", FEW, ["OrthoPGD", "foolbox:LinfPGD"], out=by_name.folder.path, **OPTIONS)
+    assert len(again.manifest["sessions"]) == len(by_name.manifest["sessions"]) + 1
+    with pytest.raises(EvaluationError, match="steps: 2 there, 3 now"):
+        evaluate(
+            "cifar10-robust", FEW, ["OrthoPGD", "foolbox:LinfPGD"], out=by_name.folder.path, **{**OPTIONS, "steps": 3}
+        )
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    with pytest.raises(EvaluationError, match=r"a model at hand must be an orthattack\.eval\.models\.Classifier"):
+        evaluate([torch.nn.Flatten()], FEW, ["FGSM"], out=tmp_path / "r", **OPTIONS)
+    with pytest.raises(EvaluationError, match=r"evaluate: stepz: unknown key; did you mean steps\?"):
+        evaluate("cifar10-robust", FEW, ["FGSM"], out=tmp_path / "r", stepz=3, **OPTIONS)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        __import__("orthattack.eval", fromlist=["nothing"]).nothing  # noqa: B018
+
+
+def test_importing_the_package_is_cheap():
+    code = "import sys, orthattack.eval; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

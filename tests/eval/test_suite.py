@@ -1,0 +1,205 @@
+"""What a suite may say, and what it is told when it says something else."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orthattack.eval.errors import EvaluationError
+from orthattack.eval.suite import differences, evenly, make_suite, parse_fraction, read_suite
+
+TEXT = """
+eps = ["0.5/255", "4/255"]
+seed = 3
+steps = 20
+
+[data]
+source = "photos"
+labels = "photos/labels.csv"
+limit = 10
+
+[[models]]
+name = "resnet18"
+weights = "weights/mine.safetensors"
+image_size = 64
+
+[[models]]
+name = "resnet50"
+weights = "IMAGENET1K_V2"
+label = "big"
+
+[[attacks]]
+name = "PGD"
+alpha = "1/255"
+
+[[attacks]]
+name = "OrthoPGD"
+
+[[attacks]]
+name = "OrthoPGD"
+label = "projected gradient"
+enforce = "gradient"
+
+[[attacks]]
+name = "foolbox:L2PGD"
+norm = "l2"
+eps = 0.5
+
+[[attacks]]
+name = "foolbox:LinfPGD"
+
+[[attacks]]
+name = "MinimumNorm"
+attack = "OrthoPGD"
+"""
+BASE = {"models": ["cifar10-robust"], "data": "cifar10-samples", "attacks": ["PGD", "OrthoPGD"]}
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "bench.toml"
+    file.write_text(TEXT)
+    return file
+
+
+def test_a_suite_says_what_is_run(path):
+    suite = read_suite(path)
+    entries = [(entry.label, entry.norm, entry.eps, entry.seed) for entry in suite.entries()]
+    assert entries == [
+        ("PGD", "linf", 0.5 / 255, 3), ("PGD", "linf", 4 / 255, 3),
+        ("OrthoPGD", "linf", 0.5 / 255, 3), ("OrthoPGD", "linf", 4 / 255, 3),
+        ("projected gradient", "linf", 0.5 / 255, 3), ("projected gradient", "linf", 4 / 255, 3),
+        ("foolbox:L2PGD", "l2", 0.5, 3),
+        ("foolbox:LinfPGD", "linf", 0.5 / 255, 3), ("foolbox:LinfPGD", "linf", 4 / 255, 3),
+        ("MinimumNorm", "linf", None, 3),
+    ]  # fmt: skip
+    assert suite.attacks[0].parameters == {"alpha": 1 / 255}
+    assert suite.steps == 20
+    assert [model.label for model in suite.models] == ["resnet18", "big"]
+    assert suite.baselines() == {
+        "PGD": ["foolbox:LinfPGD"],
+        "OrthoPGD": ["PGD", "foolbox:LinfPGD"],
+        "projected gradient": ["PGD", "foolbox:LinfPGD"],
+        "foolbox:L2PGD": [],
+        "foolbox:LinfPGD": [],
+        "MinimumNorm": [],
+    }
+
+
+def test_paths_are_relative_to_the_file_and_names_are_not_paths(path, tmp_path):
+    suite = read_suite(path)
+    assert suite.models[0].weights == str(tmp_path / "weights/mine.safetensors")
+    assert suite.models[1].weights == "IMAGENET1K_V2"
+    assert suite.data.labels == str(tmp_path / "photos/labels.csv")
+    assert suite.data.source == "photos"  # not there, so it may be a name, and is refused when it is opened
+    (tmp_path / "photos").mkdir()
+    assert read_suite(path).data.source == str(tmp_path / "photos")
+
+
+def test_its_configuration_makes_the_same_suite_again(path):
+    suite = read_suite(path)
+    assert make_suite(suite.config(), "again") == suite
+    assert differences(suite.config(), make_suite(suite.config(), "again").config()) == []
+
+
+def test_several_seeds_are_runs_of_their_own():
+    suite = make_suite({**BASE, "seeds": [0, 1]}, "x")
+    assert [entry.label for entry in suite.entries()] == [
+        "PGD (seed 0)", "PGD (seed 1)", "OrthoPGD (seed 0)", "OrthoPGD (seed 1)",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("limit = 10", "limti = 10", "data.limti: unknown key; did you mean limit?"),
+        ("image_size", "img_size", "models[1].img_size: unknown key; did you mean image_size?"),
+        ("seed = 3", "sede = 3", "sede: unknown key; did you mean seeds?"),
+        ("[data]", "[dta]", "dta: unknown key; did you mean data?"),
+        ('"4/255"', '"four"', "eps[2]: Input should be a valid number, unable to parse string as a number; got 'four'"),
+        ('"4/255"', "4", "suite: eps is in units of [0, 1] pixels; got 4: did you mean 4/255?"),
+        ('"4/255"', '"-4/255"', "eps[2]: must be a finite radius >= 0, such as 4/255"),
+        ('"4/255"', '"0.5/255"', "suite: eps has a value twice"),
+        ("steps = 20", "steps = 0", "steps: Input should be greater than or equal to 1; got 0"),
+        ("steps = 20", 'steps = "20"', "steps: Input should be a valid integer; got '20'"),
+        ('label = "big"', 'label = "resnet18"', "suite: two models are called 'resnet18': give one of them another"),
+        ('name = "OrthoPGD"\nlabel', 'label = "OrthoPGD"\nlabl', "attacks[3].name: Field required"),
+        ('norm = "l2"\neps = 0.5', 'norm = "l2"', "attacks[4]: an attack with its own norm needs its own eps"),
+        ('attack = "OrthoPGD"', 'baselines = ["nobody"]', "MinimumNorm has a baseline 'nobody', which is not another"),
+        ('name = "PGD"', 'name = "PGD"\nlabel = "clean"', 'an attack cannot be called "clean"'),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(path, old, new, message):
+    assert TEXT.count(old) >= 1
+    path.write_text(TEXT.replace(old, new, 1))
+    with pytest.raises(EvaluationError) as caught:
+        read_suite(path)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("attack", "message"),
+    [
+        ("PDG", "unknown attack 'PDG'; did you mean PGD or APGD?"),
+        ({"name": "PGD", "stepz": 3}, "attack PGD has no option 'stepz'; did you mean steps"),
+        ({"name": "PGD", "alpha": -1}, "attack PGD cannot be made: alpha must be a finite step size >= 0"),
+        ({"name": "FGSM", "steps": 3}, "attack FGSM has no option 'steps'"),
+        ({"name": "PGD", "eps": 0.1, "model": 3}, "attack PGD has no option 'model'"),
+        ("foolbox:LinfPDG", "Foolbox has no attack 'LinfPDG' that can be run here; did you mean LinfPGD"),
+        ({"name": "foolbox:LinfPGD", "foo": 1}, "attack foolbox:LinfPGD has no option 'foo'; there are abs_stepsize"),
+        ("foolbox:L2PGD", "foolbox:L2PGD works in l2, not in linf"),
+        ("no.such:attack", "no.such:attack: there is no module no"),
+        ("math:pi", "has a float, not a function, called pi"),
+        ({"name": "MinimumNorm", "attack": "MinimumNorm"}, "MinimumNorm needs attack = the name of an attack with an"),
+    ],
+)
+def test_an_attack_that_cannot_be_made_is_refused(attack, message):
+    with pytest.raises(EvaluationError) as caught:
+        make_suite({**BASE, "attacks": [attack]}, "x").entries()
+    assert message in str(caught.value)
+
+
+def test_files_that_are_no_suites_are_refused(tmp_path):
+    with pytest.raises(EvaluationError, match=r"could not read the suite .*No such file"):
+        read_suite(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("eps = [")
+    with pytest.raises(EvaluationError, match=r"bad\.toml is not TOML"):
+        read_suite(tmp_path / "bad.toml")
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(EvaluationError, match=r"bytes\.toml is not TOML"):
+        read_suite(tmp_path / "bytes.toml")
+
+
+def test_default_radii_follow_the_norm_and_the_models():
+    assert make_suite(BASE, "x").eps == (8 / 255,)
+    assert make_suite({**BASE, "models": ["resnet18"]}, "x").eps == (4 / 255,)
+    assert make_suite({**BASE, "norm": "l2"}, "x").eps == (0.5,)
+
+
+def test_differences_name_the_place():
+    before, after = {"a": 1, "b": [{"c": 2}], "d": [1, 2]}, {"a": 1, "b": [{"c": 3}], "e": True, "d": [1]}
+    assert differences(before, after) == [
+        "b[1].c: 2 there, 3 now", "d: [1, 2] there, [1] now", "e: not set there, True now",
+    ]  # fmt: skip
+
+
+@given(st.text(max_size=12))
+def test_a_fraction_is_a_number_and_all_else_stays(text):
+    value = parse_fraction(text)
+    assert value == text or isinstance(value, float)
+    assert parse_fraction(f"{7}/{255}") == 7 / 255
+
+
+@given(st.integers(1, 500), st.integers(0, 500))
+def test_even_positions_are_spread_over_all(count, among):
+    chosen = evenly(count, among)
+    assert len(chosen) == min(count, among)
+    assert chosen == sorted(set(chosen))
+    assert all(0 <= k < among for k in chosen)
+    gaps = {b - a for a, b in pairwise(chosen)}
+    assert not gaps or max(gaps) - min(gaps) <= 1
