@@ -404,3 +404,23 @@ def test_a_tiny_ball_is_orthogonal_as_stored(norm, scope, eps):
             assert alignment(delta, x.double(), scope).abs().max() <= 1e-6
             assert perturbation_norm(delta, norm).max() <= eps * (1 + 1e-6)
             points = region.step(points, make_gradient("normal", x, step), eps / 2)
+
+
+@pytest.mark.parametrize(("norm", "eps", "alpha"), [("linf", 4 / 255, 1 / 255), ("l2", 2.0, 0.5)])
+def test_a_large_image_steps_alike_alone_and_in_a_batch_on_several_threads(norm, eps, alpha):
+    """torch shares the sum over one large image among threads, but not those over several, in another order."""
+    generator = torch.Generator().manual_seed(0)
+    images, gradient = torch.rand(2, 4, 3, 224, 224, generator=generator).unbind()
+
+    def step(part: slice) -> torch.Tensor:
+        region = ThreatModel(norm, eps).around(images[part])
+        return region.step(images[part].clone(), gradient[part], alpha)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = step(slice(None))
+        for k in range(len(images)):
+            assert torch.equal(step(slice(k, k + 1))[0], together[k])
+    finally:
+        torch.set_num_threads(threads)
