@@ -179,17 +179,15 @@ def without(
     inverse: Tensor,
     dims: tuple[int, ...],
     tolerance: float,
-    out: Tensor | None = None,
-    scratch: Tensor | None = None,
 ) -> Tensor:
     """`g` without its component along `x`, zero if less than `tolerance` of it is left; g and x of moderate size.
 
-    `inverse` is 1 / ⟨x, x⟩ per group. `out`, which may be `g`, and `scratch` save the attack loop its temporaries.
+    `inverse` is 1 / ⟨x, x⟩ per group.
     """
-    before = dot(g, g, dims, scratch)
+    before = dot(g, g, dims)
     for _ in range(2):
-        g = torch.addcmul(g, x, dot(g, x, dims, scratch) * inverse, value=-1, out=out)
-    return torch.mul(g, dot(g, g, dims, scratch) > tolerance**2 * before, out=out)
+        g = torch.addcmul(g, x, dot(g, x, dims) * inverse, value=-1)
+    return g * (dot(g, g, dims) > tolerance**2 * before)
 
 
 def dot(a: Tensor, b: Tensor, dims: tuple[int, ...], scratch: Tensor | None = None) -> Tensor:
