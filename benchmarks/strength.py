@@ -42,6 +42,7 @@ from torchvision.transforms import ToTensor
 
 import orthattack.attacks
 from orthattack import Normalized, alignment
+from orthattack.eval.kinds import CallCounter
 
 EPS = {"linf": 4 / 255, "l2": 0.5}
 STEPS = (10, 20, 50)
@@ -50,25 +51,6 @@ CHUNK, SMALL_CHUNK = 250, 32  # the small ones for the rows that take an hour
 QUERIES = 1000
 Record = dict[str, Any]
 Runner = Callable[[Tensor, Tensor], Tensor]
-
-
-class Counted(nn.Module):
-    """A model that counts on how many images it is evaluated and differentiated."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.forward_calls = self.gradient_calls = 0
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.forward_calls += len(images)
-        if images.requires_grad:
-            images.register_hook(self._count)  # type: ignore[no-untyped-call]
-        logits: Tensor = self.model(images)
-        return logits
-
-    def _count(self, gradient: Tensor) -> None:
-        self.gradient_calls += len(gradient)
 
 
 @dataclass(frozen=True)
@@ -180,7 +162,7 @@ def attack_chunk(
     make, steps, _ = ROWS[name]
     seed = zlib.crc32(f"{norm} {name} {first}".encode())
     torch.manual_seed(seed)
-    counter = Counted(fast).eval()
+    counter = CallCounter(fast).eval()
     x, y = images[first::stride], labels[first::stride]
     wall, busy = time.perf_counter(), time.process_time()
     adversarials = make(Setting(counter, norm, seed), steps)(x, y).detach()

@@ -255,6 +255,7 @@ class _Model:
 
     def _larger_eps(self) -> Check:
         """Of every attack of the run with several radii: a larger one never leaves more robust."""
+        name = "robust accuracy falls as eps grows"
         found: list[tuple[int, str, list[int], int]] = []
         for attack in self.manifest["attacks"]:
             radii = sorted(eps for eps in attack["eps"] if eps is not None)
@@ -268,10 +269,10 @@ class _Model:
             rises = [b - a for a, b in pairwise(counts)]
             found.append((max(rises), attack["label"], counts, n))
         if not found:
-            return self._not_run("robust accuracy falls as eps grows", "it needs several radii")
+            return self._not_run(name, "it needs several radii")
         rise, label, counts, n = max(found)
         return self._check(
-            "robust accuracy falls as eps grows",
+            name,
             rise <= _slack(n),
             f"of {len(found)} attacks, {label} is the least regular: {', '.join(map(str, counts))} robust of {n}",
             "a larger ball contains the smaller one, so the attack fails to use it",
@@ -301,9 +302,10 @@ class _Model:
 
     def _saved(self) -> Check:
         """Budget and |cos| of the stored images, from nothing but the files, and after rounding to 8 bits."""
+        name = "saved images keep budget and orthogonality"
         clean = dict(self.folder.images(self.label, "clean", None))
         if not clean:
-            return self._not_run("saved images keep budget and orthogonality", "no images were saved")
+            return self._not_run(name, "no images were saved")
         count, worst, cosine, rounded = 0, 0.0, 0.0, 0.0
         for attack in self.manifest["attacks"]:
             for eps in attack["eps"]:
@@ -317,7 +319,7 @@ class _Model:
                         cosine = max(cosine, float(_largest(delta, x, attack)))
                         rounded = max(rounded, float(_largest((adversarial * 255).round() / 255 - x, x, attack)))
         return self._check(
-            "saved images keep budget and orthogonality",
+            name,
             worst <= 1 + 1e-4 and cosine <= 1e-6,
             f"{count} images: norm at most {worst:.7g} eps, |cos| at most {cosine:.1e} where promised, "
             f"{rounded:.1e} after rounding to 8 bits",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from orthattack.eval.models import EvaluationError
+from orthattack.eval.errors import EvaluationError
 from orthattack.eval.outcomes import ROBUST, UNSCORED, WRONG, bools, is_, paired_row
 from orthattack.eval.results import Run
 from orthattack.eval.stats import Paired

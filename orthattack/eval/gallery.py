@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from orthattack.eval.models import EvaluationError
+from orthattack.eval.errors import EvaluationError
 from orthattack.eval.outcomes import records
 from orthattack.eval.results import Run
 from orthattack.eval.store import shown_eps

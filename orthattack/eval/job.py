@@ -86,7 +86,7 @@ class Part:
             with drawing(joint_seed(batch)):
                 columns = clean_columns(self.job.judge, images, labels)
             for row, position in enumerate(batch):
-                rows[position] = {name: values[row] for name, values in columns.items()}
+                rows[position] = _record(columns, row)
                 self._recall(position, rows[position])
         if self.kind == "shards":
             self._store(shard, CLEAN_SCHEMA.names, rows, self.images)
@@ -110,8 +110,7 @@ class Part:
         for batch in self._batches(todo):
             for positions, columns, adversarials in self._attacked(entry, runner, batch):
                 for row, position in enumerate(positions):
-                    values = {name: column[row] for name, column in columns.items()}
-                    rows[position] = {"clean_prediction": self.predictions[position], **values}
+                    rows[position] = {"clean_prediction": self.predictions[position], **_record(columns, row)}
                     if adversarials is not None and position in self.keep:
                         kept[position] = adversarials[row]
         self._store(Shard(self.job.label, entry.label, entry.eps, self.number, self.kind), ROW_SCHEMA.names, rows, kept)
@@ -127,7 +126,7 @@ class Part:
             with drawing(joint_seed(batch)):
                 columns = row_columns(self.job.judge, images, found, labels, [True] * len(batch), norm, eps)
             for row, position in enumerate(batch):
-                rows[position] = {name: column[row] for name, column in columns.items()}
+                rows[position] = _record(columns, row)
         rest = {k: {"status": "misclassified"} for k in self.right if k not in rows}
         self._store(Shard(self.job.label, label, eps, self.number, self.kind), ROW_SCHEMA.names, rows | rest, {})
 
@@ -195,6 +194,10 @@ class Part:
         complete = [{**self._key[k], **rows.get(k, {}), **self._failed.get(k, {})} for k in self.positions]
         columns = {name: [row.get(name) for row in complete] for name in names}
         self.job.folder.write(shard, columns, {k: images[k] for k in images if k in self.keep})
+
+
+def _record(columns: Mapping[str, list[Any]], row: int) -> dict[str, Any]:
+    return {name: column[row] for name, column in columns.items()}
 
 
 def _reason(error: Exception) -> str:

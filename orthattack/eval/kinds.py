@@ -83,7 +83,7 @@ class AttackKind:
         family: what it is an instance of, such as "PGD", whoever wrote it: attacks of a family are each other's
             baselines.
         norms: the norms it can be run in.
-        make: binds it.
+        bind: makes the attack on a model.
     """
 
     name: str
@@ -93,16 +93,12 @@ class AttackKind:
     minimal: bool
     family: str
     norms: tuple[Norm, ...]
-    make: Callable[[nn.Module, Conditions], Runner] = field(repr=False)
+    bind: Callable[[nn.Module, Conditions], Runner] = field(repr=False)
 
     @property
     def identity(self) -> str:
         """What its random numbers are derived from: the same attack under another label draws the same."""
         return json.dumps([self.name, dict(self.parameters)], sort_keys=True)
-
-    def bind(self, model: nn.Module, conditions: Conditions) -> Runner:
-        """The attack on a model."""
-        return self.make(model, conditions)
 
     def check(self, norm: Norm, steps: int) -> None:
         """Raise EvaluationError if the attack cannot be run in a norm or refuses one of its parameters."""
@@ -111,7 +107,7 @@ class AttackKind:
         if self.source == "user":  # whose function may do anything with the model
             return
         try:
-            self.make(_Probe(), Conditions(norm, None if self.minimal else 0.01, steps))
+            self.bind(_Probe(), Conditions(norm, None if self.minimal else 0.01, steps))
         except EvaluationError:
             raise
         except Exception as error:  # whatever a foreign constructor says of its arguments

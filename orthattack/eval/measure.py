@@ -133,15 +133,16 @@ def row_columns(
     model. The ball's edge is as wide as float32's rounding of an image.
     """
     adversarials: Tensor = found.adversarials.detach()
-    delta = adversarials.double() - images.double()
-    size = perturbation_norm(delta, norm)
+    x = images.double()
+    delta = adversarials.double() - x
+    sizes: dict[Norm, Tensor] = {name: perturbation_norm(delta, name) for name in ("l1", "l2", "linf")}
     limit = torch.inf if eps is None else eps * (1 + 1e-5) + (1.2e-7 if norm == "linf" else 0.0)
     right = torch.tensor(clean_right, device=images.device)
     predictions, margins, wrong = _verdict(judge.logits(adversarials.nan_to_num(0)), labels)
     success = right & (wrong > 0.5)
     status, message = [], []
     for k, (low, high, length, margin) in enumerate(
-        zip(*(values.tolist() for values in (*_range(adversarials), size, margins)), strict=True)
+        zip(*(values.tolist() for values in (*_range(adversarials), sizes[norm], margins)), strict=True)
     ):
         reason = None
         if not (-torch.inf < low and high < torch.inf):
@@ -157,7 +158,7 @@ def row_columns(
         message.append(reason)
     fooled = success.tolist()
     rows = [k for k, state in enumerate(status) if state == "ok" and fooled[k]]
-    per_channel = alignment(delta, images.double(), "channel").flatten(1)
+    per_channel = alignment(delta, x, "channel").flatten(1)
     return {
         "status": status,
         "message": message,
@@ -165,10 +166,8 @@ def row_columns(
         "success": [fooled[k] if state == "ok" else None for k, state in enumerate(status)],
         "margin": margins.tolist(),
         "l0": (delta != 0).flatten(1).sum(1).tolist(),
-        "l1": perturbation_norm(delta, "l1").tolist(),
-        "l2": perturbation_norm(delta, "l2").tolist(),
-        "linf": perturbation_norm(delta, "linf").tolist(),
-        "cosine": alignment(delta, images.double()).tolist(),
+        **{name: size.tolist() for name, size in sizes.items()},
+        "cosine": alignment(delta, x).tolist(),
         **{f"cosine_{name}": per_channel[:, c].tolist() for c, name in enumerate(("red", "green", "blue"))},
         "steps": _listed(found.steps, len(images)),
         "wrong_share": wrong.tolist(),

@@ -22,6 +22,7 @@ __all__ = [
     "Outcomes",
     "bools",
     "compare",
+    "defined",
     "floats",
     "ints",
     "is_",
@@ -158,6 +159,11 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
         values = {str(k): v.item() if hasattr(v, "item") else v for k, v in row.items()}
         rows.append({k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()})
     return rows
+
+
+def defined(value: float | None) -> float | None:
+    """A number of a table, None where it is NaN."""
+    return None if value is None or math.isnan(value) else value
 
 
 def is_(column: pd.Series[Any], value: str) -> NDArray[np.bool_]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from orthattack.eval import gallery, plots
 from orthattack.eval.metrics import DEFINITIONS
-from orthattack.eval.outcomes import records
+from orthattack.eval.outcomes import defined, records
 from orthattack.eval.results import COSINE_EDGES, WORST, Run
 from orthattack.eval.store import shown_eps
 
@@ -89,15 +89,15 @@ def _context(run: Run) -> dict[str, Any]:
     rows = records(table)
     for row in rows:
         row["model_index"] = models.index(row["model"])
-        row["eps_index"] = run.radii.index(_eps(row["eps"]))
+        row["eps_index"] = run.radii.index(defined(row["eps"]))
         row["style"] = look.get(row["attack"])
         row["left_out"] = sum(int(row.get(k) or 0) for k in ("error", "unreadable", "invalid"))
-        row["eps_text"] = shown_eps(_eps(row["eps"]), run.norm)
+        row["eps_text"] = shown_eps(defined(row["eps"]), run.norm)
     paired = records(run.paired())
     for row in paired:
         row["model_index"] = models.index(row["model"])
-        row["eps_index"] = run.radii.index(_eps(row["eps"]))
-        row["eps_text"] = shown_eps(_eps(row["eps"]), run.norm)
+        row["eps_index"] = run.radii.index(defined(row["eps"]))
+        row["eps_text"] = shown_eps(defined(row["eps"]), run.norm)
     cards, images, stored = _cards(run)
     data = {
         "models": models,
@@ -149,10 +149,6 @@ def _file(run: Run, norm: str) -> str:
 
 def _known(run: Run) -> list[float]:
     return [eps for eps in run.radii if eps is not None]
-
-
-def _eps(value: float | None) -> float | None:
-    return None if value is None or math.isnan(value) else value
 
 
 def _by_calls(run: Run, table: pd.DataFrame, look: dict[str, plots.Style]) -> list[dict[str, Any]]:

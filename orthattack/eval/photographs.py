@@ -17,7 +17,7 @@ from orthattack.eval.errors import EvaluationError, first_line
 from orthattack.eval.preprocessing import DecodeError, Preprocessing
 from orthattack.eval.sources import Source
 
-__all__ = ["Batch", "Photographs", "Unreadable", "read_names"]
+__all__ = ["Batch", "Photographs", "Unreadable", "evenly", "read_names"]
 
 _HASHED_WHOLE = 64
 
@@ -110,7 +110,7 @@ class Photographs:
             return self
         if count < 1:
             raise EvaluationError(f"--limit must be at least 1; got {count}")
-        return self._at([k * len(self) // count for k in range(count)])
+        return self._at(evenly(count, len(self)))
 
     def subset(self, names: Sequence[str]) -> Photographs:
         """Those of these names, in this order.
@@ -152,10 +152,9 @@ class Photographs:
         digest = hashlib.sha256()
         for name, label, position in zip(self.names, self.labels, self._positions, strict=True):
             digest.update(f"{name!r} {label} {self._source.size(position)}\n".encode())
-        count = min(len(self), _HASHED_WHOLE)
-        for k in range(count):
+        for k in evenly(_HASHED_WHOLE, len(self)):
             try:
-                content = self._source.content(self._positions[k * len(self) // count])
+                content = self._source.content(self._positions[k])
             except Exception:  # it will be reported as unreadable, and is that every time
                 content = b"unreadable"
             digest.update(hashlib.sha256(content).digest())
@@ -185,6 +184,11 @@ def _as_input(pixels: Tensor, size: int) -> Tensor:
         look = "normalised; return them in [0, 1]" if low < 0 else "8-bit; divide them by 255"
         raise DecodeError(f"pixels lie in [{low:.3g}, {high:.3g}], not in [0, 1]: they look {look}")
     return image
+
+
+def evenly(count: int, among: int) -> list[int]:
+    """At most `count` positions, evenly spaced, of `among`."""
+    return [k * among // count for k in range(count)] if count < among else list(range(among))
 
 
 def read_names(path: Path) -> list[str]:

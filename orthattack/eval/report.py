@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from orthattack.eval.comparison import CLEAN, compared, differences
 from orthattack.eval.metrics import DEFINITIONS
-from orthattack.eval.outcomes import records
+from orthattack.eval.outcomes import defined, records
 from orthattack.eval.page import NORMS, number, page, percent, points
 from orthattack.eval.results import WORST, Run
 from orthattack.eval.store import shown_eps
@@ -79,7 +79,7 @@ def _block(run: Run, rows: pd.DataFrame) -> str:
     left_out = len(rows) > 0 and any(_left_out(row) for row in rows.to_dict("records"))
     body, last = [], None
     for row in rows.to_dict("records"):
-        eps = shown_eps(_known(row["eps"]), run.norm)
+        eps = shown_eps(defined(row["eps"]), run.norm)
         line = [
             "" if eps == last else eps,
             _cut(row["attack"], _WIDTH),
@@ -176,7 +176,7 @@ def markdown(run: Run) -> str:
         head += ["gradients", "not scored"]
         body = [
             [
-                shown_eps(_known(row["eps"]), run.norm),
+                shown_eps(defined(row["eps"]), run.norm),
                 _md(row["attack"]),
                 str(row["scored"]),
                 percent(row["robust_accuracy"]) + _interval(row["robust_accuracy_low"], row["robust_accuracy_high"]),
@@ -288,10 +288,6 @@ def _md(text: str) -> str:
     """Text that Markdown shows as it is: no markup, no HTML, no end of a cell."""
     escaped = html.escape(" ".join(str(text).split()), quote=False)
     return "".join("\\" + c if c in "\\`*_[]|~$!#" else c for c in escaped)
-
-
-def _known(eps: float | None) -> float | None:
-    return None if eps is None or math.isnan(eps) else eps
 
 
 def _left_out(row: dict[Any, Any]) -> int:

@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from orthattack.eval.errors import EvaluationError
 from orthattack.eval.metrics import Rate
-from orthattack.eval.models import EvaluationError
 from orthattack.eval.outcomes import (
     FOOLED,
     ROBUST,

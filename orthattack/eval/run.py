@@ -25,8 +25,9 @@ from orthattack.eval.job import Job, Part
 from orthattack.eval.kinds import AttackKind, Conditions, drawing
 from orthattack.eval.manifest import describe_attacks, describe_model, new_session, now, to_go_on
 from orthattack.eval.models import check_name, load_classifier
+from orthattack.eval.photographs import evenly
 from orthattack.eval.store import RunFolder, Shard, shown_eps
-from orthattack.eval.suite import AttackSpec, Entry, Suite, evenly
+from orthattack.eval.suite import AttackSpec, Entry, Suite
 
 __all__ = ["GALLERY", "Source", "run_suite", "suite_source"]
 
@@ -62,7 +63,9 @@ def suite_source(
     if photographs is None:
         check_data(suite.data.source)
     specs = {spec.label: spec for spec in suite.models}
-    last: dict[str, Classifier] = {}  # one at a time is kept, so that many models do not fill the memory
+    # One model at a time is kept, or many would fill the memory, with its photographs, which may take long to list.
+    last: dict[str, Classifier] = {}
+    last_opened: list[tuple[Classifier, Photographs]] = []
 
     def classifier(label: str) -> Classifier:
         if classifiers is not None and label in classifiers:
@@ -76,11 +79,13 @@ def suite_source(
     def opened(model: Classifier) -> Photographs:
         if photographs is not None:
             return photographs
-        data = suite.data
-        found = load_photographs(data.source, model, _path(data.labels), _path(data.classes))
-        if data.subset is not None:
-            found = found.subset(read_names(Path(data.subset)))
-        return found.limited(data.limit)
+        if not last_opened or last_opened[0][0] is not model:
+            data = suite.data
+            found = load_photographs(data.source, model, _path(data.labels), _path(data.classes))
+            if data.subset is not None:
+                found = found.subset(read_names(Path(data.subset)))
+            last_opened[:] = [(model, found.limited(data.limit))]
+        return last_opened[0][1]
 
     return Source(classifier, opened, suite.kinds() if kinds is None else kinds)
 
@@ -116,9 +121,8 @@ def run_suite(
     Raises:
         EvaluationError: the folder belongs to another run, a model or the data cannot be had, or the disk is full.
     """
-    with drawing(
-        0
-    ):  # making a model draws its initial weights: the caller's random numbers go on as if nothing had been
+    # Making a model draws its initial weights: the caller's random numbers go on as if nothing had been.
+    with drawing(0):
         return _run_suite(suite, source, folder, torch.device(device), progress, command, say)
 
 

@@ -58,6 +58,15 @@ Count = Annotated[int, Field(ge=1, strict=True)]
 Whole = Annotated[int, Field(strict=True, gt=-(2**63), lt=2**63)]
 
 
+def _labelled(value: Any) -> Any:
+    """A table with a name, which is its label too if it has no other, for a bare name or a table."""
+    if isinstance(value, str):
+        value = {"name": value}
+    if isinstance(value, dict) and "label" not in value and "name" in value:
+        value = {**value, "label": value["name"]}
+    return value
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -80,11 +89,7 @@ class ModelSpec(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _with_label(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            value = {"name": value}
-        if isinstance(value, dict) and "label" not in value and "name" in value:
-            value = {**value, "label": value["name"]}
-        return value
+        return _labelled(value)
 
 
 class DataSpec(_Strict):
@@ -133,10 +138,7 @@ class AttackSpec(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _with_label(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            value = {"name": value}
-        if isinstance(value, dict) and "label" not in value and "name" in value:
-            value = {**value, "label": value["name"]}
+        value = _labelled(value)
         if isinstance(value, dict) and isinstance(value.get("eps"), str | int | float):
             value = {**value, "eps": [value["eps"]]}
         return value
@@ -387,8 +389,3 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(item, f"{prefix}[{number}]")
     else:
         yield prefix, list(value) if isinstance(value, tuple) else value
-
-
-def evenly(count: int, among: int) -> list[int]:
-    """At most `count` positions, evenly spaced, of `among`."""
-    return [k * among // count for k in range(count)] if count < among else list(range(among))

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orthattack.eval.errors import EvaluationError
-from orthattack.eval.suite import differences, evenly, make_suite, parse_fraction, read_suite
+from orthattack.eval.photographs import evenly
+from orthattack.eval.suite import differences, make_suite, parse_fraction, read_suite
 
 TEXT = """
 eps = ["0.5/255", "4/255"]
