@@ -240,6 +240,7 @@ def test_weights_by_the_name_that_torchvision_gives_them(monkeypatch, tmp_path, 
     classifier = load_classifier("mobilenet_v2", spelling)
     assert asked == [weights]
     assert classifier.source == "MobileNet_V2_Weights.IMAGENET1K_V2"
+    assert classifier.describe()["published_accuracy"] == pytest.approx(0.72154)
     preset = weights.transforms()
     assert (classifier.preprocessing.resize, classifier.preprocessing.crop) == (232, 224)
     with torch.inference_mode():
