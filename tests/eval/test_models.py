@@ -306,6 +306,7 @@ def test_a_description_tells_one_model_from_another(small_resnet, tmp_path):
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "sha256_of": "file",
         "num_classes": 7,
+        "published_accuracy": None,
         "classes": None,
         "parameters": sum(p.numel() for p in small_resnet.parameters()),
         "preprocessing": Preprocessing(73, 64).describe(),
