@@ -189,7 +189,8 @@ class _Model:
             name,
             not found,
             f"{100 * right / n:.1f} % of {n} right{against}, "
-            f"logits from {low['logit_min']:.3g} to {high['logit_max']:.3g}, pixels from {low['image_min']:.3g} to {high['image_max']:.3g}",
+            f"logits from {low['logit_min']:.3g} to {high['logit_max']:.3g}, "
+            f"pixels from {low['image_min']:.3g} to {high['image_max']:.3g}",
             "; ".join(found),
         )
 
