@@ -90,6 +90,7 @@ class Best:
         n, device = len(images), images.device
         self.success = torch.zeros(n, dtype=torch.bool, device=device)
         self.adversarials = images.clone()
+        self.exact = torch.zeros_like(self.success)
         self._by = by
         self._merit = torch.full(
             (n,), -torch.inf, dtype=torch.promote_types(images.dtype, torch.float32), device=device
@@ -109,15 +110,18 @@ class Best:
             torch.where(better.view(-1, 1, 1, 1), points, self.adversarials, out=self.adversarials)
             self.success, self._merit = self.success | success, torch.where(better, merit, self._merit)
             self._steps.masked_fill_(better, step)
+            self.exact = torch.where(better, evaluation.exact, self.exact)
             return
         rows = index[better]
         self.adversarials[rows] = points[better]
         self.success[rows], self._merit[rows], self._steps[rows] = success[better], merit[better], step
+        self.exact[rows] = evaluation.exact[better]
 
-    def judge(self, evaluation: Evaluation) -> None:
-        """Replace success and loss by those of a final evaluation of all adversarials."""
-        self.success, self._merit = evaluation.success, getattr(evaluation, self._by).to(self._merit.dtype)
-        self._forwards += evaluation.forward_calls
+    def judge(self, rows: Tensor, evaluation: Evaluation) -> None:
+        """Replace success and loss by those of a final evaluation of the adversarials at `rows`."""
+        self.success[rows] = evaluation.success
+        self._merit[rows] = getattr(evaluation, self._by).to(self._merit.dtype)
+        self._forwards[rows] += evaluation.forward_calls
 
     def result(self, images: Tensor, threat: ThreatModel) -> AttackResult:
         delta = self.adversarials.double() - images.double()
@@ -344,8 +348,10 @@ class Attack:
                         self.reference,
                     )  # fmt: skip
                     search(task, None if start is None else region.shrunk(start.detach().to(x)))
-                    if self.precision != "float32" or fast is not None:  # the model itself judges what is returned
-                        best.judge(oracle.evaluate(best.adversarials, goal, self._loss, None, False))
+                    # The model itself judges what is returned, unless it has already.
+                    if len(rows := (~best.exact).nonzero().squeeze(1)) > 0:
+                        kept = oracle.evaluate(best.adversarials[rows], goal.select(rows), self._loss, None, False)
+                        best.judge(rows, kept)
             return best.result(x, threat)
 
     def sweep(self, images: Tensor, labels: Tensor, eps: Sequence[float] | Tensor) -> list[AttackResult]:

@@ -76,7 +76,7 @@ class _DetectorOracle:
         unusable = found.unusable if gradient is None else (gradient == 0).flatten(1).all(1)
         return Evaluation(
             found.success & (slack >= 0), merit, merit, gradient, unusable, found.forward_calls, found.gradient_calls,
-            avoid,
+            found.exact, avoid,
         )  # fmt: skip
 
     def _slack(self, points: Tensor) -> Tensor:

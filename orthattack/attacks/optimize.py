@@ -60,21 +60,29 @@ class FastCopy:
         if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in self._model.modules()):
             raise ValueError("it has hooks, which a copy would lose")
         tensors = [*self._model.parameters(), *self._model.buffers()]
-        state = tuple((id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)
-        if self._copy is None or state != self._state:
-            self._copy, self._state = None, state
-            made = _folded(copy.deepcopy(self._model)).to(memory_format=torch.channels_last)
-            self._copy = cast("Model", torch.compile(made)) if self._how == "compile" else made
-        fast = self._copy
-        # Of a copy that is there already too: data that was changed behind torch's back has the same version.
+        # Versions miss what is written through `.data`; sums of the values do not.
+        sums = torch.stack([t.sum(dtype=torch.float64) for t in tensors]).tolist() if tensors else []
+        versions = [(id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors]
+        attributes = [
+            (name, value)
+            for module in self._model.modules()
+            for name, value in vars(module).items()
+            if isinstance(value, bool | int | float | str)
+        ]
+        state = (sums, versions, attributes)
+        if self._copy is not None and state == self._state:
+            return self._copy
+        self._copy, self._state = None, state
+        made = _folded(copy.deepcopy(self._model)).to(memory_format=torch.channels_last)
+        fast = cast("Model", torch.compile(made)) if self._how == "compile" else made
         sample = images[:1]
         expected, again, found = lent(sample), lent(sample), fast(sample)
         if not torch.equal(expected, again):
             raise ValueError("it draws at random or keeps a state: two passes over the same image differ")
         spread = (expected.amax() - expected.amin()).clamp(min=expected.abs().amax() * 1e-3)
         if not bool(((found - expected).abs() <= _AGREES * spread).all()):
-            self._copy = None
             raise ValueError("the faster copy's logits differ from the model's")
+        self._copy = fast
         return fast
 
 

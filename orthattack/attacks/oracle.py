@@ -30,6 +30,7 @@ class Evaluation:
         unusable: (N,) whether that was zero or not finite, and is zero now.
         forward_calls: (N,) evaluations of the model that this took.
         gradient_calls: (N,) differentiations.
+        exact: (N,) whether the model itself, in its own precision, says all that; the rest are claims.
         avoid: (N, C, H, W) another loss's gradient, to which the step should be orthogonal, or None.
     """
 
@@ -40,6 +41,7 @@ class Evaluation:
     unusable: Tensor
     forward_calls: Tensor
     gradient_calls: Tensor
+    exact: Tensor
     avoid: Tensor | None = None
 
     def select(self, index: Tensor) -> Evaluation:
@@ -114,18 +116,20 @@ class Oracle:
         if not with_gradient:
             logits, value, _ = self._pass(points, goal, loss, rough=False, with_gradient=False)
             no = torch.zeros_like(calls)
-            return Evaluation(goal.reached(logits), value, goal.margin(logits), None, no.bool(), calls, no)
+            exact = torch.ones_like(calls, dtype=torch.bool)
+            return Evaluation(goal.reached(logits), value, goal.margin(logits), None, no.bool(), calls, no, exact)
         logits, value, gradient = self._pass(points, goal, loss, self._is_rough, with_gradient=True)
         assert gradient is not None
         success, margin, forward_calls = goal.reached(logits), goal.margin(logits), calls
+        exact = torch.full_like(success, not self._is_rough)
         if self._is_rough and solved is not None:
             rows = (success & ~solved).nonzero().squeeze(1)
             success = torch.zeros_like(success)
             if len(rows) > 0:
                 wanted = goal.select(rows)
-                confirmed, exact, _ = self._pass(points[rows], wanted, loss, rough=False, with_gradient=False)
+                confirmed, loss_there, _ = self._pass(points[rows], wanted, loss, rough=False, with_gradient=False)
                 success[rows], margin[rows] = wanted.reached(confirmed), wanted.margin(confirmed)
-                value[rows] = exact
+                value[rows], exact[rows] = loss_there, True
                 forward_calls = calls.index_add(0, rows, torch.full_like(rows, self._samples))
         # NaN goes through both of these, and neither needs memory.
         largest = torch.maximum(gradient.amax((1, 2, 3)), -gradient.amin((1, 2, 3)))
@@ -135,7 +139,7 @@ class Oracle:
         if gradient.is_cuda or bool(unusable.any()):  # asking would stop the GPU
             gradient.masked_fill_(unusable.view(-1, 1, 1, 1), 0)
         self._is_first = False
-        return Evaluation(success, value, margin, gradient, unusable, forward_calls, calls)
+        return Evaluation(success, value, margin, gradient, unusable, forward_calls, calls, exact)
 
     def logits(self, points: Tensor, goal: Goal) -> Tensor:
         """The logits (N, K) in full precision, the mean over the EOT samples."""
