@@ -106,7 +106,7 @@ class Best:
         self._zero[index] += evaluation.unusable
         self._forwards[index] += evaluation.forward_calls
         self._gradients[index] += evaluation.gradient_calls
-        if points.is_cuda and len(index) == len(self.success):  # all samples, in order: no need to stop the GPU
+        if len(index) == len(self.success):  # all samples, in order: one pass, and nothing that stops a GPU
             torch.where(better.view(-1, 1, 1, 1), points, self.adversarials, out=self.adversarials)
             self.success, self._merit = self.success | success, torch.where(better, merit, self._merit)
             self._steps.masked_fill_(better, step)
