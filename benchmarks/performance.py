@@ -58,10 +58,10 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=500)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "performance")
-    parser.add_argument("--docs", type=Path, default=Path(__file__).parents[1] / "docs")
+    parser.add_argument("--figures", type=Path, default=Path(__file__).parents[1] / "docs" / "figures")
     args = parser.parse_args()
     if args.table == "report":
-        print(report(args.out, args.docs))
+        print(report(args.out, args.figures))
         return
     torch.set_num_threads(args.threads)
     args.out.mkdir(exist_ok=True)
@@ -320,7 +320,7 @@ def start_rows(rounds: int) -> list[Row]:
 # Tables and plots
 
 
-def report(folder: Path, docs: Path) -> str:
+def report(folder: Path, figures: Path) -> str:
     """Markdown of all tables, and the plots."""
     read = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
     parts = []
@@ -334,7 +334,7 @@ def report(folder: Path, docs: Path) -> str:
             parts.append(
                 f"### {name} ({content['hardware']})\n\n{tabulate([_flat(r) for r in rows], 'keys', 'github')}"
             )
-    _plots(read, docs)
+    _plots(read, figures)
     return "\n\n".join(parts) + "\n"
 
 
@@ -365,7 +365,7 @@ def _accuracy_table(name: str, content: Row) -> str:
     return f"### {about} ({content['hardware']})\n\n{tabulate(table, head, 'github', disable_numparse=True)}"
 
 
-def _plots(read: dict[str, Any], docs: Path) -> None:
+def _plots(read: dict[str, Any], figures: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -374,7 +374,7 @@ def _plots(read: dict[str, Any], docs: Path) -> None:
 
     def save(figure: Any, name: str) -> None:
         figure.savefig(
-            docs / f"performance-{name}.svg", metadata={"Date": None}, facecolor="white", bbox_inches="tight"
+            figures / f"performance-{name}.svg", metadata={"Date": None}, facecolor="white", bbox_inches="tight"
         )
         plt.close(figure)
 
