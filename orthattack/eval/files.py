@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -163,7 +165,8 @@ class Store:
         self._puts_are_atomic = bool(protocols & _OBJECT_STORES)
         self._url, self._say = url.rstrip("/"), say
         self._copies: dict[str, Path] = {}
-        self._temporary = tempfile.TemporaryDirectory(prefix="orthattack-")
+        self._temporary = Path(tempfile.mkdtemp(prefix="orthattack-"))
+        weakref.finalize(self, shutil.rmtree, self._temporary, ignore_errors=True)
 
     def __str__(self) -> str:
         return self._url
@@ -231,9 +234,12 @@ class Store:
         self._patiently(beside_and_moved)
 
     def create(self, name: str, content: bytes) -> bool:
+        if not self._puts_are_atomic:  # whole, but of two that start in the same moment both may think they are first
+            if not self.exists(name):
+                self._put(name, content)
+            return self.read(name) == content
+
         def created() -> bool:
-            if not self._puts_are_atomic:
-                self._fs.makedirs(self._at(name).rpartition("/")[0], exist_ok=True)
             try:
                 self._fs.pipe_file(self._at(name), content, mode="create")
             except FileExistsError:  # perhaps by an attempt of ours whose answer was lost
@@ -246,7 +252,7 @@ class Store:
         return f"{self._root}/{name}" if name else self._root
 
     def _scratch(self, name: str) -> Path:
-        return Path(self._temporary.name) / f"{secrets.token_hex(8)}-{name.rpartition('/')[2]}"
+        return self._temporary / f"{secrets.token_hex(8)}-{name.rpartition('/')[2]}"
 
     def _patiently(self, action: Callable[[], T]) -> T:
         """What `action` returns, tried `ATTEMPTS` times; OSError that says so if it never succeeds."""

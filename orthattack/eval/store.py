@@ -31,7 +31,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from orthattack.eval.errors import EvaluationError
+from orthattack.eval.errors import EvaluationError, first_line
 from orthattack.eval.files import Disk, open_files
 
 __all__ = ["CLEAN_SCHEMA", "ROW_SCHEMA", "Kind", "RunFolder", "Shard", "shown_eps"]
@@ -171,7 +171,7 @@ class RunFolder:
         try:
             if not self.exists:
                 # Another process of the same run may be ahead of this one, but not have written the manifest yet.
-                others = [name for name in self._files.names() if name != "sessions"]
+                others = [name for name in self._files.names() if name != "sessions" and not name.endswith(".partial")]
                 if others and not self.exists:
                     raise EvaluationError(f"{self} is not empty and not the folder of a run; choose another")
             if self.path is not None:
@@ -287,7 +287,7 @@ class RunFolder:
                 "images": torch.stack([images[position].cpu() for position in positions]).contiguous(),
             }
             with self._files.writing(shard.image_path.as_posix()) as partial:
-                safetensors.torch.save_file(tensors, partial)
+                partial.write_bytes(safetensors.torch.save(tensors))  # OSError of a full disk; save_file has its own
         with self._files.writing(shard.path.as_posix()) as partial:
             pq.write_table(table, partial, compression="zstd")
 
@@ -300,7 +300,8 @@ class RunFolder:
         columns: Sequence[str] | None = None,
     ) -> pd.DataFrame:
         """The rows of one model and, but for clean, one attack at one radius, in the order of the photographs."""
-        parts = [_table(path, columns) for path in self._fetched(Shard(model, attack, eps, 0, kind).path)]
+        example = Shard(model, attack, eps, 0, kind).path
+        parts = self._tables([f"{example.parent.as_posix()}/{name}" for name in self._names(example)], columns)
         schema = CLEAN_SCHEMA if kind == "clean" else ROW_SCHEMA
         if not parts:
             parts = [schema.empty_table() if columns is None else schema.empty_table().select(list(columns))]
@@ -308,7 +309,7 @@ class RunFolder:
 
     def read_shard(self, shard: Shard, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """The rows of one shard."""
-        return _frame([_table(self._files.fetch([shard.path.as_posix()])[0], columns)])
+        return _frame(self._tables([shard.path.as_posix()], columns))
 
     def images(
         self,
@@ -334,6 +335,11 @@ class RunFolder:
                 found += file.get_tensor("position").tolist()
         return found
 
+    def _tables(self, names: Sequence[str], columns: Sequence[str] | None) -> list[pa.Table]:
+        """The tables in files; EvaluationError that names one which is damaged."""
+        paths = self._files.fetch(names)
+        return [_table(path, f"{self}/{name}", columns) for path, name in zip(paths, names, strict=True)]
+
     def _names(self, example: Path) -> list[str]:
         names = self._files.names(example.parent.as_posix())
         return [name for name in names if name.endswith(example.suffix) and not name.startswith(".")]
@@ -356,9 +362,14 @@ def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode("utf-8")
 
 
-def _table(path: Path, columns: Sequence[str] | None) -> pa.Table:
-    # Half the time of pq.read_table, which looks for a data set of many files around each.
-    return pq.ParquetFile(path).read(columns=None if columns is None else list(columns), use_threads=False)
+def _table(path: Path, name: str, columns: Sequence[str] | None) -> pa.Table:
+    try:
+        # Half the time of pq.read_table, which looks for a data set of many files around each.
+        return pq.ParquetFile(path).read(columns=None if columns is None else list(columns), use_threads=False)
+    except (OSError, pa.ArrowException) as error:
+        raise EvaluationError(
+            f"{name} is damaged ({first_line(error)}): delete it, and the same `orthattack eval` makes it again"
+        ) from error
 
 
 def _frame(tables: Sequence[pa.Table]) -> pd.DataFrame:
