@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def work_suite(steps: int, units: int) -> Suite:
-    """That many units, each of `PER_UNIT` images; the 20 photographs suffice for 4, so copies of the model make more."""
+    """That many units, each of `PER_UNIT` images: 4 of the package's photographs, times copies of the model."""
     return make_suite(
         {
             "models": [{"name": "cifar10-robust", "label": f"copy {k}"} for k in range(max(1, units // 4))],
