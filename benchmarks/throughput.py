@@ -59,7 +59,7 @@ def main() -> None:
             folder = RunFolder(Path(temporary) / f"run-{steps}")
             assert run_suite(suite, suite_source(suite), folder, progress=False)
             whole = time.perf_counter() - start
-            table = Run.open(folder.path).table()
+            table = Run(folder, folder.manifest()).table()
             attack = float(table["seconds"].sum())
             rows.append([steps, count, f"{bare:.1f}", f"{whole:.1f}", f"{attack:.1f}", f"{100 * bare / whole:.1f} %"])
     head = ["steps", "images", "bare attack, s", "evaluation, s", "of it the attack, s", "throughput"]

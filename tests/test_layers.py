@@ -30,8 +30,34 @@ LAYERS = [
 ]
 EVAL_LAYERS = [
     *("errors", "plugin", "preprocessing", "checkpoint", "classifier", "models", "metrics", "stats", "suspicion"),
-    *("classes", "sources", "photographs", "torchdata", "data", "kinds", "baselines", "attacks", "store", "suite"),
-    *("decode", "measure", "checks", "manifest", "job", "run", "outcomes", "results", "comparison"),
+    *(
+        "classes",
+        "sources",
+        "photographs",
+        "torchdata",
+        "data",
+        "kinds",
+        "baselines",
+        "attacks",
+        "files",
+        "store",
+        "suite",
+    ),
+    *(
+        "lock",
+        "decode",
+        "measure",
+        "checks",
+        "manifest",
+        "job",
+        "plan",
+        "work",
+        "run",
+        "engine",
+        "outcomes",
+        "results",
+        "comparison",
+    ),
     *("gallery", "plots", "page", "report", "api", "cli", "__init__"),
 ]
 HEAVY = {

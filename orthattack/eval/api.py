@@ -36,6 +36,7 @@ def evaluate(
     *,
     out: Path | str | None = None,
     device: torch.device | str = "cpu",
+    shard: tuple[int, int] | None = None,
     progress: bool = True,
     report: bool = True,
     **options: Any,
@@ -49,8 +50,11 @@ def evaluate(
         attacks: names, tables as in a suite (``{"name": "PGD", "steps": 50}``), or, in a mapping from labels, also
             functions: ``attack(model)(images, labels)`` returns adversarial images. What a function draws at random is
             seeded for each batch.
-        out: the run's folder; the same call goes on with what is in it. By default a new one under ``runs/``.
+        out: the run's folder, or its URL in a store that fsspec knows; the same call goes on with what is in it. By
+            default a new one under ``runs/``.
         device: where to compute.
+        shard: (i, n), 1 <= i <= n: do every n-th unit of work from the i-th on, while other processes do the others
+            with the same `out`. The last one writes the report.
         progress: show a bar on standard error.
         report: write the report at the end.
         **options: `eps` (a radius or several, in pixel units), `norm`, `steps`, `seeds`, `batch_size`, `shard_size`,
@@ -101,31 +105,38 @@ def evaluate(
         for spec in suite.attacks
     }
     source = suite_source(suite, kinds, classifiers, data if isinstance(data, Photographs) else None)
-    folder = run_folder(None if out is None else Path(out))
-    run_suite(suite, source, folder, device=device, progress=progress, command=sys.argv)
-    return reported(folder) if report else Run.open(folder.path)
+    if shard is not None and out is None:
+        raise EvaluationError("shard needs out, the folder that all shards share")
+    folder = run_folder(out)
+    run_suite(suite, source, folder, device=device, part=shard, progress=progress, command=sys.argv)
+    manifest = folder.manifest()
+    if report and (shard is None or manifest["status"] == "complete"):
+        return reported(folder)
+    return Run(folder, manifest)
 
 
-def reported(folder: RunFolder) -> Run:
-    """Judge the trust checks of a run, finished or not, and write its report."""
+def reported(folder: RunFolder, to: Path | None = None) -> Run:
+    """Judge the trust checks of a run, finished or not, and write its report, into its folder or another."""
     manifest = folder.manifest()
     checks = [asdict(check) for check in assess(folder, manifest)] if manifest["config"]["checks"] else []
     folder.write_text("checks.json", json.dumps(checks, indent=1) + "\n")
-    run = Run.open(folder.path)
-    write_report(run)
+    run = Run(folder, manifest)
+    write_report(run, None if to is None else RunFolder(to))
     return run
 
 
-def run_folder(out: Path | None, name: str | None = None) -> RunFolder:
+def run_folder(
+    out: Path | str | None, name: str | None = None, say: Callable[[str], None] = lambda _: None
+) -> RunFolder:
     """The folder of a run: the one asked for, the one of a suite's name, or a new one that says when."""
     if out is not None:
-        return RunFolder(out)
+        return RunFolder(out, say)
     if name is not None:
-        return RunFolder(Path("runs") / name)
+        return RunFolder(Path("runs") / name, say)
     path = Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
     while path.exists():  # another run has started in the same second
         path = path.with_name(path.name + "-2")
-    return RunFolder(path)
+    return RunFolder(path, say)
 
 
 def _sequence(models: Any) -> Sequence[Any]:

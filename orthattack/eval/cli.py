@@ -7,13 +7,14 @@ import math
 import os
 import signal
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orthattack import __version__
 
 if TYPE_CHECKING:
+    from orthattack.eval.store import RunFolder
     from orthattack.eval.suite import Suite
 
 __all__ = ["main"]
@@ -29,7 +30,8 @@ examples:
   orthattack eval --attacks OrthoPGD,steps=50 torchattacks:APGD,steps=50 foolbox:LinfPGD
   orthattack eval benchmark.toml
 
-The same command, with a suite or --out, goes on where an earlier one stopped.
+The same command, with a suite or --out, goes on where an earlier one stopped. Several processes share the work with
+--shard 1/2, --shard 2/2, or with --engine ray: see docs/scaling.md.
 """
 
 
@@ -65,10 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     _add_eval(commands)
     report = commands.add_parser("report", help="write the report of a run again, finished or not, and print its table")
-    report.add_argument("folder", type=Path, metavar="RUN", help="the run's folder")
+    report.add_argument("folder", metavar="RUN", help="the run's folder, or its URL")
+    report.add_argument("--to", type=Path, metavar="DIR", help="write it there instead of into the run's folder")
     report.set_defaults(run=_report)
     compare = commands.add_parser("compare", help="set two runs side by side, image by image")
-    compare.add_argument("folders", type=Path, nargs=2, metavar="RUN", help="the runs' folders")
+    compare.add_argument("folders", nargs=2, metavar="RUN", help="the runs' folders, or URLs")
     compare.set_defaults(run=_compare)
     models = commands.add_parser("models", help="list the classifiers that can be named, with their weights")
     models.add_argument("pattern", nargs="?", default="", help="only names that contain this")
@@ -112,7 +115,11 @@ def _add_eval(commands: Any) -> None:
     add("--no-checks", dest="checks", action="store_false", default=None, help="leave out the trust checks")
     how = evaluate.add_argument_group("how to run it").add_argument
     how("--device", metavar="D", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    how("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/DATE-TIME, or runs/SUITE)")
+    how("--engine", choices=("ray",), help="let Ray hand the work to many workers (extra ray)")
+    how("--workers", type=_count, metavar="N", help="how many (default: one per GPU of the cluster, else per core)")
+    how("--address", metavar="A", help="of a Ray cluster, or auto (default: one on this machine, for this run)")
+    how("--out", metavar="DIR", help="the run's folder, or s3://... (default: runs/DATE-TIME, or runs/SUITE)")
+    how("--shard", type=_part, metavar="I/N", help="do only every N-th piece of the work, from the I-th on (1 to N)")
 
 
 def _count(text: str) -> int:
@@ -130,6 +137,13 @@ def _whole(text: str) -> int:
     if abs(value) >= 2**63:
         raise argparse.ArgumentTypeError(f"must be below 2**63; got {text}")
     return value
+
+
+def _part(text: str) -> tuple[int, int]:
+    first, slash, count = text.partition("/")
+    if not (slash and first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 1 to N, such as 1/4 to 4/4; got {text!r}")
+    return int(first), int(count)
 
 
 def _fraction(text: str) -> float:
@@ -152,21 +166,45 @@ _OF_THE_SUITE = (
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from orthattack.eval.errors import EvaluationError
     from orthattack.eval.suite import read_suite
 
     suite = _from_flags(options)
     if suite is None:
         suite = read_suite(options.suite)
-    device = _device(options.device)
-
+    if options.engine is None and (options.workers is not None or options.address is not None):
+        raise EvaluationError("--workers and --address go with --engine ray")
+    if options.engine is not None and options.shard is not None:
+        raise EvaluationError("--shard is for processes that share the work without --engine")
     from orthattack.eval.api import run_folder
     from orthattack.eval.run import run_suite, suite_source
 
     source = suite_source(suite)
-    folder = run_folder(options.out, None if options.suite is None else options.suite.stem)
+    if options.shard is not None and options.out is None and options.suite is None:
+        raise EvaluationError("--shard needs --out, the folder that all shards share")
+    folder = run_folder(options.out, None if options.suite is None else options.suite.stem, _say)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # stop in order, as by Ctrl-C
-    complete = run_suite(suite, source, folder, device=device, command=sys.argv, say=_say)
-    return _tell(folder.path, complete)
+    with ExitStack() as stack:
+        crew = None
+        if options.engine is not None:
+            from orthattack.eval.engine import ray_crew
+
+            crew = stack.enter_context(ray_crew(options.address, options.workers, options.device))
+        complete = run_suite(
+            suite,
+            source,
+            folder,
+            device=_device(options.device) if crew is None else crew.device,
+            part=options.shard,
+            engine=crew,
+            command=sys.argv,
+            say=_say,
+        )
+    if options.shard is not None and complete and folder.manifest()["status"] != "complete":
+        i, n = options.shard
+        print(f"shard {i}/{n} is done; the last of the {n}, or the command without --shard, completes {folder}")
+        return 0
+    return _tell(folder, complete)
 
 
 def _from_flags(options: argparse.Namespace) -> Suite | None:
@@ -248,16 +286,15 @@ def _say(line: str) -> None:
     tqdm.write(f"orthattack: {line}", file=sys.stderr)
 
 
-def _tell(path: Path, complete: bool) -> int:
+def _tell(folder: RunFolder, complete: bool, to: Path | None = None) -> int:
     """Write the report of a run and print its table; returns the exit code."""
     from orthattack.eval.api import reported
     from orthattack.eval.report import leaderboard_table
-    from orthattack.eval.store import RunFolder
 
-    run = reported(RunFolder(path))
+    run = reported(folder, to)
     views = [run, *map(run.in_norm, run.other_norms)]
     print("\n\n".join(map(leaderboard_table, views)))
-    print(f"\nreport: {path / 'report.html'}", flush=True)
+    print(f"\nreport: {to or folder}/report.html", flush=True)
     if not complete:
         print("orthattack: interrupted; the same command, with --out, goes on from here", file=sys.stderr)
         return 130
@@ -268,7 +305,9 @@ def _tell(path: Path, complete: bool) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    return _tell(options.folder, complete=True)
+    from orthattack.eval.store import RunFolder
+
+    return _tell(RunFolder(options.folder, _say), complete=True, to=options.to)
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -32,7 +32,7 @@ def compared(first: Run, second: Run) -> pd.DataFrame:
     """
     if first.norm != second.norm:
         raise EvaluationError(
-            f"{first.folder.path} is of norm {first.norm} and {second.folder.path} of {second.norm}: "
+            f"{first.folder} is of norm {first.norm} and {second.folder} of {second.norm}: "
             "robust accuracies in different norms cannot be compared"
         )
     pairs = [(label, label) for label in first.models if label in second.models]
@@ -66,8 +66,7 @@ def compared(first: Run, second: Run) -> pd.DataFrame:
     table = pd.DataFrame(rows)
     if not table["n"].any():
         raise EvaluationError(
-            f"{first.folder.path} and {second.folder.path} share no image that both scored: images are matched by name "
-            "and label"
+            f"{first.folder} and {second.folder} share no image that both scored: images are matched by name and label"
         )
     return table.rename(
         columns={

@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from torch import Tensor
 
-__all__ = ["ahead"]
+__all__ = ["Decoder"]
 
 WORKERS = 2
 
 
-def ahead(chunks: Sequence[Sequence[int]], load: Callable[[int], Tensor]) -> Iterator[dict[int, Tensor | Exception]]:
-    """The images of each chunk, those of the next one decoded by threads meanwhile; two chunks in memory at most.
+class Decoder:
+    """Decodes chunks of photographs in threads: the one that is taken, and one that may come next.
 
     Args:
-        chunks: positions of photographs.
         load: decodes one; it is called by several threads. Decoders leave the interpreter to others while they work.
-
-    Yields:
-        For each chunk, its images by position, or what went wrong with them.
     """
-    pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="decode")
-    waiting: deque[dict[int, Future[Tensor]]] = deque()
-    try:
-        for chunk in chunks:
-            waiting.append({item: pool.submit(load, item) for item in chunk})
-            if len(waiting) == 2:
-                yield {item: _outcome(future) for item, future in waiting.popleft().items()}
-        if waiting:
-            yield {item: _outcome(future) for item, future in waiting.popleft().items()}
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+
+    def __init__(self, load: Callable[[int], Tensor]) -> None:
+        self._load = load
+        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="decode")
+        self._begun: dict[int, Future[Tensor]] = {}
+
+    def begin(self, chunk: Sequence[int]) -> None:
+        """Decode what will probably be taken next; what was begun before, and is not among it, is given up."""
+        before, self._begun = self._begun, {}
+        for item in chunk:
+            self._begun[item] = before.pop(item) if item in before else self._pool.submit(self._load, item)
+        for future in before.values():
+            future.cancel()
+
+    def take(self, chunk: Sequence[int]) -> dict[int, Tensor | Exception]:
+        """The images of a chunk by position, or what went wrong with them."""
+        self.begin(chunk)
+        futures, self._begun = self._begun, {}
+        return {item: _outcome(future) for item, future in futures.items()}
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _outcome(future: Future[Tensor]) -> Tensor | Exception:

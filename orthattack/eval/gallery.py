@@ -134,7 +134,7 @@ def save_picture(run: Run, path: Path, model: str, attack: str, eps: float | Non
     found = examples(run, model, attack, eps, first)
     chosen = sorted(found, key=lambda example: not example.success)[:columns]
     if not chosen:
-        raise EvaluationError(f"{run.folder.path} holds no images of {attack} on {model} at {shown_eps(eps, run.norm)}")
+        raise EvaluationError(f"{run.folder} holds no images of {attack} on {model} at {shown_eps(eps, run.norm)}")
     size = 1.5
     figure = Figure(figsize=(max(size * len(chosen), 3.0) + 1.0, 3 * size + 1.1), layout="constrained")
     radius = "" if chosen[0].eps is None else f", ε = {shown_eps(chosen[0].eps, run.norm)}"

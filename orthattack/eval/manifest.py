@@ -15,10 +15,11 @@ import torch
 from orthattack.eval.classifier import Classifier
 from orthattack.eval.data import Photographs
 from orthattack.eval.errors import EvaluationError
+from orthattack.eval.lock import Part
 from orthattack.eval.store import RunFolder
 from orthattack.eval.suite import Entry, differences
 
-__all__ = ["describe_attacks", "describe_model", "new_session", "now", "to_go_on"]
+__all__ = ["bury", "describe_attacks", "describe_model", "hardware", "new_session", "now", "to_go_on"]
 
 
 def describe_attacks(entries: Sequence[Entry], baselines: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
@@ -64,9 +65,11 @@ def describe_model(label: str, classifier: Classifier, photographs: Photographs)
 
 
 def to_go_on(
-    folder: RunFolder, new: Mapping[str, Any], session: Mapping[str, Any], say: Callable[[str], None]
+    folder: RunFolder, new: Mapping[str, Any], session: dict[str, Any], say: Callable[[str], None]
 ) -> dict[str, Any]:
     """The folder's own manifest, if what was begun there is the same as `new`.
+
+    A difference between the sessions that may change the last digits is said, and noted in `session`.
 
     Raises:
         EvaluationError: it is not; the message shows the differences.
@@ -78,23 +81,51 @@ def to_go_on(
             found += [f"{after['label']}: {line}" for line in differences({key: before[key]}, {key: after[key]})]
     if found:
         raise EvaluationError(
-            f"{folder.path} holds another run; choose another folder, or make these the same:\n  " + "\n  ".join(found)
+            f"{folder} holds another run; choose another folder, or make these the same:\n  " + "\n  ".join(found)
         )
-    then, today = old["sessions"][-1]["versions"], session["versions"]
-    changed = [f"{name} {then[name]} then, {today[name]} now" for name in today if then.get(name) != today[name]]
-    if changed:
-        warning = f"continued with other versions: {', '.join(changed)}; results may differ in their last digits"
-        say(warning)
-        old["warnings"].append(warning)
+    for what, verb in (("versions", "continued with other versions"), ("hardware", "continued on other hardware")):
+        before = (old["sessions"] or [session])[-1]
+        then, today = before[what], session[what]
+        if what == "hardware" and (before.get("engine") or session["engine"]):
+            continue
+        names = [name for name in today if what == "versions" or name in ("processor", "threads", "gpu")]
+        changed = [
+            f"{name} {then.get(name)} then, {today[name]} now" for name in names if then.get(name) != today[name]
+        ]
+        if changed:
+            warning = f"{verb}: {', '.join(changed)}; results may differ in their last digits"
+            say(warning)
+            session["warnings"].append(warning)
     return old
 
 
-def new_session(entries: Sequence[Entry], device: torch.device, command: Sequence[str]) -> dict[str, Any]:
-    """When, how, with what and on what work on a run began."""
+def new_session(
+    folder: RunFolder, entries: Sequence[Entry], device: torch.device, command: Sequence[str], part: Part | None = None
+) -> dict[str, Any]:
+    """When, how, with what and on what a process began to work on a run: its record, not yet written."""
     names = ["orthattack", "torch", "torchvision", "foolbox", "numpy", "pillow"]
     if any(entry.kind.source == "torchattacks" for entry in entries):
         names.append("torchattacks")
-    hardware: dict[str, Any] = {
+    host, process = platform.node(), os.getpid()
+    return {
+        "id": folder.new_session_id(host, process),
+        "host": host,
+        "process": process,
+        "shard": None if part is None else f"{part[0]}/{part[1]}",
+        "started": now(),
+        "finished": None,
+        "outcome": "running",
+        "command": list(command),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
+        "hardware": hardware(device),
+        "warnings": [],
+        "notes": [],
+    }
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What this process computes with."""
+    found: dict[str, Any] = {
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -102,14 +133,16 @@ def new_session(entries: Sequence[Entry], device: torch.device, command: Sequenc
         "device": str(device),
     }
     if device.type == "cuda":
-        hardware["gpu"] = torch.cuda.get_device_name(device)
-    return {
-        "started": now(),
-        "finished": None,
-        "command": list(command),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
-        "hardware": hardware,
-    }
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def bury(folder: RunFolder, part: Part | None) -> None:
+    """Set down as killed the sessions that never ended, for whoever holds the lock that they held."""
+    for session in folder.sessions():
+        same = part is None or session["shard"] == f"{part[0]}/{part[1]}"
+        if same and session["outcome"] == "running":
+            folder.write_session({**session, "outcome": "killed"})
 
 
 def now() -> str:

@@ -17,7 +17,7 @@ from orthattack.eval.metrics import DEFINITIONS
 from orthattack.eval.outcomes import defined, records
 from orthattack.eval.page import NORMS, number, page, percent, points
 from orthattack.eval.results import WORST, Run
-from orthattack.eval.store import shown_eps
+from orthattack.eval.store import RunFolder, shown_eps
 
 __all__ = ["compare", "leaderboard_table", "markdown", "write_report"]
 
@@ -30,13 +30,13 @@ NOTES = (
 _WIDTH = 22
 
 
-def write_report(run: Run) -> list[Path]:
-    """Write the report into the run's folder; returns where its files are.
+def write_report(run: Run, folder: RunFolder | None = None) -> list[Path | str]:
+    """Write the report into the run's folder, or another; returns where its files are.
 
     results.json, results.csv, results.md and report.html; and, where some attacks have another norm than the run, the
     same of these with the norm in their names.
     """
-    written = []
+    written: list[Path | str] = []
     for view in (run, *map(run.in_norm, run.other_norms)):
         name = "{}" if view is run else f"{{}}-{view.norm}"
         for stem, ending, text in (
@@ -45,7 +45,7 @@ def write_report(run: Run) -> list[Path]:
             ("results", "md", markdown(view)),
             ("report", "html", page(view)),
         ):
-            written.append(run.folder.write_text(f"{name.format(stem)}.{ending}", text))
+            written.append((folder or run.folder).write_text(f"{name.format(stem)}.{ending}", text))
     return written
 
 
@@ -243,7 +243,7 @@ def compare(first: Run, second: Run, *, as_markdown: bool = False) -> str:
         for row in records(table)
         if row["attack"] == CLEAN and not row["first_images"] == row["second_images"] == row["n"]
     ]
-    texts = [f"first: {first.folder.path}", f"second: {second.folder.path}", *notes, *unmatched]
+    texts = [f"first: {first.folder}", f"second: {second.folder}", *notes, *unmatched]
     if as_markdown:
         parts = [*(f"- {wrap(text)}" for text in texts), "", _pipes(head, body), "", "What differs:", ""]
         parts += [f"- {wrap(text)}" for text in alike] or ["- nothing"]

@@ -91,13 +91,13 @@ class Run:
                 {attack.get("norm", config["norm"]) for attack in manifest["attacks"]} - {self.norm}
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise EvaluationError(f"{folder.path}/manifest.json lacks what a report needs ({error!r})") from error
+            raise EvaluationError(f"{folder}/manifest.json lacks what a report needs ({error!r})") from error
         self._cells: dict[tuple[str, float | None], _Cell] = {}
 
     @classmethod
-    def open(cls, path: Path | str) -> Run:
-        """Open the folder of a run, finished or not; EvaluationError if it is none."""
-        folder = RunFolder(Path(path))
+    def open(cls, place: Path | str) -> Run:
+        """Open the folder of a run, or its URL, finished or not; EvaluationError if it is none."""
+        folder = RunFolder(place)
         return cls(folder, folder.manifest())
 
     def in_norm(self, norm: str) -> Run:
@@ -121,12 +121,9 @@ class Run:
     def checks(self) -> list[dict[str, str]]:
         """The trust checks: model, check, status ("passed", "warned" or "not run"), figures, why."""
         try:
-            found = json.loads((self.folder.path / "checks.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return []
+            return list(json.loads(self.folder.read_text("checks.json") or "[]"))
         except (OSError, ValueError) as error:
-            raise EvaluationError(f"{self.folder.path}/checks.json cannot be read ({error})") from error
-        return list(found)
+            raise EvaluationError(f"{self.folder}/checks.json cannot be read ({error})") from error
 
     def images(self, model: str) -> int:
         """How many images the run set out to attack."""

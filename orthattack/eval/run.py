@@ -1,38 +1,37 @@
-"""The run itself: every attack at every radius on every model over every chunk of the photographs, one shard at a time.
+"""The run itself: every attack at every radius on every model over every chunk of the photographs.
 
 A shard that is finished is on the disk and is never computed again; one that is not leaves nothing. What it holds
-depends on the configuration, the photographs and the hardware, not on what was computed before it.
+depends on the configuration, the photographs and the hardware, not on what was computed before it, nor on how many
+processes share the work.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm
 
-from orthattack.eval.checks import CLEAN_COLUMNS, TRANSFER, clean_suspicions, planned_probes, probes
+from orthattack.eval.checks import planned_probes
 from orthattack.eval.classifier import Classifier
 from orthattack.eval.data import Photographs, check_data, load_photographs, read_names
-from orthattack.eval.decode import ahead
 from orthattack.eval.errors import EvaluationError
-from orthattack.eval.job import Job, Part
-from orthattack.eval.kinds import AttackKind, Conditions, drawing
-from orthattack.eval.manifest import describe_attacks, describe_model, new_session, now, to_go_on
+from orthattack.eval.kinds import AttackKind, drawing
+from orthattack.eval.lock import Part, working_in
+from orthattack.eval.manifest import bury, describe_attacks, describe_model, new_session, now, to_go_on
 from orthattack.eval.models import check_name, load_classifier
-from orthattack.eval.photographs import evenly
-from orthattack.eval.store import RunFolder, Shard, shown_eps
-from orthattack.eval.suite import AttackSpec, Entry, Suite
+from orthattack.eval.plan import Plan, Unit
+from orthattack.eval.store import RunFolder, shown_eps
+from orthattack.eval.suite import Suite
+from orthattack.eval.work import Attacked, Worker
 
-__all__ = ["GALLERY", "Source", "run_suite", "suite_source"]
-
-GALLERY = 24
-"""How many photographs' adversarials are kept for the report."""
+__all__ = ["Engine", "Source", "run_suite", "suite_source"]
 
 
 @dataclass(frozen=True)
@@ -94,12 +93,29 @@ def _path(name: str | None) -> Path | None:
     return None if name is None else Path(name)
 
 
+class Engine(Protocol):
+    """Who does the units of work: this process, or others on its behalf.
+
+    Attributes:
+        name: for the session's record.
+        workers: the processes that have worked, each with host, process and hardware, for the session's record.
+    """
+
+    name: str
+    workers: list[dict[str, Any]]
+
+    def __call__(self, units: Sequence[Unit], plan: Plan, attacked: Attacked, say: Callable[[str], None], /) -> None:
+        """Do all units. They are independent: in any order, anywhere, some of them twice if need be."""
+
+
 def run_suite(
     suite: Suite,
     source: Source,
     folder: RunFolder,
     *,
     device: torch.device | str = "cpu",
+    part: Part | None = None,
+    engine: Engine | None = None,
     progress: bool = True,
     command: Sequence[str] = (),
     say: Callable[[str], None] = lambda _: None,
@@ -111,33 +127,67 @@ def run_suite(
         source: its models, data and attacks.
         folder: where; a new or empty folder, or one in which the same suite was begun.
         device: where to compute.
+        part: only shard i of n of the work, while other processes do the others in the same folder. The trust checks
+            that need all models are left to the last of them.
+        engine: who does it; by default this process.
         progress: show a bar on standard error.
         command: how it was started, for the manifest.
         say: is told what a person should know at once, a line at a time.
 
     Returns:
-        True if everything is done; False if it was interrupted from the keyboard.
+        True if everything, or all of the shard, is done; False if it was interrupted from the keyboard.
 
     Raises:
-        EvaluationError: the folder belongs to another run, a model or the data cannot be had, or the disk is full.
+        EvaluationError: the folder belongs to another run, or another process is at work in it; a model or the data
+            cannot be had, or the disk is full.
     """
+    if part is not None and not 1 <= part[0] <= part[1]:
+        raise EvaluationError(
+            f"shard {part[0]}/{part[1]}: shards are counted from 1, 1/{part[1]} to {part[1]}/{part[1]}"
+        )
     # Making a model draws its initial weights: the caller's random numbers go on as if nothing had been.
     with drawing(0):
-        return _run_suite(suite, source, folder, torch.device(device), progress, command, say)
+        entries, device = suite.entries(source.kinds), torch.device(device)
+        folder.create()
+        # An engine's workers compute elsewhere, and are listed on their own.
+        session = new_session(folder, entries, torch.device("cpu") if engine else device, command, part)
+        session["engine"] = None if engine is None else engine.name
+        with _working_in(folder, part, session, say):
+            manifest = _manifest(suite, source, folder, session, say)
+            plan = Plan(suite, entries, manifest, folder)
+            if engine is None:
+                engine = _Here(source, device)
+            session["workers"] = engine.workers
+            with _recorded(folder, session):
+                session["outcome"] = outcome = _everything(plan, part, engine, progress, say)
+            return outcome != "interrupted"
 
 
-def _run_suite(
-    suite: Suite,
-    source: Source,
-    folder: RunFolder,
-    device: torch.device,
-    progress: bool,
-    command: Sequence[str],
-    say: Callable[[str], None],
-) -> bool:
-    entries = suite.entries(source.kinds)
-    session = new_session(entries, device, command)
-    folder.create()
+@contextmanager
+def _working_in(
+    folder: RunFolder, part: Part | None, session: Mapping[str, Any], say: Callable[[str], None]
+) -> Iterator[None]:
+    """Keep others from the same work, as far as the folder allows."""
+    if folder.path is None:
+        others = [one for one in folder.sessions() if one["outcome"] == "running" and one["shard"] == session["shard"]]
+        for other in others:
+            say(
+                f"process {other['process']} on {other['host']}, since {other['started']}, has not ended its work on "
+                f"{folder}, or was killed. If it still runs, stop it, or use --shard: both would do the same work"
+            )
+        yield
+        return
+    about = {key: session[key] for key in ("host", "process", "started", "shard")}
+    with working_in(folder.path, part, about, say) as held:
+        if held:
+            bury(folder, part)
+        yield
+
+
+def _manifest(
+    suite: Suite, source: Source, folder: RunFolder, session: dict[str, Any], say: Callable[[str], None]
+) -> Mapping[str, Any]:
+    """The manifest of the run, new or as it was begun, and beside it the record of this session."""
     models = []
     for spec in suite.models:  # all are tried before the first is attacked, but only one at a time is kept
         classifier = source.classifier(spec.label)
@@ -146,166 +196,89 @@ def _run_suite(
         "orthattack": session["versions"]["orthattack"],
         "status": "running",
         "config": suite.config(),
-        "attacks": describe_attacks(entries, suite.baselines(source.kinds)),
+        "attacks": describe_attacks(suite.entries(source.kinds), suite.baselines(source.kinds)),
         "models": models,
         "probes": planned_probes(suite, models) if suite.checks else [],
         "warnings": [],
         "sessions": [],
     }
-    if folder.exists:
+    # Of several processes that start at once one creates it, and all compare theirs with what is there.
+    if not folder.create_manifest(manifest):
         manifest = to_go_on(folder, manifest, session, say)
-    manifest["sessions"].append(session)
-    manifest["status"] = "running"
-    folder.write_manifest(manifest)
-    run = _Run(suite, source, folder, device, manifest, entries, say)
+    folder.write_session(session)
+    return manifest
+
+
+@contextmanager
+def _recorded(folder: RunFolder, session: dict[str, Any]) -> Iterator[None]:
+    """Set down how a session ended, whatever happens."""
     try:
-        run.everything(progress)
-        manifest["status"] = "complete"
-    except KeyboardInterrupt:
-        manifest["status"] = "interrupted"
-    except OSError as error:
-        manifest["status"] = "interrupted"
-        raise EvaluationError(
-            f"could not write to {folder.path} ({error.strerror or error}): what is finished is kept; mend it, and "
-            "start again with the same command to go on"
-        ) from error
+        yield
+    except BaseException as error:
+        session["outcome"] = "interrupted"
+        if isinstance(error, OSError):
+            raise EvaluationError(
+                f"could not write to {folder} ({error.strerror or error}): what is finished is kept; mend it, and "
+                "start again with the same command to go on"
+            ) from error
+        raise
     finally:
         session["finished"] = now()
-        with suppress(OSError):  # a full disk has been reported; the manifest of the session's start stands
-            folder.write_manifest(manifest)
-    return bool(manifest["status"] == "complete")
+        session["notes"] += folder.notes
+        with suppress(OSError):  # a full disk has been reported; the record of the session's start stands
+            folder.write_session(session)
+            folder.write_manifest(folder.manifest())
+
+
+def _everything(plan: Plan, part: Part | None, engine: Engine, progress: bool, say: Callable[[str], None]) -> str:
+    """Do what is left; returns how it ended: complete, part (this shard is done, others are not), or interrupted."""
+    try:
+        todo = plan.todo(part)
+        often = 0.1 if sys.stderr.isatty() else 30.0  # a log file is no place for an animation
+        with tqdm(total=todo.total, initial=todo.done, unit="img", disable=not progress, mininterval=often) as bar:
+            engine(todo.units, plan, _Progress(plan, bar), say)
+            if part is not None and not plan.is_ready_for_transfer():
+                return "part"
+            if transfers := plan.transfers():
+                bar.set_description("trust checks")
+                engine(transfers, plan, lambda *_: None, say)
+    except KeyboardInterrupt:
+        return "interrupted"
+    return "complete"
 
 
 @dataclass
-class _Run:
-    """What the parts of a run share."""
+class _Progress:
+    """Shows how far a run is: images attacked, and what this session has found of robust accuracy."""
 
-    suite: Suite
-    source: Source
-    folder: RunFolder
-    device: torch.device
-    manifest: Mapping[str, Any]
-    entries: Sequence[Entry]
-    say: Callable[[str], None]
-    rates: dict[tuple[str, float | None], tuple[int, int]] = field(default_factory=dict)
+    plan: Plan
+    bar: tqdm[Any]
+    rates: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
 
-    def everything(self, progress: bool) -> None:
-        counts = {model["label"]: model["data"]["images"] for model in self.manifest["models"]}
-        total = sum(counts.values()) * len(self.entries)
-        often = 0.1 if sys.stderr.isatty() else 30.0  # a log file is no place for an animation
-        with tqdm(total=total, unit="img", disable=not progress, mininterval=often) as bar:
-            for label, count in counts.items():
-                self._model(label, count, bar)
-            if self.suite.checks:
-                bar.set_description("trust checks")
-                for label in counts:
-                    self._transfer(label)
-
-    def _job(self, label: str) -> Job:
-        classifier = self.source.classifier(label)
-        photographs = self.source.photographs(classifier)
-        return Job(label, classifier, photographs, self.device, self.folder, self.suite.batch_size, self.say)
-
-    def _model(self, label: str, count: int, bar: tqdm[Any]) -> None:
-        """All that is left to do on one model."""
-        size = self.suite.shard_size
-        chunks = [range(first, min(first + size, count)) for first in range(0, count, size)]
-        todo: dict[int, list[Entry]] = {}
-        for number, chunk in enumerate(chunks):
-            wanted = [
-                entry
-                for entry in self.entries
-                if not self.folder.is_done(Shard(label, entry.label, entry.eps, number), len(chunk))
-            ]
-            bar.update((len(self.entries) - len(wanted)) * len(chunk))
-            if wanted or not self.folder.is_done(Shard(label, "clean", None, number, "clean"), len(chunk)):
-                todo[number] = wanted
-        bar.initial = bar.n  # so that the time left is estimated from this session's speed
-        checks = self._probes_left(label, count)
-        if not todo and not checks:
-            return
-        bar.set_description(label)
-        self.rates.clear()
-        job = self._job(label)
-        runners = {
-            (entry.label, entry.eps): entry.kind.bind(job.counter, self._conditions(job, entry))
-            for entry in self.entries
-        }
-        kept = {"gallery": evenly(GALLERY, count), "all": range(count), "none": ()}[self.suite.save_images]
-        decoded = ahead([chunks[number] for number in todo], job.load)
-        for (number, wanted), images in zip(todo.items(), decoded, strict=True):
-            part = Part(job, number, images, frozenset(kept))
-            part.look()
-            if number == 0:
-                self._doubt(job)
-            for entry in wanted:
-                robust = part.attack(entry, runners[entry.label, entry.eps], self.suite.attack_misclassified)
-                bar.update(len(chunks[number]))
-                bar.set_postfix_str(self._so_far(entry, *robust), refresh=False)
-        if checks:
-            bar.set_postfix_str("trust checks")
-            self._probe(job, checks)
-
-    def _doubt(self, job: Job) -> None:
-        """Say at once, after the first chunk, what looks like a mistake; the whole is judged by the trust checks."""
-        rows = self.folder.read_shard(Shard(job.label, "clean", None, 0, "clean"), CLEAN_COLUMNS)
-        for suspicion in clean_suspicions(rows, job.classifier.num_classes):
-            self.say(f"{job.label}: {suspicion}")
-        if job.judge.is_random:
-            self.say(f"{job.label} answers at random: each image is judged by {job.judge.evaluations} evaluations")
-
-    def _conditions(self, job: Job, entry: Entry) -> Conditions:
-        return Conditions(entry.norm, entry.eps, self.suite.steps, job.classifier.num_classes, self.suite.batch_size)
-
-    def _so_far(self, entry: Entry, robust: int, scored: int) -> str:
-        """Robust accuracy of what this session has measured."""
-        before = self.rates.get((entry.label, entry.eps), (0, 0))
+    def __call__(self, unit: Unit, which: int, robust: int, scored: int) -> None:
+        before = self.rates.get((unit.model, which), (0, 0))
         robust, scored = before[0] + robust, before[1] + scored
-        self.rates[entry.label, entry.eps] = robust, scored
+        self.rates[unit.model, which] = robust, scored
         share = f"{100 * robust / scored:.1f} %" if scored else "-"
-        return f"{entry.label} at {shown_eps(entry.eps, entry.norm)}: {share} robust"
+        entry = self.plan.entries[which]
+        self.bar.set_description(unit.model, refresh=False)
+        self.bar.set_postfix_str(f"{entry.label} at {shown_eps(entry.eps, entry.norm)}: {share} robust", refresh=False)
+        self.bar.update(len(self.plan.positions(unit)))
 
-    def _probes_left(self, label: str, count: int) -> list[Entry]:
-        """The probes of the trust checks that are still to be run on a model."""
-        suite, images = self.suite, len(evenly(self.suite.check_images, count))
-        size = next(about["preprocessing"]["crop"] for about in self.manifest["models"] if about["label"] == label)
-        return [
-            Entry(
-                AttackSpec(name=probe.kind.name, label=probe.label), probe.kind, suite.norm, probe.eps, 0, probe.label
-            )
-            for probe in (probes(suite.norm, suite.eps, suite.steps, size) if suite.checks else ())
-            if not self.folder.is_done(Shard(label, probe.label, probe.eps, 0, "checks"), images)
-        ]
 
-    def _probed(self, job: Job) -> Part:
-        """The few photographs of the checks."""
-        positions = evenly(self.suite.check_images, len(job.photographs))
-        part = Part(job, 0, next(ahead([positions], job.load)), frozenset(), "checks")
-        part.look()
-        return part
+class _Here:
+    """The units one after the other, in this process."""
 
-    def _probe(self, job: Job, checks: Sequence[Entry]) -> None:
-        part = self._probed(job)
-        for entry in checks:
-            # Kept, to try them on the other models.
-            part.keep = frozenset(part.positions if entry.label == "PGD" else ())
-            part.attack(entry, entry.kind.bind(job.counter, self._conditions(job, entry)), attack_misclassified=False)
+    name = "none"
 
-    def _transfer(self, label: str) -> None:
-        """Try a model on the adversarials that the checks made for the others."""
-        count = next(model["data"]["images"] for model in self.manifest["models"] if model["label"] == label)
-        images = len(evenly(self.suite.check_images, count))
-        todo = [
-            probe
-            for probe in self.manifest["probes"]
-            if probe["model"] == label
-            and probe["label"].startswith(TRANSFER)
-            and not self.folder.is_done(Shard(label, probe["label"], probe["eps"], 0, "checks"), images)
-        ]
-        if not todo:
-            return
-        part = self._probed(self._job(label))
-        for probe in todo:
-            other = probe["label"].removeprefix(TRANSFER)
-            adversarials = dict(self.folder.images(other, "PGD", probe["eps"], kind="checks"))
-            part.transfer(probe["label"], probe["eps"], self.suite.norm, adversarials)
+    def __init__(self, source: Source, device: torch.device) -> None:
+        self.workers: list[dict[str, Any]] = []
+        self._source, self._device = source, device
+
+    def __call__(self, units: Sequence[Unit], plan: Plan, attacked: Attacked, say: Callable[[str], None], /) -> None:
+        worker = Worker(plan, self._source, self._device, say)
+        try:
+            for unit, following in zip_longest(units, units[1:]):
+                worker.do(unit, following, attacked)
+        finally:
+            worker.close()

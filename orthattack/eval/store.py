@@ -5,19 +5,22 @@
     shards/MODEL/ATTACK/EPS/CHUNK.parquet          a row per photograph: the model after the attack
     checks/MODEL/CHECK/EPS/CHUNK.parquet           the same for the attacks of the trust checks
     images/MODEL/ATTACK/EPS/CHUNK.safetensors      adversarial images, bit for bit; the clean ones under ATTACK "clean"
+    sessions/NUMBER-HOST-PROCESS.json              one process at work on the run: when, how, on what, and how it ended
 
-Every file is written beside its place and moved there when it is whole, so what exists is finished.
+Every file is whole or not there (`files`), so what exists is finished. Several processes may write to one run: each has
+its own session, shards depend on nothing but the configuration, and manifest.json is created once. What it says of
+sessions and status is a copy, for whoever opens it by hand.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import secrets
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +31,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from orthattack.eval.errors import EvaluationError
+from orthattack.eval.errors import EvaluationError, first_line
+from orthattack.eval.files import Disk, open_files
 
 __all__ = ["CLEAN_SCHEMA", "ROW_SCHEMA", "Kind", "RunFolder", "Shard", "shown_eps"]
 
@@ -139,54 +143,111 @@ class RunFolder:
     """The files of one run.
 
     Args:
-        path: the folder; it need not exist before `create`.
+        place: a folder, or the URL of one in a store that fsspec knows; it need not exist before `create`.
+        say: is told what a person should know at once, a line at a time.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, place: Path | str, say: Callable[[str], None] = lambda _: None) -> None:
+        self._files = open_files(place, say)
+        self._say = say
+        self.notes: list[str] = []  # what of it belongs into the session's record
+
+    def __str__(self) -> str:
+        """The folder as people call it."""
+        return str(self._files)
+
+    @property
+    def path(self) -> Path | None:
+        """Where it is on this machine's disks; None for a store."""
+        return self._files.root if isinstance(self._files, Disk) else None
 
     @property
     def exists(self) -> bool:
         """Whether there is a run."""
-        return (self.path / "manifest.json").is_file()
+        return self._files.exists("manifest.json")
 
     def create(self) -> None:
         """Make the folder; EvaluationError if that cannot be done, or if it holds something else."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if not self.exists and any(self.path.iterdir()):
-                raise EvaluationError(f"{self.path} is not empty and not the folder of a run; choose another")
-            with _whole(self.path / ".writable") as probe:
-                probe.touch()
-            (self.path / ".writable").unlink()
+            if not self.exists:
+                # Another process of the same run may be ahead of this one, but not have written the manifest yet.
+                others = [name for name in self._files.names() if name != "sessions" and not name.endswith(".partial")]
+                if others and not self.exists:
+                    raise EvaluationError(f"{self} is not empty and not the folder of a run; choose another")
+            if self.path is not None:
+                self.path.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=self.path):  # can it be written to?
+                    pass
         except OSError as error:
-            raise EvaluationError(f"could not make the run folder {self.path} ({error})") from error
+            raise EvaluationError(f"could not make the run folder {self} ({error})") from error
 
     def manifest(self) -> dict[str, Any]:
-        """What manifest.json says; EvaluationError if it cannot be read."""
+        """What manifest.json and the sessions say; EvaluationError if it cannot be read."""
         try:
-            manifest: dict[str, Any] = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+            manifest: dict[str, Any] = json.loads(self._files.read("manifest.json"))
         except (OSError, ValueError) as error:
-            raise EvaluationError(f"{self.path} is not the folder of a run: no readable manifest.json") from error
+            raise EvaluationError(f"{self} is not the folder of a run: no readable manifest.json") from error
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             found = manifest.get("format") if isinstance(manifest, dict) else None
-            raise EvaluationError(f"{self.path} has format {found!r}; this version reads format {FORMAT}")
+            raise EvaluationError(f"{self} has format {found!r}; this version reads format {FORMAT}")
+        records = self.sessions()
+        if records:
+            # Runs of older versions have theirs in the manifest.
+            earlier = [session for session in manifest.get("sessions", []) if "id" not in session]
+            manifest["sessions"] = earlier + records
+            manifest["warnings"] = list(dict.fromkeys(text for one in records for text in one["warnings"]))
+            manifest["status"] = _status(records)
         return manifest
 
-    def write_manifest(self, manifest: Mapping[str, Any]) -> None:
-        self.write_text("manifest.json", json.dumps({"format": FORMAT, **manifest}, indent=2) + "\n")
+    def create_manifest(self, manifest: Mapping[str, Any]) -> bool:
+        """Write manifest.json unless there is one; whether it was written."""
+        return self._files.create("manifest.json", _json({"format": FORMAT, **manifest}))
 
-    def write_text(self, name: str, text: str) -> Path:
-        """Write a file of the run, whole or not at all."""
-        with _whole(self.path / name) as partial:
-            partial.write_text(text, encoding="utf-8")
-        return self.path / name
+    def write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        self._write("manifest.json", _json({"format": FORMAT, **manifest}))
+
+    def sessions(self) -> list[dict[str, Any]]:
+        """The records of all sessions, in the order in which they began, whatever their clocks say."""
+        found = []
+        for name in self._files.names("sessions"):
+            if name.endswith(".json") and not name.startswith("."):
+                try:
+                    found.append(dict(json.loads(self._files.read(f"sessions/{name}"))))
+                except (OSError, ValueError) as error:
+                    raise EvaluationError(f"{self}/sessions/{name} cannot be read ({error})") from error
+        return found
+
+    def new_session_id(self, host: str, process: int) -> str:
+        """A name for a session's record that no other has, after those of all that began before."""
+        numbers = [int(name[:5]) for name in self._files.names("sessions") if re.fullmatch(r"\d{5}-.*\.json", name)]
+        return f"{max(numbers, default=0) + 1:05d}-{_slug(host)}-{process}-{secrets.token_hex(3)}"
+
+    def write_session(self, session: Mapping[str, Any]) -> None:
+        """Write a session's record; nobody else writes that file."""
+        self._write(f"sessions/{session['id']}.json", _json(session))
+
+    def read_text(self, name: str) -> str | None:
+        """A file of the run as text, None if there is none; OSError or UnicodeDecodeError if it cannot be read."""
+        return self._files.read(name).decode("utf-8") if self._files.exists(name) else None
+
+    def write_text(self, name: str, text: str) -> Path | str:
+        """Write a file of the run, whole or not at all; returns its path, or its URL."""
+        self._write(name, text.encode("utf-8"))
+        return f"{self}/{name}" if self.path is None else self.path / name
+
+    def _write(self, name: str, content: bytes) -> None:
+        with self._files.writing(name) as partial:
+            partial.write_bytes(content)
 
     def is_done(self, shard: Shard, rows: int) -> bool:
-        """Whether the shard's file is there and whole. One that is damaged, by a failing disk, say, is put aside."""
+        """Whether the shard's file is there and whole. One that is damaged, by a failing disk, say, is put aside.
+
+        In a store, what is there counts as whole: stores keep checksums, and to open each of many thousands takes long.
+        """
+        name = shard.path.as_posix()
+        if self.path is None or not self._files.exists(name):
+            return self._files.exists(name)
         path = self.path / shard.path
-        if not path.exists():
-            return False
         try:
             if pq.read_metadata(path).num_rows == rows:
                 return True
@@ -194,13 +255,26 @@ class RunFolder:
         except (OSError, pa.ArrowException) as error:
             reason = str(error).partition("\n")[0]
         path.replace(path.with_suffix(".damaged"))
-        self.note(f"{shard.path} was damaged ({reason}) and is made again; what there was is kept as *.damaged")
+        note = f"{shard.path} was damaged ({reason}) and is made again; what there was is kept as *.damaged"
+        self.notes.append(note)
+        self._say(note)
         return False
 
-    def note(self, message: str) -> None:
-        """Add a line to notes.txt, what a person should know of how the run went."""
-        with (self.path / "notes.txt").open("a", encoding="utf-8") as stream:
-            stream.write(message + "\n")
+    def done(self, example: Shard, rows: Mapping[int, int]) -> set[int]:
+        """Which chunks of a model, attack and radius are finished, found with one look at their folder.
+
+        Args:
+            example: any shard of theirs.
+            rows: how many rows each chunk in question has.
+        """
+        wanted = self.there(example) & rows.keys()
+        if self.path is None:
+            return wanted
+        return {chunk for chunk in wanted if self.is_done(replace(example, chunk=chunk), rows[chunk])}
+
+    def there(self, example: Shard) -> set[int]:
+        """Which chunks of a model, attack and radius have a file."""
+        return {int(name[:6]) for name in self._names(example.path) if name[:6].isdigit()}
 
     def write(self, shard: Shard, columns: Mapping[str, Sequence[object]], images: Mapping[int, Tensor]) -> None:
         """Store a finished shard: its rows and, by position, the images to keep of it."""
@@ -212,9 +286,9 @@ class RunFolder:
                 "position": torch.tensor(positions),
                 "images": torch.stack([images[position].cpu() for position in positions]).contiguous(),
             }
-            with _whole(self.path / shard.image_path) as partial:
-                safetensors.torch.save_file(tensors, partial)
-        with _whole(self.path / shard.path) as partial:
+            with self._files.writing(shard.image_path.as_posix()) as partial:
+                partial.write_bytes(safetensors.torch.save(tensors))  # OSError of a full disk; save_file has its own
+        with self._files.writing(shard.path.as_posix()) as partial:
             pq.write_table(table, partial, compression="zstd")
 
     def read(
@@ -226,7 +300,8 @@ class RunFolder:
         columns: Sequence[str] | None = None,
     ) -> pd.DataFrame:
         """The rows of one model and, but for clean, one attack at one radius, in the order of the photographs."""
-        parts = [_table(path, columns) for path in self._files(Shard(model, attack, eps, 0, kind).path)]
+        example = Shard(model, attack, eps, 0, kind).path
+        parts = self._tables([f"{example.parent.as_posix()}/{name}" for name in self._names(example)], columns)
         schema = CLEAN_SCHEMA if kind == "clean" else ROW_SCHEMA
         if not parts:
             parts = [schema.empty_table() if columns is None else schema.empty_table().select(list(columns))]
@@ -234,7 +309,7 @@ class RunFolder:
 
     def read_shard(self, shard: Shard, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """The rows of one shard."""
-        return _frame([_table(self.path / shard.path, columns)])
+        return _frame(self._tables([shard.path.as_posix()], columns))
 
     def images(
         self,
@@ -246,7 +321,7 @@ class RunFolder:
     ) -> Iterator[tuple[int, Tensor]]:
         """Stored images (3, H, W), float32, with their positions; only those at `positions` if given."""
         wanted = None if positions is None else set(positions)
-        for path in self._files(Shard(model, attack, eps, 0, kind).image_path):
+        for path in self._fetched(Shard(model, attack, eps, 0, kind).image_path):
             with safetensors.safe_open(path, framework="pt") as file:
                 for row, position in enumerate(file.get_tensor("position").tolist()):
                     if wanted is None or position in wanted:
@@ -255,19 +330,46 @@ class RunFolder:
     def image_positions(self, model: str, attack: str, eps: float | None) -> list[int]:
         """Positions of the stored images, without reading the images."""
         found: list[int] = []
-        for path in self._files(Shard(model, attack, eps, 0).image_path):
+        for path in self._fetched(Shard(model, attack, eps, 0).image_path):
             with safetensors.safe_open(path, framework="pt") as file:
                 found += file.get_tensor("position").tolist()
         return found
 
-    def _files(self, example: Path) -> list[Path]:
-        folder = self.path / example.parent
-        return sorted(folder.glob("*" + example.suffix)) if folder.is_dir() else []
+    def _tables(self, names: Sequence[str], columns: Sequence[str] | None) -> list[pa.Table]:
+        """The tables in files; EvaluationError that names one which is damaged."""
+        paths = self._files.fetch(names)
+        return [_table(path, f"{self}/{name}", columns) for path, name in zip(paths, names, strict=True)]
+
+    def _names(self, example: Path) -> list[str]:
+        names = self._files.names(example.parent.as_posix())
+        return [name for name in names if name.endswith(example.suffix) and not name.startswith(".")]
+
+    def _fetched(self, example: Path) -> list[Path]:
+        folder = example.parent.as_posix()
+        return self._files.fetch([f"{folder}/{name}" for name in self._names(example)])
 
 
-def _table(path: Path, columns: Sequence[str] | None) -> pa.Table:
-    # Half the time of pq.read_table, which looks for a data set of many files around each.
-    return pq.ParquetFile(path).read(columns=None if columns is None else list(columns), use_threads=False)
+def _status(sessions: Sequence[Mapping[str, Any]]) -> str:
+    """Of a run with these sessions: complete once one of them has seen that nothing is left."""
+    outcomes = [session["outcome"] for session in sessions]
+    for status in ("complete", "running"):
+        if status in outcomes:
+            return status
+    return "interrupted"
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode("utf-8")
+
+
+def _table(path: Path, name: str, columns: Sequence[str] | None) -> pa.Table:
+    try:
+        # Half the time of pq.read_table, which looks for a data set of many files around each.
+        return pq.ParquetFile(path).read(columns=None if columns is None else list(columns), use_threads=False)
+    except (OSError, pa.ArrowException) as error:
+        raise EvaluationError(
+            f"{name} is damaged ({first_line(error)}): delete it, and the same `orthattack eval` makes it again"
+        ) from error
 
 
 def _frame(tables: Sequence[pa.Table]) -> pd.DataFrame:
@@ -283,17 +385,3 @@ _NULLABLE = {
     pa.float64(): pd.Float64Dtype(),
     pa.string(): pd.StringDtype(),
 }
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; what is there becomes `path` at the end, all of it or, on an error, nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        with partial.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

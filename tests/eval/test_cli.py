@@ -59,6 +59,7 @@ def test_with_no_arguments_it_attacks_the_bundled_models_offline(tmp_path):
     again = orthattack("report", run)
     assert again.returncode == 0
     assert again.stdout.replace(str(run), f"runs/{run.name}") == done.stdout
+    assert sorted(path.suffix for path in (run / "sessions").iterdir()) == [".json", ".lock"]
 
 
 def test_a_folder_with_labels_and_a_weights_file_and_the_same_command_again(tmp_path):

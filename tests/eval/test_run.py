@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 from orthattack.eval import job as jobs
-from orthattack.eval import run as runs
 from orthattack.eval.baselines import user_attack
 from orthattack.eval.data import load_photographs
-from orthattack.eval.decode import ahead
+from orthattack.eval.decode import Decoder
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models import load_classifier
+from orthattack.eval.plan import GALLERY
 from orthattack.eval.run import Source, run_suite, suite_source
 from orthattack.eval.store import RunFolder
 from orthattack.eval.suite import make_suite
@@ -330,9 +330,9 @@ def test_other_photographs_or_weights_are_refused(everyone, classifier):
 
 def test_other_versions_are_a_warning(everyone, monkeypatch):
     folder, chosen = everyone
-    manifest = folder.manifest()
-    manifest["sessions"][-1]["versions"]["torch"] = "2.4.0"
-    folder.write_manifest(manifest)
+    session = folder.sessions()[-1]
+    session["versions"]["torch"] = "2.4.0"
+    folder.write_session(session)
     said = []
     start(folder.path, chosen, say=said.append)
     assert len(said) == 1
@@ -557,12 +557,16 @@ def test_no_more_than_two_chunks_are_decoded_ahead():
             most = max(most, len(loaded - taken))
         return torch.zeros(1)
 
+    decoder = Decoder(load)
     chunks = [range(k, k + 5) for k in range(0, 100, 5)]
-    for chunk, images in zip(chunks, ahead(chunks, load), strict=True):
+    for chunk, following in zip(chunks, [*chunks[1:], ()], strict=True):
+        images = decoder.take(chunk)
+        decoder.begin(following)
         assert list(images) == list(chunk)
         time.sleep(0.002)
         with lock:
             taken |= set(chunk)
+    decoder.close()
     assert loaded == set(range(100))
     assert most <= 10
 
@@ -573,17 +577,28 @@ def test_what_goes_wrong_in_decoding_comes_with_its_position():
             raise ValueError("no picture")
         return torch.full((1,), float(position))
 
-    images = {k: v for chunk in ahead([range(3), range(3, 5)], load) for k, v in chunk.items()}
+    decoder = Decoder(load)
+    images = decoder.take(range(3)) | decoder.take(range(3, 5))
+    decoder.close()
     assert isinstance(images[3], ValueError)
     assert [float(images[k]) for k in (0, 1, 2, 4)] == [0, 1, 2, 4]
-    assert list(ahead([], load)) == []
+
+
+def test_what_was_decoded_for_nothing_is_given_up():
+    decoder = Decoder(lambda k: torch.full((1,), float(k)))
+    decoder.begin(range(4))
+    decoder.begin(range(2, 6))
+    assert list(decoder.take(range(10, 13))) == [10, 11, 12]
+    assert float(decoder.take([3])[3]) == 3
+    decoder.close()
 
 
 def test_decoding_stops_when_nobody_takes_it_any_more():
     before = threading.active_count()
-    decoded = ahead([range(4)] * 50, lambda k: torch.zeros(1))
-    next(decoded)
-    decoded.close()
+    decoder = Decoder(lambda k: torch.zeros(1))
+    decoder.take(range(4))
+    decoder.begin(range(100))
+    decoder.close()
     assert threading.active_count() == before
 
 
@@ -595,5 +610,5 @@ def test_only_one_model_is_kept(tmp_path):
     source.classifier("cifar10-robust")
     assert source.classifier("cifar10-standard") is not first
     assert load_photographs("cifar10-samples", first).names
-    assert runs.GALLERY > 0
+    assert GALLERY > 0
     assert os.getpid() > 0

@@ -78,7 +78,7 @@ def test_a_damaged_shard_is_put_aside_and_made_again(folder, damage):
     assert not folder.is_done(SHARD, 2)
     assert not path.exists()
     assert path.with_suffix(".damaged").exists()
-    assert "was damaged" in (folder.path / "notes.txt").read_text()
+    assert "was damaged" in folder.notes[0]
 
 
 def test_a_shard_of_another_length_is_not_done(folder):

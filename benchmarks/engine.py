@@ -1,0 +1,262 @@
+"""What the Ray engine costs, and how many workers its driver can feed.
+
+    python benchmarks/engine.py cost [--seconds 10]     # real work, in 1 and 2 plain processes and 1, 2 and 4 workers
+    python benchmarks/engine.py driver [--workers 256]  # the plan of a large benchmark, with work that is a sleep
+
+cost: the bundled robust model under OrthoPGD, units of about that many seconds each. Of each worker, the gaps between
+the end of one unit and the beginning of its next are the engine's; the rest is work. The first unit of each worker,
+which loads the model, is left out of both. On a machine with fewer cores than workers the work is slower, not the gaps.
+
+driver: the real plan, queue and driver of 50,000 images x 10 attacks x 20 models. Instead of 256 processes, which no
+small machine holds, 8 Ray actors stand for 32 workers each and answer like them: at once, for the most that the driver
+can hand out, then after a sleep. Memory is the driver's own, at its largest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+from orthattack.eval.engine import Crew, RayWorker, ray_crew
+from orthattack.eval.plan import Plan, Unit
+from orthattack.eval.run import run_suite, suite_source
+from orthattack.eval.store import RunFolder
+from orthattack.eval.suite import Suite, make_suite
+from orthattack.eval.work import Attacked, Worker
+
+PER_UNIT = 5
+RAY_WORKERS = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="what", required=True)
+    cost = commands.add_parser("cost")
+    cost.add_argument("--seconds", type=float, default=10)
+    cost.add_argument("--alone", help=argparse.SUPPRESS)  # one plain process: STEPS,UNITS,FOLDER,I,N
+    driver = commands.add_parser("driver")
+    driver.add_argument("--workers", type=int, default=256)
+    driver.add_argument("--sleep", type=float, default=5)
+    driver.add_argument("--sleeping-units", type=int, default=1280)
+    args = parser.parse_args()
+    if args.what == "driver":
+        measure_driver(args.workers, args.sleep, args.sleeping_units)
+    elif args.alone:
+        steps, units, folder, i, n = args.alone.split(",")
+        plain(int(steps), int(units), Path(folder), (int(i), int(n)))
+    else:
+        measure_cost(args.seconds)
+
+
+# What the engine costs
+
+
+def work_suite(steps: int, units: int) -> Suite:
+    """That many units, each of `PER_UNIT` images: 4 of the package's photographs, times copies of the model."""
+    return make_suite(
+        {
+            "models": [{"name": "cifar10-robust", "label": f"copy {k}"} for k in range(max(1, units // 4))],
+            "data": {"source": "cifar10-samples", "limit": PER_UNIT * min(units, 4)},
+            "attacks": ["OrthoPGD"],
+            "steps": steps,
+            "shard_size": PER_UNIT,
+            "batch_size": PER_UNIT,
+            "attack_misclassified": True,
+            "checks": False,
+        },
+        "engine",
+    )
+
+
+def note(folder: Path, unit: Unit, start: float) -> None:
+    """Set down when this process did a unit."""
+    line = [os.getpid(), f"{unit.model} {unit.chunk}", start, time.time()]
+    with (folder / f"{os.getpid()}.times").open("a") as stream:
+        stream.write(json.dumps(line) + "\n")
+
+
+class TimedWorker(RayWorker):
+    """A worker that sets down its times beside the run."""
+
+    def start(self, *arguments: Any) -> dict[str, Any]:
+        self.times = Path(arguments[2]).parent
+        return super().start(*arguments)
+
+    def do(self, unit: Unit, following: Unit | None) -> Any:
+        start = time.time()
+        done = super().do(unit, following)
+        note(self.times, unit, start)
+        return done
+
+
+class TimedHere:
+    """This process as an engine that sets down its times."""
+
+    name = "none"
+
+    def __init__(self, suite: Suite, folder: Path) -> None:
+        self.workers: list[dict[str, Any]] = []
+        self.suite, self.folder = suite, folder
+
+    def __call__(self, units: Sequence[Unit], plan: Plan, attacked: Attacked, say: Callable[[str], None], /) -> None:
+        worker = Worker(plan, suite_source(self.suite), torch.device("cpu"), say)
+        for unit in units:
+            start = time.time()
+            worker.do(unit, None, attacked)
+            note(self.folder, unit, start)
+        worker.close()
+
+
+def plain(steps: int, units: int, folder: Path, part: tuple[int, int]) -> None:
+    suite = work_suite(steps, units)
+    engine = TimedHere(suite, folder)
+    run_suite(suite, suite_source(suite), RunFolder(folder / "run"), part=part, engine=engine, progress=False)
+
+
+def measure_cost(seconds: float) -> None:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    steps = calibrated(seconds)
+    rows = []
+    for kind, workers, units in (("plain", 1, 4), ("plain", 2, 8), ("Ray", 1, 4), ("Ray", 2, 8), ("Ray", 4, 12)):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder, began = Path(temporary), time.time()
+            cpu = time.process_time()
+            if kind == "plain":
+                processes = [
+                    subprocess.Popen(
+                        [sys.executable, __file__, "cost", "--alone", f"{steps},{units},{folder},{i},{workers}"]
+                    )
+                    for i in range(1, workers + 1)
+                ]
+                assert [process.wait() for process in processes] == [0] * workers
+            else:
+                on_ray(steps, units, folder, workers)
+            cpu = time.process_time() - cpu
+            rows.append([kind, workers, units, *summary(folder, began), f"{cpu:.2f}"])
+    head = ["", "workers", "units", "until the first, s", "s per unit", "gap, ms", "gaps, % of the time"]
+    print(f"units of {PER_UNIT} images x {steps} steps of OrthoPGD, 1 thread each, {os.cpu_count()} cores\n")
+    print(tabulate(rows, [*head, "driver's CPU, s"], "github", disable_numparse=True))
+
+
+def calibrated(seconds: float) -> int:
+    """How many steps make a unit of that many seconds."""
+    with tempfile.TemporaryDirectory() as temporary:
+        plain(20, 2, Path(temporary), (1, 1))
+        (_, _, start, end) = json.loads(next(Path(temporary).glob("*.times")).read_text().splitlines()[-1])
+    return max(1, int(20 * 1.1 * seconds / (end - start)))
+
+
+def on_ray(steps: int, units: int, folder: Path, workers: int) -> None:
+    import ray
+
+    suite = work_suite(steps, units)
+    with ray_crew(None, workers, "cpu"):
+        crew = Crew(ray, workers, "cpu", ray.remote(TimedWorker).options(num_cpus=1).remote)
+        run_suite(suite, suite_source(suite), RunFolder(folder / "run"), engine=crew, progress=False)
+
+
+def summary(folder: Path, began: float) -> list[str]:
+    """Seconds until the first unit, mean seconds of one, mean gap before the next in ms, and the gaps' share."""
+    of: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for path in folder.glob("*.times"):
+        for process, _, start, end in map(json.loads, path.read_text().splitlines()):
+            of[process].append((start, end))
+    work, gaps, first = [], [], min(start for times in of.values() for start, _ in times) - began
+    for times in of.values():
+        work += [end - start for start, end in times[1:]]
+        gaps += [after[0] - before[1] for before, after in pairwise(times)]
+    share = sum(gaps) / (sum(gaps) + sum(work))
+    mean = 1000 * sum(gaps) / len(gaps)
+    return [f"{first:.1f}", f"{sum(work) / len(work):.2f}", f"{mean:.1f}", f"{100 * share:.2f} %"]
+
+
+# How many workers the driver can feed
+
+
+class Stub:
+    """A Ray actor that stands for many workers."""
+
+    def start(self, *_: Any) -> dict[str, Any]:
+        return {"host": "stub", "process": 0, "hardware": {}}
+
+    def do(self, unit: Unit, _: Unit | None, sleep: float) -> tuple[list[tuple[int, int, int]], list[str]]:
+        time.sleep(sleep)
+        return [(which, 100, 128) for which in unit.wanted], []
+
+
+class Slot:
+    """One of the workers that a stub stands for."""
+
+    def __init__(self, stub: Any, sleep: float) -> None:
+        self.start = stub.start
+        self.do = SimpleNamespace(remote=lambda unit, following: stub.do.remote(unit, following, sleep))
+
+
+def measure_driver(workers: int, sleep: float, sleeping: int) -> None:
+    import ray
+
+    attacks = [{"name": "PGD", "label": f"attack {k}"} for k in range(10)]
+    names = [f"model {k}" for k in range(20)]
+    suite = make_suite(
+        {"models": [{"name": "resnet50", "label": name} for name in names], "data": "none", "attacks": attacks},
+        "engine",
+    )
+    about = [{"label": n, "preprocessing": {"crop": 224}, "data": {"images": 50_000}} for n in names]
+    manifest = {"models": about, "probes": []}
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary, ray_crew(None, RAY_WORKERS, "cpu"):
+        before = rss()
+        start = time.perf_counter()
+        plan = Plan(suite, suite.entries(), manifest, RunFolder(Path(temporary)))
+        units = plan.todo().units
+        print(f"plan: {len(units)} units in {time.perf_counter() - start:.2f} s; driver {before:.0f} MiB before it")
+        host = ray.remote(Stub).options(max_concurrency=-(-workers // RAY_WORKERS), num_cpus=0)
+        stubs = [host.remote() for _ in range(RAY_WORKERS)]
+        ray.get([stub.start.remote() for stub in stubs])
+        for pause, some in ((0.0, units), (sleep, units[:sleeping])):
+            slots = iter([Slot(stubs[k % RAY_WORKERS], pause) for k in range(workers)])
+            crew = Crew(ray, workers, "cpu", lambda slots=slots: next(slots))  # type: ignore[misc]
+            start, cpu = time.perf_counter(), time.process_time()
+            crew(some, plan, lambda *_: None, print)
+            wall, cpu = time.perf_counter() - start, time.process_time() - cpu
+            ideal = pause * -(-len(some) // workers)
+            rows.append(
+                [
+                    f"{pause:g}",
+                    len(some),
+                    f"{wall:.1f}",
+                    f"{ideal:.1f}",
+                    f"{len(some) / wall:.0f}",
+                    f"{len(some) * len(attacks) / wall:.0f}",
+                    f"{1000 * cpu / len(some):.2f}",
+                    f"{rss():.0f}",
+                ]
+            )
+    head = ["s per unit", "units", "wall, s", "ideal, s", "units/s", "shards/s", "driver CPU, ms/unit", "driver, MiB"]
+    print(f"{workers} workers, {len(attacks)} shards per unit\n")
+    print(tabulate(rows, head, "github", disable_numparse=True))
+
+
+def rss() -> float:
+    """The most memory this process has had, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    main()

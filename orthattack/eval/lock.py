@@ -1,0 +1,120 @@
+"""Who may work in a run's folder at the same time: one whole run, or several processes that each do a shard of it.
+
+Locks are the operating system's (flock), so that a process which dies, however it dies, leaves none behind. Linux
+passes them on to the server of a network file system (NFS 4, or 3 with its lock service; Lustre mounted with flock),
+and then they hold between machines. Where there are none at all, that is said, and nobody is kept out; the rows are
+right even so, only computed twice.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from orthattack.eval.errors import EvaluationError
+
+try:
+    import fcntl
+
+    _HAS_LOCKS = True
+except ImportError:  # not a POSIX system
+    _HAS_LOCKS = False
+
+__all__ = ["Part", "working_in"]
+
+Part = tuple[int, int]
+"""Shard i of n, 1 <= i <= n."""
+
+_PATIENCE = 0.5  # seconds: whoever looks who holds a lock holds it for a moment
+
+
+class _Taken(Exception):  # noqa: N818 - a value rather than an error
+    pass
+
+
+@contextmanager
+def working_in(folder: Path, part: Part | None, about: Mapping[str, Any], say: Callable[[str], None]) -> Iterator[bool]:
+    """Hold a run's folder: all of it, or, with `part`, that shard of the work, beside others.
+
+    Args:
+        folder: of the run, on a disk.
+        part: shard i of n, or None for a whole run.
+        about: what whoever is refused should know of this process: host, process, started, shard.
+        say: is told if the file system has no locks.
+
+    Yields:
+        Whether the lock is really held.
+
+    Raises:
+        EvaluationError: another process is at work there; the message says which.
+    """
+    locks = folder / "sessions"
+    locks.mkdir(parents=True, exist_ok=True)
+    whole = locks / "whole.lock"
+    try:
+        with ExitStack() as stack:
+            if part is None:
+                held = _hold(stack, whole, True, about)
+            else:
+                own = locks / f"shard-{part[0]}-of-{part[1]}.lock"
+                held = _hold(stack, whole, False, about) and _hold(stack, own, True, about)
+            if not held:
+                say(f"{folder} is on a file system without locks: see to it that no two processes do the same work")
+            yield held
+    except _Taken:
+        raise EvaluationError(_refusal(folder, locks, part)) from None
+
+
+def _hold(stack: ExitStack, path: Path, exclusive: bool, about: Mapping[str, Any]) -> bool:
+    """Lock a file until the stack is closed; False where there are no locks, _Taken if somebody else has it."""
+    if not _HAS_LOCKS:
+        return False
+    stream = stack.enter_context(path.open("a+", encoding="utf-8"))
+    until = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            fcntl.flock(stream, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise _Taken from None
+            time.sleep(0.02)
+        except OSError:
+            return False
+    if exclusive:
+        stream.truncate(0)
+        stream.write(json.dumps(about))
+        stream.flush()
+    return True
+
+
+def _refusal(folder: Path, locks: Path, part: Part | None) -> str:
+    holders = [about for path in sorted(locks.glob("*.lock")) if (about := _holder(path)) is not None]
+    who = ", ".join(
+        f"process {about.get('process')} on {about.get('host')}, since {about.get('started')}"
+        + (f" (shard {about['shard']})" if about.get("shard") else "")
+        for about in holders
+    )
+    advice = "wait until it has finished, or stop it; or choose another folder"
+    if part is None and any(about.get("shard") for about in holders):
+        advice = "wait until they have finished, or do a shard that nobody does with --shard i/n"
+    elif part is None or not any(about.get("shard") for about in holders):
+        advice += "; to share the work, start every process with --shard i/n"
+    return f"{folder} is at work already: {who or 'another process'}. {advice[0].upper()}{advice[1:]}"
+
+
+def _holder(path: Path) -> dict[str, Any] | None:
+    """What whoever holds a lock says of itself, None if nobody holds it alone."""
+    try:
+        with path.open("r", encoding="utf-8") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return dict(json.loads(stream.read() or "{}"))
+    except (OSError, ValueError):
+        return {}
+    return None
