@@ -26,9 +26,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from orthattack.eval.errors import EvaluationError
+from orthattack.eval.errors import EvaluationError, first_line
 
 __all__ = ["CLEAN_SCHEMA", "ROW_SCHEMA", "Kind", "RunFolder", "Shard", "shown_eps"]
 
@@ -86,6 +87,8 @@ ROW_SCHEMA = pa.schema(
 )
 """The columns of shards/ and checks/."""
 
+_SCHEMAS: dict[Kind, pa.Schema] = {"clean": CLEAN_SCHEMA, "shards": ROW_SCHEMA, "checks": ROW_SCHEMA}
+
 
 def shown_eps(eps: float | None, norm: str) -> str:
     """A radius as people write it: 4/255, 0.5, or "minimal" for None, an attack that minimises the norm."""
@@ -97,7 +100,8 @@ def shown_eps(eps: float | None, norm: str) -> str:
 def _slug(text: str) -> str:
     """A file name for any text: the text itself where it is one, else a readable part and a hash."""
     plain = re.sub(r"[^A-Za-z0-9._-]", "_", text)[:60].lstrip(".") or "_"
-    return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    is_free = plain == text and re.search(r"-[0-9a-f]{8}$", text) is None  # or it could be that of another text
+    return plain if is_free else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,7 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> Path:
         """Write a file of the run, whole or not at all."""
         with _whole(self.path / name) as partial:
-            partial.write_text(text, encoding="utf-8")
+            partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         return self.path / name
 
     def is_done(self, shard: Shard, rows: int) -> bool:
@@ -188,11 +192,12 @@ class RunFolder:
         if not path.exists():
             return False
         try:
-            if pq.read_metadata(path).num_rows == rows:
+            table = _table(path, None)
+            if table.num_rows == rows and table.schema.equals(_SCHEMAS[shard.kind]):
                 return True
-            reason = "another number of rows"
-        except (OSError, pa.ArrowException) as error:
-            reason = str(error).partition("\n")[0]
+            reason = "another number of rows, or other columns"
+        except _DAMAGE as error:
+            reason = first_line(error)
         path.replace(path.with_suffix(".damaged"))
         self.note(f"{shard.path} was damaged ({reason}) and is made again; what there was is kept as *.damaged")
         return False
@@ -204,8 +209,8 @@ class RunFolder:
 
     def write(self, shard: Shard, columns: Mapping[str, Sequence[object]], images: Mapping[int, Tensor]) -> None:
         """Store a finished shard: its rows and, by position, the images to keep of it."""
-        schema = CLEAN_SCHEMA if shard.kind == "clean" else ROW_SCHEMA
-        table = pa.table({name: pa.array(columns[name], schema.field(name).type) for name in schema.names}, schema)
+        schema = _SCHEMAS[shard.kind]
+        table = pa.table({field.name: pa.array(map(_text, columns[field.name]), field.type) for field in schema}, schema)
         if images:  # before the rows, since it is the rows that say that the shard is finished
             positions = sorted(images)
             tensors = {
@@ -213,9 +218,9 @@ class RunFolder:
                 "images": torch.stack([images[position].cpu() for position in positions]).contiguous(),
             }
             with _whole(self.path / shard.image_path) as partial:
-                safetensors.torch.save_file(tensors, partial)
+                partial.write_bytes(safetensors.torch.save(tensors))
         with _whole(self.path / shard.path) as partial:
-            pq.write_table(table, partial, compression="zstd")
+            pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
 
     def read(
         self,
@@ -226,15 +231,15 @@ class RunFolder:
         columns: Sequence[str] | None = None,
     ) -> pd.DataFrame:
         """The rows of one model and, but for clean, one attack at one radius, in the order of the photographs."""
-        parts = [_table(path, columns) for path in self._files(Shard(model, attack, eps, 0, kind).path)]
-        schema = CLEAN_SCHEMA if kind == "clean" else ROW_SCHEMA
+        parts = [_rows(path, columns) for path in self._files(Shard(model, attack, eps, 0, kind).path)]
+        schema = _SCHEMAS[kind]
         if not parts:
             parts = [schema.empty_table() if columns is None else schema.empty_table().select(list(columns))]
         return _frame(parts)
 
     def read_shard(self, shard: Shard, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """The rows of one shard."""
-        return _frame([_table(self.path / shard.path, columns)])
+        return _frame([_rows(self.path / shard.path, columns)])
 
     def images(
         self,
@@ -247,7 +252,7 @@ class RunFolder:
         """Stored images (3, H, W), float32, with their positions; only those at `positions` if given."""
         wanted = None if positions is None else set(positions)
         for path in self._files(Shard(model, attack, eps, 0, kind).image_path):
-            with safetensors.safe_open(path, framework="pt") as file:
+            with _opened(path) as file:
                 for row, position in enumerate(file.get_tensor("position").tolist()):
                     if wanted is None or position in wanted:
                         yield position, file.get_slice("images")[row]
@@ -256,7 +261,7 @@ class RunFolder:
         """Positions of the stored images, without reading the images."""
         found: list[int] = []
         for path in self._files(Shard(model, attack, eps, 0).image_path):
-            with safetensors.safe_open(path, framework="pt") as file:
+            with _opened(path) as file:
                 found += file.get_tensor("position").tolist()
         return found
 
@@ -265,9 +270,40 @@ class RunFolder:
         return sorted(folder.glob("*" + example.suffix)) if folder.is_dir() else []
 
 
+def _text(value: object) -> object:
+    """File names, and messages that quote them, need not be valid text; what is stored is."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+
+
 def _table(path: Path, columns: Sequence[str] | None) -> pa.Table:
     # Half the time of pq.read_table, which looks for a data set of many files around each.
-    return pq.ParquetFile(path).read(columns=None if columns is None else list(columns), use_threads=False)
+    file = pq.ParquetFile(path, page_checksum_verification=True)
+    return file.read(columns=None if columns is None else list(columns), use_threads=False)
+
+
+def _rows(path: Path, columns: Sequence[str] | None) -> pa.Table:
+    try:
+        return _table(path, columns)
+    except _DAMAGE as error:
+        raise EvaluationError(
+            f"{path} is damaged ({first_line(error)}): start the run again with the same command, which makes it again"
+        ) from error
+
+
+_DAMAGE = (OSError, ValueError, pa.ArrowException)
+"""What reading a damaged Parquet file raises; ValueError where a column's name is no text any more."""
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise EvaluationError(
+            f"{path} is damaged ({first_line(error)}): delete it, and the Parquet files of the same number of that model "
+            "and attack, and start the run again with the same command, which makes them again"
+        ) from error
 
 
 def _frame(tables: Sequence[pa.Table]) -> pd.DataFrame:
