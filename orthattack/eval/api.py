@@ -109,10 +109,17 @@ def evaluate(
 def reported(folder: RunFolder) -> Run:
     """Judge the trust checks of a run, finished or not, and write its report."""
     manifest = folder.manifest()
+    Run(folder, manifest)  # which refuses a manifest that lacks something
     checks = [asdict(check) for check in assess(folder, manifest)] if manifest["config"]["checks"] else []
-    folder.write_text("checks.json", json.dumps(checks, indent=1) + "\n")
-    run = Run.open(folder.path)
-    write_report(run)
+    try:
+        folder.write_text("checks.json", json.dumps(checks, indent=1) + "\n")
+        run = Run.open(folder.path)
+        write_report(run)
+    except OSError as error:
+        raise EvaluationError(
+            f"could not write the report to {folder.path} ({error.strerror or error}): the results are kept; mend it, "
+            f"and write the report with: orthattack report {folder.path}"
+        ) from error
     return run
 
 

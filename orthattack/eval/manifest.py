@@ -72,20 +72,26 @@ def to_go_on(
         EvaluationError: it is not; the message shows the differences.
     """
     old = folder.manifest()
-    found = differences(old["config"], new["config"])
-    for before, after in zip(old["models"], new["models"], strict=False):
-        for key in ("sha256", "preprocessing", "data"):
-            found += [f"{after['label']}: {line}" for line in differences({key: before[key]}, {key: after[key]})]
+    try:
+        found = differences(old["config"], new["config"])
+        for before, after in zip(old["models"], new["models"], strict=False):
+            for key in ("sha256", "preprocessing", "data"):
+                found += [f"{after['label']}: {line}" for line in differences({key: before[key]}, {key: after[key]})]
+        then, warnings = old["sessions"][-1]["versions"], list(old["warnings"])
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise EvaluationError(
+            f"{folder.path}/manifest.json lacks what a run needs to go on ({error!r}); choose another folder"
+        ) from error
     if found:
         raise EvaluationError(
             f"{folder.path} holds another run; choose another folder, or make these the same:\n  " + "\n  ".join(found)
         )
-    then, today = old["sessions"][-1]["versions"], session["versions"]
+    today = session["versions"]
     changed = [f"{name} {then[name]} then, {today[name]} now" for name in today if then.get(name) != today[name]]
     if changed:
         warning = f"continued with other versions: {', '.join(changed)}; results may differ in their last digits"
         say(warning)
-        old["warnings"].append(warning)
+        old["warnings"] = [*warnings, warning]
     return old
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from orthattack.attacks.oracle import input_gradient
+from orthattack.eval.errors import FAILURES
 from orthattack.eval.kinds import Found, drawing
 from orthattack.losses import Goal
 from orthattack.projection import alignment
@@ -47,15 +48,18 @@ class Judge:
         """Whether the answer depends on when one asks, by more than the noise of a parallel sum."""
         answers = []
         for seed in (0, 1):
-            with drawing(seed), torch.inference_mode():
-                answers.append(self.model(images))
+            try:
+                with drawing(seed), torch.inference_mode():
+                    answers.append(self.model(images.clone()))
+            except FAILURES:  # it will fail on the photographs too, where it is recorded
+                return False
         first, second = answers
         return bool((first - second).abs().max() > 1e-3 * first.abs().max().clamp(min=1e-6))
 
     def logits(self, images: Tensor) -> list[Tensor]:
-        """The logits (N, K), once for each evaluation."""
+        """The logits (N, K), once for each evaluation; each of a copy, for a model may write into its input."""
         with torch.inference_mode():
-            return [self.model(images).float() for _ in range(self.evaluations)]
+            return [self.model(images.clone()).float() for _ in range(self.evaluations)]
 
 
 def _verdict(answers: list[Tensor], labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

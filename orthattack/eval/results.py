@@ -124,7 +124,7 @@ class Run:
             found = json.loads((self.folder.path / "checks.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return []
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise EvaluationError(f"{self.folder.path}/checks.json cannot be read ({error})") from error
         return list(found)
 

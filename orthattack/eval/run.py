@@ -20,7 +20,7 @@ from orthattack.eval.checks import CLEAN_COLUMNS, TRANSFER, clean_suspicions, pl
 from orthattack.eval.classifier import Classifier
 from orthattack.eval.data import Photographs, check_data, load_photographs, read_names
 from orthattack.eval.decode import ahead
-from orthattack.eval.errors import EvaluationError
+from orthattack.eval.errors import EvaluationError, printable
 from orthattack.eval.job import Job, Part
 from orthattack.eval.kinds import AttackKind, Conditions, drawing
 from orthattack.eval.manifest import describe_attacks, describe_model, new_session, now, to_go_on
@@ -156,7 +156,10 @@ def _run_suite(
         manifest = to_go_on(folder, manifest, session, say)
     manifest["sessions"].append(session)
     manifest["status"] = "running"
-    folder.write_manifest(manifest)
+    try:
+        folder.write_manifest(manifest)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
     run = _Run(suite, source, folder, device, manifest, entries, say)
     try:
         run.everything(progress)
@@ -165,15 +168,19 @@ def _run_suite(
         manifest["status"] = "interrupted"
     except OSError as error:
         manifest["status"] = "interrupted"
-        raise EvaluationError(
-            f"could not write to {folder.path} ({error.strerror or error}): what is finished is kept; mend it, and "
-            "start again with the same command to go on"
-        ) from error
+        raise _cannot_write(folder, error) from error
     finally:
         session["finished"] = now()
         with suppress(OSError):  # a full disk has been reported; the manifest of the session's start stands
             folder.write_manifest(manifest)
     return bool(manifest["status"] == "complete")
+
+
+def _cannot_write(folder: RunFolder, error: OSError) -> EvaluationError:
+    return EvaluationError(
+        f"could not write to {folder.path} ({error.strerror or error}): what is finished is kept; mend it, and "
+        "start again with the same command to go on"
+    )
 
 
 @dataclass
@@ -224,12 +231,11 @@ class _Run:
         checks = self._probes_left(label, count)
         if not todo and not checks:
             return
-        bar.set_description(label)
+        bar.set_description(printable(label))
         self.rates.clear()
         job = self._job(label)
         runners = {
-            (entry.label, entry.eps): entry.kind.bind(job.counter, self._conditions(job, entry))
-            for entry in self.entries
+            (entry.label, entry.eps): job.runner(entry.kind, self._conditions(job, entry)) for entry in self.entries
         }
         kept = {"gallery": evenly(GALLERY, count), "all": range(count), "none": ()}[self.suite.save_images]
         decoded = ahead([chunks[number] for number in todo], job.load)
@@ -263,7 +269,7 @@ class _Run:
         robust, scored = before[0] + robust, before[1] + scored
         self.rates[entry.label, entry.eps] = robust, scored
         share = f"{100 * robust / scored:.1f} %" if scored else "-"
-        return f"{entry.label} at {shown_eps(entry.eps, entry.norm)}: {share} robust"
+        return f"{printable(entry.label)} at {shown_eps(entry.eps, entry.norm)}: {share} robust"
 
     def _probes_left(self, label: str, count: int) -> list[Entry]:
         """The probes of the trust checks that are still to be run on a model."""
@@ -289,7 +295,7 @@ class _Run:
         for entry in checks:
             # Kept, to try them on the other models.
             part.keep = frozenset(part.positions if entry.label == "PGD" else ())
-            part.attack(entry, entry.kind.bind(job.counter, self._conditions(job, entry)), attack_misclassified=False)
+            part.attack(entry, job.runner(entry.kind, self._conditions(job, entry)), attack_misclassified=False)
 
     def _transfer(self, label: str) -> None:
         """Try a model on the adversarials that the checks made for the others."""

@@ -163,14 +163,14 @@ class RunFolder:
             with _whole(self.path / ".writable") as probe:
                 probe.touch()
             (self.path / ".writable").unlink()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a name with a null character is a ValueError
             raise EvaluationError(f"could not make the run folder {self.path} ({error})") from error
 
     def manifest(self) -> dict[str, Any]:
         """What manifest.json says; EvaluationError if it cannot be read."""
         try:
             manifest: dict[str, Any] = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise EvaluationError(f"{self.path} is not the folder of a run: no readable manifest.json") from error
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             found = manifest.get("format") if isinstance(manifest, dict) else None
@@ -210,7 +210,9 @@ class RunFolder:
     def write(self, shard: Shard, columns: Mapping[str, Sequence[object]], images: Mapping[int, Tensor]) -> None:
         """Store a finished shard: its rows and, by position, the images to keep of it."""
         schema = _SCHEMAS[shard.kind]
-        table = pa.table({field.name: pa.array(map(_text, columns[field.name]), field.type) for field in schema}, schema)
+        table = pa.table(
+            {field.name: pa.array(map(_text, columns[field.name]), field.type) for field in schema}, schema
+        )
         if images:  # before the rows, since it is the rows that say that the shard is finished
             positions = sorted(images)
             tensors = {
