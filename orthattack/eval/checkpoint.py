@@ -10,6 +10,7 @@ import json
 import os
 import pickle  # for the error that torch.load raises
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,8 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     except (SafetensorError, OSError) as error:
         if path.suffix == ".safetensors":
             raise EvaluationError(f"{path} is not a whole safetensors file ({error})") from error
+    if _is_compressed(path):
+        raise EvaluationError(f"{path} is refused: it is compressed, which PyTorch's files are not, and may fill the memory")
     try:
         with warnings.catch_warnings():  # about old formats, which are read or refused all the same
             warnings.simplefilter("ignore")
@@ -94,6 +97,14 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
         if not _is_plain(value):
             raise EvaluationError(f"{path} is refused: {str(key)!r} is no plain tensor whose numbers are in the file")
     return content, {}
+
+
+def _is_compressed(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as file:
+            return any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist())
+    except Exception:  # no archive, or a damaged one, of which torch.load says more
+        return False
 
 
 def _is_plain(value: Tensor) -> bool:
