@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -237,9 +237,10 @@ class Suite(_Strict):
             if isinstance(value.get(key), str | int | float):
                 value[key] = [value[key]]
         if "eps" not in value:
-            bundled = all(_name(model) in BUNDLED for model in value.get("models", ()))
+            models = value.get("models")
+            bundled = isinstance(models, Sequence) and all(_name(model) in [*BUNDLED] for model in models)
             value["eps"] = {"linf": [8 / 255 if bundled else 4 / 255], "l2": [0.5], "l1": [12.0]}.get(
-                value.get("norm", "linf"), []
+                str(value.get("norm", "linf")), []
             )
         return value
 
