@@ -23,7 +23,7 @@ from orthattack.eval.errors import EvaluationError
 from orthattack.eval.results import Run
 from orthattack.eval.store import Shard
 from orthattack.eval.suite import make_suite, read_suite
-from tests.faults.conftest import rows
+from tests.faults.files.conftest import rows
 
 BASE = 'models = ["cifar10-robust"]\ndata = "cifar10-samples"\n'
 HUGE = "9" * 400

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.faults.conftest import rows
+from tests.faults.files.conftest import rows
 
 CODE = """
 import sys, torch

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from orthattack.eval import cli
-from tests.faults.conftest import MODEL, contents, rows, same
+from tests.faults.files.conftest import MODEL, contents, rows, same
 
 RUN = ["eval", "--model", MODEL, "--limit", 8, "--attacks", "FGSM", "PGD", "--steps", 2, "--shard-size", 4]
 RUN += ["--save-images", "all", "--no-checks"]

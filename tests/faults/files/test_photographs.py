@@ -18,7 +18,7 @@ from PIL import Image
 from orthattack.eval.preprocessing import DecodeError, Preprocessing, decode
 from orthattack.eval.sources import MAX_BYTES, Files
 from orthattack.eval.store import RunFolder
-from tests.faults.conftest import MODEL, contents, process, rows, same
+from tests.faults.files.conftest import MODEL, contents, process, rows, same
 
 COLOUR = (200, 120, 40)
 GREY = 120

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "fuzz.py"
-CORPUS = Path(__file__).parent / "corpus"
+SCRIPT = Path(__file__).parents[3] / "scripts" / "fuzz.py"
+CORPUS = Path(__file__).parents[1] / "corpus"
 FILES = sorted(path for path in CORPUS.rglob("*") if path.is_file())
 
 

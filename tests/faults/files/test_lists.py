@@ -16,7 +16,7 @@ from orthattack.eval.classifier import Classifier
 from orthattack.eval.data import load_photographs, read_names
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.preprocessing import Preprocessing
-from tests.faults.conftest import rows
+from tests.faults.files.conftest import rows
 
 LABELS = [
     (b"", "must have columns file and label; it has none"),
