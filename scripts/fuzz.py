@@ -4,9 +4,10 @@
 
 Targets: suite (TOML), labels (label, class and subset files), image (decoding and preprocessing), checkpoint (weights
 files). A value, or the error that is meant for the person who gave the file, is the accepted outcome. Anything else is
-a finding: its input is kept under OUT/TARGET/findings, one for each place in the code, and the fuzzer goes on; so is an
-input that takes 10 seconds of computing. A crash of the interpreter and too much memory stop it. It starts from tests/faults/corpus/TARGET, which the tests
-replay, and needs atheris (pip install atheris). The corpus it grows stays in OUT/TARGET/corpus.
+a finding, and so is an input that takes 10 seconds of computing: it is kept under OUT/TARGET/findings, one for each
+place in the code, and the fuzzer goes on. A crash of the interpreter and too much memory stop it. It starts from
+tests/faults/corpus/TARGET, which the tests replay, and needs atheris (pip install atheris). The corpus that it grows
+stays in OUT/TARGET/corpus.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def suite(folder: Path) -> Target:
             assert entries
             assert make_suite(found.config(), "again") == found
         except EvaluationError as error:
-            assert "\n" not in str(error), "a message of several lines"
+            if "\n" in str(error):
+                raise ValueError("a message of several lines") from error
 
     return run
 
@@ -161,7 +163,7 @@ def main() -> int:
 
     warnings.simplefilter("ignore")  # of damaged files there are many
     torch.set_num_threads(1)
-    Unpickler.load = atheris.instrument_func(Unpickler.load)
+    Unpickler.load = atheris.instrument_func(Unpickler.load)  # type: ignore[method-assign]
     out = (args.out / args.target).resolve()
     for name in ("corpus", "findings"):
         (out / name).mkdir(parents=True, exist_ok=True)
@@ -222,8 +224,9 @@ def _words(target: str) -> list[bytes]:
                   b"GIF89a", b"\xff\xd8\xff\xe0", b"JFIF\x00", b"\xff\xda", b"\xff\xc0", b"\xff\xc2", b"Exif\x00\x00",
                   b"II*\x00", b"MM\x00*", b"BM", b"RIFF", b"WEBPVP8L", b"WEBPVP8X", b"ANIM", b"ANMF", b"P6\n", b"P5\n",
                   b"P7\n", b"%!PS-Adobe", b"MPF\x00", b"Adobe\x00"],
-        "checkpoint": [b"{\"", b"__metadata__", b"dtype", b"F32", b"BF16", b"I64", b"shape", b"data_offsets", b"1.weight",
-                       b"1.bias", b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", b"data.pkl", b"\x80\x02",
+        "checkpoint": [b"{\"", b"__metadata__", b"dtype", b"F32", b"BF16", b"I64", b"shape", b"data_offsets",
+                       b"1.weight", b"1.bias", b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", b"data.pkl",
+                       b"\x80\x02",
                        b"ctorch._utils\n_rebuild_tensor_v2\n", b"cos\nsystem\n", b"ccollections\nOrderedDict\n",
                        b"classes", b"mean", b"std", b"state_dict"],
     }[target]  # fmt: skip

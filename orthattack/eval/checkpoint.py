@@ -76,7 +76,9 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
         if path.suffix == ".safetensors":
             raise EvaluationError(f"{path} is not a whole safetensors file ({error})") from error
     if _is_compressed(path):
-        raise EvaluationError(f"{path} is refused: it is compressed, which PyTorch's files are not, and may fill the memory")
+        raise EvaluationError(
+            f"{path} is refused: it is compressed, which PyTorch's files are not, and may fill the memory"
+        )
     try:
         with warnings.catch_warnings():  # about old formats, which are read or refused all the same
             warnings.simplefilter("ignore")

@@ -25,7 +25,7 @@ MAX_PIXELS = 89_478_485
 _RUN_LENGTHS, MAX_RUNS = (1, 2), 4_000_000  # of BMP: Pillow decodes them in Python, 10 million pixels a second
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""What photographs are stored as. Of Pillow's others, EPS would be handed to Ghostscript, which runs it as a program."""
+"""What photographs are stored as. Of Pillow's others, EPS would be handed to Ghostscript, which runs it."""
 
 Image.init()  # or the first photographs, opened by several threads, may find that a format is not known yet
 
@@ -50,7 +50,9 @@ def decode(data: bytes) -> Image.Image:
         if width * height > MAX_PIXELS:
             raise Image.DecompressionBombError(f"{width}x{height}")
         if image.info.get("compression") in _RUN_LENGTHS and width * height > MAX_RUNS:
-            raise DecodeError(f"a run-length encoded BMP of {width}x{height} pixels: too large to decode in a short time")
+            raise DecodeError(
+                f"a run-length encoded BMP of {width}x{height} pixels: too large to decode in a short time"
+            )
         image.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DecodeError(

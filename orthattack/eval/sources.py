@@ -68,7 +68,7 @@ class Files:
         return self._paths[position].read_bytes()
 
     def size(self, position: int) -> int:
-        """Bytes of the file; -1 if there is none, or none that can be read through: a pipe or a device is not opened."""
+        """Bytes of the file; -1 if there is none, or none to be read through: a pipe or device is not opened."""
         try:
             found = self._paths[position].stat()
         except OSError:

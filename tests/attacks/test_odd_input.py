@@ -22,7 +22,16 @@ from tests.conftest import IMAGE_KINDS, make_images
 
 NAMES = [*PLAIN, *(f"Ortho{name}" for name in PLAIN), "MinimumNorm", "DetectorEvasion"]
 CLASSES = 3
-LAYOUTS = ["contiguous", "channels_last", "transposed", "expanded", "sliced", "reversed rows", "requires grad", "inference"]
+LAYOUTS = [
+    "contiguous",
+    "channels_last",
+    "transposed",
+    "expanded",
+    "sliced",
+    "reversed rows",
+    "requires grad",
+    "inference",
+]
 
 VALID: dict[str, st.SearchStrategy[Any]] = {
     "steps": st.integers(1, 3),

@@ -1,6 +1,7 @@
 """Label files, class files and subsets that cannot be meant, through the command line: one line that says why, exit
-code 2, and no run begun. What each message says of wrong columns, numbers and duplicates is in tests/eval/test_data.py and
-tests/eval/test_classes.py.
+code 2, and no run begun.
+
+What else each message says of columns, numbers and duplicates is in tests/eval/test_data.py and test_classes.py.
 """
 
 from __future__ import annotations
@@ -61,7 +62,10 @@ CLASSES = [
     (b"folder,label\n3,3\n3,4\n", "line 3: '3' has index 4, but 3 before"),
     (b"folder,label\n\x00,\x00\n", "line 2: label must be a class index >= 0"),
     (b"\xff\xfe\x00", "could not read classes file"),
-    (b"folder,label\n" + b"".join(b"%d,%d\n" % (k, k + 1) for k in range(10)), "has label 10, but cifar10-robust has 10"),
+    (
+        b"folder,label\n" + b"".join(b"%d,%d\n" % (k, k + 1) for k in range(10)),
+        "has label 10, but cifar10-robust has 10",
+    ),
 ]
 
 
@@ -119,7 +123,9 @@ def test_names_that_are_not_there_are_rows_and_the_rest_is_attacked(photographs,
 
 MODEL = Classifier("model", None, Preprocessing(8, 8), ("apple", "cat", "zebra"), 3, "test")  # type: ignore[arg-type]
 CELLS = st.one_of(
-    st.sampled_from(["cat/0.png", "cat/1.png", "zebra/a.png", "../x", "/etc/passwd", "", ".", "0", "2", "3", "-1", "file"]),
+    st.sampled_from(
+        ["cat/0.png", "cat/1.png", "zebra/a.png", "../x", "/etc/passwd", "", ".", "0", "2", "3", "-1", "file"]
+    ),
     st.text(st.characters(codec="utf-8"), max_size=8),
 )
 

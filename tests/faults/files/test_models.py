@@ -1,7 +1,7 @@
 """Models and attacks of a user's that misbehave: rows or one line that say so, and everything else is finished.
 
-That a model that answers at random, or sometimes NaN, is judged as it should be is in tests/eval/test_run.py, as is what
-an attack may return; what a model must be to be attacked at all is in tests/attacks/test_attacks.py.
+That a model that answers at random, or sometimes NaN, is judged as it should be is in tests/eval/test_run.py, as is
+what an attack may return; what a model must be to be attacked at all is in tests/attacks/test_attacks.py.
 """
 
 from __future__ import annotations
@@ -241,8 +241,8 @@ def test_an_attack_that_fails_or_leaves_is_an_error_and_the_others_go_on(attacke
 
 def test_a_broken_model_does_not_stop_the_others(photographs, evaluated, tmp_path):
     done = evaluated(
-        "--model", "bad:raising", "--model", "bad:exiting", "--model", "bad:good", "--data", photographs, "--image-size",
-        32, "--attack-misclassified", "--attacks", "PGD",
+        "--model", "bad:raising", "--model", "bad:exiting", "--model", "bad:good", "--data", photographs,
+        "--image-size", 32, "--attack-misclassified", "--attacks", "PGD",
     )  # fmt: skip
     assert done.code == 0, done.err
     found = rows(tmp_path / "run")

@@ -107,8 +107,8 @@ def test_every_kind_of_image_file_is_attacked_or_is_a_row_that_says_why(tmp_path
     (tmp_path / "labels.csv").write_text("file,label\n" + "".join(f'"{name}",3\n' for name in listed))
     run = tmp_path / "run"
     done = process(
-        "eval", "--model", MODEL, "--data", data, "--labels", tmp_path / "labels.csv", "--attacks", "FGSM", "--no-checks",
-        "--attack-misclassified", "--save-images", "all", "--out", run,
+        "eval", "--model", MODEL, "--data", data, "--labels", tmp_path / "labels.csv", "--attacks", "FGSM",
+        "--no-checks", "--attack-misclassified", "--save-images", "all", "--out", run,
     )  # fmt: skip
     assert done.code == 0, done.err
     assert all("img/s" in k or k.startswith("orthattack: ") or not k.strip() for k in done.err.splitlines()), done.err

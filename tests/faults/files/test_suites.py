@@ -1,6 +1,6 @@
 """Suites that cannot be meant, or mean harm: refused in one line, or run inside the run's folder and shown as text.
 
-Misspelt keys and values out of range are in tests/eval/test_suite.py; the page in a browser is in tests/eval/test_page.py.
+Misspelt keys and values out of range are in tests/eval/test_suite.py, the page in a browser in tests/eval/test_page.py.
 """
 
 from __future__ import annotations
@@ -39,15 +39,24 @@ BAD = {
     "huge eps": (BASE + "eps = [1e308]", "eps is in units of [0, 1] pixels"),
     "infinite eps": (BASE + "eps = [inf]", "must be a finite radius"),
     "eps not a number": (BASE + "eps = [nan]", "must be a finite radius"),
-    "eps of an attack": (BASE + 'attacks = [{name = "PGD", eps = [4]}]', "eps of PGD is in units of [0, 1] pixels; got 4"),
+    "eps of an attack": (
+        BASE + 'attacks = [{name = "PGD", eps = [4]}]',
+        "eps of PGD is in units of [0, 1] pixels; got 4",
+    ),
     "eps twice": (BASE + 'attacks = [{name = "PGD", eps = [0.1, 0.1]}]', "eps of PGD has a value twice"),
     "eps alike": (BASE + "eps = [0.1, 0.1000000000001]", "eps has a value twice"),  # they would share their files
-    "no eps": (BASE + 'attacks = [{name = "PGD", norm = "l2", eps = []}]', "attacks[1].eps: Tuple should have at least 1"),
+    "no eps": (
+        BASE + 'attacks = [{name = "PGD", norm = "l2", eps = []}]',
+        "attacks[1].eps: Tuple should have at least 1",
+    ),
     "huge seed": (BASE + f"seeds = [{2**63}]", "seeds[1]"),
     "no models": ('models = []\ndata = "cifar10-samples"', "models: Tuple should have at least 1 item"),
-    "types": ('models = {a = 1}\ndata = [1]\neps = true', ""),
+    "types": ("models = {a = 1}\ndata = [1]\neps = true", ""),
     "a date for models": ('models = 1979-05-27\ndata = "cifar10-samples"', "models: Input should be a valid tuple"),
-    "a list for a name": ('models = [{name = []}]\ndata = "cifar10-samples"', "models[1].name: Input should be a valid string"),
+    "a list for a name": (
+        'models = [{name = []}]\ndata = "cifar10-samples"',
+        "models[1].name: Input should be a valid string",
+    ),
     "dates": (BASE + 'attacks = [{name = "PGD", alpha = 1979-05-27}]', "alpha must be text, a finite number"),
     "nan option": (BASE + 'attacks = [{name = "PGD", alpha = nan}]', "alpha must be text, a finite number"),
     "infinite option": (BASE + 'attacks = [{name = "MinimumNorm", max_eps = inf}]', "max_eps must be text, a finite"),
@@ -59,11 +68,17 @@ BAD = {
     "null label": ('models = [{name = "resnet18", weights = "\\u0000"}]\ndata = "cifar10-samples"', "weights file"),
     "null data": ('models = ["cifar10-robust"]\ndata = "a\\u0000b"', "data folder a\\x00b does not exist"),
     "long data": ('models = ["cifar10-robust"]\ndata = "' + "x" * 5000 + '"', "does not exist"),
-    "null subset": (BASE.replace('"cifar10-samples"', '{source = "cifar10-samples", subset = "\\u0000"}'), "subset file"),
+    "null subset": (
+        BASE.replace('"cifar10-samples"', '{source = "cifar10-samples", subset = "\\u0000"}'),
+        "subset file",
+    ),
     "escape codes": (BASE + '"\\u001b[31mkey" = 1', "\\x1b[31mkey: unknown key"),
-    "two of a name": (BASE + 'attacks = [{name = "PGD", label = "\\u001b]0;"}, {name = "FGSM", label = "\\u001b]0;"}]', "\\x1b"),
+    "two of a name": (
+        BASE + 'attacks = [{name = "PGD", label = "\\u001b]0;"}, {name = "FGSM", label = "\\u001b]0;"}]',
+        "\\x1b",
+    ),
     "clean": (BASE + 'attacks = [{name = "PGD", label = "clean"}]', 'an attack cannot be called "clean"'),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -133,7 +148,7 @@ def hostile(tmp_path_factory) -> Path:
             Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{file}.png", "PNG")
     attacks = [{"name": "FGSM", "label": label} for label in HOSTILE]
     models = [{"name": "cifar10-robust", "label": label} for label in (HOSTILE[6], HOSTILE[8])]
-    cut = os.getcwd()
+    before = Path.cwd()
     os.chdir(top)
     try:
         evaluate(
@@ -141,7 +156,7 @@ def hostile(tmp_path_factory) -> Path:
             checks=False, attack_misclassified=True, progress=False,
         )  # fmt: skip
     finally:
-        os.chdir(cut)
+        os.chdir(before)
     return top / "run"
 
 
@@ -149,9 +164,15 @@ def test_whatever_things_are_called_nothing_leaves_the_runs_folder(hostile):
     assert sorted(path.name for path in hostile.parent.iterdir()) == ["data", "run"]
     inside = [path for path in hostile.rglob("*") if path.is_file()]
     assert not any(path.is_symlink() for path in inside)
-    assert {path.parts[len(hostile.parts)] for path in inside if path.parent != hostile} == {"clean", "shards", "images"}
+    assert {path.parts[len(hostile.parts)] for path in inside if path.parent != hostile} == {
+        "clean",
+        "shards",
+        "images",
+    }
     assert len([path for path in inside if "shards" in path.parts]) == 2 * len(HOSTILE)
-    assert all(re.fullmatch(r"[A-Za-z0-9._-]{1,80}", part) for path in inside for part in path.relative_to(hostile).parts)
+    assert all(
+        re.fullmatch(r"[A-Za-z0-9._-]{1,80}", part) for path in inside for part in path.relative_to(hostile).parts
+    )
     run = Run.open(hostile)
     assert list(run.attacks) == HOSTILE
     assert (run.table()["scored"] > 0).all()
@@ -197,7 +218,8 @@ def test_a_terminal_is_given_no_commands(hostile, orthattack):
 def test_progress_and_warnings_give_a_terminal_no_commands(orthattack, tmp_path):
     path = tmp_path / "suite.toml"
     path.write_text(
-        'data = {source = "cifar10-samples", limit = 8}\nchecks = false\nattacks = [{name = "FGSM", label = "\\u001b[31mred"}]'
+        'data = {source = "cifar10-samples", limit = 8}\nchecks = false'
+        '\nattacks = [{name = "FGSM", label = "\\u001b[31mred"}]'
         '\nmodels = [{name = "cifar10-robust", label = "\\u001b]0;title\\u0007"}]'
     )
     told = orthattack("eval", path, "--out", tmp_path / "run")
@@ -210,7 +232,9 @@ def test_progress_and_warnings_give_a_terminal_no_commands(orthattack, tmp_path)
 names = st.one_of(
     st.sampled_from(HOSTILE),
     st.text(st.characters(codec="utf-8"), min_size=1, max_size=90),
-    st.lists(st.sampled_from(["..", ".", "/", "\\", "a", "\x00", "~", "-", ":", " "]), min_size=1, max_size=9).map("".join),
+    st.lists(st.sampled_from(["..", ".", "/", "\\", "a", "\x00", "~", "-", ":", " "]), min_size=1, max_size=9).map(
+        "".join
+    ),
 )
 
 
@@ -230,21 +254,29 @@ def test_no_label_leads_out_of_the_folder_or_into_anothers(model, attack):
 
 values = st.recursive(
     st.one_of(
-        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8),
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        st.text(max_size=8),
         st.sampled_from(["cifar10-robust", "cifar10-samples", "FGSM", "PGD", "linf", "4/255", "all", "clean"]),
     ),
     lambda inner: st.one_of(
         st.lists(inner, max_size=3),
-        st.dictionaries(st.sampled_from(["name", "label", "eps", "norm", "source", "limit", "steps", "x"]), inner, max_size=4),
+        st.dictionaries(
+            st.sampled_from(["name", "label", "eps", "norm", "source", "limit", "steps", "x"]), inner, max_size=4
+        ),
     ),
     max_leaves=8,
-)  # fmt: skip
+)
 
 
 @settings(max_examples=150)
 @given(
     st.dictionaries(
-        st.sampled_from(["models", "data", "attacks", "eps", "norm", "steps", "seed", "seeds", "batch_size", "checks", "y"]),
+        st.sampled_from(
+            ["models", "data", "attacks", "eps", "norm", "steps", "seed", "seeds", "batch_size", "checks", "y"]
+        ),
         values,
         max_size=6,
     ),

@@ -124,11 +124,11 @@ def test_class_names_that_are_no_text_do_not_stop_a_report(state, photographs, e
 def bombed() -> bytes:
     """A PyTorch file that is compressed, as PyTorch's never are: 256 MB of zeros in 250 kB."""
     stream = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(saved({"a": torch.zeros(4)}))) as whole:
-        with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as bomb:
-            for entry in whole.infolist():
-                content = whole.read(entry)
-                bomb.writestr(entry.filename, bytes(2**28) if entry.filename.endswith("data/0") else content)
+    whole = zipfile.ZipFile(io.BytesIO(saved({"a": torch.zeros(4)})))
+    with whole, zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as bomb:
+        for entry in whole.infolist():
+            content = whole.read(entry)
+            bomb.writestr(entry.filename, bytes(2**28) if entry.filename.endswith("data/0") else content)
     return stream.getvalue()
 
 
@@ -174,7 +174,9 @@ def test_code_in_a_weights_file_is_refused_and_not_run(form, state, photographs,
     }[form]()
     path = tmp_path / ("w.safetensors" if form == "called safetensors" else "w.pt")
     path.write_bytes(data)
-    message = "is not a whole safetensors file" if form == "called safetensors" else "is refused: it holds more than tensors"
+    message = (
+        "is not a whole safetensors file" if form == "called safetensors" else "is refused: it holds more than tensors"
+    )
     refused(evaluated, photographs, path, message)
     assert not trace.exists()
     if form.startswith("pickle"):  # the file is what it is meant to be
