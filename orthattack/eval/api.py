@@ -118,10 +118,16 @@ def evaluate(
 def reported(folder: RunFolder, to: Path | None = None) -> Run:
     """Judge the trust checks of a run, finished or not, and write its report, into its folder or another."""
     manifest = folder.manifest()
+    run = Run(folder, manifest)  # which refuses a manifest that lacks something
     checks = [asdict(check) for check in assess(folder, manifest)] if manifest["config"]["checks"] else []
-    folder.write_text("checks.json", json.dumps(checks, indent=1) + "\n")
-    run = Run(folder, manifest)
-    write_report(run, None if to is None else RunFolder(to))
+    try:
+        folder.write_text("checks.json", json.dumps(checks, indent=1) + "\n")
+        write_report(run, None if to is None else RunFolder(to))
+    except OSError as error:
+        raise EvaluationError(
+            f"could not write the report to {to or folder} ({error.strerror or error}): the results are kept; mend it, "
+            f"and write the report with: orthattack report {folder}"
+        ) from error
     return run
 
 

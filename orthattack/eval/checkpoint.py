@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle  # for the error that torch.load raises
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +45,7 @@ class Checkpoint:
         """A list from the metadata, if it is there and is one."""
         try:
             value = json.loads(self.metadata[key])
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, RecursionError):
             return None
         return value if isinstance(value, list) else None
 
@@ -54,8 +56,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         EvaluationError: no such file, not a state dict, or one that holds more than tensors.
     """
-    if not path.is_file():
-        raise EvaluationError(f"weights file {path} does not exist")
+    if not os.path.isfile(path):  # noqa: PTH113 - pathlib's raises where a name is too long
+        problem = "is a folder" if os.path.isdir(path) else "does not exist"  # noqa: PTH112
+        raise EvaluationError(f"weights file {path} {problem}")
     tensors, metadata = _read(path)
     with path.open("rb") as stream:
         digest = hashlib.sha256()
@@ -72,6 +75,10 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     except (SafetensorError, OSError) as error:
         if path.suffix == ".safetensors":
             raise EvaluationError(f"{path} is not a whole safetensors file ({error})") from error
+    if _is_compressed(path):
+        raise EvaluationError(
+            f"{path} is refused: it is compressed, which PyTorch's files are not, and may fill the memory"
+        )
     try:
         with warnings.catch_warnings():  # about old formats, which are read or refused all the same
             warnings.simplefilter("ignore")
@@ -88,7 +95,27 @@ def _read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
             content = content[wrapper]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise EvaluationError(f"{path} is not a state dict: it must map names to tensors")
+    for key, value in content.items():
+        if not _is_plain(value):
+            raise EvaluationError(f"{path} is refused: {str(key)!r} is no plain tensor whose numbers are in the file")
     return content, {}
+
+
+def _is_compressed(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as file:
+            return any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist())
+    except Exception:  # no archive, or a damaged one, of which torch.load says more
+        return False
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Whether all of a tensor's numbers are in the file: a view can claim any size of the few that are."""
+    return (
+        value.layout == torch.strided
+        and not (value.is_meta or value.is_quantized or value.is_complex())
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    )
 
 
 def load_strictly(name: str, model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:

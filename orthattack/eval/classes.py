@@ -129,8 +129,9 @@ def map_from_file(keys: Sequence[Sequence[str]], needed: Iterable[int], path: Pa
                 f"{path}, line {line}: {value_column} must be a class index >= 0, {key_column} a name; got {key!r}, "
                 f"{value!r}"
             )
-        if listed.setdefault(key, int(value)) != int(value):
-            raise EvaluationError(f"{path}, line {line}: {key!r} has index {int(value)}, but {listed[key]} before")
+        index = int(value.strip())  # which strips more than int does
+        if listed.setdefault(key, index) != index:
+            raise EvaluationError(f"{path}, line {line}: {key!r} has index {index}, but {listed[key]} before")
     labels = tuple(next((listed[key] for key in synonyms if key in listed), None) for synonyms in keys)
     for k in needed:
         if labels[k] is None:
@@ -150,7 +151,7 @@ def read_table(path: Path, what: str) -> tuple[list[str], list[tuple[int, dict[s
         with path.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream)
             return list(reader.fieldnames or []), [(reader.line_num, row) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise EvaluationError(f"could not read {what} file {path} ({error})") from error
 
 

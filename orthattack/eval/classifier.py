@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from orthattack.eval.checkpoint import Checkpoint, load_strictly, state_sha256
-from orthattack.eval.errors import EvaluationError, first_line
+from orthattack.eval.errors import FAILURES, EvaluationError, first_line
 from orthattack.eval.preprocessing import Preprocessing
 from orthattack.model import Normalized
 
@@ -83,7 +82,7 @@ def checked(classifier: Classifier) -> Classifier:
     try:
         with torch.inference_mode():
             logits = model(torch.full((1, 3, size, size), 0.5, device=device))
-    except Exception as error:  # what an architecture says of a size that it cannot take
+    except FAILURES as error:  # what an architecture says of a size that it cannot take
         raise EvaluationError(
             f"{name} does not take images of {size}x{size} ({first_line(error)}): see --image-size"
         ) from error
@@ -140,7 +139,8 @@ def _normalisation(key: str, file: Checkpoint, default: tuple[float, ...]) -> tu
     values = file.listed(key)
     if values is None:
         return default
-    good = len(values) == 3 and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+    # Not isfinite, which raises where a whole number is too large for a float.
+    good = len(values) == 3 and all(isinstance(v, int | float) and -1e30 < v < 1e30 for v in values)
     if not good or (key == "std" and min(values) <= 0):
         raise EvaluationError(f"{file.path} has metadata {key}={values}: it must be three finite numbers, std > 0")
     return tuple(map(float, values))
@@ -151,7 +151,12 @@ def _num_classes(name: str, build: Builder, file: Checkpoint) -> int:
     two builds with different numbers of classes."""
     few, more = _shapes(build, 2), _shapes(build, 3)
     head = [key for key in few if few[key] != more[key]]
-    counts = {file.tensors[key].shape[0] for key in head if key in file.tensors and file.tensors[key].ndim > 0}
+    # With the right shape but for the count, which is then no larger than the file.
+    counts = {
+        file.tensors[key].shape[0]
+        for key in head
+        if key in file.tensors and file.tensors[key].ndim > 0 and file.tensors[key].shape[1:] == few[key][1:]
+    }
     if len(counts) != 1:
         raise EvaluationError(f"{file.path} does not look like weights of {name}: it has no {' or '.join(head)}")
     return counts.pop()

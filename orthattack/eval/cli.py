@@ -43,12 +43,12 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        from orthattack.eval.errors import EvaluationError
+        from orthattack.eval.errors import EvaluationError, printable
 
         try:
             code: int = options.run(options)
         except EvaluationError as error:
-            print(f"orthattack: {error}", file=sys.stderr)
+            print(f"orthattack: {printable(str(error))}", file=sys.stderr)
             return 2
         return code
     except KeyboardInterrupt:
@@ -283,7 +283,9 @@ def _device(name: str | None) -> str:
 def _say(line: str) -> None:
     from tqdm import tqdm
 
-    tqdm.write(f"orthattack: {line}", file=sys.stderr)
+    from orthattack.eval.errors import printable
+
+    tqdm.write(f"orthattack: {printable(line)}", file=sys.stderr)
 
 
 def _tell(folder: RunFolder, complete: bool, to: Path | None = None) -> int:

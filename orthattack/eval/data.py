@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from importlib import resources
@@ -31,7 +32,7 @@ def check_data(data: str) -> None:
         return
     if data.startswith(TORCHVISION):
         check_torchvision(data)
-    elif not find_shards(data) and not Path(data).is_dir():
+    elif not find_shards(data) and not os.path.isdir(data):  # noqa: PTH112 - pathlib's raises where a name is too long
         raise EvaluationError(
             f"data folder {data} does not exist; it must be a folder or {' or '.join(SAMPLES)}, Parquet files, "
             f"{TORCHVISION}NAME,root=FOLDER, or your own package.module:function"
@@ -169,9 +170,13 @@ def _labelled(folder: Path, path: Path) -> tuple[list[str], list[int], Files]:
             raise EvaluationError(
                 f"{path}, line {line}: label must be a class index >= 0, file a name; got {name!r}, {label!r}"
             )
-        if not (root / name).resolve().is_relative_to(root):
+        try:
+            is_inside = (root / name).resolve().is_relative_to(root)
+        except (OSError, ValueError, RuntimeError) as error:  # a null character, or links in a circle
+            raise EvaluationError(f"{path}, line {line}: {name!r} is no file name ({error})") from error
+        if not is_inside:
             raise EvaluationError(f"{path}, line {line}: {name!r} lies outside {folder}")
         if name in found:
             raise EvaluationError(f"{path}, line {line}: {name!r} is listed twice")
-        found[name] = int(label)
+        found[name] = int(label.strip())
     return list(found), list(found.values()), Files([root / name for name in found])

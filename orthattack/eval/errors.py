@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["EvaluationError", "first_line"]
+__all__ = ["FAILURES", "EvaluationError", "first_line", "printable"]
+
+FAILURES = (Exception, SystemExit)
+"""What the code of other people may raise. A model that calls ``sys.exit`` does not end the run."""
 
 
 class EvaluationError(Exception):
@@ -12,3 +15,12 @@ class EvaluationError(Exception):
 def first_line(error: BaseException) -> str:
     """What a foreign error says, short enough to be quoted in ours."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """`text` without what a terminal takes for a command; its lines stay lines.
+
+    >>> printable("a\x1b[31m\nb")
+    'a\\\\x1b[31m\\nb'
+    """
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

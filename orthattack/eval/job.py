@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from orthattack.eval.classifier import Classifier
 from orthattack.eval.data import Photographs, Unreadable
-from orthattack.eval.errors import first_line
-from orthattack.eval.kinds import CallCounter, Found, Runner, drawing, image_seed, joint_seed
+from orthattack.eval.errors import FAILURES, first_line
+from orthattack.eval.kinds import AttackKind, CallCounter, Conditions, Found, Runner, drawing, image_seed, joint_seed
 from orthattack.eval.measure import Judge, check_batch, clean_columns, differentiated, row_columns
 from orthattack.eval.store import CLEAN_SCHEMA, ROW_SCHEMA, Kind, RunFolder, Shard
 from orthattack.eval.suite import Entry
@@ -46,6 +46,18 @@ class Job:
         self.counter = CallCounter(model).eval()
         self.judge = Judge(self.counter, self.classifier.preprocessing.crop, self.device, self.batch_size)
         self.differentiated = frozenset(differentiated(len(self.photographs)))
+
+    def runner(self, kind: AttackKind, conditions: Conditions) -> Runner:
+        """An attack on the model; one that cannot be made fails on each batch, where that is recorded."""
+        try:
+            return kind.bind(self.counter, conditions)
+        except FAILURES as error:
+            failure = error
+
+        def fails(images: Tensor, labels: Tensor, seeds: Sequence[int]) -> Found:  # noqa: ARG001
+            raise failure
+
+        return fails
 
     def load(self, position: int) -> Tensor:
         """One photograph as the model takes it."""
@@ -91,8 +103,11 @@ class Part:
         for with_gradient in (True, False):
             for batch in self._batches([k for k in self.images if (k in sample) == with_gradient]):
                 images, labels = self._tensors(batch)
-                with drawing(joint_seed(batch)):
-                    columns = clean_columns(self.job.judge, images, labels, with_gradient)
+                try:
+                    with drawing(joint_seed(batch)):
+                        columns = clean_columns(self.job.judge, images, labels, with_gradient)
+                except FAILURES as error:  # of whatever a model does
+                    columns = _errors(error, len(batch))
                 for row, position in enumerate(batch):
                     rows[position] = _record(columns, row)
                     self._recall(position, rows[position])
@@ -145,14 +160,14 @@ class Part:
         """The measurements of a batch, in pieces if it had to be halved for lack of memory."""
         try:
             columns, adversarials = self._measured(entry, runner, batch)
-        except Exception as error:  # whatever a model or a foreign attack may raise: the other attacks go on
+        except FAILURES as error:  # whatever a model or a foreign attack may raise: the other attacks go on
             halve = _out_of_memory(error) and len(batch) > 1
-            reason = f"{type(error).__name__}: {first_line(error)}"
+            failed = _errors(error, len(batch))
         else:
             yield batch, columns, adversarials
             return
         if not halve:
-            yield batch, {"status": ["error"] * len(batch), "message": [reason] * len(batch)}, None
+            yield batch, failed, None
             return
         half = len(batch) // 2
         if half < self.job.batch_size:
@@ -210,11 +225,16 @@ def _record(columns: Mapping[str, list[Any]], row: int) -> dict[str, Any]:
     return {name: column[row] for name, column in columns.items()}
 
 
+def _errors(error: BaseException, count: int) -> dict[str, list[Any]]:
+    """The columns of a batch of which nothing is known but what went wrong."""
+    return {"status": ["error"] * count, "message": [f"{type(error).__name__}: {first_line(error)}"] * count}
+
+
 def _reason(error: Exception) -> str:
     return error.reason if isinstance(error, Unreadable) else f"{type(error).__name__}: {first_line(error)}"
 
 
-def _out_of_memory(error: Exception) -> bool:
+def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )

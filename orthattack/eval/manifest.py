@@ -75,22 +75,28 @@ def to_go_on(
         EvaluationError: it is not; the message shows the differences.
     """
     old = folder.manifest()
-    found = differences(old["config"], new["config"])
-    for before, after in zip(old["models"], new["models"], strict=False):
-        for key in ("sha256", "preprocessing", "data"):
-            found += [f"{after['label']}: {line}" for line in differences({key: before[key]}, {key: after[key]})]
+    try:
+        found = differences(old["config"], new["config"])
+        for before, after in zip(old["models"], new["models"], strict=False):
+            for key in ("sha256", "preprocessing", "data"):
+                found += [f"{after['label']}: {line}" for line in differences({key: before[key]}, {key: after[key]})]
+        last = (old["sessions"] or [session])[-1]
+        then = {what: dict(last[what]) for what in ("versions", "hardware")}
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise EvaluationError(
+            f"{folder}/manifest.json lacks what a run needs to go on ({error!r}); choose another folder"
+        ) from error
     if found:
         raise EvaluationError(
             f"{folder} holds another run; choose another folder, or make these the same:\n  " + "\n  ".join(found)
         )
     for what, verb in (("versions", "continued with other versions"), ("hardware", "continued on other hardware")):
-        before = (old["sessions"] or [session])[-1]
-        then, today = before[what], session[what]
-        if what == "hardware" and (before.get("engine") or session["engine"]):
+        before, today = then[what], session[what]
+        if what == "hardware" and (last.get("engine") or session["engine"]):
             continue
         names = [name for name in today if what == "versions" or name in ("processor", "threads", "gpu")]
         changed = [
-            f"{name} {then.get(name)} then, {today[name]} now" for name in names if then.get(name) != today[name]
+            f"{name} {before.get(name)} then, {today[name]} now" for name in names if before.get(name) != today[name]
         ]
         if changed:
             warning = f"{verb}: {', '.join(changed)}; results may differ in their last digits"

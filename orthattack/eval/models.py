@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -148,7 +149,7 @@ def _named_weights(name: str, available: Any, text: str) -> Any:
     enumeration, _, member = text.rpartition(".")
     if enumeration in ("", available.__name__) and member in available.__members__:
         return available[member]
-    if re.fullmatch(r"\w+_Weights\.\w+|IMAGENET1K_\w+", text) and not Path(text).exists():
+    if re.fullmatch(r"\w+_Weights\.\w+|IMAGENET1K_\w+", text) and not os.path.exists(text):  # noqa: PTH110 - pathlib's may raise
         raise EvaluationError(f"{name} has no weights {text}; it has {', '.join(map(str, available))}")
     return None
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from orthattack.eval.errors import EvaluationError, first_line
+from orthattack.eval.errors import FAILURES, EvaluationError, first_line
 from orthattack.eval.preprocessing import DecodeError, Preprocessing
 from orthattack.eval.sources import Source
 
@@ -82,7 +82,7 @@ class Photographs:
             return preprocessing(found) if isinstance(found, Image.Image) else _as_input(found, preprocessing.crop)
         except DecodeError as error:
             raise Unreadable(self.names[position], str(error)) from error
-        except Exception as error:  # of disks, and of a user's data
+        except FAILURES as error:  # of disks, and of a user's data
             raise Unreadable(self.names[position], f"{type(error).__name__}: {first_line(error)}") from error
 
     def batches(self, size: int, preprocessing: Preprocessing) -> Iterator[Batch | Unreadable]:
@@ -155,7 +155,7 @@ class Photographs:
         for k in evenly(_HASHED_WHOLE, len(self)):
             try:
                 content = self._source.content(self._positions[k])
-            except Exception:  # it will be reported as unreadable, and is that every time
+            except FAILURES:  # it will be reported as unreadable, and is that every time
                 content = b"unreadable"
             digest.update(hashlib.sha256(content).digest())
         return digest.hexdigest()
@@ -199,6 +199,6 @@ def read_names(path: Path) -> list[str]:
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise EvaluationError(f"could not read subset file {path} ({error})") from error
     return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from orthattack.eval.errors import EvaluationError, first_line
+from orthattack.eval.errors import FAILURES, EvaluationError, first_line
 
 __all__ = ["call", "find", "is_plugin"]
 
@@ -44,7 +44,7 @@ def find(name: str) -> Callable[..., object]:
                 f"{name}: there is no module {error.name} on sys.path or in the current directory {here}"
             ) from error
         raise EvaluationError(f"{name}: importing {module_name} failed ({first_line(error)})") from error
-    except Exception as error:  # of whatever the module does when imported
+    except FAILURES as error:  # of whatever the module does when imported
         raise EvaluationError(
             f"{name}: importing {module_name} failed ({type(error).__name__}: {first_line(error)})"
         ) from error
@@ -61,5 +61,5 @@ def call(name: str) -> object:
     function = find(name)
     try:
         return function()
-    except Exception as error:  # of whatever the function does
+    except FAILURES as error:  # of whatever the function does
         raise EvaluationError(f"{name}() failed ({type(error).__name__}: {first_line(error)})") from error

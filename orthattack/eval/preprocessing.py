@@ -22,6 +22,14 @@ MAX_PIXELS = 89_478_485
 """Pillow's own limit, a quarter of a gigabyte at three bytes a pixel; above it Pillow warns, we refuse."""
 
 
+_RUN_LENGTHS, MAX_RUNS = (1, 2), 4_000_000  # of BMP: Pillow decodes them in Python, 10 million pixels a second
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What photographs are stored as. Of Pillow's others, EPS would be handed to Ghostscript, which runs it."""
+
+Image.init()  # or the first photographs, opened by several threads, may find that a format is not known yet
+
+
 class DecodeError(ValueError):
     """A photograph that cannot become a model's input; the message says why."""
 
@@ -37,17 +45,23 @@ def decode(data: bytes) -> Image.Image:
     if not data:
         raise DecodeError("the file is empty")
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise Image.DecompressionBombError(f"{width}x{height}")
+        if image.info.get("compression") in _RUN_LENGTHS and width * height > MAX_RUNS:
+            raise DecodeError(
+                f"a run-length encoded BMP of {width}x{height} pixels: too large to decode in a short time"
+            )
         image.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DecodeError(
             f"larger than {MAX_PIXELS / 1e6:.0f} million pixels: too large to decode safely ({first_line(error)})"
         ) from error
+    except DecodeError:
+        raise
     except UnidentifiedImageError as error:  # its own message has the address of a buffer
-        raise DecodeError("not an image of a known format") from error
+        raise DecodeError(f"not an image of a known format ({', '.join(FORMATS)})") from error
     except Exception as error:  # decoders raise whatever they like
         raise DecodeError(f"damaged ({type(error).__name__}: {first_line(error)})") from error
     return image

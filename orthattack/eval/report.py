@@ -41,12 +41,21 @@ def write_report(run: Run, folder: RunFolder | None = None) -> list[Path | str]:
         name = "{}" if view is run else f"{{}}-{view.norm}"
         for stem, ending, text in (
             ("results", "json", json.dumps(as_json(view), indent=1, allow_nan=False) + "\n"),
-            ("results", "csv", view.table().to_csv(index=False, lineterminator="\n")),
+            ("results", "csv", _for_spreadsheets(view.table()).to_csv(index=False, lineterminator="\n")),
             ("results", "md", markdown(view)),
             ("report", "html", page(view)),
         ):
             written.append((folder or run.folder).write_text(f"{name.format(stem)}.{ending}", text))
     return written
+
+
+def _for_spreadsheets(table: pd.DataFrame) -> pd.DataFrame:
+    """The same, with an apostrophe before names that a spreadsheet would take for a formula."""
+
+    def inert(value: object) -> object:
+        return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+
+    return table.assign(**{name: table[name].map(inert) for name in ("model", "attack") if name in table})
 
 
 def leaderboard_table(run: Run) -> str:

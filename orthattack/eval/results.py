@@ -122,7 +122,7 @@ class Run:
         """The trust checks: model, check, status ("passed", "warned" or "not run"), figures, why."""
         try:
             return list(json.loads(self.folder.read_text("checks.json") or "[]"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise EvaluationError(f"{self.folder}/checks.json cannot be read ({error})") from error
 
     def images(self, model: str) -> int:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from orthattack.eval.checks import planned_probes
 from orthattack.eval.classifier import Classifier
 from orthattack.eval.data import Photographs, check_data, load_photographs, read_names
-from orthattack.eval.errors import EvaluationError
+from orthattack.eval.errors import EvaluationError, printable
 from orthattack.eval.kinds import AttackKind, drawing
 from orthattack.eval.lock import Part, working_in
 from orthattack.eval.manifest import bury, describe_attacks, describe_model, new_session, now, to_go_on
@@ -203,9 +203,12 @@ def _manifest(
         "sessions": [],
     }
     # Of several processes that start at once one creates it, and all compare theirs with what is there.
-    if not folder.create_manifest(manifest):
-        manifest = to_go_on(folder, manifest, session, say)
-    folder.write_session(session)
+    try:
+        if not folder.create_manifest(manifest):
+            manifest = to_go_on(folder, manifest, session, say)
+        folder.write_session(session)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
     return manifest
 
 
@@ -217,10 +220,7 @@ def _recorded(folder: RunFolder, session: dict[str, Any]) -> Iterator[None]:
     except BaseException as error:
         session["outcome"] = "interrupted"
         if isinstance(error, OSError):
-            raise EvaluationError(
-                f"could not write to {folder} ({error.strerror or error}): what is finished is kept; mend it, and "
-                "start again with the same command to go on"
-            ) from error
+            raise _cannot_write(folder, error) from error
         raise
     finally:
         session["finished"] = now()
@@ -228,6 +228,13 @@ def _recorded(folder: RunFolder, session: dict[str, Any]) -> Iterator[None]:
         with suppress(OSError):  # a full disk has been reported; the record of the session's start stands
             folder.write_session(session)
             folder.write_manifest(folder.manifest())
+
+
+def _cannot_write(folder: RunFolder, error: OSError) -> EvaluationError:
+    return EvaluationError(
+        f"could not write to {folder} ({error.strerror or error}): what is finished is kept; mend it, and start again "
+        "with the same command to go on"
+    )
 
 
 def _everything(plan: Plan, part: Part | None, engine: Engine, progress: bool, say: Callable[[str], None]) -> str:
@@ -261,8 +268,9 @@ class _Progress:
         self.rates[unit.model, which] = robust, scored
         share = f"{100 * robust / scored:.1f} %" if scored else "-"
         entry = self.plan.entries[which]
-        self.bar.set_description(unit.model, refresh=False)
-        self.bar.set_postfix_str(f"{entry.label} at {shown_eps(entry.eps, entry.norm)}: {share} robust", refresh=False)
+        self.bar.set_description(printable(unit.model), refresh=False)
+        so_far = f"{printable(entry.label)} at {shown_eps(entry.eps, entry.norm)}: {share} robust"
+        self.bar.set_postfix_str(so_far, refresh=False)
         self.bar.update(len(self.plan.positions(unit)))
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import glob
 import json
 import operator
+import os
 import re
+import stat
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
@@ -22,13 +24,17 @@ import pyarrow.parquet as pq
 from PIL import Image
 from torch import Tensor
 
-from orthattack.eval.errors import EvaluationError, first_line
+from orthattack.eval.errors import FAILURES, EvaluationError, first_line
 from orthattack.eval.preprocessing import DecodeError, decode
 
 __all__ = ["Dataset", "Files", "Shards", "Source", "find_shards"]
 
 CACHED_BYTES = 256 * 2**20
 """How much of the row groups read last is kept; the last one is kept whatever its size."""
+
+
+MAX_BYTES = 2**30
+"""Of an image file; larger ones are not read into memory."""
 
 
 class Source(Protocol):
@@ -54,14 +60,20 @@ class Files:
         return decode(self.content(position))
 
     def content(self, position: int) -> bytes:
-        path = self._paths[position]
-        if not path.is_file():  # a pipe or a device is not opened
+        size = self.size(position)
+        if size < 0:
             raise DecodeError("no such file")
-        return path.read_bytes()
+        if size > MAX_BYTES:
+            raise DecodeError(f"a file of {size / 1e9:.3g} GB: too large to read safely")
+        return self._paths[position].read_bytes()
 
     def size(self, position: int) -> int:
-        path = self._paths[position]
-        return path.stat().st_size if path.is_file() else -1
+        """Bytes of the file; -1 if there is none, or none to be read through: a pipe or device is not opened."""
+        try:
+            found = self._paths[position].stat()
+        except OSError:
+            return -1
+        return found.st_size if stat.S_ISREG(found.st_mode) else -1
 
 
 class Dataset:
@@ -116,7 +128,13 @@ class Dataset:
             return self._data[position]
 
     def _label(self, position: int) -> int:
-        item = self._item(position)
+        try:
+            item = self._item(position)
+        except FAILURES as error:  # of whatever a data set does
+            raise EvaluationError(
+                f"{self._name}: item {position} failed ({type(error).__name__}: {first_line(error)}), so its label is "
+                "not known; an attribute targets would say it"
+            ) from error
         try:
             _, label = item
             return operator.index(label)
@@ -156,10 +174,10 @@ def find_shards(data: str) -> list[Path]:
         EvaluationError: a folder with shards of several splits, or a pattern that fits nothing.
     """
     folder = Path(data)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # noqa: PTH112 - pathlib's raises where a name is too long
         if not data.endswith(".parquet"):
             return []
-        shards = [folder] if folder.is_file() else sorted(map(Path, glob.glob(data, recursive=True)))  # noqa: PTH207
+        shards = [folder] if os.path.isfile(folder) else sorted(map(Path, glob.glob(data, recursive=True)))  # noqa: PTH113, PTH207
         if not shards:
             raise EvaluationError(f"no Parquet file fits {data}")
         return shards
@@ -206,7 +224,7 @@ class Shards:
             stem = path.stem if stems.count(path.stem) == 1 else path.with_suffix("").as_posix()
             try:
                 self._read_labels(shard, stem)
-            except (pa.ArrowException, OSError) as error:
+            except (pa.ArrowException, OSError, ValueError) as error:
                 raise EvaluationError(f"{path} is not a whole Parquet file ({first_line(error)})") from error
 
     def _read_labels(self, shard: int, stem: str) -> None:
@@ -279,5 +297,5 @@ def _huggingface_classes(schema: pa.Schema, label: str) -> tuple[tuple[str, ...]
     try:
         names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][label]["names"]
         return tuple((str(name),) for name in names) or None
-    except (KeyError, TypeError, ValueError):  # metadata may be missing, or anything
+    except (KeyError, TypeError, ValueError, RecursionError):  # metadata may be missing, or anything
         return None

@@ -20,6 +20,7 @@ import re
 import secrets
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from orthattack.eval.errors import EvaluationError, first_line
@@ -90,6 +92,8 @@ ROW_SCHEMA = pa.schema(
 )
 """The columns of shards/ and checks/."""
 
+_SCHEMAS: dict[Kind, pa.Schema] = {"clean": CLEAN_SCHEMA, "shards": ROW_SCHEMA, "checks": ROW_SCHEMA}
+
 
 def shown_eps(eps: float | None, norm: str) -> str:
     """A radius as people write it: 4/255, 0.5, or "minimal" for None, an attack that minimises the norm."""
@@ -101,7 +105,8 @@ def shown_eps(eps: float | None, norm: str) -> str:
 def _slug(text: str) -> str:
     """A file name for any text: the text itself where it is one, else a readable part and a hash."""
     plain = re.sub(r"[^A-Za-z0-9._-]", "_", text)[:60].lstrip(".") or "_"
-    return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    is_free = plain == text and re.search(r"-[0-9a-f]{8}$", text) is None  # or it could be that of another text
+    return plain if is_free else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True)
@@ -178,14 +183,14 @@ class RunFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryFile(dir=self.path):  # can it be written to?
                     pass
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a name with a null character is a ValueError
             raise EvaluationError(f"could not make the run folder {self} ({error})") from error
 
     def manifest(self) -> dict[str, Any]:
         """What manifest.json and the sessions say; EvaluationError if it cannot be read."""
         try:
             manifest: dict[str, Any] = json.loads(self._files.read("manifest.json"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise EvaluationError(f"{self} is not the folder of a run: no readable manifest.json") from error
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             found = manifest.get("format") if isinstance(manifest, dict) else None
@@ -232,7 +237,7 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> Path | str:
         """Write a file of the run, whole or not at all; returns its path, or its URL."""
-        self._write(name, text.encode("utf-8"))
+        self._write(name, text.encode("utf-8", "backslashreplace"))
         return f"{self}/{name}" if self.path is None else self.path / name
 
     def _write(self, name: str, content: bytes) -> None:
@@ -249,11 +254,12 @@ class RunFolder:
             return self._files.exists(name)
         path = self.path / shard.path
         try:
-            if pq.read_metadata(path).num_rows == rows:
+            table = _table(path, None)
+            if table.num_rows == rows and table.schema.equals(_SCHEMAS[shard.kind]):
                 return True
-            reason = "another number of rows"
-        except (OSError, pa.ArrowException) as error:
-            reason = str(error).partition("\n")[0]
+            reason = "another number of rows, or other columns"
+        except _DAMAGE as error:
+            reason = first_line(error)
         path.replace(path.with_suffix(".damaged"))
         note = f"{shard.path} was damaged ({reason}) and is made again; what there was is kept as *.damaged"
         self.notes.append(note)
@@ -278,8 +284,10 @@ class RunFolder:
 
     def write(self, shard: Shard, columns: Mapping[str, Sequence[object]], images: Mapping[int, Tensor]) -> None:
         """Store a finished shard: its rows and, by position, the images to keep of it."""
-        schema = CLEAN_SCHEMA if shard.kind == "clean" else ROW_SCHEMA
-        table = pa.table({name: pa.array(columns[name], schema.field(name).type) for name in schema.names}, schema)
+        schema = _SCHEMAS[shard.kind]
+        table = pa.table(
+            {field.name: pa.array(map(_text, columns[field.name]), field.type) for field in schema}, schema
+        )
         if images:  # before the rows, since it is the rows that say that the shard is finished
             positions = sorted(images)
             tensors = {
@@ -289,7 +297,7 @@ class RunFolder:
             with self._files.writing(shard.image_path.as_posix()) as partial:
                 partial.write_bytes(safetensors.torch.save(tensors))  # OSError of a full disk; save_file has its own
         with self._files.writing(shard.path.as_posix()) as partial:
-            pq.write_table(table, partial, compression="zstd")
+            pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
 
     def read(
         self,
@@ -302,7 +310,7 @@ class RunFolder:
         """The rows of one model and, but for clean, one attack at one radius, in the order of the photographs."""
         example = Shard(model, attack, eps, 0, kind).path
         parts = self._tables([f"{example.parent.as_posix()}/{name}" for name in self._names(example)], columns)
-        schema = CLEAN_SCHEMA if kind == "clean" else ROW_SCHEMA
+        schema = _SCHEMAS[kind]
         if not parts:
             parts = [schema.empty_table() if columns is None else schema.empty_table().select(list(columns))]
         return _frame(parts)
@@ -322,7 +330,7 @@ class RunFolder:
         """Stored images (3, H, W), float32, with their positions; only those at `positions` if given."""
         wanted = None if positions is None else set(positions)
         for path in self._fetched(Shard(model, attack, eps, 0, kind).image_path):
-            with safetensors.safe_open(path, framework="pt") as file:
+            with _opened(path) as file:
                 for row, position in enumerate(file.get_tensor("position").tolist()):
                     if wanted is None or position in wanted:
                         yield position, file.get_slice("images")[row]
@@ -331,14 +339,14 @@ class RunFolder:
         """Positions of the stored images, without reading the images."""
         found: list[int] = []
         for path in self._fetched(Shard(model, attack, eps, 0).image_path):
-            with safetensors.safe_open(path, framework="pt") as file:
+            with _opened(path) as file:
                 found += file.get_tensor("position").tolist()
         return found
 
     def _tables(self, names: Sequence[str], columns: Sequence[str] | None) -> list[pa.Table]:
         """The tables in files; EvaluationError that names one which is damaged."""
         paths = self._files.fetch(names)
-        return [_table(path, f"{self}/{name}", columns) for path, name in zip(paths, names, strict=True)]
+        return [_rows(path, f"{self}/{name}", columns) for path, name in zip(paths, names, strict=True)]
 
     def _names(self, example: Path) -> list[str]:
         names = self._files.names(example.parent.as_posix())
@@ -362,13 +370,39 @@ def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode("utf-8")
 
 
-def _table(path: Path, name: str, columns: Sequence[str] | None) -> pa.Table:
+def _text(value: object) -> object:
+    """File names, and messages that quote them, need not be valid text; what is stored is."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+
+
+def _table(path: Path, columns: Sequence[str] | None) -> pa.Table:
+    # Half the time of pq.read_table, which looks for a data set of many files around each.
+    file = pq.ParquetFile(path, page_checksum_verification=True)
+    return file.read(columns=None if columns is None else list(columns), use_threads=False)
+
+
+def _rows(path: Path, name: str, columns: Sequence[str] | None) -> pa.Table:
     try:
-        # Half the time of pq.read_table, which looks for a data set of many files around each.
-        return pq.ParquetFile(path).read(columns=None if columns is None else list(columns), use_threads=False)
-    except (OSError, pa.ArrowException) as error:
+        return _table(path, columns)
+    except _DAMAGE as error:
         raise EvaluationError(
-            f"{name} is damaged ({first_line(error)}): delete it, and the same `orthattack eval` makes it again"
+            f"{name} is damaged ({first_line(error)}): start the run again with the same command, which makes it again"
+        ) from error
+
+
+_DAMAGE = (OSError, ValueError, pa.ArrowException)
+"""What reading a damaged Parquet file raises; ValueError where a column's name is no text any more."""
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise EvaluationError(
+            f"{path} is damaged ({first_line(error)}): delete it, and the Parquet file of the same number of that "
+            "model and attack, and start the run again with the same command, which makes them again"
         ) from error
 
 

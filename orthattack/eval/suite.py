@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from orthattack.eval.attacks import DEFAULT_ATTACKS, attack_kind
-from orthattack.eval.errors import EvaluationError
+from orthattack.eval.errors import EvaluationError, first_line
 from orthattack.eval.kinds import AttackKind
 from orthattack.eval.models import BUNDLED
 from orthattack.threat import Norm
@@ -65,6 +65,15 @@ def _labelled(value: Any) -> Any:
     if isinstance(value, dict) and "label" not in value and "name" in value:
         value = {**value, "label": value["name"]}
     return value
+
+
+def _is_json(value: object) -> bool:
+    """Whether a value can be kept in a manifest; others come from Python, or are TOML's dates."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_json(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_json, value))
+    return value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 class _Strict(BaseModel):
@@ -132,7 +141,7 @@ class AttackSpec(BaseModel):
     name: str
     label: str
     norm: Norm | None = None
-    eps: tuple[Radius, ...] | None = None
+    eps: Annotated[tuple[Radius, ...], Field(min_length=1)] | None = None
     baselines: tuple[str, ...] | None = None
 
     @model_validator(mode="before")
@@ -147,6 +156,15 @@ class AttackSpec(BaseModel):
     def _own_radii(self) -> AttackSpec:
         if self.norm is not None and self.eps is None:
             raise ValueError("an attack with its own norm needs its own eps, for radii differ from norm to norm")
+        return self
+
+    @model_validator(mode="after")
+    def _storable(self) -> AttackSpec:
+        for key, value in (self.model_extra or {}).items():
+            if not _is_json(value):
+                raise ValueError(
+                    f"{key} must be text, a finite number, true or false, or a list of these; got {value!r}"
+                )
         return self
 
     @property
@@ -219,9 +237,10 @@ class Suite(_Strict):
             if isinstance(value.get(key), str | int | float):
                 value[key] = [value[key]]
         if "eps" not in value:
-            bundled = all(_name(model) in BUNDLED for model in value.get("models", ()))
+            models = value.get("models")
+            bundled = isinstance(models, Sequence) and all(_name(model) in [*BUNDLED] for model in models)
             value["eps"] = {"linf": [8 / 255 if bundled else 4 / 255], "l2": [0.5], "l1": [12.0]}.get(
-                value.get("norm", "linf"), []
+                str(value.get("norm", "linf")), []
             )
         return value
 
@@ -236,12 +255,16 @@ class Suite(_Strict):
                 raise ValueError(f"two {what}s are called {twice[0]!r}: give one of them another label")
             if "clean" in labels and what == "attack":
                 raise ValueError('an attack cannot be called "clean", the name of the images as they are')
-        for values, name in ((self.eps, "eps"), (self.seeds, "seeds")):
-            if len(set(values)) < len(values):
-                raise ValueError(f"{name} has a value twice")
-        largest = max(self.eps)
-        if self.norm == "linf" and largest > 1:
-            raise ValueError(f"eps is in units of [0, 1] pixels; got {largest:g}: did you mean {largest:g}/255?")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds has a value twice")
+        for of, norm, radii in (("", self.norm, self.eps), *((f" of {a.label}", a.norm, a.eps) for a in self.attacks)):
+            if len({f"{eps:.9g}" for eps in radii or ()}) < len(radii or ()):  # as they name the files of a run
+                raise ValueError(f"eps{of} has a value twice")
+            largest = max(radii or (0.0,))
+            if (norm or self.norm) == "linf" and largest > 1:
+                raise ValueError(
+                    f"eps{of} is in units of [0, 1] pixels; got {largest:g}: did you mean {largest:g}/255?"
+                )
         known = {attack.label for attack in self.attacks}
         for attack in self.attacks:
             for label in attack.baselines or ():
@@ -308,8 +331,10 @@ def read_suite(path: Path) -> Suite:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise EvaluationError(f"could not read the suite {path} ({error.strerror or error})") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise EvaluationError(f"{path} is not TOML ({error})") from error
+    except ValueError as error:  # TOML's own, not text, or a number of more digits than Python reads
+        raise EvaluationError(f"{path} is not TOML ({first_line(error)})") from error
+    except RecursionError as error:
+        raise EvaluationError(f"{path} is nested too deeply to be read") from error
     return make_suite(_anchor(content, path.parent), str(path))
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 from pathlib import Path
 from typing import Any
 
 import torchvision
 
-from orthattack.eval.errors import EvaluationError, first_line
+from orthattack.eval.errors import FAILURES, EvaluationError, first_line
 
 __all__ = ["PREFIX", "check_torchvision", "open_torchvision"]
 
@@ -42,7 +43,7 @@ def check_torchvision(data: str) -> tuple[type, dict[str, Any]]:
     if "root" in allowed:
         if "root" not in options:
             raise EvaluationError(f"{data} needs the folder that has the data: {PREFIX}{name},root=FOLDER")
-        if not Path(options["root"]).expanduser().is_dir():
+        if not os.path.isdir(os.path.expanduser(options["root"])):  # noqa: PTH111, PTH112 - pathlib's may raise
             raise EvaluationError(f"{data}: there is no folder {options['root']}")
         options["root"] = str(Path(options["root"]).expanduser())
     if "train" in parameters:
@@ -69,8 +70,8 @@ def open_torchvision(data: str) -> Any:
         try:
             return kind(**attempt)
         except ValueError as error:  # noqa: PERF203 - such as of a split that it does not have
-            failure: Exception = error
-        except Exception as error:  # of missing, damaged or unreadable files, or of a missing package
+            failure: BaseException = error
+        except FAILURES as error:  # of missing, damaged or unreadable files, or of a missing package
             failure = error
             break
     raise EvaluationError(

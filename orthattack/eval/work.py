@@ -102,7 +102,7 @@ class Worker:
     def _bound(self, job: Job, entry: Entry) -> Runner:
         suite, classes = self._plan.suite, job.classifier.num_classes
         conditions = Conditions(entry.norm, entry.eps, suite.steps, classes, suite.batch_size)
-        return entry.kind.bind(job.counter, conditions)
+        return job.runner(entry.kind, conditions)
 
     def _doubt(self, job: Job) -> None:
         """Say at once, after the first chunk, what looks like a mistake; the whole is judged by the trust checks."""

@@ -1,0 +1,179 @@
+"""Every attack with options, shapes, dtypes, memory layouts and values that nobody tries by hand.
+
+What is valid gives adversarials that keep every promise, twice the same; what is not gives a ValueError that says so.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import orthattack
+from orthattack import DetectorEvasion, MinimumNorm, OrthoPGD, alignment
+from orthattack.eval.attacks import _accepted
+from tests.attacks.test_family import PLAIN, sizes
+from tests.conftest import IMAGE_KINDS, make_images
+
+NAMES = [*PLAIN, *(f"Ortho{name}" for name in PLAIN), "MinimumNorm", "DetectorEvasion"]
+CLASSES = 3
+LAYOUTS = [
+    "contiguous",
+    "channels_last",
+    "transposed",
+    "expanded",
+    "sliced",
+    "reversed rows",
+    "requires grad",
+    "inference",
+]
+
+VALID: dict[str, st.SearchStrategy[Any]] = {
+    "steps": st.integers(1, 3),
+    "queries": st.integers(1, 6),
+    "targets": st.integers(1, 2),
+    "restarts": st.integers(1, 2),
+    "alpha": st.sampled_from([None, 0.0, 1e-4, 0.01, 10.0]),
+    "random_start": st.booleans(),
+    "scope": st.sampled_from(["image", "channel", "pixel"]),
+    "loss": st.sampled_from(["ce", "margin", "logit-difference"]),
+    "early_stop": st.booleans(),
+    "momentum": st.sampled_from([0.0, 0.5, 1.0]),
+    "decay": st.sampled_from([0.0, 0.5, 1.0]),
+    "eot_samples": st.integers(1, 2),
+    "enforce": st.sampled_from(["perturbation", "gradient"]),
+    "reference": st.sampled_from(["clean", "current"]),
+}
+ODD = st.sampled_from([-1, 0, 1.5, math.nan, math.inf, 10**30, "one", None, (), [1], True, torch.ones(2), torch.nan])
+
+
+def layout(images: Tensor, kind: str) -> Tensor:
+    """The same numbers, otherwise in memory (expanded: those of the first image)."""
+    if kind == "channels_last":
+        return images.to(memory_format=torch.channels_last)
+    if kind == "transposed":
+        return images.mT.contiguous().mT
+    if kind == "expanded":
+        return images[:1].expand_as(images)
+    if kind == "sliced":
+        return torch.stack([images, images], dim=-1)[..., 0]
+    if kind == "reversed rows":
+        return torch.cat([images, images], dim=3)[..., images.shape[3] :]
+    if kind == "requires grad":
+        return images.clone().requires_grad_()
+    if kind == "inference":
+        with torch.inference_mode():
+            return images.clone()
+    return images.contiguous()
+
+
+def network(channels: int, dtype: torch.dtype) -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(channels, 4, 3, padding=1), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model.append(nn.Linear(4, CLASSES))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, generator=generator)
+    return model.to(dtype).eval()
+
+
+def make(name: str, model: nn.Module, norm: Any, eps: Any, options: dict[str, Any]) -> Any:
+    if name == "MinimumNorm":
+        return MinimumNorm(OrthoPGD(model, norm=norm, eps=eps, **options), trials=2)
+    if name == "DetectorEvasion":
+        return DetectorEvasion(model, lambda images: images.mean((1, 2, 3)), 0.5, norm=norm, eps=eps, **options)
+    kind = getattr(orthattack, name)
+    more = dict(options)
+    if "generator" in _accepted(kind) or not name.endswith("FGSM"):
+        more["generator"] = torch.Generator().manual_seed(0)
+    return kind(model, norm=norm, eps=eps, **more)
+
+
+@st.composite
+def cases(draw: Any, name: str) -> tuple[Any, ...]:
+    kind = {"MinimumNorm": OrthoPGD, "DetectorEvasion": DetectorEvasion}.get(name) or getattr(orthattack, name)
+    known = [key for key in _accepted(kind) if key in VALID]
+    options = {key: draw(VALID[key]) for key in draw(st.lists(st.sampled_from(known), unique=True, max_size=4))}
+    if "steps" in known:
+        options.setdefault("steps", 2)
+    if "queries" in known:
+        options.setdefault("queries", 4)
+    if name == "DetectorEvasion":
+        options.pop("early_stop", None)
+    shape = tuple(draw(st.integers(1, high)) for high in (3, 4, 7, 7))
+    images = make_images(
+        draw(st.sampled_from(IMAGE_KINDS)), shape, draw(st.integers(0, 99)),
+        draw(st.sampled_from([torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16])),
+    )  # fmt: skip
+    labels = torch.tensor(draw(st.lists(st.integers(0, CLASSES - 1), min_size=shape[0], max_size=shape[0])))
+    norm = draw(st.sampled_from(["linf", "l2", "l1"]))
+    eps = draw(st.sampled_from([0.0, 1e-6, 1 / 255, 8 / 255, 0.5, 1.0, 3.0, 1e6]))
+    return norm, eps, options, images, labels, draw(st.sampled_from(LAYOUTS))
+
+
+def attacked(name: str, norm: Any, eps: Any, options: dict[str, Any], images: Tensor, labels: Tensor) -> None:
+    """Attack twice, and check all that is promised."""
+    model = network(images.shape[1], images.dtype)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    before, labels_before = images.detach().clone(), labels.clone()
+    result = make(name, model, norm, eps, options).run(images, labels)
+    found = result.adversarials
+    assert torch.equal(images.detach(), before)
+    assert torch.equal(labels, labels_before)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert (found.shape, found.dtype) == (images.shape, images.dtype)
+    assert found.isfinite().all()
+    assert found.min() >= 0
+    assert found.max() <= 1
+    delta = found.double() - before.double()
+    if name != "MinimumNorm":
+        assert (sizes(delta, norm) <= eps * (1 + 1e-6)).all()
+    scope = options.get("scope", "image")
+    if (name.startswith("Ortho") or name == "DetectorEvasion") and options.get("enforce") != "gradient":
+        limit = {torch.float32: 1e-6, torch.float64: 1e-12}.get(images.dtype)
+        if limit is not None:
+            assert alignment(delta, before.double(), scope).abs().max() <= limit
+    assert result.norm.isfinite().all()
+    with torch.no_grad():
+        assert torch.equal(result.success, model(found).argmax(1) != labels)
+    again = make(name, model, norm, eps, options).run(images, labels)
+    assert torch.equal(again.adversarials, found)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=12)
+@given(st.data())
+def test_whatever_is_valid_keeps_every_promise(name, data):
+    norm, eps, options, images, labels, kind = data.draw(cases(name))
+    if name == "MinimumNorm":
+        eps = min(max(eps, 1e-3), 1.0)
+    attacked(name, norm, eps, options, layout(images, kind), labels)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=12)
+@given(st.data())
+def test_whatever_is_odd_is_refused_or_keeps_every_promise(name, data):
+    norm, eps, options, images, labels, kind = data.draw(cases(name))
+    what = data.draw(st.sampled_from(["norm", "eps", "images", "labels", *options]))
+    odd = data.draw(ODD)
+    if what == "norm":
+        norm = odd
+    elif what == "eps":
+        eps = odd
+    elif what == "images":
+        images = images.clone()
+        values = [-1e-3, 1.001, 255.0, math.nan, math.inf, -math.inf, -0.0, math.nextafter(1, 2), 1e-45]
+        images[0, 0, 0, 0] = data.draw(st.sampled_from(values))
+    elif what == "labels":
+        labels = labels + data.draw(st.sampled_from([-1, 1, CLASSES, 2**40, -(2**62)]))
+    else:
+        options[what] = odd
+    try:
+        attacked(name, norm, eps, options, layout(images, kind), labels)
+    except ValueError as error:
+        assert len(str(error)) > 12
