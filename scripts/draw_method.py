@@ -219,14 +219,20 @@ def multiplier(out: Path) -> None:
     left.annotate("f(a)", (a / scale, above), (6, 2), textcoords="offset points", color=ORANGE)
     left.annotate("f(b)", (a / scale, below), (-22, -8), textcoords="offset points", color=ORANGE)
     left.axhline(0, color=GREY, lw=0.7)
-    left.set(title="12 pixels: f falls by a step\nwherever λ passes a gᵢ / xᵢ", xlabel="λ (scaled)", ylabel="f(λ) = ⟨y(λ) − x, x⟩")
+    left.set(
+        title="12 pixels: f falls by a step\nwherever λ passes a gᵢ / xᵢ",
+        xlabel="λ (scaled)",
+        ylabel="f(λ) = ⟨y(λ) − x, x⟩",
+    )
     middle.plot(lambdas / scale, [few.dual(v) for v in lambdas], color=BLUE, lw=1.5)
     best = few.value()
     assert abs(few.dual(a) - best) < 1e-6 * few.size, (few.dual(a), best)
     middle.axhline(best, color=RED, lw=0.9, ls="--")
     middle.plot([a / scale], [best], "D", color=RED, ms=5, zorder=5)
     middle.annotate("P, the best step's gain", (-1.5, best), (2, -11), textcoords="offset points", color=RED)
-    middle.set(title="the dual bounds every step's gain;\nits smallest value is reached", xlabel="λ (scaled)", ylabel="D(λ)")
+    middle.set(
+        title="the dual bounds every step's gain;\nits smallest value is reached", xlabel="λ (scaled)", ylabel="D(λ)"
+    )
     middle.set_ylim(bottom=best - 0.25 * (max(few.dual(lambdas[0]), few.dual(lambdas[-1])) - best))
     whole = _Program(images[:1].double(), gradients[:1].double(), 8 / 255)
     spread = np.quantile(np.abs(whole.jumps), 0.8)
@@ -282,7 +288,7 @@ def nearest(out: Path) -> None:
         ball.set_clip_path(Rectangle((0, 0), 1, 1, transform=ax.transData))
         along = np.array([-at[1], at[0]])
         ax.plot(*np.stack([at - 3 * along, at + 3 * along]).T, color=GREY, lw=0.9, ls=(0, (4, 3)))
-        lower, upper = ((at - eps, np.minimum(at + eps, 1)) if norm == "linf" else (np.zeros(2), np.ones(2)))
+        lower, upper = (at - eps, np.minimum(at + eps, 1)) if norm == "linf" else (np.zeros(2), np.ones(2))
         end = y.flatten().numpy()
         s = 1.0
         if norm == "l2":  # the ball's multiplier: a point pulled towards x, whose nearest point has norm eps
