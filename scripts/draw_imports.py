@@ -2,13 +2,14 @@
 
     python -m scripts.draw_imports [--out docs/figures]
 
-The imports are read from the sources by tests/test_layers.py, which enforces the layers and fails if the drawings are not
-those of the sources. An arrow that follows from others (a imports b, b imports c) is left out.
+The imports are read from the sources by tests/test_layers.py, which enforces the layers and fails if the drawings are
+not those of the sources. An arrow that follows from others (a imports b, b imports c) is left out.
 """
 
 from __future__ import annotations
 
 import argparse
+from itertools import pairwise
 from pathlib import Path
 
 from tests.test_layers import ROOT as PACKAGE
@@ -22,7 +23,7 @@ Graph = dict[str, set[str]]
 
 
 def graph() -> Graph:
-    """Modules, such as "attacks.pgd", with those of the package that they import. Packages' own files only re-export."""
+    """Modules, such as "attacks.pgd", with those that they import; without the packages' own files, which re-export."""
     modules = {
         ".".join(path.relative_to(PACKAGE).with_suffix("").parts): imported(path)
         for path in sources()
@@ -69,7 +70,7 @@ def reduced(modules: Graph) -> Graph:
 
 
 def rows(edges: Graph) -> tuple[list[list[str]], list[tuple[str, str]]]:
-    """Modules in rows, each above all that it imports, with a place in each row that an arrow passes; the arrows' parts."""
+    """Modules in rows, each above what it imports, with a place in each row that an arrow passes; the arrows' parts."""
     rank: dict[str, int] = {}
 
     def height(name: str) -> int:
@@ -111,7 +112,7 @@ def places(table: list[list[str]], parts: list[tuple[str, str]]) -> dict[str, fl
                 row.sort(key=lambda name: (wanted[name], name))
             # From the left and from the right each is a row without overlaps, and so is the mean of the two.
             left, right = dict(wanted), dict(wanted)
-            for a, b in zip(row, row[1:], strict=False):
+            for a, b in pairwise(row):
                 left[b] = max(left[b], left[a] + (_width(a) + _width(b)) / 2 + _GAP)
             for a, b in zip(row[-2::-1], row[:0:-1], strict=True):
                 right[a] = min(right[a], right[b] - (_width(a) + _width(b)) / 2 - _GAP)

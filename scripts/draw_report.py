@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def photograph(report: Path) -> Image.Image:
     """The first screens of the page, as wide as a small laptop's."""
-    found = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))))
+    found = next(path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name)))
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1100, "height": 1500}, color_scheme="light")
