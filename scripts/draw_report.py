@@ -26,7 +26,7 @@ def photograph(report: Path) -> Image.Image:
     found = next(path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name)))
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1100, "height": 1500}, color_scheme="light")
+        page = browser.new_page(viewport={"width": 1200, "height": 1350}, color_scheme="light")
         page.goto(report.resolve().as_uri())
         picture = Image.open(io.BytesIO(page.screenshot()))
         picture.load()
@@ -41,8 +41,8 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run: Path = args.run or Path(folder) / "run"
-        if args.run is None:
-            orthattack(["eval", "--out", str(run)])
+        if args.run is None and orthattack(["eval", "--out", str(run)]) != 0:
+            raise SystemExit("the evaluation did not end well, so its report is no example")
         picture = photograph(run / "report.html")
     picture.convert("RGB").save(args.out, quality=80, method=6)
     print(args.out)
