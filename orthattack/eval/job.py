@@ -14,7 +14,7 @@ from orthattack.eval.classifier import Classifier
 from orthattack.eval.data import Photographs, Unreadable
 from orthattack.eval.errors import first_line
 from orthattack.eval.kinds import CallCounter, Found, Runner, drawing, image_seed, joint_seed
-from orthattack.eval.measure import Judge, check_batch, clean_columns, row_columns
+from orthattack.eval.measure import Judge, check_batch, clean_columns, differentiated, row_columns
 from orthattack.eval.store import CLEAN_SCHEMA, ROW_SCHEMA, Kind, RunFolder, Shard
 from orthattack.eval.suite import Entry
 from orthattack.threat import Norm
@@ -35,11 +35,13 @@ class Job:
     say: Callable[[str], None]
     judge: Judge = field(init=False)
     counter: CallCounter = field(init=False)
+    differentiated: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
         model = self.classifier.model.to(self.device)
-        self.judge = Judge(model, self.classifier.preprocessing.crop, self.device)
         self.counter = CallCounter(model).eval()
+        self.judge = Judge(self.counter, self.classifier.preprocessing.crop, self.device)
+        self.differentiated = frozenset(differentiated(len(self.photographs)))
 
     def load(self, position: int) -> Tensor:
         """One photograph as the model takes it."""
@@ -81,13 +83,15 @@ class Part:
                 self._recall(int(known["position"]), {str(key): value for key, value in known.items()})
             return
         rows: dict[int, dict[str, Any]] = {}
-        for batch in self._batches(list(self.images)):
-            images, labels = self._tensors(batch)
-            with drawing(joint_seed(batch)):
-                columns = clean_columns(self.job.judge, images, labels)
-            for row, position in enumerate(batch):
-                rows[position] = _record(columns, row)
-                self._recall(position, rows[position])
+        sample = self.job.differentiated if self.kind == "shards" else frozenset()
+        for with_gradient in (True, False):
+            for batch in self._batches([k for k in self.images if (k in sample) == with_gradient]):
+                images, labels = self._tensors(batch)
+                with drawing(joint_seed(batch)):
+                    columns = clean_columns(self.job.judge, images, labels, with_gradient)
+                for row, position in enumerate(batch):
+                    rows[position] = _record(columns, row)
+                    self._recall(position, rows[position])
         if self.kind == "shards":
             self._store(shard, CLEAN_SCHEMA.names, rows, self.images)
 

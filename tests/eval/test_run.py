@@ -282,26 +282,26 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not(tmp_path):
             [sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
-    started = time.perf_counter()
+    def finished(path):
+        return len(list(path.rglob("*.parquet")))
+
     whole = launch(tmp_path / "whole")
     _, errors = whole.communicate(timeout=300)
     assert whole.returncode == 0, errors
-    duration, draw, kills = time.perf_counter() - started, random.Random(0), 0
-    for _ in range(12):
-        process = launch(tmp_path / "parts")
-        try:
-            process.communicate(timeout=duration * draw.uniform(0.5, 1.0))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            kills += 1
-        if process.returncode == 0:
-            break
-    else:
-        process = launch(tmp_path / "parts")
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-    assert kills > 0
+    draw, parts, kills = random.Random(0), tmp_path / "parts", 0
+    while finished(parts) < finished(tmp_path / "whole") - 3:
+        process = launch(parts)
+        wanted = finished(parts) + draw.randint(1, 4)
+        while process.poll() is None and finished(parts) < wanted:
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+    process = launch(parts)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert kills > 1
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
