@@ -161,7 +161,7 @@ class Plane:
             min_y ½‖y - p‖₂² + μ‖y - x‖₁  subject to  lower <= y <= upper,  ⟨y - x, x⟩ = 0
 
         The solution is y(λ) = clip(p - λx), or with μ > 0 clip(x + soft(p - λx - x, μ)), at the λ for which the plane
-        holds; soft(v, μ) takes μ off every |v_i|, down to 0.
+        holds; soft(v, μ) takes μ off every ``|v_i|``, down to 0.
 
         Args:
             points: p, (N, C, H, W).
@@ -288,7 +288,7 @@ class Plane:
             points: y, (N, C, H, W), in the box.
 
         Returns:
-            y with |cos(y - x, x)| at most 1e-6 (float32) or 1e-12 (float64) in every group; the same tensor if that
+            y with ``|cos(y - x, x)|`` at most 1e-6 (float32) or 1e-12 (float64) in every group; the same tensor if that
             held already. A group that cannot be so gives up its perturbation.
         """
         return self._settled(points, [self._box], self.images)
@@ -377,7 +377,7 @@ class Plane:
 
 
 def soften(points: Tensor, images: Tensor, shrink: Tensor) -> Tensor:
-    """The soft threshold of the perturbation, in place: each |y_i - x_i| less `shrink`, down to 0."""
+    """The soft threshold of the perturbation, in place: each ``|y_i - x_i|`` less `shrink`, down to 0."""
     delta = points.sub_(images)
     return delta.sub_(delta.clamp(-shrink, shrink)).add_(images)
 

@@ -153,7 +153,7 @@ class Subspace:
             points: y, (N, C, H, W), in the box.
 
         Returns:
-            y with |cos(y - x, b_j)| at most 1e-6 (float32) or 1e-12 (float64) for every direction in the span; a
+            y with ``|cos(y - x, b_j)|`` at most 1e-6 (float32) or 1e-12 (float64) for every direction in the span; a
             sample that cannot be so gives up its perturbation.
         """
         return self._settled(points, self.lower, self.upper, self.images)

@@ -108,7 +108,7 @@ class ThreatModel:
         return remove_directions(gradient, orthonormal_basis(self._vectors(images).to(gradient.dtype)))
 
     def cosine(self, delta: Tensor, images: Tensor) -> Tensor:
-        """(N,) the largest |cos| of a perturbation with what it should be orthogonal to, accumulated in float64.
+        """(N,) the largest ``|cos|`` of a perturbation with what it should be orthogonal to, accumulated in float64.
 
         Without any constraint, that with the image.
         """
@@ -170,9 +170,9 @@ class Region:
     """The allowed images around a batch; made by `ThreatModel.around`.
 
     Points of the region are tensors (N, C, H, W) in the images' dtype. For float32 images they satisfy, recomputed in
-    float64: inside the bounds, ‖δ‖ <= eps (1 + 1e-6), and |cos(δ, x)| <= 1e-6 in every group of the scope, and so with
-    every direction. float16 and bfloat16 images keep the bounds and the ball, and orthogonality as far as the coarse
-    grid allows.
+    float64: inside the bounds, ‖δ‖ <= eps (1 + 1e-6), and ``|cos(δ, x)|`` <= 1e-6 in every group of the scope, and so
+    with every direction. float16 and bfloat16 images keep the bounds and the ball, and orthogonality as far as the
+    coarse grid allows.
     """
 
     def __init__(self, threat: ThreatModel, images: Tensor) -> None:

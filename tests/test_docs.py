@@ -1,8 +1,9 @@
-"""The documentation's Python examples run as they are printed, its links resolve, and its index is complete."""
+"""The documentation's examples and commands run as they are printed, its links resolve, and its index is complete."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,25 @@ import torch
 from torch import nn
 
 from orthattack import attacks
+from orthattack.eval.cli import _parser, main
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs" / "api").glob("*.md"))
-LINKING = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LINKING = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+# Pages whose Python, commands and files are one story, from top to bottom, in an empty folder.
+STORIES = [ROOT / "docs" / "tutorial.md", *sorted((ROOT / "docs" / "how-to").glob("*.md"))]
+# Commands that these tests do not run, and why not. Each must occur, and those of orthattack must at least parse.
+EXCUSED = {
+    r"make (demo|test|lint|docs)\b": "run by .ci/run, each with its own set-up",
+    r"\.ci/run": "would run itself",
+    r"python -m venv \.venv": "make demo does it in .ci/run",
+    r"\. \.venv/bin/activate": "make demo does without",
+    r"pip install ": "installs, as make demo and make test do in .ci/run",
+    r"orthattack eval --model resnet(18|50) ": "needs ImageNet's photographs and weights, or one's own",
+    r"python examples/": "run by test_examples.py",
+    r"jupyter execute ": "run by test_examples.py, without writing to the checkout",
+    r"python benchmarks/strength\.py ": "takes hours, and needs data that is not in the package",
+}
 
 
 def name(path: Path) -> str:
@@ -57,6 +73,78 @@ def test_the_examples_run(path):
         # Blank lines in front make the traceback name the line of the page.
         exec(compile("\n" * line + block[1], str(path), "exec"), names)
     assert all(torch.equal(names[key], value) for key, value in given.items()), "an example changed its input"
+
+
+def fenced(text: str) -> list[tuple[str, str]]:
+    return re.findall(r"^```(python|sh|toml)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def commands(text: str) -> list[str]:
+    """What is meant to be typed into a shell: `sh` fences, and lines of indented blocks that call a program."""
+    typed = [line for language, block in fenced(text) if language == "sh" for line in joined(block)]
+    unfenced = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    blocks = "\n".join(line[4:] if line.startswith("    ") else "" for line in unfenced.splitlines())
+    program = r"(orthattack|python|pip|make|jupyter|HYPOTHESIS_PROFILE=\w+ make) |\.ci/run\b"
+    return typed + [line for line in joined(blocks) if re.match(program, line)]
+
+
+def joined(block: str) -> list[str]:
+    lines = re.sub(r"\\\n\s*", "", block).splitlines()
+    return [line.partition("  #")[0].strip() for line in lines if line.strip()]
+
+
+def excuse(command: str) -> str | None:
+    return next((pattern for pattern in EXCUSED if re.match(pattern, command)), None)
+
+
+def parses(command: str) -> bool:
+    try:
+        _parser().parse_args(shlex.split(command)[1:])
+    except SystemExit as stop:
+        return stop.code == 0
+    return True
+
+
+@pytest.mark.parametrize("path", STORIES, ids=name)
+def test_the_story_runs(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names: dict[str, object] = {"__name__": "story"}
+    for language, block in fenced(path.read_text(encoding="utf-8")):
+        file = re.match(r"# (\w+\.(?:py|toml))\n", block)
+        if file:
+            Path(file[1]).write_text(block, encoding="utf-8")
+        elif language == "python":
+            exec(compile(block, str(path), "exec"), names)
+        elif language == "sh":
+            for command in joined(block):
+                if excuse(command) is None:
+                    assert command.startswith("orthattack "), command
+                    try:
+                        code = main(shlex.split(command)[1:])
+                    except SystemExit as stop:
+                        code = stop.code
+                    assert code == 0, f"{command}: {capsys.readouterr()}"
+                    assert capsys.readouterr().out
+        else:
+            raise AssertionError(f"a {language} block without a name")
+
+
+def test_every_command_is_run_or_excused():
+    used, wrong = set(), []
+    for path in LINKING:
+        text = path.read_text(encoding="utf-8")
+        for command in commands(text):
+            reason = excuse(command)
+            used.add(reason)
+            if reason is None and path not in STORIES:
+                wrong.append(f"{name(path)}: neither run nor excused: {command}")
+            if command.startswith("orthattack ") and not parses(command):
+                wrong.append(f"{name(path)}: not understood: {command}")
+        inline = re.findall(r"`(orthattack (?:eval|report|compare|models|attacks) [^`]*)`", text)
+        wrong += [f"{name(path)}: not understood: {command}" for command in inline if not parses(command)]
+    assert wrong == []
+    assert EXCUSED.keys() - used == set(), "excused, but nowhere to be found"
 
 
 def test_every_attack_is_in_the_index():

@@ -87,6 +87,11 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             names.add(node.module)
+            folder = ROOT.joinpath(*node.module.split(".")[1:])
+            if node.module.split(".")[0] == "orthattack":  # a module may be imported by name from its package
+                names |= {
+                    f"{node.module}.{alias.name}" for alias in node.names if (folder / f"{alias.name}.py").exists()
+                }
     return names
 
 
@@ -114,6 +119,14 @@ def test_only_the_evaluation_and_foolboxs_interface_need_more_than_torch(path):
     packages = {name.split(".")[0] for name in imported(path)}
     # typing_extensions comes with torch, and only a type checker reads it.
     assert packages - set(sys.stdlib_module_names) <= {"torch", "orthattack", "typing_extensions"}
+
+
+def test_the_drawings_are_of_these_sources():
+    from scripts.draw_imports import drawings
+
+    for name, text in drawings().items():
+        path = ROOT.parent / "docs" / "figures" / name
+        assert path.read_text(encoding="utf-8") == text, "python -m scripts.draw_imports"
 
 
 def run(code: str) -> str:

@@ -60,7 +60,7 @@ class AttackResult:
         loss: (N,) the loss that the attack maximised, at the adversarial; negated if targeted. For attacks with
             several losses, the margin.
         steps: (N,) int64: gradient steps (Square: queries) from the start of its restart to the adversarial.
-        cosine: (N,) largest |cos(delta, image)| over the vectors of the scope, and with the directions, from float64.
+        cosine: (N,) largest ``|cos(delta, image)|`` over the vectors of the scope and with the directions, in float64.
         norm: (N,) norm of the perturbation, in the norm of the attack and in pixel units.
         zero_gradients: (N,) int64: at how many steps the loss had no usable gradient: zero, or not finite.
         forward_calls: (N,) int64: how often the model was evaluated on the sample.

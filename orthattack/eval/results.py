@@ -195,7 +195,7 @@ class Run:
         return pd.DataFrame(self.cell(model, eps).classes, columns=["label", "attack", "scored", "robust"])
 
     def cosine_histograms(self, model: str, eps: float | None) -> dict[str, NDArray[np.int64]]:
-        """How many attacked images have log10 |cos(perturbation, image)| in each bin of `COSINE_EDGES`, by attack."""
+        """How many attacked images have log10 ``|cos(perturbation, image)|`` per bin of `COSINE_EDGES`, by attack."""
         return self.cell(model, eps).cosines
 
     def curves(self, model: str) -> dict[str, pd.DataFrame]:

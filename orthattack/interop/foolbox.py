@@ -242,9 +242,9 @@ class FromFoolbox(Attack):
     """A Foolbox attack with the interface of the attacks here, as a baseline: measured and judged by us.
 
     Whether an adversarial succeeds is decided in one more pass of the model, on exactly what Foolbox returned as
-    clipped (or the image, should that be NaN); its norm and |cos| with the image are recomputed in float64. The model
-    is in evaluation mode for the while and comes back as it was. Foolbox draws from the global random numbers of torch
-    and of NumPy: it is lent the attack's own streams, and the global ones stay as they are.
+    clipped (or the image, should that be NaN); its norm and ``|cos|`` with the image are recomputed in float64. The
+    model is in evaluation mode for the while and comes back as it was. Foolbox draws from the global random numbers of
+    torch and of NumPy: it is lent the attack's own streams, and the global ones stay as they are.
 
     Args:
         model: an nn.Module that takes images (N, C, H, W) in `bounds` and returns logits (N, K).

@@ -1,0 +1,95 @@
+"""The examples run as they are, and show what they say."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def printed(name: str, capsys, monkeypatch, *arguments: str) -> str:
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_every_example_is_tested():
+    text = Path(__file__).read_text(encoding="utf-8")
+    assert [path.name for path in EXAMPLES.iterdir() if path.is_file() and f'"{path.name}"' not in text] == []
+
+
+def test_quickstart(capsys, monkeypatch):
+    out = printed("quickstart.py", capsys, monkeypatch)
+    clean, attacked = (int(number) for number in re.findall(r"(\d+) of 20", out))
+    assert attacked < clean
+    assert float(re.search(r"pixel: +([\d.]+)/255", out)[1]) <= 8.0001
+    assert float(re.search(r"image: +(\S+)", out)[1]) <= 1e-6
+
+
+def test_foolbox_users(capsys, monkeypatch):
+    rows = re.findall(
+        r"(\S+) +eps (\d)/255 .*? (\d+)% .*? (\S+)$", printed("foolbox_users.py", capsys, monkeypatch), re.M
+    )
+    assert [row[:2] for row in rows] == [("LinfPGD", "2"), ("LinfPGD", "8"), ("OrthoPGD", "2"), ("OrthoPGD", "8")]
+    cosines = [float(row[3]) for row in rows]
+    assert min(cosines[:2]) > 1e-2
+    assert max(cosines[2:]) <= 1e-6
+    # The two are as strong as each other, to within three photographs of 20.
+    assert all(abs(int(a[2]) - int(b[2])) <= 15 for a, b in zip(rows[:2], rows[2:], strict=True))
+
+
+def test_foolbox_users_says_how_many_lines_are_new():
+    text = (EXAMPLES / "foolbox_users.py").read_text(encoding="utf-8")
+    assert text.count("# new\n") == 5
+
+
+def test_adversarial_training_makes_a_model_robust(capsys, monkeypatch):
+    pytest.importorskip("sklearn", reason="needs scikit-learn, for its digits")
+    out = printed("adversarial_training.py", capsys, monkeypatch, "--epochs", "3")
+    rows = [tuple(map(float, row)) for row in re.findall(r"^ +\d +([\d.]+)% +([\d.]+)% +([\d.]+)%$", out, re.M)]
+    assert len(rows) == 6
+    standard, adversarial = rows[:3], rows[3:]
+    assert min(standard[-1][0], adversarial[-1][0]) > 80  # clean
+    for attack in (1, 2):
+        assert adversarial[-1][attack] > adversarial[0][attack] + 5
+        assert adversarial[-1][attack] > standard[-1][attack] + 15
+
+
+EXECUTE = """
+import sys
+import nbformat
+from nbclient import NotebookClient
+
+source, folder, out = sys.argv[1:]
+notebook = nbformat.read(source, as_version=4)
+for cell in notebook.cells:
+    if cell.cell_type == "code":
+        cell.outputs = []
+NotebookClient(notebook, timeout=600, resources={"metadata": {"path": folder}}).execute()
+nbformat.write(notebook, out)
+"""
+
+
+def test_the_notebook_runs_and_its_stored_pictures_are_small(tmp_path):
+    for package in ("nbformat", "nbclient", "ipykernel"):
+        pytest.importorskip(package, reason="needs the packages nbclient and ipykernel")
+    path, out = EXAMPLES / "pictures.ipynb", tmp_path / "executed.ipynb"
+    assert path.stat().st_size < 200_000
+    # In a process of its own: the tests' warnings, which are errors, are not Jupyter's.
+    command = [sys.executable, "-c", EXECUTE, str(path), str(EXAMPLES), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+    def kinds(notebook: Path) -> list[list[list[str]]]:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        return [[sorted(output.get("data", {"text": None})) for output in cell.get("outputs", [])] for cell in cells]
+
+    assert kinds(path) == kinds(out), "jupyter execute --inplace examples/pictures.ipynb"
+    assert sum("image/png" in kind for cell in kinds(out) for kind in cell) == 4
