@@ -2,10 +2,10 @@
 
     python -m benchmarks.study                                   # all of it, with the shared data beside the checkout
     python -m benchmarks.study --quick                           # a minute: does everything work?
-    python -m benchmarks.study --model resnet50 vit_b_16 --data imagenet/val --eps 1/255 --limit 300 --out runs/mine
-    python -m benchmarks.study --report --out benchmarks/study/results --docs docs      # docs/study.md, nothing computed
+    python -m benchmarks.study --model resnet50 resnet101 --data imagenet/val --eps 1/255 --out runs/mine
+    python -m benchmarks.study --report --out benchmarks/study/results --docs docs  # docs/study.md, from what is stored
 
-Each stage stores its result as a Parquet file as soon as it is finished, and what it runs keeps its own shards; the same
+Each stage stores its result as a Parquet file as soon as it is finished, and its runs keep their shards; the same
 command goes on where it was stopped. `piq` measures how alike images look: pip install "orthattack[study]"
 """
 
@@ -32,9 +32,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=None, help="the study's folder (default: runs/study)")
     parser.add_argument("--quick", action="store_true", help="a few images of everything, to see that it works")
     parser.add_argument("--report", action="store_true", help="compute nothing; write the page of what is there")
-    parser.add_argument("--docs", type=Path, help="where to write the page and its figures (default: the study's folder)")
+    parser.add_argument(
+        "--docs", type=Path, help="where to write the page and its figures (default: the study's folder)"
+    )
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="only these stages")
-    parser.add_argument("--model", nargs="+", metavar="NAME", help="your models, by the names that orthattack eval takes")
+    parser.add_argument(
+        "--model", nargs="+", metavar="NAME", help="your models, by the names that orthattack eval takes"
+    )
     parser.add_argument("--weights", help="of your model, where they are not torchvision's own")
     parser.add_argument("--image-size", type=int, help="of your model's input, where the weights do not say it")
     parser.add_argument("--data", help="your photographs, as orthattack eval takes them")
@@ -53,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 shared = Path(os.environ.get("ORTHATTACK_SHARED", ROOT.parent / "shared"))
                 study = shared_study(shared, work, args.quick)
+            study.check()
             store.begin(study.settings())
             for name, stage in stages(study).items():
                 if name in store or (args.only and not any(name.startswith(wanted) for wanted in args.only)):

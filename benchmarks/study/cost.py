@@ -38,12 +38,12 @@ def cost(study: Study, group: Group) -> pd.DataFrame:
     Plain PGD is run a second time with other random starts: that two runs of the *same* attack differ on an image is
     what any difference has to be compared with.
     """
-    options = {"eps": list(group.linf)}
+    radii = list(group.linf)
     plain = [attack for attack in _attacks(group) if attack["name"] == "PGD"]
     again = [{**attack, "label": label} for attack, label in zip(plain, (AGAIN, f"{AGAIN} (l2)"), strict=True)]
     runs = [
-        study.attack(f"cost-{group.key}", group, _attacks(group), group.images, **options),
-        study.attack(f"cost-{group.key}-again", group, again, group.images, seeds=[1], **options),
+        study.attack(f"cost-{group.key}", group, _attacks(group), group.images, eps=radii),
+        study.attack(f"cost-{group.key}-again", group, again, group.images, seeds=[1], eps=radii),
     ]
     parts = [part for run in runs for norm in ("linf", "l2") for part in _rows(run.in_norm(norm))]
     return pd.concat(parts, ignore_index=True)
@@ -88,6 +88,6 @@ def smallest(study: Study, group: Group) -> pd.DataFrame:
             outcome = run.outcomes_of(rows, attack, None).outcome
             norm = np.where(outcome == FOOLED, rows["linf"].to_numpy(float, na_value=np.nan), np.inf)
             kept = (outcome == FOOLED) | (outcome == ROBUST)
-            parts.append(pd.DataFrame({"model": model, "attack": attack, "position": rows["position"][kept].to_numpy(int),
-                                       "norm": norm[kept]}))  # fmt: skip
+            position = rows["position"][kept].to_numpy(int)
+            parts.append(pd.DataFrame({"model": model, "attack": attack, "position": position, "norm": norm[kept]}))
     return pd.concat(parts, ignore_index=True)

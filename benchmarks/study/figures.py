@@ -48,7 +48,14 @@ def alignment(read: Read) -> Figure:
     for ax, column, title in ((axes[0], "cosine", "the image itself"), (axes[1], "cosine_other", "another image")):
         for k, model in enumerate(models):
             part = table[table["model"] == model]
-            ax.plot(np.quantile(part[column].abs(), SHARES), SHARES, color=COLOURS[k], linestyle=DASHES[k % 4], label=model, linewidth=1.4)
+            ax.plot(
+                np.quantile(part[column].abs(), SHARES),
+                SHARES,
+                color=COLOURS[k],
+                linestyle=DASHES[k % 4],
+                label=model,
+                linewidth=1.4,
+            )
         noise = table.loc[table["model"] == models[-1], "cosine_noise"].abs()
         ax.plot(np.quantile(noise, SHARES), SHARES, color="0.6", linewidth=1, label="noise instead of g")
         ax.set(xscale="log", xlim=(2e-4, 0.6), ylim=(0, 1), xlabel="|cos|", title=f"gradient and {title}")
@@ -107,8 +114,17 @@ def cost(read: Read) -> Figure:
                 points.append([100 * (pair.difference or 0), 100 * low, 100 * high])
             mean, low_, high_ = np.array(points).T
             offset = 1 + 0.035 * (k - 1.5)  # so that the bars do not hide each other
-            ax.errorbar(255 * np.array(radii) * offset, mean, [mean - low_, high_ - mean], linewidth=1.2, markersize=4,
-                        color=[*COLOURS[:3], "0.55"][k], linestyle=DASHES[k], marker=MARKERS[k], label=label)  # fmt: skip
+            ax.errorbar(
+                255 * np.array(radii) * offset,
+                mean,
+                [mean - low_, high_ - mean],
+                color=[*COLOURS[:3], "0.55"][k],
+                linestyle=DASHES[k],
+                linewidth=1.2,
+                marker=MARKERS[k],
+                markersize=4,
+                label=label,
+            )
         ax.axhline(0, color="0.6", linewidth=0.8)
         ax.set_title(model, size=9)
         ax.set_xscale("log")
@@ -132,8 +148,16 @@ def smallest(read: Read) -> Figure:
     for row, model in enumerate(models):
         for k, scope in enumerate(SCOPES):
             _, (mean, low, high) = ratio_of_smallest(table, model, f"OrthoPGD, {scope}")
-            ax.errorbar([mean], [row + 0.2 * (k - 1)], xerr=[[mean - low], [high - mean]], color=COLOURS[k], marker=MARKERS[k],
-                        markersize=5, linestyle="none", label=scope if row == 0 else None)  # fmt: skip
+            ax.errorbar(
+                [mean],
+                [row + 0.2 * (k - 1)],
+                xerr=[[mean - low], [high - mean]],
+                color=COLOURS[k],
+                marker=MARKERS[k],
+                markersize=5,
+                linestyle="none",
+                label=scope if row == 0 else None,
+            )
     ax.axvline(1, color="0.6", linewidth=0.8)
     ax.set(yticks=range(len(models)), yticklabels=models, xscale="log", xlabel="smallest ε of OrthoPGD / of PGD")
     ax.set_xticks([1, 1.2, 1.5, 2, 2.5, 3], ["1", "1.2", "1.5", "2", "2.5", "3"])
@@ -166,7 +190,9 @@ def draw(name: str, read: Read, folder: Path) -> Path:
 def _legend(figure: Figure, ax: Any) -> None:
     """One legend below all panels, where it hides nothing."""
     handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), columnspacing=1.2, handlelength=1.8)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(5, len(labels)), columnspacing=1.2, handlelength=1.8
+    )
 
 
 @contextmanager

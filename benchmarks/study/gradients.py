@@ -1,4 +1,4 @@
-"""How much of a network's input gradient points along the image, where in the network, and what signs and clips undo."""
+"""How much of a network's input gradient points along the image, where in it, and what signs and clips undo."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _size(a: Tensor, b: Tensor, scope: Scope) -> Tensor:
 def depth(study: Study, group: Group) -> pd.DataFrame:
     """A row per model, block and image, from the input (block "input") to the last block before the classifier.
 
-    ``backward``: cosine of the loss's gradient with respect to the block's output f and f itself, ``forward``: cosine of
+    ``backward``: cosine of the loss's gradient with respect to the block's output f, and f itself; ``forward``: of
     the image and the gradient, with respect to the image, of ⟨v, f⟩ with v random; `size` is how many numbers f has.
     """
     parts = []

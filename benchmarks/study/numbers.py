@@ -50,7 +50,8 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
 def ratio_of_smallest(table: pd.DataFrame, model: str, attack: str) -> tuple[int, tuple[float, float, float]]:
     """Geometric mean over images of an attack's smallest radius over plain PGD's, and of how many images."""
     wide = table[table["model"] == model].pivot(index="position", columns="attack", values="norm")
-    logs = np.log(wide[attack] / wide["PGD"]).replace([np.inf, -np.inf], np.nan).dropna()
+    ratios = (wide[attack] / wide["PGD"]).to_numpy(float)
+    logs = np.log(ratios[np.isfinite(ratios)])
     mean, low, high = interval_of_mean(logs)
     return len(logs), (math.exp(mean), math.exp(low), math.exp(high))
 
@@ -128,7 +129,11 @@ def moments_table(read: Callable[[str], pd.DataFrame]) -> str:
     if table.empty:
         return ""
     rows = [
-        [step, _accuracy(Rate(int(part["right"].sum()), len(part))), _show(interval_of_mean(part["cosine"].abs()), ".4f")]
+        [
+            step,
+            _accuracy(Rate(int(part["right"].sum()), len(part))),
+            _show(interval_of_mean(part["cosine"].abs()), ".4f"),
+        ]
         for step, part in table.groupby("step")
     ]
     return _markdown(["training step", "test accuracy", "mean \\|cos(g, x)\\|"], rows)
@@ -136,19 +141,28 @@ def moments_table(read: Callable[[str], pd.DataFrame]) -> str:
 
 def undone_table(read: Callable[[str], pd.DataFrame]) -> str:
     table = read("gradients")
-    rows = []
-    for model, part in table.groupby("model", sort=False):
-        for scope in SCOPES:
-            rows.append(
-                [
-                    model,
-                    scope,
-                    _show(interval_of_mean(part[f"{scope}_flipped"]), ".1f", 100),
-                    *(f"{part[f'{scope}_{name}'].mean():.2e}" for name in ("plain_sign", "sign", "sign_clip", "exact")),
-                    *(f"{part[f'{scope}_{name}'].mean():.2e}" for name in ("l2_clip", "exact_l2")),
-                ]
-            )
-    head = ["model", "scope", "signs flipped, %", "sign(g)", "sign(g⊥)", "sign(g⊥), clipped", "exact", "L2: g⊥, clipped", "L2: exact"]
+    names = ("plain_sign", "sign", "sign_clip", "exact", "l2_clip", "exact_l2")
+    rows = [
+        [
+            model,
+            scope,
+            _show(interval_of_mean(part[f"{scope}_flipped"]), ".1f", 100),
+            *(f"{part[f'{scope}_{name}'].mean():.2e}" for name in names),
+        ]
+        for model, part in table.groupby("model", sort=False)
+        for scope in SCOPES
+    ]
+    head = [
+        "model",
+        "scope",
+        "signs flipped, %",
+        "sign(g)",
+        "sign(g⊥)",
+        "sign(g⊥), clipped",
+        "exact",
+        "L2: g⊥, clipped",
+        "L2: exact",
+    ]
     return _markdown(head, rows)
 
 
@@ -171,7 +185,8 @@ def cost_table(read: Callable[[str], pd.DataFrame], norm: str) -> str:
     table = table[table["norm"] == norm] if len(table) else table
     attacks = [a for a in (*PER_SCOPE, "OrthoPGD, gradient only", AGAIN) if len(table) and (table["attack"] == a).any()]
     rows = []
-    for (model, eps), part in table.groupby(["model", "eps"], sort=False) if len(table) else ():
+    for keys, part in table.groupby(["model", "eps"], sort=False) if len(table) else ():
+        model, eps = str(keys[0]), float(str(keys[1]))
         plain = part.loc[part["attack"] == "PGD", "outcome"] == ROBUST
         cells = [_points(paired(table, model, norm, eps, attack)) for attack in attacks]
         rows.append([model, radius(eps, norm), len(plain), f"{100 * plain.mean():.1f} %", *cells])
@@ -210,7 +225,8 @@ def likeness_table(read: Callable[[str], pd.DataFrame]) -> str:
                 f"{100 * part['contrast'].abs().mean():.2f}",
             ]
         )
-    head = ["source", "attack", "n", "SSIM", "less PGD's", "FSIM", "HaarPSI", "GMSD", "‖δ‖₂", "along x, %", "brightness, grey levels", "contrast, %"]  # fmt: skip
+    head = ["source", "attack", "n", "SSIM", "less PGD's", "FSIM", "HaarPSI", "GMSD"]
+    head += ["‖δ‖₂", "along x, %", "brightness, grey levels", "contrast, %"]
     return _markdown(head, rows)
 
 
@@ -221,9 +237,7 @@ def transfer_table(read: Callable[[str], pd.DataFrame]) -> str:
         if source == target:
             continue
         wide = part.pivot(index="position", columns="attack", values="fooled").astype(bool)
-        cells = []
-        for attack in PER_SCOPE:
-            cells.append(_points(Paired.of(wide[attack].to_numpy(), wide["PGD"].to_numpy())))
+        cells = [_points(Paired.of(wide[attack].to_numpy(), wide["PGD"].to_numpy())) for attack in PER_SCOPE]
         rows.append([source, target, len(wide), _accuracy(Rate(int(wide["PGD"].sum()), len(wide))), *cells])
     return _markdown(["source", "target", "n", "PGD fools", *PER_SCOPE], rows)
 
@@ -240,7 +254,9 @@ MEASURES = {
 
 def tuned_means(table: pd.DataFrame) -> pd.DataFrame:
     """Means over the images, a row per arm and seed, a column per measure."""
-    means: pd.DataFrame = table.pivot_table(index=["arm", "seed"], columns="measure", values="value", aggfunc="mean", sort=False)
+    means: pd.DataFrame = table.pivot_table(
+        index=["arm", "seed"], columns="measure", values="value", aggfunc="mean", sort=False
+    )
     return means
 
 

@@ -37,9 +37,7 @@ def render(store: Store) -> str:
     """The page. What the results of docs/study.md mean is said of those results only."""
     read = functools.cache(store.read)
     about = store.about()
-    tables = {
-        name: NOTHING if read(stage).empty else make(read) for name, (stage, make) in numbers.TABLES.items()
-    }
+    tables = {name: NOTHING if read(stage).empty else make(read) for name, (stage, make) in numbers.TABLES.items()}
     if not about["settings"]["trains"]:
         tables |= dict.fromkeys(("moments", "tuning", "tuning_difference"), "")
     groups, budget = about["settings"]["groups"], about["settings"]["budget"]
@@ -64,7 +62,11 @@ def _facts(read: Any) -> dict[str, Any]:
     found = read("gradients")
     cosine = found["cosine"].abs().groupby(found["model"]).mean()
     small = read("smallest")
-    ratios = [numbers.ratio_of_smallest(small, m, "OrthoPGD, pixel")[1][0] for m in small["model"].unique()] if len(small) else []
+    ratios = (
+        [numbers.ratio_of_smallest(small, m, "OrthoPGD, pixel")[1][0] for m in small["model"].unique()]
+        if len(small)
+        else []
+    )
     constant = found.groupby("model")["image_constant"].mean()
     clipped = found[[f"{scope}_l2_clip" for scope in SCOPES]].mean()
     return {

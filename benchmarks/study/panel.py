@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from orthattack.eval import evaluate
 from orthattack.eval.data import Photographs, load_photographs
 from orthattack.eval.errors import EvaluationError
-from orthattack.eval.models import Classifier, load_classifier
+from orthattack.eval.models import IMAGENET_MEAN, IMAGENET_STD, Classifier, load_classifier
 from orthattack.eval.results import Run
 
 __all__ = ["Budget", "Group", "Study", "own_study", "shared_study"]
@@ -59,14 +60,14 @@ class Budget:
 
     gradients: int = 400
     pictures: int = 96
-    tuned: int = 150
+    tuned: int = 100
     smallest: int = 32
     steps: int = 10
     scratch_epochs: int = 4
     train_images: int = 20_000
     seeds: int = 3
     tuning_steps: int = 40
-    tuning_batch: int = 64
+    tuning_batch: int = 32
     tuning_attack_steps: int = 2
 
 
@@ -83,13 +84,30 @@ class Study:
     train: Path | None = None
 
     def settings(self) -> dict[str, Any]:
-        """What two studies must share for one to go on with the other's results, as JSON; without this machine's paths."""
+        """What two studies must share for one to go on with the other's results, as JSON without paths."""
         groups = [
             {key: value for key, value in asdict(group).items() if key not in ("data", "models")}
             | {"models": {label: spec["name"] for label, spec in group.models.items()}}
             for group in self.groups
         ]
         return {"groups": groups, "budget": asdict(self.budget), "trains": self.train is not None}
+
+    def check(self) -> None:
+        """Raise EvaluationError, before anything is computed, for what a later stage would fail at."""
+        if find_spec("piq") is None:
+            raise EvaluationError("the study measures how alike images look with piq: pip install 'orthattack[study]'")
+        for group in self.groups:
+            shapes = {
+                label: replace(classifier.preprocessing, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+                for label, classifier in self.classifiers(group).items()
+            }
+            if len(set(shapes.values())) > 1:
+                raise EvaluationError(
+                    "models are compared on the same pixels, but these prepare photographs differently: "
+                    + "; ".join(f"{label}: {shape.describe()}" for label, shape in shapes.items())
+                    + ". Give the study one of them at a time, or --image-size"
+                )
+            self.photographs(group, load_classifier(**next(iter(group.models.values()))), 1)
 
     def classifiers(self, group: Group) -> dict[str, Classifier]:
         """The group's models by label."""
@@ -134,11 +152,13 @@ def shared_study(shared: Path, work: Path, quick: bool) -> Study:
         EvaluationError: the data and weights are not there.
     """
     tiny, cifar = shared / "data" / "tiny-imagenet-20" / "val", shared / "data" / "cifar10"
-    weights = {kind: shared / "weights" / f"resnet18-tiny20-{kind}.safetensors" for kind in ("standard", "robust-linf-4")}
+    weights = {
+        kind: shared / "weights" / f"resnet18-tiny20-{kind}.safetensors" for kind in ("standard", "robust-linf-4")
+    }
     for path in (tiny, cifar / "test.tar", cifar / "train.tar", *weights.values()):
         if not path.exists():
             raise EvaluationError(
-                f"{path} is missing: the study needs the folder of shared data beside the checkout (ORTHATTACK_SHARED), "
+                f"{path} is missing: the study needs the shared data beside the checkout (or ORTHATTACK_SHARED), "
                 "or your own --model and --data"
             )
     radii = tuple(k / 255 for k in (0.5, 1, 2, 4, 8))

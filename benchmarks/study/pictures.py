@@ -14,7 +14,6 @@ from benchmarks.study.cost import SCOPES
 from benchmarks.study.panel import Group, Study
 from benchmarks.study.training import network_path, small_network
 from orthattack import Normalized
-from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models import Classifier
 from orthattack.eval.results import Run
 
@@ -30,10 +29,8 @@ def likeness(study: Study, group: Group) -> pd.DataFrame:
     ⟨δ, x⟩ / ⟨x, x⟩, the change along the image; `brightness` that of the mean, `contrast` the relative one of the
     standard deviation.
     """
-    try:
-        import piq
-    except ImportError as error:
-        raise EvaluationError(f"likeness needs piq ({error}): pip install 'orthattack[study]'") from error
+    import piq  # an extra; its absence is told before the study begins
+
     run, models, images, _ = _attacked(study, group)
     parts = []
     for model in models:
@@ -52,13 +49,15 @@ def likeness(study: Study, group: Group) -> pd.DataFrame:
                 "brightness": delta.mean(1),
                 "contrast": (flat + delta).std(1) / flat.std(1) - 1,
             }
-            table = pd.DataFrame({name: values.double().numpy().astype(np.float32) for name, values in measures.items()})
+            table = pd.DataFrame(
+                {name: values.double().numpy().astype(np.float32) for name, values in measures.items()}
+            )
             parts.append(table.assign(model=model, attack=attack, position=positions.numpy()))
     return pd.concat(parts, ignore_index=True)
 
 
 def transfer(study: Study, group: Group) -> pd.DataFrame:
-    """A row per source, target, attack and image that both models get right: does the source's image fool the target?"""
+    """A row per source, target, attack and image that both models get right: does the source's image fool it?"""
     run, models, images, labels = _attacked(study, group)
     right = {label: _predicted(model, images) == labels for label, model in models.items()}
     parts = []
@@ -68,8 +67,8 @@ def transfer(study: Study, group: Group) -> pd.DataFrame:
             for target, model in models.items():
                 both = right[target][positions]
                 fooled = _predicted(model, adversarials) != labels[positions]
-                parts.append(pd.DataFrame({"source": source, "target": target, "attack": attack,
-                                           "position": positions[both].numpy(), "fooled": fooled[both].numpy()}))  # fmt: skip
+                table = pd.DataFrame({"position": positions[both].numpy(), "fooled": fooled[both].numpy()})
+                parts.append(table.assign(source=source, target=target, attack=attack))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -93,7 +92,9 @@ def _attacked(study: Study, group: Group) -> tuple[Run, dict[str, Classifier], T
     images = torch.stack([photographs.load(k, first.preprocessing) for k in range(len(photographs))])
     labels = torch.tensor(photographs.labels)
     models = {label: model for label, model in models.items() if bool((_predicted(model, images) == labels).any())}
-    run = study.attack(f"pictures-{group.key}", group, attacks, study.budget.pictures, models, eps=[group.eps], save_images="all")
+    run = study.attack(
+        f"pictures-{group.key}", group, attacks, study.budget.pictures, models, eps=[group.eps], save_images="all"
+    )
     return run, models, images, labels
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Callable
 from functools import partial
@@ -33,14 +32,15 @@ def stages(study: Study) -> dict[str, Callable[[], pd.DataFrame]]:
     for group in study.groups:
         found[f"cost-{group.key}"] = partial(cost, study, group)
     for group in study.groups:
-        if study.train is not None and BASE in group.models:
-            found[f"scratch-{group.key}"] = partial(scratch, study, group)
-            found[f"tuning-{group.key}"] = partial(tuning, study, group)
+        found[f"smallest-{group.key}"] = partial(smallest, study, group)
+    trained = [group for group in study.groups if study.train is not None and BASE in group.models]
+    for group in trained:
+        found[f"scratch-{group.key}"] = partial(scratch, study, group)
     for group in study.groups:
         found[f"likeness-{group.key}"] = partial(likeness, study, group)
         found[f"transfer-{group.key}"] = partial(transfer, study, group)
-    for group in study.groups:
-        found[f"smallest-{group.key}"] = partial(smallest, study, group)
+    for group in trained:
+        found[f"tuning-{group.key}"] = partial(tuning, study, group)
     return found
 
 
@@ -84,7 +84,9 @@ class Store:
     def read(self, stage: str) -> pd.DataFrame:
         """The results of a stage, all groups in one table; empty if there are none yet."""
         paths = sorted(self.folder.glob(f"{stage}-*.parquet")) or [self._path(stage)]
-        return pd.concat([pd.read_parquet(path) for path in paths if path.exists()] or [pd.DataFrame()], ignore_index=True)
+        return pd.concat(
+            [pd.read_parquet(path) for path in paths if path.exists()] or [pd.DataFrame()], ignore_index=True
+        )
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.parquet"
@@ -92,4 +94,4 @@ class Store:
     def _replace(self, name: str, write: Callable[[Path], Any]) -> None:
         partial_path = self.folder / (name + ".partial")
         write(partial_path)
-        os.replace(partial_path, self.folder / name)
+        partial_path.replace(self.folder / name)

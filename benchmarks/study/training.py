@@ -97,7 +97,12 @@ def small_network(classes: int) -> nn.Module:
     """Four convolutions, so another architecture than the bundled models': 245 thousand weights."""
     layers: list[nn.Module] = []
     for before, after in ((3, 32), (32, 64), (64, 128), (128, 128)):
-        layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [
+            nn.Conv2d(before, after, 3, padding=1, bias=False),
+            nn.BatchNorm2d(after),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ]
     return nn.Sequential(*layers[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, classes))
 
 
@@ -135,8 +140,8 @@ def network_path(study: Study) -> Path:
 def tuning(study: Study, group: Group) -> pd.DataFrame:
     """A row per arm, seed, measure and test image, of the bundled standard model trained on with each arm's images.
 
-    Arms of one seed see the same batches in the same order, and take as many steps. Measures: "right" on the image as it
-    is, and darkened and brightened; "robust" against attacks; "cosine", |cos(g, x)|. Arm "none" is the model itself.
+    Arms of one seed see the same batches in the same order, and take as many steps. Measures: "right" on the image as
+    it is, and darkened and brightened; "robust" against attacks; "cosine", |cos(g, x)|. Arm "none" is the model itself.
     """
     base = load_classifier(BASE)
     seen = _training_set(study, base)
@@ -154,7 +159,9 @@ def tuning(study: Study, group: Group) -> pd.DataFrame:
     rows: list[pd.DataFrame] = []
     for (arm, seed), classifier in models.items():
         run = study.attack(f"tuning {arm} {seed}", group, attacks, count, {arm: classifier}, eps=[group.eps])
-        values: dict[str, Any] = {f"robust, {label}": run.outcomes(arm, label, group.eps).outcome == ROBUST for label in run.attacks}
+        values: dict[str, Any] = {
+            f"robust, {label}": run.outcomes(arm, label, group.eps).outcome == ROBUST for label in run.attacks
+        }
         values["right"] = (run.clean(arm)["prediction"] == run.clean(arm)["label"]).to_numpy(bool)
         values["cosine"] = np.abs(run.gradient_cosines(arm))
         for name, factor in (("right, half as bright", 0.5), ("right, half as bright again", 1.5)):
@@ -206,4 +213,6 @@ def _looked(model: nn.Module, test: Set) -> pd.DataFrame:
             right.append(model(x).argmax(1) == y)
         cosine.append(alignment(loss_gradient(model, x, y), x))
     model.train(was_training).requires_grad_(was_training)
-    return pd.DataFrame({"position": range(len(test.labels)), "right": torch.cat(right).numpy(), "cosine": torch.cat(cosine).numpy()})
+    return pd.DataFrame(
+        {"position": range(len(test.labels)), "right": torch.cat(right).numpy(), "cosine": torch.cat(cosine).numpy()}
+    )
