@@ -122,7 +122,7 @@ def depth(study: Study, group: Group) -> pd.DataFrame:
                 v = torch.randn(f.shape, generator=generator)
                 (pulled,) = torch.autograd.grad((v * f).sum(), x, retain_graph=True)
                 with torch.no_grad():
-                    rows[name] = (alignment(gradient, f), alignment(pulled, x), f[0].numel())
+                    rows[name] = (alignment(_one_row(gradient), _one_row(f)), alignment(pulled, x), f[0].numel())
             for name, (backward, forward, size) in rows.items():
                 parts.append(
                     pd.DataFrame(
@@ -145,18 +145,30 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     Where nearly all weights are in one child, such as a RegNet's trunk, that child's children take its place.
     """
     inner = model.model if isinstance(model, Normalized) else model
-    whole = _weights(inner)
     found: list[tuple[str, nn.Module]] = []
     for name, child in inner.named_children():
-        if not _weights(child) or isinstance(child, nn.Linear | nn.modules.batchnorm._BatchNorm):
-            continue
-        inside = [(key, part) for key, part in child.named_children() if _weights(part)]
-        found += inside if _weights(child) > 0.8 * whole and len(inside) > 1 else [(name, child)]
+        inside = [(key, part) for key, part in child.named_children() if _is_stage(part)]
+        if inside and _weights(child) > 0.8 * _weights(inner):
+            found += inside
+        elif _is_stage(child):
+            found.append((name, child))
     return found
 
 
+def _is_stage(module: nn.Module) -> bool:
+    """Whether it has weights elsewhere than in normalisation and linear layers, as a classifier has not."""
+    leaves = (part for part in module.modules() if next(part.parameters(recurse=False), None) is not None)
+    return any(not isinstance(leaf, nn.Linear | nn.LayerNorm | nn.modules.batchnorm._BatchNorm) for leaf in leaves)
+
+
 def _keep(features: dict[str, Tensor], name: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
-    features[name] = output
+    if isinstance(output, Tensor):
+        features[name] = output
+
+
+def _one_row(features: Tensor) -> Tensor:
+    """Features of any shape, (N, ...), as (N, 1, 1, n), of which `alignment` takes all as one vector."""
+    return features.flatten(1)[:, None, None]
 
 
 def _weights(module: nn.Module) -> int:

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
-from torchvision.models import resnet18
+from torchvision.models import resnet18, vit_b_16
 
 from benchmarks.study import numbers
 from benchmarks.study.__main__ import main
@@ -95,6 +95,7 @@ def test_blocks_are_the_stages_of_a_network():
         "block3",
     ]
     assert [name for name, _ in blocks(resnet18())] == ["conv1", "layer1", "layer2", "layer3", "layer4"]
+    assert [name for name, _ in blocks(vit_b_16())] == ["conv_proj", "layers"]
     network = Normalized(small_network(10), [0.5] * 3, [0.25] * 3)
     assert all(isinstance(block, nn.Conv2d) for _, block in blocks(network))
     assert len(blocks(network)) == 4
