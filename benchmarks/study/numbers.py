@@ -119,8 +119,8 @@ def share_table(read: Callable[[str], pd.DataFrame]) -> str:
     table = read("gradients")
     rows = []
     for model, part in table.groupby("model", sort=False):
-        rows.append([model, *(_show(interval_of_mean(part[f"{s}_share"]), ".2f", 100) for s in SCOPES)])
-        rows.append(["noise instead of g", *(f"{100 * part[f'{s}_share_noise'].mean():.2f}" for s in SCOPES)])
+        rows.append([model, *(_show(interval_of_mean(part[f"{s}_share"]), ".3g", 100) for s in SCOPES)])
+        rows.append(["noise instead of g", *(f"{100 * part[f'{s}_share_noise'].mean():.3g}" for s in SCOPES)])
     return _markdown(["model", *(f"{scope}, %" for scope in SCOPES)], rows)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,8 @@ def render(store: Store) -> str:
         "published": store.folder.resolve() == PUBLISHED,
         "tables": tables,
         "budget": budget,
+        "figures": {name for name, (stage, _) in figures.FIGURES.items() if not read(stage).empty},
+        "missing": ", ".join(_missing(store, [group["key"] for group in groups])),
         "steps": budget["steps"],
         "eps": " and ".join(dict.fromkeys(numbers.radius(group["eps"]) for group in groups)),
         "minutes": round(sum(about["cpu_seconds"].values()) / 60),
@@ -52,15 +56,23 @@ def render(store: Store) -> str:
     if values["published"]:
         values |= _facts(read)
     environment = Environment(
-        loader=FileSystemLoader(HERE), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+        loader=FileSystemLoader(HERE), undefined=StrictUndefined, keep_trailing_newline=True
     )  # the page is Markdown of our own numbers: nothing to escape
-    return environment.get_template("study.md.j2").render(values)
+    text = environment.get_template("study.md.j2").render(values)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def _missing(store: Store, groups: Sequence[str]) -> list[str]:
+    """The stages of measured groups that are not there yet."""
+    whole = ("gradients", "depth", "cost", "smallest", "likeness", "transfer")
+    return [f"{stage}-{group}" for stage in whole for group in groups if f"{stage}-{group}" not in store]
 
 
 def _facts(read: Any) -> dict[str, Any]:
     """The numbers in the text of docs/study.md."""
     found = read("gradients")
     cosine = found["cosine"].abs().groupby(found["model"]).mean()
+    other = found["cosine_other"].abs().groupby(found["model"]).mean()
     small = read("smallest")
     ratios = (
         [numbers.ratio_of_smallest(small, m, "OrthoPGD, pixel")[1][0] for m in small["model"].unique()]
@@ -68,17 +80,30 @@ def _facts(read: Any) -> dict[str, Any]:
         else []
     )
     constant = found.groupby("model")["image_constant"].mean()
+    signs = [
+        part[f"{scope}_sign"].mean() / part[f"{scope}_plain_sign"].mean()
+        for _, part in found.groupby("model")
+        for scope in ("image", "channel")
+    ]
     clipped = found[[f"{scope}_l2_clip" for scope in SCOPES]].mean()
     return {
         "robust_factor": {g: f"{cosine[f'{g}-robust'] / cosine[f'{g}-standard']:.0f}" for g in ("tiny", "cifar10")},
         "image_constant": {g: f"{constant[f'{g}-standard']:.2f}" for g in ("tiny", "cifar10")},
-        "grey": {m: f"{100 * share:.0f}" for m, share in found.groupby("model")["grey_share"].mean().items()},
-        "clip_l2": f"{clipped.min():.0e} to {clipped.max():.0e}",
-        "pixel_ratio": f"{min(ratios):.1f} to {max(ratios):.1f}" if ratios else "several",
+        "grey": _span(100 * found.groupby("model")["grey_share"].mean(), ".0f"),
+        "other_share": _span(other / cosine, ".1f"),
+        "sign_ratio": _span(signs, ".1f"),
+        "clip_l2": _span(clipped, ".0e"),
+        "pixel_ratio": _span(ratios, ".1f"),
         "significant": _significant(read("cost")),
         "transfer_text": "",
         "tuning_text": "",
     }
+
+
+def _span(values: Any, form: str) -> str:
+    """From the smallest to the largest."""
+    low, high = f"{min(values):{form}}", f"{max(values):{form}}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _significant(table: pd.DataFrame) -> str:
