@@ -13,6 +13,7 @@ from orthattack.eval import evaluate
 from orthattack.eval.data import Photographs, load_photographs
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models import IMAGENET_MEAN, IMAGENET_STD, Classifier, load_classifier
+from orthattack.eval.photographs import evenly
 from orthattack.eval.results import Run
 
 __all__ = ["Budget", "Group", "Study", "own_study", "shared_study"]
@@ -207,14 +208,19 @@ def own_study(
     return Study((group,), Budget(gradients=limit, pictures=limit, smallest=limit), work)
 
 
-def unpacked(archive: Path, work: Path) -> Path:
-    """The folder of class folders in a tar, unpacked in the work folder unless it is there already."""
-    target = work / "data" / f"{archive.parent.name}-{archive.stem}"
+def unpacked(archive: Path, work: Path, count: int | None = None) -> Path:
+    """The folder of class folders in a tar, with all photographs or `count` evenly spaced ones.
+
+    It is unpacked in the work folder unless it is there already.
+    """
+    target = work / "data" / f"{archive.parent.name}-{archive.stem}{'' if count is None else f'-{count}'}"
     if not target.exists():
         partial = target.with_name(target.name + ".partial")  # a stop leaves this, not something that looks whole
         partial.mkdir(parents=True, exist_ok=True)
         with tarfile.open(archive) as tar:
-            tar.extractall(partial, filter="data")
+            members = sorted((member for member in tar if member.isfile()), key=lambda member: member.name)
+            chosen = range(len(members)) if count is None else evenly(min(count, len(members)), len(members))
+            tar.extractall(partial, [members[k] for k in chosen], filter="data")
         (partial / archive.stem).rename(target)
         partial.rmdir()
     return target

@@ -199,8 +199,8 @@ def _tuned(
 
 def _training_set(study: Study, classifier: Classifier) -> Set:
     assert study.train is not None
-    folder = unpacked(study.train, study.work)
-    return Set.of(load_photographs(str(folder), classifier).limited(study.budget.train_images), classifier)
+    folder = unpacked(study.train, study.work, study.budget.train_images)
+    return Set.of(load_photographs(str(folder), classifier), classifier)
 
 
 def _looked(model: nn.Module, test: Set) -> pd.DataFrame:

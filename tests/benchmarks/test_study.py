@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +19,14 @@ from benchmarks.study import numbers
 from benchmarks.study.__main__ import main
 from benchmarks.study.gradients import blocks, random_cosine
 from benchmarks.study.page import PUBLISHED, render
+from benchmarks.study.panel import unpacked
 from benchmarks.study.stages import Store
 from benchmarks.study.training import small_network
 from orthattack import Normalized, alignment
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models import load_classifier
 from orthattack.eval.outcomes import FOOLED, ROBUST, WRONG
+from orthattack.eval.photographs import evenly
 
 ROOT = Path(__file__).parents[2]
 
@@ -119,6 +123,25 @@ def test_a_folder_keeps_what_is_finished_and_refuses_another_study(tmp_path):
         EvaluationError, match=r"holds another study: budget.images: 3 there, 4 now; give another --out"
     ):
         again.begin({"budget": {"images": 4}})
+
+
+def test_a_part_of_an_archive_is_spaced_as_the_whole_would_be(tmp_path):
+    names = [f"train/{kind}/{k:02d}.jpg" for kind in ("frog", "bird") for k in range(10)]
+    archive = tmp_path / "cifar10" / "train.tar"
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w") as tar:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = len(name)
+            tar.addfile(member, io.BytesIO(name.encode()))
+    folder = unpacked(archive, tmp_path / "work", 5)
+    found = sorted(path.relative_to(folder.parent) for path in folder.rglob("*.jpg"))
+    whole = sorted(names)
+    assert [path.relative_to(folder.name).as_posix() for path in found] == [whole[k][6:] for k in evenly(5, 20)]
+    (folder / "bird" / "00.jpg").write_text("kept")
+    assert unpacked(archive, tmp_path / "work", 5) == folder
+    assert (folder / "bird" / "00.jpg").read_text() == "kept"
+    assert len(list(unpacked(archive, tmp_path / "work").rglob("*.jpg"))) == 20
 
 
 def test_wrong_arguments_are_told(tmp_path, capsys):
