@@ -13,7 +13,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from benchmarks.study import figures, numbers
-from benchmarks.study.cost import SCOPES
+from benchmarks.study.cost import AGAIN, SCOPES
 from benchmarks.study.stages import Store
 
 __all__ = ["PUBLISHED", "render", "write_page"]
@@ -74,11 +74,13 @@ def _facts(read: Any) -> dict[str, Any]:
     cosine = found["cosine"].abs().groupby(found["model"]).mean()
     other = found["cosine_other"].abs().groupby(found["model"]).mean()
     small = read("smallest")
-    ratios = (
-        [numbers.ratio_of_smallest(small, m, "OrthoPGD, pixel")[1][0] for m in small["model"].unique()]
-        if len(small)
-        else []
-    )
+    models = small["model"].unique() if len(small) else []
+    ratios = [numbers.ratio_of_smallest(small, model, "OrthoPGD, pixel")[1][0] for model in models]
+    others = [
+        numbers.ratio_of_smallest(small, model, attack)[1][0]
+        for model in models
+        for attack in ("OrthoPGD, image", "OrthoPGD, channel")
+    ]
     constant = found.groupby("model")["image_constant"].mean()
     signs = [
         part[f"{scope}_sign"].mean() / part[f"{scope}_plain_sign"].mean()
@@ -94,25 +96,23 @@ def _facts(read: Any) -> dict[str, Any]:
         "sign_ratio": _span(signs, ".1f"),
         "clip_l2": _span(clipped, ".0e"),
         "pixel_ratio": _span(ratios, ".1f"),
-        "significant": _significant(read("cost")),
-        "transfer_text": "",
-        "tuning_text": "",
+        "small_ratio": _span(others, ".2f"),
+        "significant": _significant(read("cost"), "OrthoPGD, image", "OrthoPGD, channel"),
+        "significant_pixel": _significant(read("cost"), "OrthoPGD, pixel"),
+        "significant_again": _significant(read("cost"), AGAIN),
     }
 
 
 def _span(values: Any, form: str) -> str:
-    """From the smallest to the largest."""
+    """From the smallest to the largest; nothing of nothing."""
+    if len(values) == 0:
+        return ""
     low, high = f"{min(values):{form}}", f"{max(values):{form}}"
     return low if low == high else f"{low} to {high}"
 
 
-def _significant(table: pd.DataFrame) -> str:
-    """How many comparisons of PGD with a plane per image or channel have p < 0.05."""
-    if table.empty:
-        return ""
-    pairs = [
-        numbers.paired(table, model, norm, eps, attack)
-        for (model, norm, eps) in table[["model", "norm", "eps"]].drop_duplicates().itertuples(index=False)
-        for attack in ("OrthoPGD, image", "OrthoPGD, channel")
-    ]
+def _significant(table: pd.DataFrame, *attacks: str) -> str:
+    """How many comparisons of these attacks with PGD have p < 0.05."""
+    cells = table[table["attack"].isin(attacks)][["model", "norm", "eps", "attack"]].drop_duplicates()
+    pairs = [numbers.paired(table, *cell) for cell in cells.itertuples(index=False, name=None)]
     return f"{int(np.sum([(pair.p or 1) < 0.05 for pair in pairs]))} of {len(pairs)} comparisons"

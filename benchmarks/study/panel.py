@@ -61,14 +61,14 @@ class Budget:
 
     gradients: int = 400
     pictures: int = 64
-    tuned: int = 80
+    tuned: int = 100
     smallest: int = 32
     steps: int = 10
     scratch_epochs: int = 4
     train_images: int = 10_000
     seeds: int = 3
-    tuning_steps: int = 30
-    tuning_batch: int = 32
+    tuning_steps: int = 40
+    tuning_batch: int = 64
     tuning_attack_steps: int = 2
 
 
