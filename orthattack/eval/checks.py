@@ -15,9 +15,11 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
+from scipy.stats import binom
 
 from orthattack.eval.attacks import attack_kind
 from orthattack.eval.kinds import AttackKind
+from orthattack.eval.measure import differentiated
 from orthattack.eval.metrics import Rate
 from orthattack.eval.store import RunFolder, shown_eps
 from orthattack.eval.suite import Suite
@@ -135,7 +137,8 @@ class _Model:
 
     def __init__(self, folder: RunFolder, manifest: Mapping[str, Any], model: Mapping[str, Any]) -> None:
         self.folder, self.manifest, self.label = folder, manifest, str(model["label"])
-        self.classes = int(model["num_classes"])
+        self.classes, self.images = int(model["num_classes"]), int(model["data"]["images"])
+        self.published: float | None = model.get("published_accuracy")
         config = manifest["config"]
         self.norm: Norm = config["norm"]
         self.radius = sorted(config["eps"])[len(config["eps"]) // 2]
@@ -170,20 +173,31 @@ class _Model:
         if rows.empty:
             return self._not_run(name, "no image could be scored")
         right, n = int((rows["wrong_share"] <= 0.5).sum()), len(rows)
+        against = "" if self.published is None else f" (published: {100 * self.published:.1f} %)"
         found, numbers = clean_suspicions(rows, self.classes), rows[CLEAN_COLUMNS[2:]]
+        if (
+            self.published is not None
+            and binom.cdf(right, n, self.published) < 0.01
+            and right / n < self.published - 0.05
+        ):
+            found.append(
+                "clean accuracy is well below what the weights' authors publish for ImageNet's validation set: other "
+                "photographs may be the reason, or labels, resizing or normalisation that are not the model's"
+            )
         low, high = numbers.min(), numbers.max()
         return self._check(
             name,
             not found,
-            f"{100 * right / n:.1f} % of {n} right, logits from {low['logit_min']:.3g} to {high['logit_max']:.3g}, "
+            f"{100 * right / n:.1f} % of {n} right{against}, "
+            f"logits from {low['logit_min']:.3g} to {high['logit_max']:.3g}, "
             f"pixels from {low['image_min']:.3g} to {high['image_max']:.3g}",
             "; ".join(found),
         )
 
     def _gradients(self) -> Check:
         name = "gradients are not zero, NaN or missing"
-        rows = self.folder.read("clean", self.label, columns=["status", "gradient_norm", "evaluations"])
-        rows = rows[rows["status"] == "ok"]
+        rows = self.folder.read("clean", self.label, columns=["position", "status", "gradient_norm", "evaluations"])
+        rows = rows[rows["position"].isin(differentiated(self.images)) & (rows["status"] == "ok")]
         if rows.empty:
             return self._not_run(name, "no image could be scored")
         if (rows["evaluations"] > 1).all():

@@ -35,6 +35,7 @@ class Classifier:
         source: where the weights came from.
         architecture: the network's name; without it, its class.
         file_sha256: of the weights file, where there is one.
+        published_accuracy: on ImageNet's validation set, as a share, where the weights' authors state it.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Classifier:
     source: str
     architecture: str | None = None
     file_sha256: str | None = None
+    published_accuracy: float | None = None
 
     def describe(self) -> dict[str, Any]:
         """What a reader needs to tell which model it was, as JSON.
@@ -59,6 +61,7 @@ class Classifier:
             "sha256": self.file_sha256 or state_sha256(inner.state_dict()),
             "sha256_of": "state dict" if self.file_sha256 is None else "file",
             "num_classes": self.num_classes,
+            "published_accuracy": self.published_accuracy,
             "classes": None if self.classes is None else list(self.classes),
             "parameters": sum(parameter.numel() for parameter in inner.parameters()),
             "preprocessing": self.preprocessing.describe(),

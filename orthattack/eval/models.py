@@ -171,7 +171,11 @@ def _downloaded(name: str, weights: Any) -> Classifier:
     model = _architecture(name, state)(len(classes))
     load_strictly(name, model, state, cache)
     wrapped = Normalized(model, preprocessing.mean, preprocessing.std)
-    return Classifier(name, wrapped, preprocessing, classes, len(classes), str(weights), name)
+    published = weights.meta["_metrics"].get("ImageNet-1K", {}).get("acc@1")
+    return Classifier(
+        name, wrapped, preprocessing, classes, len(classes), str(weights), name,
+        published_accuracy=None if published is None else published / 100,
+    )  # fmt: skip
 
 
 def _preset(weights: Any) -> Preprocessing:

@@ -44,7 +44,7 @@ CLEAN_SCHEMA = pa.schema(
         ("prediction", pa.int32()),
         ("margin", pa.float32()),  # largest other logit minus the label's: negative where right
         ("confidence", pa.float32()),  # largest softmax probability
-        ("gradient_cosine", pa.float64()),  # of the cross-entropy's gradient with the image; null without a gradient
+        ("gradient_cosine", pa.float64()),  # of the cross-entropy's gradient with the image, on a sample
         ("gradient_norm", pa.float64()),  # L2; 0 or NaN where the gradient is masked
         ("logit_min", pa.float32()),
         ("logit_max", pa.float32()),

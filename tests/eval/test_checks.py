@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from orthattack.eval.checks import TRANSFER, assess, clean_suspicions, planned_probes, probes
+from orthattack.eval.measure import differentiated
 from orthattack.eval.store import CLEAN_SCHEMA, ROW_SCHEMA, RunFolder, Shard
 from orthattack.eval.suite import make_suite
 
@@ -53,7 +54,7 @@ SOUND = {
 }  # fmt: skip
 
 
-def run(tmp_path, fooled=None, clean=None, attacks=None, images=None):
+def run(tmp_path, fooled=None, clean=None, attacks=None, images=None, published=None):
     """A stored run whose probes fool as many images as said, and the statuses of its checks."""
     folder = RunFolder(tmp_path / "run")
     folder.create()
@@ -71,7 +72,7 @@ def run(tmp_path, fooled=None, clean=None, attacks=None, images=None):
             folder.write(Shard("a", label, eps, 0), content, {} if images is None else images[1])
     manifest = {
         "config": {"norm": "linf", "eps": EPS},
-        "models": [{"label": "a", "num_classes": 10}],
+        "models": [{"label": "a", "num_classes": 10, "data": {"images": N}, "published_accuracy": published}],
         "probes": planned,
         "attacks": [
             {"label": label, "norm": "linf", "eps": EPS, "orthogonal": True, "parameters": {}} for label in found
@@ -117,12 +118,23 @@ def test_one_image_in_forty_is_no_sign(tmp_path):
 
 
 def test_masked_gradients_are_counted(tmp_path):
-    bad = [0.0, float("nan"), None] + [1.0] * (N - 3)
+    sample = differentiated(N)
+    bad = [1.0 if k in sample else None for k in range(N)]
+    bad[sample[0]], bad[sample[5]], bad[sample[-1]] = 0.0, float("nan"), None
     check = run(tmp_path, clean=clean_rows(gradient_norm=bad))["gradients are not zero, NaN or missing"]
     assert check.status == "warned"
-    assert check.figures == "3 of 40 images without a usable gradient"
+    assert check.figures == f"3 of {len(sample)} images without a usable gradient"
     random = run(tmp_path / "r", clean=clean_rows(evaluations=[10] * N))["gradients are not zero, NaN or missing"]
     assert random.status == "not run"
+
+
+@pytest.mark.parametrize(("right", "status"), [(32, "passed"), (26, "passed"), (20, "warned")])
+def test_clean_accuracy_is_compared_with_the_published_one(tmp_path, right, status):
+    wrong = clean_rows(wrong_share=[0.0] * right + [1.0] * (N - right))
+    check = run(tmp_path, clean=wrong, published=0.77)["model, data and preprocessing belong together"]
+    assert check.status == status  # 26 of 40 may be chance, 20 hardly
+    assert f"{100 * right / N:.1f} % of 40 right (published: 77.0 %)" in check.figures
+    assert ("below what the weights' authors publish" in check.why) == (status == "warned")
 
 
 @pytest.mark.parametrize(

@@ -240,6 +240,7 @@ def test_weights_by_the_name_that_torchvision_gives_them(monkeypatch, tmp_path, 
     classifier = load_classifier("mobilenet_v2", spelling)
     assert asked == [weights]
     assert classifier.source == "MobileNet_V2_Weights.IMAGENET1K_V2"
+    assert classifier.describe()["published_accuracy"] == pytest.approx(0.72154)
     preset = weights.transforms()
     assert (classifier.preprocessing.resize, classifier.preprocessing.crop) == (232, 224)
     with torch.inference_mode():
@@ -305,6 +306,7 @@ def test_a_description_tells_one_model_from_another(small_resnet, tmp_path):
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "sha256_of": "file",
         "num_classes": 7,
+        "published_accuracy": None,
         "classes": None,
         "parameters": sum(p.numel() for p in small_resnet.parameters()),
         "preprocessing": Preprocessing(73, 64).describe(),

@@ -282,26 +282,26 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not(tmp_path):
             [sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
-    started = time.perf_counter()
+    def finished(path):
+        return len(list(path.rglob("*.parquet")))
+
     whole = launch(tmp_path / "whole")
     _, errors = whole.communicate(timeout=300)
     assert whole.returncode == 0, errors
-    duration, draw, kills = time.perf_counter() - started, random.Random(0), 0
-    for _ in range(12):
-        process = launch(tmp_path / "parts")
-        try:
-            process.communicate(timeout=duration * draw.uniform(0.5, 1.0))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            kills += 1
-        if process.returncode == 0:
-            break
-    else:
-        process = launch(tmp_path / "parts")
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-    assert kills > 0
+    draw, parts, kills = random.Random(0), tmp_path / "parts", 0
+    while finished(parts) < finished(tmp_path / "whole") - 3:
+        process = launch(parts)
+        wanted = finished(parts) + draw.randint(1, 4)
+        while process.poll() is None and finished(parts) < wanted:
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+    process = launch(parts)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert kills > 1
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -423,6 +423,38 @@ def test_memory_that_runs_out_halves_the_batch_and_says_so_once(tmp_path):
     refused = [n for n in sizes if n > 2]
     assert sizes[-1] <= 2
     assert len(refused) <= 1 + 2  # the first batch, and its halves if they are still too large
+
+
+def test_an_attack_that_drops_the_fooled_gets_several_batches_and_the_model_one_at_a_time(
+    tmp_path, classifier, monkeypatch
+):
+    sizes, pools, forward = [], [], jobs.CallCounter.forward
+    monkeypatch.setattr(jobs.CallCounter, "forward", lambda self, x: (sizes.append(len(x)), forward(self, x))[1])
+    measured = jobs.Part._measured
+    monkeypatch.setattr(
+        jobs.Part, "_measured", lambda self, e, r, b: (pools.append(len(b)), measured(self, e, r, b))[1]
+    )
+    early = {"name": "OrthoPGD", "early_stop": True}
+    chosen = suite(attacks=[early], batch_size=2, shard_size=12, steps=8)
+    folder, _ = start(tmp_path / "r", chosen)
+    assert max(pools) > 2
+    assert set(sizes) == {1, 2}
+    rows = rows_of(folder, "OrthoPGD")
+    rows = rows[rows["status"] == "ok"]
+    assert sum(sizes) == rows["forward_calls"].sum()
+    assert sizes.count(1) < len(sizes) / 2  # packed: otherwise the late steps are one image at a time
+    plain, _ = start(tmp_path / "p", suite(attacks=["OrthoPGD"], steps=8))
+    other = rows_of(plain, "OrthoPGD")
+    assert (rows["success"] == other[other["status"] == "ok"]["success"]).all()
+
+
+def test_an_optimized_attack_is_counted_and_judged_like_the_others(tmp_path):
+    fast = [{"name": "PGD", "optimize": "auto", "label": "fast"}, "PGD"]
+    folder, _ = start(tmp_path / "r", suite(attacks=fast))
+    one, two = (rows_of(folder, label) for label in ("fast", "PGD"))
+    assert (one["success"] == two["success"]).all()
+    assert (one["gradient_calls"] == two["gradient_calls"]).all()
+    np.testing.assert_allclose(one["margin"], two["margin"], atol=0.05)
 
 
 class Changed(nn.Module):
