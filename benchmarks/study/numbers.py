@@ -1,0 +1,309 @@
+"""The study's numbers: stored results to tables, each value with its interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import stats
+from tabulate import tabulate
+
+from benchmarks.study.cost import AGAIN, SCOPES
+from benchmarks.study.gradients import random_cosine
+from orthattack.eval.metrics import Rate
+from orthattack.eval.outcomes import ROBUST
+from orthattack.eval.stats import Paired
+
+__all__ = ["TABLES", "interval_of_mean", "over_seeds", "ratio_of_smallest"]
+
+Values = NDArray[np.float64]
+PER_SCOPE = [f"OrthoPGD, {scope}" for scope in SCOPES]
+
+
+def interval_of_mean(values: Any) -> tuple[float, float, float]:
+    """The mean over images with its 95 % interval: percentiles of 9,999 bootstrap resamples."""
+    data = np.asarray(values, float)
+    data = data[np.isfinite(data)]
+    if len(data) == 0:
+        return (math.nan,) * 3
+    mean = float(data.mean())
+    if np.ptp(data) == 0:
+        return mean, mean, mean
+    found = stats.bootstrap((data,), np.mean, method="percentile", batch=1000, rng=np.random.default_rng(0))
+    return mean, float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean over training runs with its 95 % interval by Student's t: of few runs, so wide."""
+    data = np.asarray(values, float)
+    mean = float(data.mean())
+    if len(data) < 2:
+        return mean, math.nan, math.nan
+    half = float(stats.t.ppf(0.975, len(data) - 1) * data.std(ddof=1) / math.sqrt(len(data)))
+    return mean, mean - half, mean + half
+
+
+def ratio_of_smallest(table: pd.DataFrame, model: str, attack: str) -> tuple[int, tuple[float, float, float]]:
+    """Geometric mean over images of an attack's smallest radius over plain PGD's, and of how many images."""
+    wide = table[table["model"] == model].pivot(index="position", columns="attack", values="norm")
+    ratios = (wide[attack] / wide["PGD"]).to_numpy(float)
+    logs = np.log(ratios[np.isfinite(ratios)])
+    mean, low, high = interval_of_mean(logs)
+    return len(logs), (math.exp(mean), math.exp(low), math.exp(high))
+
+
+def paired(table: pd.DataFrame, model: str, norm: str, eps: float, attack: str, baseline: str = "PGD") -> Paired:
+    """Two attacks on the same images."""
+    rows = table[(table["model"] == model) & (table["norm"] == norm) & np.isclose(table["eps"], eps)]
+    wide = rows.pivot(index="position", columns="attack", values="outcome")
+    return Paired.of((wide[attack] == ROBUST).to_numpy(), (wide[baseline] == ROBUST).to_numpy())
+
+
+def _show(triple: tuple[float, float, float], form: str = ".3f", scale: float = 1.0) -> str:
+    mean, low, high = (scale * value for value in triple)
+    if math.isnan(mean):
+        return "none"
+    if math.isnan(low):
+        return f"{mean:{form}}"
+    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def _points(pair: Paired) -> str:
+    difference, interval = pair.difference, pair.interval()
+    assert difference is not None
+    assert interval is not None
+    mark = "\\*" if (pair.p or 1) < 0.05 else ""
+    return f"{100 * difference:+.1f} [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]{mark}"
+
+
+def _accuracy(rate: Rate) -> str:
+    interval = rate.interval()
+    assert rate.value is not None
+    assert interval is not None
+    return f"{100 * rate.value:.1f} % [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    return tabulate(rows, head, tablefmt="github", disable_numparse=True) if rows else ""
+
+
+def radius(eps: float, norm: str = "linf") -> str:
+    """A radius as people write it."""
+    return f"{255 * eps:.3g}/255" if norm == "linf" else f"{eps:g}"
+
+
+def alignment_table(read: Callable[[str], pd.DataFrame]) -> str:
+    table = read("gradients")
+    rows = []
+    for model, part in table.groupby("model", sort=False):
+        n = _size(read, str(model))
+        rows.append(
+            [
+                model,
+                len(part),
+                _show(interval_of_mean(part["cosine"].abs()), ".4f"),
+                f"{random_cosine(n):.4f}" if n else "",
+                _show(interval_of_mean(part["cosine_other"].abs()), ".4f"),
+                _show(interval_of_mean(part["cosine"]), "+.4f"),
+            ]
+        )
+    head = ["model", "n", "mean \\|cos(g, x)\\|", "random direction", "\\|cos(g, other image)\\|", "mean cos(g, x)"]
+    return _markdown(head, rows)
+
+
+def share_table(read: Callable[[str], pd.DataFrame]) -> str:
+    table = read("gradients")
+    rows = []
+    for model, part in table.groupby("model", sort=False):
+        rows.append([model, *(_show(interval_of_mean(part[f"{s}_share"]), ".3g", 100) for s in SCOPES)])
+        rows.append(["noise instead of g", *(f"{100 * part[f'{s}_share_noise'].mean():.3g}" for s in SCOPES)])
+    return _markdown(["model", *(f"{scope}, %" for scope in SCOPES)], rows)
+
+
+def moments_table(read: Callable[[str], pd.DataFrame]) -> str:
+    table = read("scratch")
+    if table.empty:
+        return ""
+    rows = [
+        [
+            step,
+            _accuracy(Rate(int(part["right"].sum()), len(part))),
+            _show(interval_of_mean(part["cosine"].abs()), ".4f"),
+        ]
+        for step, part in table.groupby("step")
+    ]
+    return _markdown(["training step", "test accuracy", "mean \\|cos(g, x)\\|"], rows)
+
+
+def undone_table(read: Callable[[str], pd.DataFrame]) -> str:
+    table = read("gradients")
+    names = ("plain_sign", "sign", "sign_clip", "exact", "l2_clip", "exact_l2")
+    rows = [
+        [
+            model,
+            scope,
+            _show(interval_of_mean(part[f"{scope}_flipped"]), ".1f", 100),
+            *(f"{part[f'{scope}_{name}'].mean():.2e}" for name in names),
+        ]
+        for model, part in table.groupby("model", sort=False)
+        for scope in SCOPES
+    ]
+    head = [
+        "model",
+        "scope",
+        "signs flipped, %",
+        "sign(g)",
+        "sign(g⊥)",
+        "sign(g⊥), clipped",
+        "exact",
+        "L2: g⊥, clipped",
+        "L2: exact",
+    ]
+    return _markdown(head, rows)
+
+
+def attack_cosine_table(read: Callable[[str], pd.DataFrame]) -> str:
+    table = read("cost")
+    table = table[(table["norm"] == "linf") & (table["outcome"] > 0)]
+    attacks = ["PGD", "OrthoPGD, gradient only", *PER_SCOPE]
+    rows = []
+    for model, part in table.groupby("model", sort=False):
+        cells = []
+        for attack in attacks:
+            cosine = part.loc[part["attack"] == attack, "cosine"]
+            cells.append(f"{cosine.mean():.1e} / {cosine.max():.1e}")
+        rows.append([model, *cells])
+    return _markdown(["model", *attacks], rows)
+
+
+def cost_table(read: Callable[[str], pd.DataFrame], norm: str) -> str:
+    table = read("cost")
+    table = table[table["norm"] == norm] if len(table) else table
+    attacks = [a for a in (*PER_SCOPE, "OrthoPGD, gradient only", AGAIN) if len(table) and (table["attack"] == a).any()]
+    rows = []
+    for keys, part in table.groupby(["model", "eps"], sort=False) if len(table) else ():
+        model, eps = str(keys[0]), float(str(keys[1]))
+        plain = part.loc[part["attack"] == "PGD", "outcome"] == ROBUST
+        cells = [_points(paired(table, model, norm, eps, attack)) for attack in attacks]
+        rows.append([model, radius(eps, norm), len(plain), f"{100 * plain.mean():.1f} %", *cells])
+    return _markdown(["model", "ε", "n", "PGD", *attacks], rows)
+
+
+def smallest_table(read: Callable[[str], pd.DataFrame]) -> str:
+    table = read("smallest")
+    rows = []
+    for model, part in table.groupby("model", sort=False) if len(table) else ():
+        plain = part.loc[part["attack"] == "PGD", "norm"]
+        n, _ = ratio_of_smallest(table, str(model), PER_SCOPE[0])
+        ratios = [_show(ratio_of_smallest(table, str(model), attack)[1]) for attack in PER_SCOPE]
+        rows.append([model, n, f"{255 * plain.median():.2f}/255", *ratios])
+    return _markdown(["model", "n", "median ε of PGD", *PER_SCOPE], rows)
+
+
+def likeness_table(read: Callable[[str], pd.DataFrame]) -> str:
+    table = read("likeness")
+    rows = []
+    for (model, attack), part in table.groupby(["model", "attack"], sort=False) if len(table) else ():
+        plain = table[(table["model"] == model) & (table["attack"] == "PGD")].set_index("position")
+        own = part.set_index("position")
+        ssim = interval_of_mean((own["ssim"] - plain["ssim"]).dropna())
+        rows.append(
+            [
+                model,
+                attack,
+                len(part),
+                f"{part['ssim'].mean():.4f}",
+                "" if attack == "PGD" else _show(ssim, "+.4f"),
+                *(f"{part[name].mean():.4f}" for name in ("fsim", "haarpsi", "gmsd")),
+                f"{part['l2'].mean():.3f}",
+                f"{100 * part['along'].abs().mean():.3f}",
+                f"{255 * part['brightness'].abs().mean():.3f}",
+                f"{100 * part['contrast'].abs().mean():.2f}",
+            ]
+        )
+    head = ["source", "attack", "n", "SSIM", "less PGD's", "FSIM", "HaarPSI", "GMSD"]
+    head += ["‖δ‖₂", "along x, %", "brightness, grey levels", "contrast, %"]
+    return _markdown(head, rows)
+
+
+def transfer_table(read: Callable[[str], pd.DataFrame]) -> str:
+    table = read("transfer")
+    rows = []
+    for (source, target), part in table.groupby(["source", "target"], sort=False) if len(table) else ():
+        if source == target:
+            continue
+        wide = part.pivot(index="position", columns="attack", values="fooled").astype(bool)
+        cells = [_points(Paired.of(wide[attack].to_numpy(), wide["PGD"].to_numpy())) for attack in PER_SCOPE]
+        rows.append([source, target, len(wide), _accuracy(Rate(int(wide["PGD"].sum()), len(wide))), *cells])
+    return _markdown(["source", "target", "n", "PGD fools", *PER_SCOPE], rows)
+
+
+MEASURES = {
+    "right": "clean",
+    "robust, PGD": "PGD",
+    "robust, OrthoPGD, image": "OrthoPGD, image",
+    "robust, OrthoPGD, pixel": "OrthoPGD, pixel",
+    "right, half as bright": "×0.5",
+    "right, half as bright again": "×1.5",
+}
+
+
+def tuned_means(table: pd.DataFrame) -> pd.DataFrame:
+    """Means over the images, a row per arm and seed, a column per measure."""
+    means: pd.DataFrame = table.pivot_table(
+        index=["arm", "seed"], columns="measure", values="value", aggfunc="mean", sort=False
+    )
+    return means
+
+
+def tuning_table(read: Callable[[str], pd.DataFrame]) -> str:
+    table = read("tuning")
+    if table.empty:
+        return ""
+    means = tuned_means(table)
+    rows = []
+    for arm, part in means.groupby(level="arm", sort=False):
+        cells = [_show(over_seeds(part[name].tolist()), ".1f", 100) for name in MEASURES]
+        rows.append([arm, len(part), *cells, _show(over_seeds(part["cosine"].tolist()), ".3f")])
+    return _markdown(["trained on", "runs", *MEASURES.values(), "\\|cos(g, x)\\|"], rows)
+
+
+def tuning_difference_table(read: Callable[[str], pd.DataFrame]) -> str:
+    table = read("tuning")
+    if table.empty:
+        return ""
+    means = tuned_means(table)
+    rows = []
+    for arm in (arm for arm in means.index.unique("arm") if arm.startswith("OrthoPGD")):
+        apart = means.loc[arm] - means.loc["PGD"]
+        cells = [_show(over_seeds(apart[name].tolist()), "+.1f", 100) for name in MEASURES]
+        rows.append([f"{arm}, less PGD", *cells, _show(over_seeds(apart["cosine"].tolist()), "+.3f")])
+    return _markdown(["trained on", *MEASURES.values(), "\\|cos(g, x)\\|"], rows)
+
+
+def _size(read: Callable[[str], pd.DataFrame], model: str) -> int:
+    """How many numbers an image of the model has."""
+    table = read("depth")
+    sizes = table.loc[(table["model"] == model) & (table["block"] == "input"), "size"]
+    return int(sizes.iloc[0]) if len(sizes) else 0
+
+
+TABLES: dict[str, tuple[str, Callable[[Callable[[str], pd.DataFrame]], str]]] = {
+    "alignment": ("gradients", alignment_table),
+    "share": ("gradients", share_table),
+    "moments": ("scratch", moments_table),
+    "undone": ("gradients", undone_table),
+    "attack_cosine": ("cost", attack_cosine_table),
+    "cost_linf": ("cost", lambda read: cost_table(read, "linf")),
+    "cost_l2": ("cost", lambda read: cost_table(read, "l2")),
+    "smallest": ("smallest", smallest_table),
+    "likeness": ("likeness", likeness_table),
+    "transfer": ("transfer", transfer_table),
+    "tuning": ("tuning", tuning_table),
+    "tuning_difference": ("tuning", tuning_difference_table),
+}
+"""Each table of the page, the stage that it needs, and what makes it of the results."""

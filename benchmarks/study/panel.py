@@ -1,0 +1,226 @@
+"""What the study looks at: groups of models that share photographs, and how much of everything is measured."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from orthattack.eval import evaluate
+from orthattack.eval.data import Photographs, load_photographs
+from orthattack.eval.errors import EvaluationError
+from orthattack.eval.models import IMAGENET_MEAN, IMAGENET_STD, Classifier, load_classifier
+from orthattack.eval.photographs import evenly
+from orthattack.eval.results import Run
+
+__all__ = ["Budget", "Group", "Study", "own_study", "shared_study"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Models that are shown the same photographs.
+
+    Attributes:
+        key: what the results call it.
+        title: what the page calls it.
+        models: by label, what `load_classifier` takes: name, weights, image_size.
+        data: a source for `load_photographs`; or a tar of SPLIT/CLASS/NAME.jpg, which is unpacked when it is needed.
+        eps: the L-infinity radius wherever there is only one.
+        images: how many photographs of the attacks at every radius, evenly spaced.
+        linf, l2: those radii.
+    """
+
+    key: str
+    title: str
+    models: Mapping[str, Mapping[str, Any]]
+    data: str
+    eps: float
+    images: int
+    linf: tuple[float, ...]
+    l2: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of everything.
+
+    Attributes:
+        gradients: photographs whose gradients are looked at.
+        pictures: photographs whose adversarial images are looked at and passed on to other models.
+        tuned: photographs on which the fine-tuned models are tested.
+        smallest: photographs whose smallest perturbation is searched.
+        steps: of the attacks.
+        scratch_epochs: of the small network that is trained from scratch.
+        train_images: how many it sees per epoch, and fine-tuning draws from.
+        seeds: fine-tuning runs per arm.
+        tuning_steps: of fine-tuning, each on `tuning_batch` images with `tuning_attack_steps` of the attack.
+    """
+
+    gradients: int = 400
+    pictures: int = 64
+    tuned: int = 100
+    smallest: int = 32
+    steps: int = 10
+    scratch_epochs: int = 4
+    train_images: int = 10_000
+    seeds: int = 3
+    tuning_steps: int = 40
+    tuning_batch: int = 64
+    tuning_attack_steps: int = 2
+
+
+QUICK = Budget(16, 8, 8, 4, 2, 1, 320, 2, 2, 16, 1)
+
+
+@dataclass(frozen=True)
+class Study:
+    """All of it. `train` is the CIFAR-10 training set of the stages that train; without it they are left out."""
+
+    groups: tuple[Group, ...]
+    budget: Budget
+    work: Path
+    train: Path | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """What two studies must share for one to go on with the other's results, as JSON without paths."""
+        groups = [
+            {key: value for key, value in asdict(group).items() if key not in ("data", "models")}
+            | {"models": {label: spec["name"] for label, spec in group.models.items()}}
+            for group in self.groups
+        ]
+        return {"groups": groups, "budget": asdict(self.budget), "trains": self.train is not None}
+
+    def check(self) -> None:
+        """Raise EvaluationError, before anything is computed, for what a later stage would fail at."""
+        if find_spec("piq") is None:
+            raise EvaluationError("the study measures how alike images look with piq: pip install 'orthattack[study]'")
+        for group in self.groups:
+            shapes = {
+                label: replace(classifier.preprocessing, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+                for label, classifier in self.classifiers(group).items()
+            }
+            if len(set(shapes.values())) > 1:
+                raise EvaluationError(
+                    "models are compared on the same pixels, but these prepare photographs differently: "
+                    + "; ".join(f"{label}: {shape.describe()}" for label, shape in shapes.items())
+                    + ". Give the study one of them at a time, or --image-size"
+                )
+            self.photographs(group, load_classifier(**next(iter(group.models.values()))), 1)
+
+    def classifiers(self, group: Group) -> dict[str, Classifier]:
+        """The group's models by label."""
+        return {label: load_classifier(**spec) for label, spec in group.models.items()}
+
+    def source(self, group: Group) -> str:
+        """The group's photographs as a source."""
+        return str(unpacked(Path(group.data), self.work)) if group.data.endswith(".tar") else group.data
+
+    def photographs(self, group: Group, classifier: Classifier, count: int) -> Photographs:
+        """At most `count` of the group's photographs, evenly spaced."""
+        return load_photographs(self.source(group), classifier).limited(count)
+
+    def attack(
+        self,
+        name: str,
+        group: Group,
+        attacks: Sequence[Mapping[str, Any]],
+        count: int,
+        models: Mapping[str, Classifier] | None = None,
+        **options: Any,
+    ) -> Run:
+        """A run of the evaluation on the group, kept in the work folder; if it is there, whole or not, it goes on."""
+        run = evaluate(
+            dict(models) if models else [{**spec, "label": label} for label, spec in group.models.items()],
+            {"source": self.source(group), "limit": count},
+            attacks,
+            out=self.work / "runs" / name,
+            report=False,
+            progress=False,
+            **{"steps": self.budget.steps, "checks": False, "save_images": "none", "batch_size": 64, **options},
+        )
+        if run.status != "complete":
+            raise KeyboardInterrupt
+        return run
+
+
+def shared_study(shared: Path, work: Path, quick: bool) -> Study:
+    """The study of docs/study.md: two pairs of models, each a standard and a robust one.
+
+    Raises:
+        EvaluationError: the data and weights are not there.
+    """
+    tiny, cifar = shared / "data" / "tiny-imagenet-20" / "val", shared / "data" / "cifar10"
+    weights = {
+        kind: shared / "weights" / f"resnet18-tiny20-{kind}.safetensors" for kind in ("standard", "robust-linf-4")
+    }
+    for path in (tiny, cifar / "test.tar", cifar / "train.tar", *weights.values()):
+        if not path.exists():
+            raise EvaluationError(
+                f"{path} is missing: the study needs the shared data beside the checkout (or ORTHATTACK_SHARED), "
+                "or your own --model and --data"
+            )
+    radii = tuple(k / 255 for k in (0.5, 1, 2, 4, 8))
+    groups = (
+        Group(
+            "tiny",
+            "ResNet-18, 20 classes of Tiny ImageNet, 64×64",
+            {
+                f"tiny-{label}": {"name": "resnet18", "weights": str(weights[file]), "image_size": 64}
+                for label, file in (("standard", "standard"), ("robust", "robust-linf-4"))
+            },
+            str(tiny),
+            4 / 255,
+            8 if quick else 200,
+            radii[3:4] if quick else radii,
+            (0.5,) if quick else (0.25, 0.5, 1.0),
+        ),
+        Group(
+            "cifar10",
+            "RegNet, CIFAR-10, 32×32",
+            {name: {"name": name} for name in ("cifar10-standard", "cifar10-robust")},
+            str(cifar / "test.tar"),
+            8 / 255,
+            8 if quick else 200,
+            radii[4:] if quick else radii,
+            (0.5,) if quick else (0.25, 0.5, 1.0),
+        ),
+    )
+    return Study(groups, QUICK if quick else Budget(), work, cifar / "train.tar")
+
+
+def own_study(
+    models: Sequence[str], data: str, eps: float, limit: int, work: Path, weights: str | None, image_size: int | None
+) -> Study:
+    """The same questions about other models and photographs, but for those that take training."""
+    group = Group(
+        "own",
+        f"{', '.join(models)} on {Path(data).name}",
+        {name: {"name": name, "weights": weights, "image_size": image_size} for name in models},
+        data,
+        eps,
+        limit,
+        (eps / 4, eps / 2, eps, 2 * eps),
+        (0.25, 0.5, 1.0),
+    )
+    return Study((group,), Budget(gradients=limit, pictures=limit, smallest=limit), work)
+
+
+def unpacked(archive: Path, work: Path, count: int | None = None) -> Path:
+    """The folder of class folders in a tar, with all photographs or `count` evenly spaced ones.
+
+    It is unpacked in the work folder unless it is there already.
+    """
+    target = work / "data" / f"{archive.parent.name}-{archive.stem}{'' if count is None else f'-{count}'}"
+    if not target.exists():
+        partial = target.with_name(target.name + ".partial")  # a stop leaves this, not something that looks whole
+        partial.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(archive) as tar:
+            members = sorted((member for member in tar if member.isfile()), key=lambda member: member.name)
+            chosen = range(len(members)) if count is None else evenly(min(count, len(members)), len(members))
+            tar.extractall(partial, [members[k] for k in chosen], filter="data")
+        (partial / archive.stem).rename(target)
+        partial.rmdir()
+    return target

@@ -1,0 +1,218 @@
+"""What training has to do with it: how the alignment comes about, and whether it matters what one trains on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from benchmarks.study.gradients import loss_gradient
+from benchmarks.study.panel import Group, Study, unpacked
+from orthattack import PGD, Normalized, OrthoPGD, alignment
+from orthattack.eval.data import load_photographs
+from orthattack.eval.models import Classifier, load_classifier
+from orthattack.eval.outcomes import ROBUST
+from orthattack.eval.photographs import Batch, Photographs
+
+__all__ = ["ARMS", "BASE", "scratch", "small_network", "tuning"]
+
+BASE = "cifar10-standard"
+ARMS: dict[str, Callable[..., PGD | OrthoPGD] | None] = {
+    "clean images": None,
+    "PGD": PGD,
+    "OrthoPGD, image": OrthoPGD,
+    "OrthoPGD, pixel": lambda model, **options: OrthoPGD(model, scope="pixel", **options),
+}
+BATCH = 100
+Moment = Callable[[int, nn.Module], None]
+
+
+@dataclass(frozen=True)
+class Set:
+    """Photographs in memory: images (N, 3, H, W) uint8, labels (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    @classmethod
+    def of(cls, photographs: Photographs, classifier: Classifier) -> Set:
+        batches = [b for b in photographs.batches(1000, classifier.preprocessing) if isinstance(b, Batch)]
+        return cls(
+            torch.cat([(batch.images * 255).round().byte() for batch in batches]),
+            torch.cat([batch.labels for batch in batches]),
+        )
+
+    def batches(self, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """Random batches of images in [0, 1], half of them mirrored, for ever."""
+        while True:
+            order = torch.randperm(len(self.images), generator=generator)
+            for index in torch.split(order, size):
+                if len(index) == size:
+                    images = self.images[index].float() / 255
+                    mirrored = torch.rand((size, 1, 1, 1), generator=generator) < 0.5
+                    yield torch.where(mirrored, images.flip(-1), images), self.labels[index]
+
+    def shown(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All of them in order, as images in [0, 1]."""
+        for images, labels in zip(torch.split(self.images, BATCH), torch.split(self.labels, BATCH), strict=True):
+            yield images.float() / 255, labels
+
+
+def train(
+    model: nn.Module,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    steps: int,
+    lr: float,
+    attack: Callable[[Tensor, Tensor], Tensor] | None = None,
+    moment: Moment | None = None,
+) -> None:
+    """SGD with momentum and one cycle of the learning rate, on the images or on what the attack makes of them."""
+    model.requires_grad_(True).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.25)
+    for step in range(steps):
+        if moment is not None:
+            moment(step, model)
+        images, labels = next(batches)
+        shown = images if attack is None else attack(images, labels)  # puts the model in evaluation mode, and back
+        loss = nn.functional.cross_entropy(model(shown), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+    if moment is not None:
+        moment(steps, model)
+    model.requires_grad_(False).eval()
+
+
+def small_network(classes: int) -> nn.Module:
+    """Four convolutions, so another architecture than the bundled models': 245 thousand weights."""
+    layers: list[nn.Module] = []
+    for before, after in ((3, 32), (32, 64), (64, 128), (128, 128)):
+        layers += [
+            nn.Conv2d(before, after, 3, padding=1, bias=False),
+            nn.BatchNorm2d(after),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ]
+    return nn.Sequential(*layers[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, classes))
+
+
+def scratch(study: Study, group: Group) -> pd.DataFrame:
+    """A row per moment of training `small_network` on clean images, and test image: is it right, and cos(g, x).
+
+    The network is kept in the work folder, for the stages that look at transfer.
+    """
+    base = load_classifier(BASE)
+    seen = _training_set(study, base)
+    test = Set.of(study.photographs(group, base, study.budget.gradients), base)
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    model = Normalized(small_network(base.num_classes), base.preprocessing.mean, base.preprocessing.std)
+    total = study.budget.scratch_epochs * (len(seen.images) // 128)
+    moments = {0, total, *(m for m in (10, 30, 100, 300) if m < total)}
+    rows: list[pd.DataFrame] = []
+
+    def look(step: int, model: nn.Module) -> None:
+        if step in moments:
+            rows.append(_looked(model, test).assign(step=step))
+
+    train(model, seen.batches(128, generator), total, 0.1, moment=look)
+    path = network_path(study)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(model.model.state_dict(), path)
+    return pd.concat(rows, ignore_index=True)
+
+
+def network_path(study: Study) -> Path:
+    """Where the small network is kept."""
+    return study.work / "networks" / "small.safetensors"
+
+
+def tuning(study: Study, group: Group) -> pd.DataFrame:
+    """A row per arm, seed, measure and test image, of the bundled standard model trained on with each arm's images.
+
+    Arms of one seed see the same batches in the same order, and take as many steps. Measures: "right" on the image as
+    it is, and darkened and brightened; "robust" against attacks; "cosine", |cos(g, x)|. Arm "none" is the model itself.
+    """
+    base = load_classifier(BASE)
+    seen = _training_set(study, base)
+    models = {("none", 0): base}
+    for seed in range(study.budget.seeds):
+        for arm, attack in ARMS.items():
+            models[arm, seed] = _tuned(study, base, seen, group.eps, arm, attack, seed)
+    count = study.budget.tuned
+    test = Set.of(study.photographs(group, base, count), base)
+    attacks: list[dict[str, Any]] = [
+        {"name": "PGD", "early_stop": True},
+        {"name": "OrthoPGD", "label": "OrthoPGD, image", "early_stop": True},
+        {"name": "OrthoPGD", "label": "OrthoPGD, pixel", "scope": "pixel", "early_stop": True},
+    ]
+    rows: list[pd.DataFrame] = []
+    for (arm, seed), classifier in models.items():
+        run = study.attack(f"tuning {arm} {seed}", group, attacks, count, {arm: classifier}, eps=[group.eps])
+        values: dict[str, Any] = {
+            f"robust, {label}": run.outcomes(arm, label, group.eps).outcome == ROBUST for label in run.attacks
+        }
+        values["right"] = (run.clean(arm)["prediction"] == run.clean(arm)["label"]).to_numpy(bool)
+        values["cosine"] = np.abs(run.gradient_cosines(arm))
+        for name, factor in (("right, half as bright", 0.5), ("right, half as bright again", 1.5)):
+            values[name] = torch.cat([
+                classifier.model((factor * x).clamp(0, 1)).argmax(1) == y for x, y in test.shown()
+            ]).numpy()  # fmt: skip
+        rows += [
+            pd.DataFrame({"arm": arm, "seed": seed, "measure": name, "position": range(len(column)),
+                          "value": column.astype(np.float32)})
+            for name, column in values.items()
+        ]  # fmt: skip
+    return pd.concat(rows, ignore_index=True)
+
+
+def _tuned(
+    study: Study, base: Classifier, seen: Set, eps: float, arm: str, make: Callable[..., Any] | None, seed: int
+) -> Classifier:
+    """The base model after training on an arm's images; read back if that is done already."""
+    path = study.work / "networks" / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}.safetensors"
+    model = copy.deepcopy(base.model)
+    if path.exists():
+        model.load_state_dict(load_file(path))
+    else:
+        budget = study.budget
+        batches = seen.batches(budget.tuning_batch, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        attack = None if make is None else make(model, eps=eps, steps=budget.tuning_attack_steps, generator=generator)
+        train(model, batches, budget.tuning_steps, 0.02, attack)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_file(model.state_dict(), partial)
+        partial.rename(path)
+    return Classifier(arm, model.eval().requires_grad_(False), base.preprocessing, base.classes, base.num_classes, arm)
+
+
+def _training_set(study: Study, classifier: Classifier) -> Set:
+    assert study.train is not None
+    folder = unpacked(study.train, study.work, study.budget.train_images)
+    return Set.of(load_photographs(str(folder), classifier), classifier)
+
+
+def _looked(model: nn.Module, test: Set) -> pd.DataFrame:
+    """Whether each test image is classified correctly, and how its gradient lies to it, in evaluation mode."""
+    was_training = model.training
+    model.eval().requires_grad_(False)
+    right, cosine = [], []
+    for x, y in test.shown():
+        with torch.inference_mode():
+            right.append(model(x).argmax(1) == y)
+        cosine.append(alignment(loss_gradient(model, x, y), x))
+    model.train(was_training).requires_grad_(was_training)
+    return pd.DataFrame(
+        {"position": range(len(test.labels)), "right": torch.cat(right).numpy(), "cosine": torch.cat(cosine).numpy()}
+    )
