@@ -30,6 +30,9 @@ examples:
   orthattack eval benchmark.toml
 
 The same command, with a suite or --out, goes on where an earlier one stopped.
+
+exit codes: 0 done; 1 done, but nothing could be scored; 2 something to put right first; 130 interrupted: what is
+finished is kept
 """
 
 

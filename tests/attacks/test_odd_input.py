@@ -44,10 +44,10 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
     "loss": st.sampled_from(["ce", "margin", "logit-difference"]),
     "early_stop": st.booleans(),
     "momentum": st.sampled_from([0.0, 0.5, 1.0]),
-    "decay": st.sampled_from([0.0, 0.5, 1.0]),
+    "decay": st.sampled_from([0.5, 1.0]),
     "eot_samples": st.integers(1, 2),
     "enforce": st.sampled_from(["perturbation", "gradient"]),
-    "reference": st.sampled_from(["clean", "current"]),
+    "reference": st.sampled_from(["clean"]),
 }
 ODD = st.sampled_from([-1, 0, 1.5, math.nan, math.inf, 10**30, "one", None, (), [1], True, torch.ones(2), torch.nan])
 
@@ -88,7 +88,7 @@ def make(name: str, model: nn.Module, norm: Any, eps: Any, options: dict[str, An
         return DetectorEvasion(model, lambda images: images.mean((1, 2, 3)), 0.5, norm=norm, eps=eps, **options)
     kind = getattr(orthattack, name)
     more = dict(options)
-    if "generator" in _accepted(kind) or not name.endswith("FGSM"):
+    if name not in ("FGSM", "OrthoFGSM"):  # which draw nothing
         more["generator"] = torch.Generator().manual_seed(0)
     return kind(model, norm=norm, eps=eps, **more)
 
@@ -129,6 +129,7 @@ def attacked(name: str, norm: Any, eps: Any, options: dict[str, Any], images: Te
     assert found.isfinite().all()
     assert found.min() >= 0
     assert found.max() <= 1
+    before = before.clamp(0, 1)  # what is off by round-off
     delta = found.double() - before.double()
     if name != "MinimumNorm":
         assert (sizes(delta, norm) <= eps * (1 + 1e-6)).all()
