@@ -261,7 +261,7 @@ class _Run:
             self.say(f"{job.label} answers at random: each image is judged by {job.judge.evaluations} evaluations")
 
     def _conditions(self, job: Job, entry: Entry) -> Conditions:
-        return Conditions(entry.norm, entry.eps, self.suite.steps, job.classifier.num_classes)
+        return Conditions(entry.norm, entry.eps, self.suite.steps, job.classifier.num_classes, self.suite.batch_size)
 
     def _so_far(self, entry: Entry, robust: int, scored: int) -> str:
         """Robust accuracy of what this session has measured."""
