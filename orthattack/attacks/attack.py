@@ -480,3 +480,5 @@ def check_count(name: str, value: int) -> None:
     """ValueError unless `value` is an integer >= 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be an integer >= 1; got {value!r}")
+    if value >= 2**31:
+        raise ValueError(f"{name} must be below 2**31; got {value!r}")

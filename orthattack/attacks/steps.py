@@ -44,7 +44,8 @@ class Ascent:
     def step(self, points: Tensor, direction: Tensor, alpha: Tensor, avoid: Tensor | None = None) -> Tensor:
         """`Region.step`, the direction projected first if that is all the orthogonality there is."""
         if self.textbook is not None:
-            direction = self.textbook.tangent(direction, points if self.reference == "iterate" else self.region.images)
+            against = points if self.reference == "iterate" else self.region.images
+            direction = self.textbook.tangent(direction.to(against.dtype), against)  # finer than a half-precision model
         return self.region.step(points, direction, alpha, avoid)
 
     def select(self, index: Tensor) -> Ascent:

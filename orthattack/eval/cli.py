@@ -32,6 +32,9 @@ examples:
 
 The same command, with a suite or --out, goes on where an earlier one stopped. Several processes share the work with
 --shard 1/2, --shard 2/2, or with --engine ray: see docs/scaling.md.
+
+exit codes: 0 done; 1 done, but nothing could be scored; 2 something to put right first; 130 interrupted: what is
+finished is kept
 """
 
 
