@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from orthattack import OrthoPGD, ThreatModel, alignment, orthogonalize
 from orthattack.eval.data import load_photographs
 from orthattack.eval.models import load_classifier
+from orthattack.eval.photographs import Batch
 from orthattack.plane import Plane
 from orthattack.threat import Norm
 
@@ -96,7 +98,7 @@ def plane(out: Path) -> None:
 
 def _bounds(ax: Axes) -> None:
     """The pixel bounds 0 and 1: what is outside is hatched."""
-    outside = {"facecolor": "#f2f2f2", "edgecolor": "#cccccc", "hatch": "///", "lw": 0, "zorder": 0}
+    outside: dict[str, Any] = {"facecolor": "#f2f2f2", "edgecolor": "#cccccc", "hatch": "///", "lw": 0, "zorder": 0}
     for corner, width, height in (((1, -1), 1, 3), ((-1, 1), 2, 1)):
         ax.add_patch(Rectangle(corner, width, height, **outside))
     ax.plot([-1, 1, 1], [1, 1, -1], color="#999999", lw=0.8, zorder=1)
@@ -111,7 +113,7 @@ def signs(out: Path) -> None:
     _save(fig, out / "signs.svg")
 
 
-def _cube(ax: Axes) -> None:
+def _cube(ax: Any) -> None:
     x, g, eps = image(0.35, 0.55, 0.45), image(1.0, -0.35, 0.55), 0.2
     projected = orthogonalize(g, x)
     corner = x + eps * projected.sign()
@@ -137,18 +139,22 @@ def _cube(ax: Axes) -> None:
     for a, b in product(product((-eps, eps), repeat=3), repeat=2):
         if sum(p != q for p, q in zip(a, b, strict=True)) == 1 and a < b:
             ax.plot(*zip(a, b, strict=True), color="#999999", lw=0.7)
-    for vector, colour, name, place in ((g, GREY, "g", 1.15), (projected, BLUE, "g⊥", 0.65)):
+    for vector, colour, name, share in ((g, GREY, "g", 1.15), (projected, BLUE, "g⊥", 0.65)):
         tip = 0.24 * vector.flatten().numpy()
         ax.quiver(0, 0, 0, *tip, color=colour, arrow_length_ratio=0.12, lw=1.4)
-        ax.text(*(place * tip - [0, 0, 0.05 * (place < 1)]), name, color=colour, fontsize=10)
+        ax.text(*(share * tip - [0, 0, 0.05 * (share < 1)]), name, color=colour, fontsize=10)
     shown = ((corner, RED, "X", f"ε sign(g⊥): cosine {cosine(corner - x, x):.2f}"), (best, BLUE, "o", "best step: 0"))
     for point, colour, marker, name in shown:
         at = (point - x).flatten().numpy()
         ax.plot(*at[:, None], marker, color=colour, ms=8, label=name)
     ax.plot([0], [0], [0], "k.", ms=9)
     ax.set(xticks=[], yticks=[], zticks=[])
-    for at, name in (((0, -eps, -1.25 * eps), "red"), ((1.35 * eps, 0, -eps), "green"), ((1.3 * eps, eps, 0), "blue")):
-        ax.text(*at, name, color=GREY, ha="center", va="center")
+    for place, name in (
+        ((0, -eps, -1.25 * eps), "red"),
+        ((1.35 * eps, 0, -eps), "green"),
+        ((1.3 * eps, eps, 0), "blue"),
+    ):
+        ax.text(*place, name, color=GREY, ha="center", va="center")
     ax.set_title("the three channels of one pixel: the ball is\na cube, the plane cuts a polygon out of it")
     ax.view_init(22, -62)
     ax.set_box_aspect((1, 1, 1), zoom=1.05)
@@ -159,6 +165,7 @@ def photographs() -> tuple[torch.nn.Module, Tensor, Tensor]:
     """The bundled robust model, and the 20 photographs with their classes."""
     classifier = load_classifier("cifar10-robust")
     (batch,) = load_photographs("cifar10-samples", classifier).batches(20, classifier.preprocessing)
+    assert isinstance(batch, Batch)
     return classifier.model, batch.images, batch.labels
 
 
@@ -282,7 +289,8 @@ def nearest(out: Path) -> None:
         y = region.project(p)
         assert cosine(y - x, x) < 1e-12
         _bounds(ax)
-        ball = Rectangle(at - eps, 2 * eps, 2 * eps) if norm == "linf" else Circle(at, eps)
+        x0, y0 = map(float, at)
+        ball = Rectangle((x0 - eps, y0 - eps), 2 * eps, 2 * eps) if norm == "linf" else Circle((x0, y0), eps)
         ball.set(facecolor=BLUE, alpha=0.14, edgecolor=BLUE)
         ax.add_patch(ball)
         ball.set_clip_path(Rectangle((0, 0), 1, 1, transform=ax.transData))
