@@ -15,6 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from orthattack.grid import Box, settled_rows
+from orthattack.multiplier import Bracket, ends_of, search, try_all
 from orthattack.projection import Scope, dot, orthogonalize, reciprocal, scaled, scope_dims, total
 
 __all__ = ["Plane", "soften"]
@@ -26,8 +28,6 @@ _FEW = 4
 _GAP = 1e-8
 # How often Newton's method is tried before the search that cannot fail.
 _NEWTON = 8
-# To ask whether a search is done, the host would have to wait for the GPU; there, it is so long whatever it finds.
-_TRIALS_GPU = 16
 
 
 class Plane:
@@ -108,9 +108,9 @@ class Plane:
         scale = torch.where(scale > 0, scale, 1)
         if self.is_small:
             jumps = _by_group(ratio.nan_to_num(0), dims).sort(dim=0).values
-            bracket = _try_all(residual, scale, jumps[1:] / 2 + jumps[:-1] / 2)
+            bracket = try_all(residual, scale, jumps[1:] / 2 + jumps[:-1] / 2)
         else:
-            bracket = _search(residual, scale, torch.where(moves, _GAP * alpha * size, torch.inf), ends, None)
+            bracket = search(residual, scale, torch.where(moves, _GAP * alpha * size, torch.inf), ends, None)
 
         def mix(share: Tensor, out: Tensor) -> Tensor:
             torch.lerp(torch.gt(ratio, bracket[0], out=scratch), torch.gt(ratio, bracket[2], out=out), share, out=out)
@@ -273,11 +273,11 @@ class Plane:
         # λ if nothing were clipped; the search needs only its order of magnitude.
         scale = along.abs() * reciprocal(self._normal2)
         if self.is_small:
-            bracket = _try_all(residual, scale, self._at_kinks(points, shrink))
+            bracket = try_all(residual, scale, self._at_kinks(points, shrink))
         else:
-            ends = _ends(residual, scale)
+            ends = ends_of(residual, scale)
             near = along * reciprocal(self._normal2), -self._normal2
-            bracket = _search(residual, torch.where(scale > 0, scale, 1), 5e-15 * distance2, (ends[1], ends[3]), near)
+            bracket = search(residual, torch.where(scale > 0, scale, 1), 5e-15 * distance2, (ends[1], ends[3]), near)
         high, low = point(bracket[0], self._scratch[2]), point(bracket[2], self._scratch[0])
         return self._mixture(lambda share, out: torch.lerp(high, low, share, out=out), bracket, self.images)
 
@@ -293,7 +293,7 @@ class Plane:
         """
         return self._settled(points, [self._box], self.images)
 
-    def _box(self) -> _Box:
+    def _box(self) -> Box:
         return self.lower, self.upper
 
     def _lost(self, points: Tensor) -> Tensor:
@@ -305,7 +305,7 @@ class Plane:
         # A tenth is left for the round-off of these sums.
         return along > 0.9 * unit * (dot(delta, delta, self.dims, scratch) * self._normal2).sqrt()
 
-    def _settled(self, points: Tensor, boxes: list[Callable[[], _Box]], fallback: Tensor) -> Tensor:
+    def _settled(self, points: Tensor, boxes: list[Callable[[], Box]], fallback: Tensor) -> Tensor:
         """`points`, with the orthogonality restored that rounding has cost, by moving a pixel or two per group.
 
         Rounding moves ⟨y - x, x⟩ by about 1e-8 per pixel, at random. Beside a whole image that is nothing; beside one
@@ -322,17 +322,17 @@ class Plane:
         def rows(tensor: Tensor) -> Tensor:  # a view with the pixels of a group along the last dimension
             return tensor.movedim(-3, -1) if self.scope == "pixel" else tensor.flatten(self.dims[0])
 
-        def lost_rows(box: Callable[[], _Box]) -> _Box:
+        def lost_rows(box: Callable[[], Box]) -> Box:
             low, high = box()
             return rows(low)[groups], rows(high)[groups]
 
         settled = points.clone(memory_format=torch.contiguous_format)
         y, x, z = (rows(tensor)[groups] for tensor in (points, self.images, fallback))
         unit = 1e-6 if points.dtype == torch.float32 else 1e-12
-        rows(settled)[groups] = _settled_rows(y, x, [partial(lost_rows, box) for box in boxes], z, 0.75 * unit)
+        rows(settled)[groups] = settled_rows(y, x, [partial(lost_rows, box) for box in boxes], z, 0.75 * unit)
         return settled
 
-    def _mixture(self, mix: Callable[[Tensor, Tensor], Tensor], bracket: _Bracket, fallback: Tensor) -> Tensor:
+    def _mixture(self, mix: Callable[[Tensor, Tensor], Tensor], bracket: Bracket, fallback: Tensor) -> Tensor:
         """The point on the plane between the ends of a bracket.
 
         f(λ) = ⟨y(λ) - x, x⟩ is the derivative of the concave dual, so it falls as λ grows, and a bracket
@@ -360,7 +360,7 @@ class Plane:
             y = self._settled(mix(corrected, y), [partial(self._between, mix, share), self._box], fallback)
         return y
 
-    def _between(self, mix: Callable[[Tensor, Tensor], Tensor], like: Tensor) -> _Box:
+    def _between(self, mix: Callable[[Tensor, Tensor], Tensor], like: Tensor) -> Box:
         """The box between y(a) and y(b): where they differ, anything between them is as good, so a pixel to move is
         best found there."""
         at_a, at_b = (mix(torch.full_like(like, end), torch.empty_like(self.images)) for end in (0.0, 1.0))
@@ -382,199 +382,8 @@ def soften(points: Tensor, images: Tensor, shrink: Tensor) -> Tensor:
     return delta.sub_(delta.clamp(-shrink, shrink)).add_(images)
 
 
-_Bracket = tuple[Tensor, Tensor, Tensor, Tensor]
-_Box = tuple[Tensor, Tensor]
-
-
-def _ends(residual: Callable[[Tensor], Tensor], like: Tensor) -> _Bracket:
-    """The bracket (a, f(a), b, f(b)) of all λ, for f = `residual`."""
-    b = torch.full_like(like, _largest(like))
-    a = -b
-    # There every pixel is as bright, or as dark, as it may be; round-off must not leave f without a root.
-    return a, residual(a).clamp(min=0), b, residual(b).clamp(max=0)
-
-
-def _try_all(residual: Callable[[Tensor], Tensor], scale: Tensor, pivots: Tensor) -> _Bracket:
-    """The narrowest bracket that the (K, ...) pivots give."""
-    a, fa, b, fb = _ends(residual, scale)
-    for pivot in pivots:
-        f = residual(pivot)
-        is_a, is_b = (f >= 0) & (pivot > a), (f < 0) & (pivot < b)
-        a, fa = torch.where(is_a, pivot, a), torch.where(is_a, f, fa)
-        b, fb = torch.where(is_b, pivot, b), torch.where(is_b, f, fb)
-    return a, fa, b, fb
-
-
-def _search(
-    residual: Callable[[Tensor], Tensor],
-    scale: Tensor,
-    tolerance: Tensor,
-    ends: tuple[Tensor, Tensor],
-    near: tuple[Tensor, Tensor] | None,
-) -> _Bracket:
-    """A bracket whose mixture has a duality gap of at most `tolerance`, by a safeguarded secant.
-
-    It runs over u = λ / (scale + |λ|), which maps all λ to [-1, 1].
-
-    Args:
-        residual: f.
-        scale: per group, the order of magnitude of λ, not 0.
-        tolerance: per group, the duality gap at which to stop.
-        ends: f where λ is -infinity and infinity.
-        near: a λ to start at and the slope of f there; by default 0, and that between the ends.
-    """
-    scale64 = scale.double()
-    largest = _largest(scale)
-
-    def value(u: Tensor) -> Tensor:
-        return (scale64 * u / (1 - u.abs())).clamp(-largest, largest)
-
-    def f_at(u: Tensor) -> Tensor:
-        return residual(value(u).to(scale.dtype)).double()
-
-    fa, fb = (end.double() for end in ends)
-    a, b = torch.full_like(scale64, -1), torch.ones_like(scale64)
-    u, slope = torch.zeros_like(scale64), (fb - fa) / 2
-    if near is not None:
-        u = near[0] / (scale64 + near[0].abs())
-        slope = near[1] * scale64 / (1 - u.abs()).square()
-    f = f_at(u)
-    right = f >= 0
-    stuck = done = torch.zeros_like(right)
-    asks = not scale.is_cuda
-    for attempt in range(200 if asks else _TRIALS_GPU):
-        # A group that is done keeps its bracket, so that its answer does not depend on its batch.
-        is_a, is_b = right & ~done, ~right & ~done
-        a, fa = torch.where(is_a, u, a), torch.where(is_a, f, fa)
-        b, fb = torch.where(is_b, u, b), torch.where(is_b, f, fb)
-        gap = fa * -fb * reciprocal(fa - fb) * (value(b) - value(a))
-        done = gap <= tolerance
-        if asks and bool(done.all()):
-            break
-        # The secant tends to come from one side, which leaves the bracket wide: so it aims a little beyond the root, by
-        # what the tolerance allows, and twice as far after two trials on the same side. Later trials also halve.
-        beyond = (tolerance * reciprocal(slope.abs() * scale64)).sqrt() / 2
-        target = u - f * reciprocal(slope) * torch.where(stuck, 2, 1) + torch.where(right, beyond, -beyond)
-        usable = (target > a) & (target < b) & (attempt < 6 or attempt % 3 < 2)
-        target = torch.where(usable, target, (a + b) / 2)
-        u_before, f_before, right_before = u, f, right
-        u, f = target, f_at(target)
-        right = f >= 0
-        stuck = right == right_before
-        slope = torch.where(u != u_before, (f - f_before) * reciprocal(u - u_before), slope)
-    return value(a).to(scale.dtype), fa.to(scale.dtype), value(b).to(scale.dtype), fb.to(scale.dtype)
-
-
-def _largest(like: Tensor) -> float:
-    """λ = infinity, to all intents: finite, so that times 0 it is 0 and the width of a bracket is a number."""
-    return torch.finfo(like.dtype).max / 4
-
-
 def _by_group(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
     """(K, ...): the K pixels of each group first, then the shape of a number per group."""
     shape = [1 if d - tensor.ndim in dims else n for d, n in enumerate(tensor.shape)]
     moved: Tensor = tensor.movedim(dims, tuple(range(len(dims))))
     return moved.reshape(-1, *shape)
-
-
-def _settled_rows(
-    points: Tensor, images: Tensor, boxes: list[Callable[[], _Box]], fallback: Tensor, allowed: float
-) -> Tensor:
-    """`Plane._settled` for rows, (R, n), until |cos| <= allowed."""
-    y, x, dtype = points.double(), images.double(), points.dtype
-    # Among many pixels there is one that will do in any thousand of them.
-    few = slice(None, None, y.shape[1] // 1024 | 1)
-    Attempt = tuple[Callable[[], _Box], slice, Callable[..., Tensor]]
-    attempts: list[Attempt] = [
-        (boxes[-1], few, _take_up),
-        *((box, slice(None), _take_up) for box in boxes),
-        *((boxes[-1], slice(None), partial(_combine, radius=radius)) for radius in (1, 8, 64)),
-    ]
-    for box, columns, attempt in attempts[y.shape[1] < 4096 :]:
-        excess, limit = _excess(y, x, allowed)
-        off = (excess.abs() > limit).squeeze(1).nonzero().squeeze(1)
-        if len(off) == 0:
-            return y.to(dtype)
-        low, high = box()
-        part, x_off = y[off][:, columns], x[off][:, columns]
-        # No pixel moves by more than the whole perturbation: that would not repair it but replace it.
-        size = torch.linalg.vector_norm(y[off] - x[off], dim=1, keepdim=True)
-        low, high = torch.maximum(low[off][:, columns], part - size), torch.minimum(high[off][:, columns], part + size)
-        # The limits may lie between two numbers of the dtype, so what an attempt gives is judged as it will be stored.
-        part = part.clamp(low, high)
-        moved = attempt(part, x_off, low, high, excess[off], limit[off], dtype=dtype)
-        y[off.unsqueeze(1), torch.arange(y.shape[1], device=y.device)[columns]] = moved.to(dtype).double()
-    excess, limit = _excess(y, x, allowed)
-    return torch.where(excess.abs() > limit, fallback.double(), y).to(dtype)
-
-
-def _excess(y: Tensor, x: Tensor, allowed: float) -> tuple[Tensor, Tensor]:
-    """⟨y - x, x⟩ and allowed ‖y - x‖ ‖x‖ per row, (R, 1)."""
-    delta = y - x
-    norms = torch.linalg.vector_norm(delta, dim=1, keepdim=True) * torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    return (delta * x).sum(1, keepdim=True), allowed * norms
-
-
-def _take_up(
-    y: Tensor, x: Tensor, low: Tensor, high: Tensor, amount: Tensor, limit: Tensor, *, dtype: torch.dtype
-) -> Tensor:
-    """(R, n) float64 rows with ⟨y - x, x⟩ = amount taken up by a pixel that has the room: of those with a grid fine
-    enough the one that moves least, or else the one with the finest grid."""
-    room = torch.where(amount * x > 0, y - low, high - y) * x.abs()
-    grid = _spacing(y, dtype) * x.abs()
-    enough = room >= amount.abs()
-    fine = enough & (grid <= limit)
-    finest = torch.where(enough, grid, torch.inf).argmin(1, keepdim=True)
-    brightest = torch.where(fine, x.abs(), -1).argmax(1, keepdim=True)
-    pixel = torch.where(enough.any(1, keepdim=True), finest, room.argmax(1, keepdim=True))
-    pixel = torch.where(fine.any(1, keepdim=True), brightest, pixel)
-    xs, ys, lows, highs = (t.gather(1, pixel) for t in (x, y, low, high))
-    return y.scatter(1, pixel, _lowered(ys, xs, amount, dtype).clamp(lows, highs))
-
-
-def _combine(
-    y: Tensor,
-    x: Tensor,
-    low: Tensor,
-    high: Tensor,
-    excess: Tensor,
-    limit: Tensor,
-    *,
-    dtype: torch.dtype,
-    radius: int,
-) -> Tensor:
-    """(R, n) float64 rows with neighbouring values of one pixel tried, each with the best value of another for it.
-
-    The one tried is the one with most room to both sides; the other that with the finest grid or else the widest range.
-    """
-    size = x.abs()
-    first = (torch.minimum(y - low, high - y) * size).argmax(1, keepdim=True)
-    others = ((high - low) * size).scatter(1, first, 0)
-    finest = torch.where(others > 0, _spacing(y, dtype) * size, torch.inf).argmin(1, keepdim=True)
-    offsets = torch.arange(-radius, radius + 1, device=y.device)
-    for other in (finest, others.argmax(1, keepdim=True)):
-        y1, x1, low1, high1 = (t.gather(1, other) for t in (y, x, low, high))
-        y2, x2, low2, high2 = (t.gather(1, first) for t in (y, x, low, high))
-        tried = (y2 + offsets * _spacing(y2, dtype)).to(dtype).double().clamp(low2, high2)
-        amount = excess + (tried - y2) * x2
-        answer = _lowered(y1, x1, amount, dtype).clamp(low1, high1)
-        left = (amount + (answer - y1) * x1).abs()
-        # The smallest move that is good enough, or else the best.
-        best = torch.where(left <= limit, offsets.abs() - 1000.0, left).argmin(1, keepdim=True)
-        moved = y.scatter(1, first, tried.gather(1, best)).scatter(1, other, answer.gather(1, best))
-        better = left.gather(1, best) <= excess.abs()
-        excess = excess + torch.where(better, ((moved - y) * x).sum(1, keepdim=True), 0)
-        y = torch.where(better, moved, y)
-    return y
-
-
-def _lowered(values: Tensor, images: Tensor, amount: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values of the dtype whose product with the image is smaller by `amount`, as nearly as can be."""
-    return (values - amount / torch.where(images != 0, images, 1)).to(dtype).double()
-
-
-def _spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The distance to the next larger number of the dtype."""
-    stored = values.to(dtype)
-    spacing: Tensor = torch.nextafter(stored, torch.full_like(stored, torch.inf)).double() - values
-    return spacing

@@ -15,7 +15,19 @@ import orthattack
 
 ROOT = Path(orthattack.__file__).parent
 # Later layers may import earlier ones, never the other way round.
-LAYERS = ["projection", "plane", "subspace", "threat", "losses", "model", "attacks", "interop", "eval"]
+LAYERS = [
+    "projection",
+    "multiplier",
+    "grid",
+    "plane",
+    "subspace",
+    "threat",
+    "losses",
+    "model",
+    "attacks",
+    "interop",
+    "eval",
+]
 EVAL_LAYERS = [
     *("errors", "plugin", "preprocessing", "checkpoint", "classifier", "models", "metrics", "stats", "suspicion"),
     *(

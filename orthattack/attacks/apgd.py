@@ -34,8 +34,8 @@ class APGD(Attack):
         steps: gradient steps per restart, at least 1.
         restarts: random starts; the best result of each sample is kept.
         rho: share of the steps in which the loss must rise for the step size to stay, in (0, 1).
-        **options: `loss`, `targeted`, `early_stop`, `bounds`, `generator`, `precision`, `eot_samples`, as for
-            `OrthoPGD`.
+        **options: `loss`, `targeted`, `early_stop`, `bounds`, `generator`, `precision`, `optimize`, `eot_samples`,
+            as for `OrthoPGD`.
     """
 
     def __init__(

@@ -15,7 +15,8 @@ from typing import Literal, Protocol, TypedDict, get_args
 import torch
 from torch import Tensor, nn
 
-from orthattack.attacks.oracle import Evaluation, LossFunction, Oracle, Precision, Scorer
+from orthattack.attacks.optimize import FastCopy, Optimize
+from orthattack.attacks.oracle import Evaluation, InBatches, LossFunction, Oracle, Precision, Scorer
 from orthattack.attacks.steps import Reference
 from orthattack.losses import Goal, Loss, attack_loss
 from orthattack.model import Model, borrowed
@@ -36,6 +37,7 @@ class Options(TypedDict, total=False):
     bounds: tuple[float, float]
     generator: torch.Generator | None
     precision: Precision
+    optimize: Optimize
     eot_samples: int
 
 
@@ -88,6 +90,7 @@ class Best:
         n, device = len(images), images.device
         self.success = torch.zeros(n, dtype=torch.bool, device=device)
         self.adversarials = images.clone()
+        self.exact = torch.zeros_like(self.success)
         self._by = by
         self._merit = torch.full(
             (n,), -torch.inf, dtype=torch.promote_types(images.dtype, torch.float32), device=device
@@ -100,17 +103,25 @@ class Best:
         better = success & ~self.success[index]
         # The later of two equals: a confident model's loss is exactly 0 long before its gradient is.
         better |= (success == self.success[index]) & (merit >= self._merit[index])
-        rows = index[better]
-        self.adversarials[rows] = points[better]
-        self.success[rows], self._merit[rows], self._steps[rows] = success[better], merit[better], step
         self._zero[index] += evaluation.unusable
         self._forwards[index] += evaluation.forward_calls
         self._gradients[index] += evaluation.gradient_calls
+        if len(index) == len(self.success):  # all samples, in order: one pass, and nothing that stops a GPU
+            torch.where(better.view(-1, 1, 1, 1), points, self.adversarials, out=self.adversarials)
+            self.success, self._merit = self.success | success, torch.where(better, merit, self._merit)
+            self._steps.masked_fill_(better, step)
+            self.exact = torch.where(better, evaluation.exact, self.exact)
+            return
+        rows = index[better]
+        self.adversarials[rows] = points[better]
+        self.success[rows], self._merit[rows], self._steps[rows] = success[better], merit[better], step
+        self.exact[rows] = evaluation.exact[better]
 
-    def judge(self, evaluation: Evaluation) -> None:
-        """Replace success and loss by those of a final evaluation of all adversarials."""
-        self.success, self._merit = evaluation.success, getattr(evaluation, self._by).to(self._merit.dtype)
-        self._forwards += evaluation.forward_calls
+    def judge(self, rows: Tensor, evaluation: Evaluation) -> None:
+        """Replace success and loss by those of a final evaluation of the adversarials at `rows`."""
+        self.success[rows] = evaluation.success
+        self._merit[rows] = getattr(evaluation, self._by).to(self._merit.dtype)
+        self._forwards[rows] += evaluation.forward_calls
 
     def result(self, images: Tensor, threat: ThreatModel) -> AttackResult:
         delta = self.adversarials.double() - images.double()
@@ -152,7 +163,8 @@ class Task:
 
     def score(self, points: Tensor, step: int, with_gradient: bool) -> Evaluation:
         """Evaluate `points` of these samples and offer them to `best`."""
-        solved = self.best.success[self.index]
+        # A sample that leaves the batch must be fooled for certain; the others are judged in the end.
+        solved = self.best.success[self.index] if self.early_stop else None
         evaluation = self.oracle.evaluate(points, self.goal, self.loss, solved, with_gradient, step)
         self.best.offer(self.index, points, evaluation, step)
         return evaluation
@@ -215,6 +227,7 @@ class Attack:
         bounds: tuple[float, float] = (0, 1),
         generator: torch.Generator | None = None,
         precision: Precision = "float32",
+        optimize: Optimize = "none",
         eot_samples: int = 1,
         directions: Sequence[Direction] = (),
         enforce: Enforce = "perturbation",
@@ -227,6 +240,7 @@ class Attack:
         _check_choice("enforce", enforce, get_args(Enforce))
         _check_choice("reference", reference, get_args(Reference))
         _check_choice("precision", precision, get_args(Precision))
+        _check_choice("optimize", optimize, get_args(Optimize))
         if reference == "iterate" and enforce == "perturbation":
             raise ValueError(
                 'reference="iterate" needs enforce="gradient": a perturbation is orthogonal to the clean image'
@@ -240,6 +254,8 @@ class Attack:
         self.enforce, self.reference = enforce, reference
         self.loss, self.targeted = loss, targeted
         self.early_stop, self.precision, self.eot_samples = early_stop, precision, eot_samples
+        self.optimize: Optimize = optimize
+        self._fast = FastCopy(model, optimize)
         self._loss = attack_loss(loss)
         self._models = [model] if detector is None else [model, detector]
         self._oracle = oracle
@@ -269,6 +285,7 @@ class Attack:
         eps: float | Tensor | None = None,
         start: Tensor | None = None,
         seeds: Sequence[int] | None = None,
+        batch_size: int | None = None,
     ) -> AttackResult:
         """Attack a batch and report.
 
@@ -285,12 +302,14 @@ class Attack:
             seeds: one per sample, each below 2**63 in size: a sample's random numbers then come from its own stream
                 and do not depend on its batch or on earlier calls. What all samples share (the squares of `Square`)
                 starts anew from the seed of the attack's generator.
+            batch_size: how many images the model is given at a time; by default all. With `early_stop`, the samples
+                that still stand are packed into full batches at each step.
 
         Raises:
             ValueError: images or labels of the wrong kind (the message says what and where), or a model whose output
                 is not (N, K) logits, is not finite, or does not depend differentiably on the images.
         """
-        return self._run(images, labels, eps, start, self.search, self.early_stop, seeds)
+        return self._run(images, labels, eps, start, self.search, self.early_stop, seeds, batch_size)
 
     def _run(
         self,
@@ -301,7 +320,10 @@ class Attack:
         search: Search,
         early_stop: bool,
         seeds: Sequence[int] | None = None,
+        batch_size: int | None = None,
     ) -> AttackResult:
+        if batch_size is not None:
+            check_count("batch_size", batch_size)
         with torch.inference_mode(False), torch.no_grad():
             x, labels = self._checked(images, labels)
             threat = self.threat if eps is None else replace(self.threat, eps=eps)
@@ -316,15 +338,20 @@ class Attack:
                 goal = Goal(None, labels) if self.targeted else Goal(labels)
                 with ExitStack() as stack:
                     models = [stack.enter_context(borrowed(model, x.device)) for model in self._models]
-                    oracle = self._oracle(*models, self.precision, self.eot_samples)
+                    fast = self._fast.of(models[0], x)
+                    oracle = self._oracle(*models, self.precision, self.eot_samples, fast)
+                    if batch_size is not None and batch_size < len(x):
+                        oracle = InBatches(oracle, batch_size)
                     index = torch.arange(len(x), device=x.device)
                     task = Task(
                         oracle, self._loss, goal, region, index, best, early_stop, generator, streams, textbook,
                         self.reference,
                     )  # fmt: skip
                     search(task, None if start is None else region.shrunk(start.detach().to(x)))
-                    if self.precision != "float32":  # what is returned is judged in the model's own precision
-                        best.judge(oracle.evaluate(best.adversarials, goal, self._loss, best.success, False))
+                    # The model itself judges what is returned, unless it has already.
+                    if len(rows := (~best.exact).nonzero().squeeze(1)) > 0:
+                        kept = oracle.evaluate(best.adversarials[rows], goal.select(rows), self._loss, None, False)
+                        best.judge(rows, kept)
             return best.result(x, threat)
 
     def sweep(self, images: Tensor, labels: Tensor, eps: Sequence[float] | Tensor) -> list[AttackResult]:

@@ -83,8 +83,8 @@ class AutoAttack(Attack):
         steps: gradient steps of each APGD, at least 1.
         targets: how many other classes to try, at least 1.
         queries: evaluations per sample by the query attack, at least 1.
-        **options: `targeted`, `bounds`, `generator`, `precision`, `eot_samples` as for `OrthoPGD`; `loss` and
-            `early_stop` make no difference.
+        **options: `targeted`, `bounds`, `generator`, `precision`, `optimize`, `eot_samples` as for `OrthoPGD`; `loss`
+            and `early_stop` make no difference.
     """
 
     def __init__(

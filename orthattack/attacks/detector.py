@@ -33,18 +33,19 @@ class _DetectorOracle:
         detector: Model,
         precision: Precision,
         eot_samples: int,
+        fast: Model | None = None,
         *,
         threshold: float,
         mode: Mode,
         every: int | None,
         enforce: Enforce,
     ) -> None:
-        self._classifier = Oracle(model, precision, eot_samples)
+        self._classifier = Oracle(model, precision, eot_samples, fast)
         self._detector, self._threshold = detector, threshold
         self._mode, self._every, self._enforce = mode, every, enforce
 
     def evaluate(
-        self, points: Tensor, goal: Goal, loss: LossFunction, solved: Tensor, with_gradient: bool, step: int = 0
+        self, points: Tensor, goal: Goal, loss: LossFunction, solved: Tensor | None, with_gradient: bool, step: int = 0
     ) -> Evaluation:
         found = self._classifier.evaluate(points, goal, loss, solved, with_gradient, step)
         if not with_gradient:
@@ -75,7 +76,7 @@ class _DetectorOracle:
         unusable = found.unusable if gradient is None else (gradient == 0).flatten(1).all(1)
         return Evaluation(
             found.success & (slack >= 0), merit, merit, gradient, unusable, found.forward_calls, found.gradient_calls,
-            avoid,
+            found.exact, avoid,
         )  # fmt: skip
 
     def _slack(self, points: Tensor) -> Tensor:

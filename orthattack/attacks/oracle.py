@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from orthattack.losses import Goal
 from orthattack.model import Model
 
-__all__ = ["Evaluation", "LossFunction", "Oracle", "Precision", "Scorer", "input_gradient"]
+__all__ = ["Evaluation", "InBatches", "LossFunction", "Oracle", "Precision", "Scorer", "input_gradient"]
 
 Precision = Literal["float32", "bfloat16"]
 LossFunction = Callable[[Tensor, Goal], Tensor]
@@ -30,6 +30,7 @@ class Evaluation:
         unusable: (N,) whether that was zero or not finite, and is zero now.
         forward_calls: (N,) evaluations of the model that this took.
         gradient_calls: (N,) differentiations.
+        exact: (N,) whether the model itself, in its own precision, says all that; the rest are claims.
         avoid: (N, C, H, W) another loss's gradient, to which the step should be orthogonal, or None.
     """
 
@@ -40,6 +41,7 @@ class Evaluation:
     unusable: Tensor
     forward_calls: Tensor
     gradient_calls: Tensor
+    exact: Tensor
     avoid: Tensor | None = None
 
     def select(self, index: Tensor) -> Evaluation:
@@ -47,12 +49,21 @@ class Evaluation:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: value[index] for name, value in values.items() if value is not None})
 
+    @classmethod
+    def joined(cls, parts: Sequence[Evaluation]) -> Evaluation:
+        """The evaluations of consecutive samples as one."""
+        values: dict[str, Any] = {}
+        for field in fields(cls):
+            each = [getattr(part, field.name) for part in parts]
+            values[field.name] = None if each[0] is None else torch.cat(each)
+        return cls(**values)
+
 
 class Scorer(Protocol):
     """What a search asks of a model, or of a model and a detector."""
 
     def evaluate(
-        self, points: Tensor, goal: Goal, loss: LossFunction, solved: Tensor, with_gradient: bool, step: int = 0
+        self, points: Tensor, goal: Goal, loss: LossFunction, solved: Tensor | None, with_gradient: bool, step: int = 0
     ) -> Evaluation:
         """Score `points`, iterate number `step`, and, if asked, say which way is up."""
 
@@ -66,14 +77,23 @@ class Oracle:
     Args:
         model: images to logits.
         precision: of the passes that give gradients.
+        fast: a faster copy of the model for the passes that give gradients, or None.
         eot_samples: how many passes are averaged for a model that draws at random: expectation over transformation
             (Athalye et al. 2018, arXiv:1707.07397). The loss, its gradient and the logits that decide about success
             are means over them.
     """
 
-    def __init__(self, model: Model, precision: Precision = "float32", eot_samples: int = 1):
+    def __init__(
+        self,
+        model: Model,
+        precision: Precision = "float32",
+        eot_samples: int = 1,
+        fast: Model | None = None,
+    ):
         self._model, self._samples = model, eot_samples
-        self._reduced = precision == "bfloat16"
+        self._fast = model if fast is None else fast
+        self._is_bfloat16 = precision == "bfloat16"
+        self._is_rough = self._is_bfloat16 or fast is not None
         self._is_first = True
 
     def evaluate(
@@ -81,48 +101,52 @@ class Oracle:
         points: Tensor,
         goal: Goal,
         loss: LossFunction,
-        solved: Tensor,
+        solved: Tensor | None,
         with_gradient: bool,
         step: int = 0,  # noqa: ARG002
     ) -> Evaluation:
         """Score `points` and, if asked, differentiate the loss there, in one forward pass per EOT sample.
 
-        A pass in reduced precision only claims a success; for samples not `solved` yet, another in full precision
-        confirms it or not. Without a gradient the pass is in full precision to begin with. `step` is the number of the
-        iterate, which makes a difference to other oracles.
+        A rough pass, in reduced precision or by a faster copy, only claims a success. For samples that are not `solved`
+        yet, another pass, of the model itself in full precision, confirms it or not; with None the claim stands, for
+        whoever asks to judge in the end. Without a gradient the pass is the model's own in full precision. `step` is
+        the number of the iterate, which makes a difference to other oracles.
         """
         calls = torch.full_like(goal.classes, self._samples)
         if not with_gradient:
-            logits, value, _ = self._pass(points, goal, loss, reduced=False, with_gradient=False)
+            logits, value, _ = self._pass(points, goal, loss, rough=False, with_gradient=False)
             no = torch.zeros_like(calls)
-            return Evaluation(goal.reached(logits), value, goal.margin(logits), None, no.bool(), calls, no)
-        logits, value, gradient = self._pass(points, goal, loss, self._reduced, with_gradient=True)
+            exact = torch.ones_like(calls, dtype=torch.bool)
+            return Evaluation(goal.reached(logits), value, goal.margin(logits), None, no.bool(), calls, no, exact)
+        logits, value, gradient = self._pass(points, goal, loss, self._is_rough, with_gradient=True)
         assert gradient is not None
         success, margin, forward_calls = goal.reached(logits), goal.margin(logits), calls
-        if self._reduced:
+        exact = torch.full_like(success, not self._is_rough)
+        if self._is_rough and solved is not None:
             rows = (success & ~solved).nonzero().squeeze(1)
             success = torch.zeros_like(success)
             if len(rows) > 0:
                 wanted = goal.select(rows)
-                confirmed, exact, _ = self._pass(points[rows], wanted, loss, reduced=False, with_gradient=False)
+                confirmed, loss_there, _ = self._pass(points[rows], wanted, loss, rough=False, with_gradient=False)
                 success[rows], margin[rows] = wanted.reached(confirmed), wanted.margin(confirmed)
-                value[rows] = exact
+                value[rows], exact[rows] = loss_there, True
                 forward_calls = calls.index_add(0, rows, torch.full_like(rows, self._samples))
-        largest = gradient.abs().amax((1, 2, 3))
+        # NaN goes through both of these, and neither needs memory.
+        largest = torch.maximum(gradient.amax((1, 2, 3)), -gradient.amin((1, 2, 3)))
         unusable = ~((largest > 0) & largest.isfinite())
-        if bool(unusable.any()):
-            gradient[unusable] = 0
-            if self._is_first and bool(unusable.all()):
-                self._explain_zero(points, goal)
+        if self._is_first and bool(unusable.all()):
+            self._explain_zero(points, goal)
+        if gradient.is_cuda or bool(unusable.any()):  # asking would stop the GPU
+            gradient.masked_fill_(unusable.view(-1, 1, 1, 1), 0)
         self._is_first = False
-        return Evaluation(success, value, margin, gradient, unusable, forward_calls, calls)
+        return Evaluation(success, value, margin, gradient, unusable, forward_calls, calls, exact)
 
     def logits(self, points: Tensor, goal: Goal) -> Tensor:
         """The logits (N, K) in full precision, the mean over the EOT samples."""
-        return self._pass(points, goal, lambda logits, _: logits[:, 0], reduced=False, with_gradient=False)[0]
+        return self._pass(points, goal, lambda logits, _: logits[:, 0], rough=False, with_gradient=False)[0]
 
     def _pass(
-        self, points: Tensor, goal: Goal, loss: LossFunction, reduced: bool, with_gradient: bool
+        self, points: Tensor, goal: Goal, loss: LossFunction, rough: bool, with_gradient: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Logits, loss and gradient, each the mean over the EOT samples, one sample in memory at a time."""
         total: list[Tensor] = []
@@ -130,21 +154,21 @@ class Oracle:
             if with_gradient:
                 leaf = points.detach().requires_grad_()
                 with torch.enable_grad():
-                    logits = self._forward(leaf, goal, reduced)
+                    logits = self._forward(leaf, goal, rough)
                     value = loss(logits, goal)
                     gradient = input_gradient(value.sum(), leaf)
                 parts = [logits.detach(), value.detach(), gradient]
             else:
-                logits = self._forward(points, goal, reduced)
+                logits = self._forward(points, goal, rough)
                 parts = [logits, loss(logits, goal)]
             total = parts if not total else [a + b for a, b in zip(total, parts, strict=True)]
         means = total if self._samples == 1 else [part / self._samples for part in total]
         return means[0], means[1], means[2] if with_gradient else None
 
-    def _forward(self, points: Tensor, goal: Goal, reduced: bool) -> Tensor:
+    def _forward(self, points: Tensor, goal: Goal, rough: bool) -> Tensor:
         written = points._version
-        with torch.autocast(points.device.type, dtype=torch.bfloat16, enabled=reduced):
-            logits = self._model(points)
+        with torch.autocast(points.device.type, dtype=torch.bfloat16, enabled=rough and self._is_bfloat16):
+            logits = (self._fast if rough else self._model)(points)
         if points._version != written:  # with a gradient torch itself refuses that
             raise ValueError(
                 "the model changes its input in place, and with it the adversarials: let it write images = images - "
@@ -171,7 +195,7 @@ class Oracle:
         """Raise if not only the loss is flat, which a confident model may cause, but the model itself."""
         leaf = points.detach().requires_grad_()
         with torch.enable_grad():
-            logits = self._forward(leaf, goal, reduced=False)
+            logits = self._forward(leaf, goal, rough=False)
             top = Goal(logits.argmax(1))
             gradient = input_gradient(top.margin(logits).sum(), leaf)
         if not bool(gradient.isfinite().any()):
@@ -184,6 +208,34 @@ class Oracle:
                 "the model's gradient is zero for every image of the batch: it is masked, by a rounding or saturated "
                 "layer or by outputs that are probabilities; a gradient-based attack would measure nothing"
             )
+
+
+class InBatches:
+    """A scorer that is asked about at most `size` samples at a time, so that many fit into memory.
+
+    The samples that still stand are packed anew at each step, so an attack that drops the fooled ones keeps its batches
+    full to the end.
+    """
+
+    def __init__(self, scorer: Scorer, size: int) -> None:
+        self._scorer, self._size = scorer, size
+
+    def evaluate(
+        self, points: Tensor, goal: Goal, loss: LossFunction, solved: Tensor | None, with_gradient: bool, step: int = 0
+    ) -> Evaluation:
+        rows = torch.split(torch.arange(len(points), device=points.device), self._size)
+        return Evaluation.joined(
+            [
+                self._scorer.evaluate(
+                    points[r], goal.select(r), loss, None if solved is None else solved[r], with_gradient, step
+                )
+                for r in rows
+            ]
+        )
+
+    def logits(self, points: Tensor, goal: Goal) -> Tensor:
+        rows = torch.split(torch.arange(len(points), device=points.device), self._size)
+        return torch.cat([self._scorer.logits(points[r], goal.select(r)) for r in rows])
 
 
 def input_gradient(value: Tensor, leaf: Tensor, what: str = "the model") -> Tensor:

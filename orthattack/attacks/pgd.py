@@ -10,6 +10,7 @@ from torch import Tensor
 
 from orthattack.attacks.attack import Attack, Enforce, Options, OrthoOptions
 from orthattack.attacks.climb import Climb
+from orthattack.attacks.optimize import Optimize
 from orthattack.attacks.oracle import Precision
 from orthattack.attacks.steps import Reference, Schedule, ScheduledStep
 from orthattack.losses import Loss
@@ -51,6 +52,9 @@ class OrthoPGD(Attack):
         bounds: smallest and largest pixel value.
         generator: source of the random starts; by default one of the attack's own, seeded from torch's seed.
         precision: "bfloat16" computes gradients under autocast; success is judged in the model's own precision.
+        optimize: "auto" takes gradients of a faster copy of the model, its batch norms folded into the convolutions and
+            its weights channels last; "compile" compiles that too. Success is judged by the model itself. Where no copy
+            can be made, a warning says why and the model does the work.
         schedule: of the step size: "fixed", "linear" or "cosine" decay to 0.
         momentum: 0, or the factor by which the sum of the past gradients is kept at each step (MI-FGSM).
         nesterov: take the gradient where the momentum leads (NI-FGSM).
@@ -93,6 +97,7 @@ class OrthoPGD(Attack):
         nesterov: bool = False,
         eot_samples: int = 1,
         directions: Sequence[Direction] = (),
+        optimize: Optimize = "none",
     ) -> None:
         super().__init__(
             model,
@@ -106,6 +111,7 @@ class OrthoPGD(Attack):
             bounds=bounds,
             generator=generator,
             precision=precision,
+            optimize=optimize,
             eot_samples=eot_samples,
             directions=directions,
             enforce=enforce,
@@ -142,6 +148,7 @@ class PGD(Attack):
         momentum: float = 0.0,
         nesterov: bool = False,
         eot_samples: int = 1,
+        optimize: Optimize = "none",
     ) -> None:
         super().__init__(
             model,
@@ -155,6 +162,7 @@ class PGD(Attack):
             bounds=bounds,
             generator=generator,
             precision=precision,
+            optimize=optimize,
             eot_samples=eot_samples,
         )
 
@@ -185,6 +193,7 @@ class OrthoFGSM(Attack):
         precision: Precision = "float32",
         eot_samples: int = 1,
         directions: Sequence[Direction] = (),
+        optimize: Optimize = "none",
     ) -> None:
         super().__init__(
             model,
@@ -197,6 +206,7 @@ class OrthoFGSM(Attack):
             targeted=targeted,
             bounds=bounds,
             precision=precision,
+            optimize=optimize,
             eot_samples=eot_samples,
             directions=directions,
         )
@@ -221,6 +231,7 @@ class FGSM(Attack):
         bounds: tuple[float, float] = (0, 1),
         precision: Precision = "float32",
         eot_samples: int = 1,
+        optimize: Optimize = "none",
     ) -> None:
         super().__init__(
             model,
@@ -232,6 +243,7 @@ class FGSM(Attack):
             targeted=targeted,
             bounds=bounds,
             precision=precision,
+            optimize=optimize,
             eot_samples=eot_samples,
         )
 
@@ -248,8 +260,8 @@ class MIFGSM(Attack):
         alpha: step size in pixel units; by default ``eps / steps``.
         steps: gradient steps, at least 1.
         decay: how much of the momentum is kept at each step, at least 0.
-        **options: `loss`, `targeted`, `early_stop`, `bounds`, `generator`, `precision`, `eot_samples`, as for
-            `OrthoPGD`.
+        **options: `loss`, `targeted`, `early_stop`, `bounds`, `generator`, `precision`, `optimize`, `eot_samples`,
+            as for `OrthoPGD`.
     """
 
     def __init__(

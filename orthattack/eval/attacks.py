@@ -87,11 +87,11 @@ def _ours(name: str, options: dict[str, Any]) -> AttackKind:
     takes_generator = "generator" in inspect.signature(kind).parameters or "early_stop" in accepted
 
     def make(model: nn.Module, conditions: Conditions) -> Runner:
-        return _OwnRunner(_own(kind, takes_generator, options, model, conditions))
+        return _OwnRunner(_own(kind, takes_generator, options, model, conditions), conditions.batch_size)
 
     return AttackKind(
         name, "orthattack", options, name.startswith("Ortho") and options.get("enforce") != "gradient", False,
-        name.removeprefix("Ortho"), ("linf", "l2", "l1"), make,
+        name.removeprefix("Ortho"), ("linf", "l2", "l1"), make, bool(options.get("early_stop")),
     )  # fmt: skip
 
 
@@ -124,9 +124,10 @@ def _minimum(options: dict[str, Any]) -> AttackKind:
 
 
 class _OwnRunner:
-    def __init__(self, attack: Any) -> None:
+    def __init__(self, attack: Any, batch_size: int | None = None) -> None:
         self._attack = attack
+        self._more = {} if batch_size is None else {"batch_size": batch_size}
 
     def __call__(self, images: Tensor, labels: Tensor, seeds: Sequence[int]) -> Found:
-        result = self._attack.run(images, labels, seeds=seeds)
+        result = self._attack.run(images, labels, seeds=seeds, **self._more)
         return Found(result.adversarials, result.steps, result.forward_calls, result.gradient_calls)

@@ -19,7 +19,10 @@ from orthattack.eval.store import CLEAN_SCHEMA, ROW_SCHEMA, Kind, RunFolder, Sha
 from orthattack.eval.suite import Entry
 from orthattack.threat import Norm
 
-__all__ = ["Job", "Part"]
+__all__ = ["POOL", "Job", "Part"]
+
+POOL = 4
+"""How many batches an attack is given at once that drops what is fooled: those that still stand are packed together."""
 
 
 @dataclass
@@ -33,6 +36,7 @@ class Job:
     folder: RunFolder
     batch_size: int
     say: Callable[[str], None]
+    was_halved: bool = field(init=False, default=False)
     judge: Judge = field(init=False)
     counter: CallCounter = field(init=False)
     differentiated: frozenset[int] = field(init=False)
@@ -40,7 +44,7 @@ class Job:
     def __post_init__(self) -> None:
         model = self.classifier.model.to(self.device)
         self.counter = CallCounter(model).eval()
-        self.judge = Judge(self.counter, self.classifier.preprocessing.crop, self.device)
+        self.judge = Judge(self.counter, self.classifier.preprocessing.crop, self.device, self.batch_size)
         self.differentiated = frozenset(differentiated(len(self.photographs)))
 
     def load(self, position: int) -> Tensor:
@@ -111,7 +115,8 @@ class Part:
         }
         kept: dict[int, Tensor] = {}
         todo = [k for k, right in self.right.items() if right or attack_misclassified]
-        for batch in self._batches(todo):
+        pool = POOL if entry.kind.packs and not self.job.was_halved else 1
+        for batch in self._batches(todo, pool):
             for positions, columns, adversarials in self._attacked(entry, runner, batch):
                 for row, position in enumerate(positions):
                     rows[position] = {"clean_prediction": self.predictions[position], **_record(columns, row)}
@@ -151,8 +156,9 @@ class Part:
             return
         half = len(batch) // 2
         if half < self.job.batch_size:
+            self.job.was_halved = True
             self.job.say(f"out of memory with {len(batch)} images at a time; going on with {half}")
-            self.job.batch_size = half
+            self.job.batch_size = self.job.judge.batch_size = half
         if self.job.device.type == "cuda":
             torch.cuda.empty_cache()
         for piece in (batch[:half], batch[half:]):
@@ -178,10 +184,10 @@ class Part:
         columns["seconds"] = [seconds / n] * n
         return columns, found.adversarials
 
-    def _batches(self, positions: list[int]) -> Iterator[list[int]]:
+    def _batches(self, positions: list[int], pool: int = 1) -> Iterator[list[int]]:
         first = 0
         while first < len(positions):
-            size = self.job.batch_size  # which may become smaller on the way
+            size = self.job.batch_size * pool  # which may become smaller on the way
             yield positions[first : first + size]
             first += size
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import inspect
@@ -38,12 +39,14 @@ class Conditions:
         steps: gradient steps of the iterative attacks, with a step size of ``2.5 * eps / steps`` where the attack has
             none of its own.
         classes: number of classes of the model.
+        batch_size: how many images the model is given at a time.
     """
 
     norm: Norm = "linf"
     eps: float | None = 4 / 255
     steps: int = 10
     classes: int = 2
+    batch_size: int = 32
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class AttackKind:
         family: what it is an instance of, such as "PGD", whoever wrote it: attacks of a family are each other's
             baselines.
         norms: the norms it can be run in.
+        packs: it takes several batches at once, drops what is fooled, and keeps the model's batches full.
         bind: makes the attack on a model.
     """
 
@@ -94,6 +98,7 @@ class AttackKind:
     family: str
     norms: tuple[Norm, ...]
     bind: Callable[[nn.Module, Conditions], Runner] = field(repr=False)
+    packs: bool = False
 
     @property
     def identity(self) -> str:
@@ -164,6 +169,10 @@ class CallCounter(nn.Module):
         if own_precision and not images.requires_grad and not any(m.training for m in self.modules()):
             self._last = images.clone(), logits.detach().clone()
         return logits
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """The model alone: what an attack does with a copy is not counted here."""
+        return copy.deepcopy(self.model, memo)
 
     def recall(self, images: Tensor) -> tuple[Tensor, Tensor] | None:
         """The last answer (N, K) and which of `images` it does not answer (N,), if it was of as many; once only."""

@@ -37,10 +37,11 @@ class Judge:
         counter: the model, images (N, 3, H, W) in [0, 1] to logits (N, K), in evaluation mode.
         size: pixels of its square input.
         device: where it is.
+        batch_size: how many images it is given at a time.
     """
 
-    def __init__(self, counter: CallCounter, size: int, device: torch.device) -> None:
-        self.counter, self.model = counter, counter.model
+    def __init__(self, counter: CallCounter, size: int, device: torch.device, batch_size: int) -> None:
+        self.counter, self.model, self.batch_size = counter, counter.model, batch_size
         probe = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
         self.is_random = self._varies(probe)
         self.evaluations = EVALUATIONS if self.is_random else 1
@@ -74,11 +75,14 @@ class Judge:
         known = self.counter.recall(images)
         with torch.inference_mode():
             if known is None or self.is_random:
-                return [self.model(self.arranged(images)).float() for _ in range(self.evaluations)]
+                return [self._answer(images).float() for _ in range(self.evaluations)]
             answer, other = known
             if bool(other.any()):
-                answer[other] = self.model(self.arranged(images[other])).to(answer)
+                answer[other] = self._answer(images[other]).to(answer)
             return [answer.float()]
+
+    def _answer(self, images: Tensor) -> Tensor:
+        return torch.cat([self.model(self.arranged(part)) for part in torch.split(images, self.batch_size)])
 
 
 def _alike(first: Tensor, second: Tensor, tolerance: float) -> bool:

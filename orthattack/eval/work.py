@@ -100,7 +100,8 @@ class Worker:
             attacked(unit, which, *robust)
 
     def _bound(self, job: Job, entry: Entry) -> Runner:
-        conditions = Conditions(entry.norm, entry.eps, self._plan.suite.steps, job.classifier.num_classes)
+        suite = self._plan.suite
+        conditions = Conditions(entry.norm, entry.eps, suite.steps, job.classifier.num_classes, suite.batch_size)
         return entry.kind.bind(job.counter, conditions)
 
     def _doubt(self, job: Job) -> None:

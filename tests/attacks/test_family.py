@@ -565,3 +565,28 @@ def test_reprs_can_be_read(name):
     assert text.startswith(f"{name}(norm='linf', eps=0.0470588, ")
     assert ("scope='image', enforce='perturbation'" in text) == (name in ORTHO)
     assert APGD.__name__ in repr(MinimumNorm(APGD(small_model())))
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_model_is_given_no_more_than_a_batch_at_a_time_with_the_same_result(name):
+    model, (images, labels) = small_model(), drawn(n=8)
+    seen = Recorder(model)
+    parts = make(name, seen).run(images, labels, batch_size=3)
+    whole = make(name, model).run(images, labels)
+    assert max(len(batch) for batch in seen.seen) == 3
+    assert torch.equal(parts.success, whole.success)
+    assert torch.equal(parts.forward_calls, whole.forward_calls)
+    torch.testing.assert_close(parts.adversarials, whole.adversarials, rtol=0, atol=1e-5)
+
+
+def test_what_still_stands_is_packed_into_full_batches():
+    model, (images, labels) = small_model(), drawn(n=12)
+    seen = Recorder(model)
+    result = make("OrthoPGD", seen, eps=2 / 255, early_stop=True).run(images, labels, batch_size=4)
+    standing = int((~result.success).sum())
+    assert 0 < standing < 9  # so that packing makes a difference
+    sizes = [len(batch) for batch in seen.seen]
+    assert sizes[-math.ceil(standing / 4) :] == [4] * (standing // 4) + ([standing % 4] if standing % 4 else [])
+    assert sum(sizes) == int(result.forward_calls.sum())
+    with pytest.raises(ValueError, match="batch_size must be an integer >= 1; got 0"):
+        make("PGD", model).run(images, labels, batch_size=0)

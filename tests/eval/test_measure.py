@@ -38,7 +38,7 @@ class Viewing(Seen):
 
 def judged(model):
     counter = CallCounter(model).eval()
-    judge = Judge(counter, 8, CPU)
+    judge = Judge(counter, 8, CPU, 6)
     model.calls.clear()
     model.layouts.clear()
     return counter, judge

@@ -425,6 +425,38 @@ def test_memory_that_runs_out_halves_the_batch_and_says_so_once(tmp_path):
     assert len(refused) <= 1 + 2  # the first batch, and its halves if they are still too large
 
 
+def test_an_attack_that_drops_the_fooled_gets_several_batches_and_the_model_one_at_a_time(
+    tmp_path, classifier, monkeypatch
+):
+    sizes, pools, forward = [], [], jobs.CallCounter.forward
+    monkeypatch.setattr(jobs.CallCounter, "forward", lambda self, x: (sizes.append(len(x)), forward(self, x))[1])
+    measured = jobs.Part._measured
+    monkeypatch.setattr(
+        jobs.Part, "_measured", lambda self, e, r, b: (pools.append(len(b)), measured(self, e, r, b))[1]
+    )
+    early = {"name": "OrthoPGD", "early_stop": True}
+    chosen = suite(attacks=[early], batch_size=2, shard_size=12, steps=8)
+    folder, _ = start(tmp_path / "r", chosen)
+    assert max(pools) > 2
+    assert set(sizes) == {1, 2}
+    rows = rows_of(folder, "OrthoPGD")
+    rows = rows[rows["status"] == "ok"]
+    assert sum(sizes) == rows["forward_calls"].sum()
+    assert sizes.count(1) < len(sizes) / 2  # packed: otherwise the late steps are one image at a time
+    plain, _ = start(tmp_path / "p", suite(attacks=["OrthoPGD"], steps=8))
+    other = rows_of(plain, "OrthoPGD")
+    assert (rows["success"] == other[other["status"] == "ok"]["success"]).all()
+
+
+def test_an_optimized_attack_is_counted_and_judged_like_the_others(tmp_path):
+    fast = [{"name": "PGD", "optimize": "auto", "label": "fast"}, "PGD"]
+    folder, _ = start(tmp_path / "r", suite(attacks=fast))
+    one, two = (rows_of(folder, label) for label in ("fast", "PGD"))
+    assert (one["success"] == two["success"]).all()
+    assert (one["gradient_calls"] == two["gradient_calls"]).all()
+    np.testing.assert_allclose(one["margin"], two["margin"], atol=0.05)
+
+
 class Changed(nn.Module):
     """The robust model with its answer changed."""
 

@@ -1,0 +1,129 @@
+"""Staying orthogonal when numbers are stored: rows moved onto the plane within the grid of their dtype.
+
+Rounding an image to float32 moves ⟨y - x, x⟩ by about 1e-8 per pixel. Beside a tiny perturbation that is more than a
+cosine of 1e-6, and is taken up by one pixel, or two, of the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+__all__ = ["Box", "settled_rows"]
+
+Box = tuple[Tensor, Tensor]
+"""The smallest and the largest value of each pixel."""
+
+
+def settled_rows(
+    points: Tensor, images: Tensor, boxes: list[Callable[[], Box]], fallback: Tensor, allowed: float
+) -> Tensor:
+    """Rows y (R, n) of a box, moved onto the plane of `images` x as nearly as their dtype allows.
+
+    Args:
+        points: y, near the plane.
+        images: x.
+        boxes: where to move them, each asked for only when it is needed, the first tried first.
+        fallback: what a row becomes that cannot be moved so.
+        allowed: the largest |cos(y - x, x)|.
+    """
+    y, x, dtype = points.double(), images.double(), points.dtype
+    # Among many pixels there is one that will do in any thousand of them.
+    few = slice(None, None, y.shape[1] // 1024 | 1)
+    Attempt = tuple[Callable[[], Box], slice, Callable[..., Tensor]]
+    attempts: list[Attempt] = [
+        (boxes[-1], few, _take_up),
+        *((box, slice(None), _take_up) for box in boxes),
+        *((boxes[-1], slice(None), partial(_combine, radius=radius)) for radius in (1, 8, 64)),
+    ]
+    for box, columns, attempt in attempts[y.shape[1] < 4096 :]:
+        excess, limit = _excess(y, x, allowed)
+        off = (excess.abs() > limit).squeeze(1).nonzero().squeeze(1)
+        if len(off) == 0:
+            return y.to(dtype)
+        low, high = box()
+        part, x_off = y[off][:, columns], x[off][:, columns]
+        # No pixel moves by more than the whole perturbation: that would not repair it but replace it.
+        size = torch.linalg.vector_norm(y[off] - x[off], dim=1, keepdim=True)
+        low, high = torch.maximum(low[off][:, columns], part - size), torch.minimum(high[off][:, columns], part + size)
+        # The limits may lie between two numbers of the dtype, so what an attempt gives is judged as it will be stored.
+        part = part.clamp(low, high)
+        moved = attempt(part, x_off, low, high, excess[off], limit[off], dtype=dtype)
+        y[off.unsqueeze(1), torch.arange(y.shape[1], device=y.device)[columns]] = moved.to(dtype).double()
+    excess, limit = _excess(y, x, allowed)
+    return torch.where(excess.abs() > limit, fallback.double(), y).to(dtype)
+
+
+def _excess(y: Tensor, x: Tensor, allowed: float) -> tuple[Tensor, Tensor]:
+    """⟨y - x, x⟩ and allowed ‖y - x‖ ‖x‖ per row, (R, 1)."""
+    delta = y - x
+    norms = torch.linalg.vector_norm(delta, dim=1, keepdim=True) * torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return (delta * x).sum(1, keepdim=True), allowed * norms
+
+
+def _take_up(
+    y: Tensor, x: Tensor, low: Tensor, high: Tensor, amount: Tensor, limit: Tensor, *, dtype: torch.dtype
+) -> Tensor:
+    """(R, n) float64 rows with ⟨y - x, x⟩ = amount taken up by a pixel that has the room: of those with a grid fine
+    enough the one that moves least, or else the one with the finest grid."""
+    room = torch.where(amount * x > 0, y - low, high - y) * x.abs()
+    grid = _spacing(y, dtype) * x.abs()
+    enough = room >= amount.abs()
+    fine = enough & (grid <= limit)
+    finest = torch.where(enough, grid, torch.inf).argmin(1, keepdim=True)
+    brightest = torch.where(fine, x.abs(), -1).argmax(1, keepdim=True)
+    pixel = torch.where(enough.any(1, keepdim=True), finest, room.argmax(1, keepdim=True))
+    pixel = torch.where(fine.any(1, keepdim=True), brightest, pixel)
+    xs, ys, lows, highs = (t.gather(1, pixel) for t in (x, y, low, high))
+    return y.scatter(1, pixel, _lowered(ys, xs, amount, dtype).clamp(lows, highs))
+
+
+def _combine(
+    y: Tensor,
+    x: Tensor,
+    low: Tensor,
+    high: Tensor,
+    excess: Tensor,
+    limit: Tensor,
+    *,
+    dtype: torch.dtype,
+    radius: int,
+) -> Tensor:
+    """(R, n) float64 rows with neighbouring values of one pixel tried, each with the best value of another for it.
+
+    The one tried is the one with most room to both sides; the other that with the finest grid or else the widest range.
+    """
+    size = x.abs()
+    first = (torch.minimum(y - low, high - y) * size).argmax(1, keepdim=True)
+    others = ((high - low) * size).scatter(1, first, 0)
+    finest = torch.where(others > 0, _spacing(y, dtype) * size, torch.inf).argmin(1, keepdim=True)
+    offsets = torch.arange(-radius, radius + 1, device=y.device)
+    for other in (finest, others.argmax(1, keepdim=True)):
+        y1, x1, low1, high1 = (t.gather(1, other) for t in (y, x, low, high))
+        y2, x2, low2, high2 = (t.gather(1, first) for t in (y, x, low, high))
+        tried = (y2 + offsets * _spacing(y2, dtype)).to(dtype).double().clamp(low2, high2)
+        amount = excess + (tried - y2) * x2
+        answer = _lowered(y1, x1, amount, dtype).clamp(low1, high1)
+        left = (amount + (answer - y1) * x1).abs()
+        # The smallest move that is good enough, or else the best.
+        best = torch.where(left <= limit, offsets.abs() - 1000.0, left).argmin(1, keepdim=True)
+        moved = y.scatter(1, first, tried.gather(1, best)).scatter(1, other, answer.gather(1, best))
+        better = left.gather(1, best) <= excess.abs()
+        excess = excess + torch.where(better, ((moved - y) * x).sum(1, keepdim=True), 0)
+        y = torch.where(better, moved, y)
+    return y
+
+
+def _lowered(values: Tensor, images: Tensor, amount: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values of the dtype whose product with the image is smaller by `amount`, as nearly as can be."""
+    return (values - amount / torch.where(images != 0, images, 1)).to(dtype).double()
+
+
+def _spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance to the next larger number of the dtype."""
+    stored = values.to(dtype)
+    spacing: Tensor = torch.nextafter(stored, torch.full_like(stored, torch.inf)).double() - values
+    return spacing

@@ -1,0 +1,105 @@
+"""The search for one multiplier λ per group: where a falling function f(λ) = ⟨y(λ) - x, x⟩ meets 0.
+
+Every optimisation over a plane and a box here comes down to it: docs/method.md, "One multiplier".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from orthattack.projection import reciprocal
+
+__all__ = ["Bracket", "ends_of", "search", "try_all"]
+
+Bracket = tuple[Tensor, Tensor, Tensor, Tensor]
+"""a, f(a), b, f(b) per group, with f(a) >= 0 >= f(b)."""
+
+# To ask whether a search is done, the host would have to wait for the GPU; there, it is so long whatever it finds.
+_TRIALS_GPU = 16
+
+
+def ends_of(residual: Callable[[Tensor], Tensor], like: Tensor) -> Bracket:
+    """The bracket (a, f(a), b, f(b)) of all λ, for f = `residual`."""
+    b = torch.full_like(like, _largest(like))
+    a = -b
+    # There every pixel is as bright, or as dark, as it may be; round-off must not leave f without a root.
+    return a, residual(a).clamp(min=0), b, residual(b).clamp(max=0)
+
+
+def try_all(residual: Callable[[Tensor], Tensor], scale: Tensor, pivots: Tensor) -> Bracket:
+    """The narrowest bracket that the (K, ...) pivots give."""
+    a, fa, b, fb = ends_of(residual, scale)
+    for pivot in pivots:
+        f = residual(pivot)
+        is_a, is_b = (f >= 0) & (pivot > a), (f < 0) & (pivot < b)
+        a, fa = torch.where(is_a, pivot, a), torch.where(is_a, f, fa)
+        b, fb = torch.where(is_b, pivot, b), torch.where(is_b, f, fb)
+    return a, fa, b, fb
+
+
+def search(
+    residual: Callable[[Tensor], Tensor],
+    scale: Tensor,
+    tolerance: Tensor,
+    ends: tuple[Tensor, Tensor],
+    near: tuple[Tensor, Tensor] | None,
+) -> Bracket:
+    """A bracket whose mixture has a duality gap of at most `tolerance`, by a safeguarded secant.
+
+    It runs over u = λ / (scale + |λ|), which maps all λ to [-1, 1].
+
+    Args:
+        residual: f.
+        scale: per group, the order of magnitude of λ, not 0.
+        tolerance: per group, the duality gap at which to stop.
+        ends: f where λ is -infinity and infinity.
+        near: a λ to start at and the slope of f there; by default 0, and that between the ends.
+    """
+    scale64 = scale.double()
+    largest = _largest(scale)
+
+    def value(u: Tensor) -> Tensor:
+        return (scale64 * u / (1 - u.abs())).clamp(-largest, largest)
+
+    def f_at(u: Tensor) -> Tensor:
+        return residual(value(u).to(scale.dtype)).double()
+
+    fa, fb = (end.double() for end in ends)
+    a, b = torch.full_like(scale64, -1), torch.ones_like(scale64)
+    u, slope = torch.zeros_like(scale64), (fb - fa) / 2
+    if near is not None:
+        u = near[0] / (scale64 + near[0].abs())
+        slope = near[1] * scale64 / (1 - u.abs()).square()
+    f = f_at(u)
+    right = f >= 0
+    stuck = done = torch.zeros_like(right)
+    asks = not scale.is_cuda
+    for attempt in range(200 if asks else _TRIALS_GPU):
+        # A group that is done keeps its bracket, so that its answer does not depend on its batch.
+        is_a, is_b = right & ~done, ~right & ~done
+        a, fa = torch.where(is_a, u, a), torch.where(is_a, f, fa)
+        b, fb = torch.where(is_b, u, b), torch.where(is_b, f, fb)
+        gap = fa * -fb * reciprocal(fa - fb) * (value(b) - value(a))
+        done = gap <= tolerance
+        if asks and bool(done.all()):
+            break
+        # The secant tends to come from one side, which leaves the bracket wide: so it aims a little beyond the root, by
+        # what the tolerance allows, and twice as far after two trials on the same side. Later trials also halve.
+        beyond = (tolerance * reciprocal(slope.abs() * scale64)).sqrt() / 2
+        target = u - f * reciprocal(slope) * torch.where(stuck, 2, 1) + torch.where(right, beyond, -beyond)
+        usable = (target > a) & (target < b) & (attempt < 6 or attempt % 3 < 2)
+        target = torch.where(usable, target, (a + b) / 2)
+        u_before, f_before, right_before = u, f, right
+        u, f = target, f_at(target)
+        right = f >= 0
+        stuck = right == right_before
+        slope = torch.where(u != u_before, (f - f_before) * reciprocal(u - u_before), slope)
+    return value(a).to(scale.dtype), fa.to(scale.dtype), value(b).to(scale.dtype), fb.to(scale.dtype)
+
+
+def _largest(like: Tensor) -> float:
+    """λ = infinity, to all intents: finite, so that times 0 it is 0 and the width of a bracket is a number."""
+    return torch.finfo(like.dtype).max / 4
