@@ -1,6 +1,6 @@
 """What the Ray engine costs, and how many workers its driver can feed.
 
-    python benchmarks/engine.py cost [--seconds 10]     # real work, in 1 and 2 plain processes and 1, 2 and 4 workers
+    python benchmarks/engine.py cost [--seconds 10]     # real work, in a plain process and 1, 2 and 4 workers
     python benchmarks/engine.py driver [--workers 256]  # the plan of a large benchmark, with work that is a sleep
 
 cost: the bundled robust model under OrthoPGD, units of about that many seconds each. Of each worker, the gaps between
@@ -48,6 +48,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="what", required=True)
     cost = commands.add_parser("cost")
     cost.add_argument("--seconds", type=float, default=10)
+    cost.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4], help="0 is a plain process")
     cost.add_argument("--alone", help=argparse.SUPPRESS)  # one plain process: STEPS,UNITS,FOLDER,I,N
     driver = commands.add_parser("driver")
     driver.add_argument("--workers", type=int, default=256)
@@ -60,7 +61,7 @@ def main() -> None:
         steps, units, folder, i, n = args.alone.split(",")
         plain(int(steps), int(units), Path(folder), (int(i), int(n)))
     else:
-        measure_cost(args.seconds)
+        measure_cost(args.seconds, args.workers)
 
 
 # What the engine costs
@@ -128,12 +129,13 @@ def plain(steps: int, units: int, folder: Path, part: tuple[int, int]) -> None:
     run_suite(suite, suite_source(suite), RunFolder(folder / "run"), part=part, engine=engine, progress=False)
 
 
-def measure_cost(seconds: float) -> None:
+def measure_cost(seconds: float, numbers: Sequence[int]) -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     steps = calibrated(seconds)
     rows = []
-    for kind, workers, units in (("plain", 1, 4), ("plain", 2, 8), ("Ray", 1, 4), ("Ray", 2, 8), ("Ray", 4, 12)):
+    for number in numbers:
+        kind, workers, units = ("Ray", number, max(4, 2 * number)) if number else ("plain", 1, 4)
         with tempfile.TemporaryDirectory() as temporary:
             folder, began = Path(temporary), time.time()
             cpu = time.process_time()

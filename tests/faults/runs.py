@@ -96,7 +96,7 @@ def start(place: Path, *options: object, **more: Any) -> subprocess.Popen[str]:
 
 def ended(process: subprocess.Popen[str], code: int = 0) -> str:
     """What a process printed, once it has ended with that exit code."""
-    out, errors = process.communicate(timeout=300)
+    out, errors = process.communicate(timeout=600)
     assert process.returncode == code, out + errors
     return out + errors
 
@@ -105,7 +105,7 @@ def stored(place: Path) -> list[Path]:
     return sorted((place / "run").rglob("*.parquet"))
 
 
-def wait_for(condition: Any, what: str, seconds: float = 120) -> None:
+def wait_for(condition: Any, what: str, seconds: float = 400) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, f"waited in vain for {what}"

@@ -140,8 +140,10 @@ def test_a_unit_that_kills_every_worker_is_left_and_the_rest_is_done(tmp_path, w
 
 @needs_ray
 def test_what_is_to_be_put_right_on_a_worker_is_said_by_the_driver(tmp_path):
-    place = workplace(tmp_path, SUITE.replace("cifar10-standard", "slow:missing"))
-    assert "slow has no missing" in ended(start(place, *RAY), code=2)
+    text = ended(start(workplace(tmp_path / "a"), *RAY, "--out", "memory://bucket/run"), code=2)
+    assert "memory://bucket/run is not there on " in text
+    assert "must be one that all machines of the cluster share" in text
+    assert "Traceback" not in text
     text = ended(start(workplace(tmp_path / "b"), "--engine", "ray", "--address", "127.0.0.1:1"), code=2)
     assert "no Ray cluster at 127.0.0.1:1 (" in text
     assert "Traceback" not in text
