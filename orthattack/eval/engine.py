@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -262,6 +263,9 @@ def ray_crew(address: str | None, workers: int | None, device: str | None) -> It
         options |= {"address": "local", "include_dashboard": False}
         options["num_cpus"] = max(workers or 1, os.cpu_count() or 1)
     try:
+        host, _, port = (address or "").rpartition(":")
+        if host and port.isdecimal() and "/" not in host:  # Ray itself would knock for minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         ray.init(**options)
     except Exception as error:  # of sockets, of versions, of values
         where = "on this machine" if address is None else f"at {address}"
