@@ -25,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,9 @@ def _flat(row: Row) -> Row:
 # Time per step
 
 
-def step_rows(name: str, batch: int, size: int, steps: int, rounds: int) -> list[Row]:
+def step_rows(
+    name: str, batch: int, size: int, steps: int, rounds: int, only: Sequence[str] | None = None
+) -> list[Row]:
     import torchvision
 
     torch.manual_seed(0)
@@ -111,6 +113,7 @@ def step_rows(name: str, batch: int, size: int, steps: int, rounds: int) -> list
     with torch.no_grad():
         labels = model(images).argmax(1)  # so that nothing is fooled from the start
     runs = candidates(model, images, labels, steps)
+    runs = runs if only is None else {key: runs[key] for key in only}
     seconds: dict[str, list[float]] = {key: [] for key in runs}
     memory: dict[str, float] = {}
     for key, run in runs.items():  # to warm up
@@ -287,12 +290,8 @@ def _reached(model: str, name: str, steps: int, standing: int, total: int, secon
 
 def size_rows(rounds: int) -> list[Row]:
     shown = ("Foolbox LinfPGD", "bare step", "PGD", "OrthoPGD")
-    measured = [row for size in (64, 128, 224, 320, 512) for row in step_rows("resnet18", 2, size, 3, rounds)]
-    return [
-        {"against": "size", "x": row["size"], "candidate": row["candidate"], "ms": row["ms"]}
-        for row in measured
-        if row["candidate"] in shown
-    ]
+    measured = [row for size in (64, 128, 224, 320, 512) for row in step_rows("resnet18", 2, size, 3, rounds, shown)]
+    return [{"against": "size", "x": row["size"], "candidate": row["candidate"], "ms": row["ms"]} for row in measured]
 
 
 def count_rows() -> list[Row]:
