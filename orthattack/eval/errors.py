@@ -18,9 +18,9 @@ def first_line(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` without what a terminal takes for a command; its lines stay lines.
+    r"""`text` without what a terminal takes for a command; its lines stay lines.
 
     >>> printable("a\x1b[31m\nb")
-    'a\\\\x1b[31m\\nb'
+    'a\\x1b[31m\nb'
     """
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
