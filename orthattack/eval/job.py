@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,17 +103,18 @@ class Part:
         sample = self.job.differentiated if self.kind == "shards" else frozenset()
         for with_gradient in (True, False):
             for batch in self._batches([k for k in self.images if (k in sample) == with_gradient]):
-                images, labels = self._tensors(batch)
-                try:
-                    with drawing(joint_seed(batch)):
-                        columns = clean_columns(self.job.judge, images, labels, with_gradient)
-                except FAILURES as error:  # of whatever a model does
-                    columns = _errors(error, len(batch))
-                for row, position in enumerate(batch):
-                    rows[position] = _record(columns, row)
-                    self._recall(position, rows[position])
+                looked = partial(self._looked, with_gradient=with_gradient)
+                for positions, columns, _ in self._in_pieces(batch, looked):
+                    for row, position in enumerate(positions):
+                        rows[position] = _record(columns, row)
+                        self._recall(position, rows[position])
         if self.kind == "shards":
             self._store(shard, CLEAN_SCHEMA.names, rows, self.images)
+
+    def _looked(self, batch: list[int], with_gradient: bool) -> tuple[dict[str, list[Any]], None]:
+        images, labels = self._tensors(batch)
+        with drawing(joint_seed(batch)):
+            return clean_columns(self.job.judge, images, labels, with_gradient), None
 
     def _recall(self, position: int, row: Mapping[str, Any]) -> None:
         if row["status"] == "ok":
@@ -132,7 +134,8 @@ class Part:
         todo = [k for k, right in self.right.items() if right or attack_misclassified]
         pool = POOL if entry.kind.packs and not self.job.was_halved else 1
         for batch in self._batches(todo, pool):
-            for positions, columns, adversarials in self._attacked(entry, runner, batch):
+            measured = partial(self._measured, entry, runner)
+            for positions, columns, adversarials in self._in_pieces(batch, measured):
                 for row, position in enumerate(positions):
                     rows[position] = {"clean_prediction": self.predictions[position], **_record(columns, row)}
                     if adversarials is not None and position in self.keep:
@@ -154,12 +157,12 @@ class Part:
         rest = {k: {"status": "misclassified"} for k in self.right if k not in rows}
         self._store(Shard(self.job.label, label, eps, self.number, self.kind), ROW_SCHEMA.names, rows | rest, {})
 
-    def _attacked(
-        self, entry: Entry, runner: Runner, batch: list[int]
+    def _in_pieces(
+        self, batch: list[int], work: Callable[[list[int]], tuple[dict[str, list[Any]], Tensor | None]]
     ) -> Iterator[tuple[list[int], dict[str, list[Any]], Tensor | None]]:
-        """The measurements of a batch, in pieces if it had to be halved for lack of memory."""
+        """What is measured of a batch, in pieces if it had to be halved for lack of memory."""
         try:
-            columns, adversarials = self._measured(entry, runner, batch)
+            columns, adversarials = work(batch)
         except FAILURES as error:  # whatever a model or a foreign attack may raise: the other attacks go on
             halve = _out_of_memory(error) and len(batch) > 1
             failed = _errors(error, len(batch))
@@ -177,13 +180,14 @@ class Part:
         if self.job.device.type == "cuda":
             torch.cuda.empty_cache()
         for piece in (batch[:half], batch[half:]):
-            yield from self._attacked(entry, runner, piece)
+            yield from self._in_pieces(piece, work)
 
     def _measured(self, entry: Entry, runner: Runner, batch: list[int]) -> tuple[dict[str, list[Any]], Tensor]:
         """Attack a batch, and measure what comes back."""
         images, labels = self._tensors(batch)
         seeds = [image_seed(entry.seed, self.job.photographs.names[k], entry.kind) for k in batch]
         counter, n = self.job.counter, len(batch)
+        counter.forget()
         before = counter.forward_calls, counter.gradient_calls
         with drawing(joint_seed(seeds)):
             start = _clock(self.job.device)

@@ -174,6 +174,10 @@ class CallCounter(nn.Module):
         """The model alone: what an attack does with a copy is not counted here."""
         return copy.deepcopy(self.model, memo)
 
+    def forget(self) -> None:
+        """Forget the last answer: it was another attack's."""
+        self._last = None
+
     def recall(self, images: Tensor) -> tuple[Tensor, Tensor] | None:
         """The last answer (N, K) and which of `images` it does not answer (N,), if it was of as many; once only."""
         last, self._last = self._last, None

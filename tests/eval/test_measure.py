@@ -85,6 +85,16 @@ def test_an_attack_that_writes_into_what_it_had_evaluated_deceives_nobody(images
     torch.testing.assert_close(logits, model.net(images))
 
 
+def test_what_another_attack_had_evaluated_is_forgotten(images):
+    model = Seen()
+    counter, judge = judged(model)
+    with torch.no_grad():
+        counter(images)
+    counter.forget()
+    judge.logits(images)
+    assert model.calls == [6, 6]
+
+
 @pytest.mark.parametrize("how", ["training", "autocast", "gradient"])
 def test_an_answer_that_is_not_the_judges_own_is_not_remembered(images, how):
     model = Seen()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -423,6 +424,29 @@ def test_memory_that_runs_out_halves_the_batch_and_says_so_once(tmp_path):
     refused = [n for n in sizes if n > 2]
     assert sizes[-1] <= 2
     assert len(refused) <= 1 + 2  # the first batch, and its halves if they are still too large
+
+
+def test_memory_that_runs_out_on_the_clean_photographs_halves_the_batch_too(tmp_path, classifier):
+    class Hungry(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = classifier.model
+
+        def forward(self, images):
+            if len(images) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return self.model(images)
+
+    said = []
+    chosen = suite(attacks=["FGSM"], batch_size=8)
+    hungry = replace(classifier, model=Hungry().eval())
+    source = suite_source(chosen, classifiers={"cifar10-robust": hungry})
+    folder, done = start(tmp_path / "r", chosen, source=source, say=said.append)
+    assert done
+    assert (folder.read("clean", "cifar10-robust")["status"] == "ok").all()
+    assert (rows_of(folder, "FGSM")["status"] != "error").all()
+    assert said == ["out of memory with 8 images at a time; going on with 4",
+                    "out of memory with 4 images at a time; going on with 2"]  # fmt: skip
 
 
 def test_an_attack_that_drops_the_fooled_gets_several_batches_and_the_model_one_at_a_time(
