@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from benchmarks.study import figures, numbers
 from benchmarks.study.cost import AGAIN, SCOPES
 from benchmarks.study.stages import Store
+from benchmarks.study.training import BASE
 
 __all__ = ["PUBLISHED", "render", "write_page"]
 
@@ -48,7 +48,7 @@ def render(store: Store) -> str:
         "tables": tables,
         "budget": budget,
         "figures": {name for name, (stage, _) in figures.FIGURES.items() if not read(stage).empty},
-        "missing": ", ".join(_missing(store, [group["key"] for group in groups])),
+        "missing": ", ".join(_missing(store)),
         "steps": budget["steps"],
         "eps": " and ".join(dict.fromkeys(numbers.radius(group["eps"]) for group in groups)),
         "minutes": round(sum(about["cpu_seconds"].values()) / 60),
@@ -62,10 +62,16 @@ def render(store: Store) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def _missing(store: Store, groups: Sequence[str]) -> list[str]:
-    """The stages of measured groups that are not there yet."""
-    whole = ("gradients", "depth", "cost", "smallest", "likeness", "transfer")
-    return [f"{stage}-{group}" for stage in whole for group in groups if f"{stage}-{group}" not in store]
+def _missing(store: Store) -> list[str]:
+    """The stages that are not there yet."""
+    settings = store.about()["settings"]
+    names = [
+        f"{stage}-{group['key']}"
+        for stage in ("gradients", "depth", "cost", "smallest", "likeness", "transfer", "scratch", "tuning")
+        for group in settings["groups"]
+        if stage not in ("scratch", "tuning") or (settings["trains"] and BASE in group["models"])
+    ]
+    return [name for name in names if name not in store]
 
 
 def _facts(read: Any) -> dict[str, Any]:
