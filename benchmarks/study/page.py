@@ -48,6 +48,7 @@ def render(store: Store) -> str:
         "tables": tables,
         "budget": budget,
         "figures": {name for name, (stage, _) in figures.FIGURES.items() if not read(stage).empty},
+        "tuning_eps": numbers.radius(groups[-1]["eps"]),
         "missing": ", ".join(_missing(store)),
         "steps": budget["steps"],
         "eps": " and ".join(dict.fromkeys(numbers.radius(group["eps"]) for group in groups)),
@@ -88,6 +89,8 @@ def _facts(read: Any) -> dict[str, Any]:
         for attack in ("OrthoPGD, image", "OrthoPGD, channel")
     ]
     constant = found.groupby("model")["image_constant"].mean()
+    looked = read("scratch")
+    scratch = looked["cosine"].abs().groupby(looked["step"]).mean() if len(looked) else pd.Series(dtype=float)
     signs = [
         part[f"{scope}_sign"].mean() / part[f"{scope}_plain_sign"].mean()
         for _, part in found.groupby("model")
@@ -102,6 +105,7 @@ def _facts(read: Any) -> dict[str, Any]:
         "sign_ratio": _span(signs, ".1f"),
         "clip_l2": _span(clipped, ".0e"),
         "pixel_ratio": _span(ratios, ".1f"),
+        "moments": [f"{scratch[step]:.3f}" for step in (scratch.index[:1].union(scratch.index[-1:]))],
         "small_ratio": _span(others, ".2f"),
         "significant": _significant(read("cost"), "OrthoPGD, image", "OrthoPGD, channel"),
         "significant_pixel": _significant(read("cost"), "OrthoPGD, pixel"),
