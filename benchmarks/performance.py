@@ -8,8 +8,8 @@
 
 `steps`: time per gradient step and image, and peak memory. `accuracy`: seconds and gradient calls to reach the robust
 accuracy that Foolbox's LinfPGD reaches. `growth`: time against image size and number of images. `start`: of the import
-and of --help. Each writes its rows to a file in --out, benchmarks/performance by default; `report` prints them in
-Markdown and draws the plots of docs/performance.md. The device is the GPU if there is one.
+and of --help. Each writes its rows to a file in --out, benchmarks/performance by default; `report` writes them
+into docs/performance.md and draws its plots. The device is the GPU if there is one.
 
 All candidates of a table run in turn, round by round (A B C A B C ...); figures are medians and ranges over the rounds.
 Where weights are random, that changes no time. Foolbox and torchattacks are needed: pip install torchattacks --no-deps
@@ -25,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,10 +58,13 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=500)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "performance")
-    parser.add_argument("--figures", type=Path, default=Path(__file__).parents[1] / "docs" / "figures")
+    parser.add_argument("--docs", type=Path, default=Path(__file__).parents[1] / "docs")
     args = parser.parse_args()
     if args.table == "report":
-        print(report(args.out, args.figures))
+        page = args.docs / "performance.md"
+        page.write_text(filled(page.read_text(encoding="utf-8"), tables(args.out)), encoding="utf-8")
+        draw(_stored(args.out), args.docs / "figures")
+        print(page)
         return
     torch.set_num_threads(args.threads)
     args.out.mkdir(exist_ok=True)
@@ -254,22 +257,29 @@ def accuracy_rows(weights: Path, data: str, limit: int) -> list[Row]:
     }
     theirs(1)
     target, seconds, calls = theirs(20)
-    rows = [_reached("Foolbox LinfPGD", 20, target, total, seconds, calls)]
+    rows = [_reached(weights.stem, "Foolbox LinfPGD", 20, target, total, seconds, calls)]
     for name, run in named.items():
         run(1)  # to warm up
         for steps in (3, 5, 7, 10, 15, 20, 30, 50):
             standing, seconds, calls = run(steps)
             if standing <= target:
                 break
-        rows.append(_reached(name, steps, standing, total, seconds, calls))
+        rows.append(_reached(weights.stem, name, steps, standing, total, seconds, calls))
     again = theirs(20)[1]
     rows[0]["seconds"] = [rows[0]["seconds"][0], again]  # before and after the others
     return rows
 
 
-def _reached(name: str, steps: int, standing: int, total: int, seconds: float, calls: float) -> Row:
-    return {"candidate": name, "steps": steps, "robust accuracy": round(100 * standing / total, 2), "images": total,
-            "seconds": [round(seconds, 2)], "gradient calls": round(calls, 2)}  # fmt: skip
+def _reached(model: str, name: str, steps: int, standing: int, total: int, seconds: float, calls: float) -> Row:
+    return {
+        "model": model,
+        "candidate": name,
+        "steps": steps,
+        "robust accuracy": round(100 * standing / total, 2),
+        "images": total,
+        "seconds": [round(seconds, 2)],
+        "gradient calls": round(calls, 2),
+    }
 
 
 # Growth
@@ -320,22 +330,29 @@ def start_rows(rounds: int) -> list[Row]:
 # Tables and plots
 
 
-def report(folder: Path, figures: Path) -> str:
-    """Markdown of all tables, and the plots."""
-    read = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-    parts = []
-    for name, content in read.items():
-        rows = content["rows"]
-        if name.startswith("steps"):
-            parts.append(_steps_table(content))
-        elif name.startswith("accuracy"):
-            parts.append(_accuracy_table(name, content))
-        else:
-            parts.append(
-                f"### {name} ({content['hardware']})\n\n{tabulate([_flat(r) for r in rows], 'keys', 'github')}"
-            )
-    _plots(read, figures)
-    return "\n\n".join(parts) + "\n"
+def tables(folder: Path) -> dict[str, str]:
+    """The table of each stored file, in Markdown."""
+    read = _stored(folder)
+    makers = {"steps": _steps_table, "accuracy": _accuracy_table}
+    return {name: makers.get(name.partition(" ")[0], _plain_table)(content) for name, content in read.items()}
+
+
+def filled(page: str, content: Mapping[str, str]) -> str:
+    """A page with each table between its two comments, ``<!-- NAME -->`` and ``<!-- /NAME -->``."""
+    for name, table in content.items():
+        comments = f"<!-- {name} -->", f"<!-- /{name} -->"
+        pattern = re.escape(comments[0]) + ".*?" + re.escape(comments[1])
+        block = f"{comments[0]}\n\n{table}\n\n{comments[1]}"
+        page = re.sub(pattern, lambda _, block=block: block, page, flags=re.DOTALL)  # type: ignore[misc]
+    return page
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+
+
+def _plain_table(content: Row) -> str:
+    return f"{content['hardware']}:\n\n{tabulate([_flat(row) for row in content['rows']], 'keys', 'github')}"
 
 
 def _steps_table(content: Row) -> str:
@@ -349,10 +366,10 @@ def _steps_table(content: Row) -> str:
     ]  # fmt: skip
     head = ["", "ms", "range", "of the bare step", "of torchattacks'", "of Foolbox's", "peak MB"]
     about = f"{rows[0]['model']}, batch {rows[0]['batch']}, {rows[0]['steps']} steps, {len(rows[0]['ms'])} rounds"
-    return f"### {about} ({content['hardware']})\n\n{tabulate(table, head, 'github', disable_numparse=True)}"
+    return f"{about} ({content['hardware']}):\n\n{tabulate(table, head, 'github', disable_numparse=True)}"
 
 
-def _accuracy_table(name: str, content: Row) -> str:
+def _accuracy_table(content: Row) -> str:
     rows = content["rows"]
     first = statistics.median(rows[0]["seconds"])
     table = [
@@ -361,11 +378,11 @@ def _accuracy_table(name: str, content: Row) -> str:
         for row in rows
     ]  # fmt: skip
     head = ["", "steps", "robust accuracy", "gradient calls per image", "seconds", "of Foolbox's"]
-    about = f"{name.removeprefix('accuracy ')}, {rows[0]['images']} images"
-    return f"### {about} ({content['hardware']})\n\n{tabulate(table, head, 'github', disable_numparse=True)}"
+    about = f"{rows[0]['model']}, {rows[0]['images']} images ({content['hardware']}):"
+    return f"{about}\n\n{tabulate(table, head, 'github', disable_numparse=True)}"
 
 
-def _plots(read: dict[str, Any], figures: Path) -> None:
+def draw(read: Mapping[str, Any], figures: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("svg")
