@@ -286,8 +286,10 @@ def tuning_difference_table(read: Callable[[str], pd.DataFrame]) -> str:
 
 
 def _size(read: Callable[[str], pd.DataFrame], model: str) -> int:
-    """How many numbers an image of the model has."""
+    """How many numbers an image of the model has; 0 before that is known."""
     table = read("depth")
+    if table.empty:
+        return 0
     sizes = table.loc[(table["model"] == model) & (table["block"] == "input"), "size"]
     return int(sizes.iloc[0]) if len(sizes) else 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from benchmarks.study import figures, numbers
 from benchmarks.study.cost import AGAIN, SCOPES
 from benchmarks.study.stages import Store
+from benchmarks.study.training import BASE
 
 __all__ = ["PUBLISHED", "render", "write_page"]
 
@@ -48,7 +48,8 @@ def render(store: Store) -> str:
         "tables": tables,
         "budget": budget,
         "figures": {name for name, (stage, _) in figures.FIGURES.items() if not read(stage).empty},
-        "missing": ", ".join(_missing(store, [group["key"] for group in groups])),
+        "tuning_eps": numbers.radius(groups[-1]["eps"]),
+        "missing": ", ".join(_missing(store)),
         "steps": budget["steps"],
         "eps": " and ".join(dict.fromkeys(numbers.radius(group["eps"]) for group in groups)),
         "minutes": round(sum(about["cpu_seconds"].values()) / 60),
@@ -62,10 +63,16 @@ def render(store: Store) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def _missing(store: Store, groups: Sequence[str]) -> list[str]:
-    """The stages of measured groups that are not there yet."""
-    whole = ("gradients", "depth", "cost", "smallest", "likeness", "transfer")
-    return [f"{stage}-{group}" for stage in whole for group in groups if f"{stage}-{group}" not in store]
+def _missing(store: Store) -> list[str]:
+    """The stages that are not there yet."""
+    settings = store.about()["settings"]
+    names = [
+        f"{stage}-{group['key']}"
+        for stage in ("gradients", "depth", "cost", "smallest", "likeness", "transfer", "scratch", "tuning")
+        for group in settings["groups"]
+        if stage not in ("scratch", "tuning") or (settings["trains"] and BASE in group["models"])
+    ]
+    return [name for name in names if name not in store]
 
 
 def _facts(read: Any) -> dict[str, Any]:
@@ -82,6 +89,8 @@ def _facts(read: Any) -> dict[str, Any]:
         for attack in ("OrthoPGD, image", "OrthoPGD, channel")
     ]
     constant = found.groupby("model")["image_constant"].mean()
+    looked = read("scratch")
+    scratch = looked["cosine"].abs().groupby(looked["step"]).mean() if len(looked) else pd.Series(dtype=float)
     signs = [
         part[f"{scope}_sign"].mean() / part[f"{scope}_plain_sign"].mean()
         for _, part in found.groupby("model")
@@ -96,6 +105,7 @@ def _facts(read: Any) -> dict[str, Any]:
         "sign_ratio": _span(signs, ".1f"),
         "clip_l2": _span(clipped, ".0e"),
         "pixel_ratio": _span(ratios, ".1f"),
+        "moments": [f"{scratch[step]:.3f}" for step in (scratch.index[:1].union(scratch.index[-1:]))],
         "small_ratio": _span(others, ".2f"),
         "significant": _significant(read("cost"), "OrthoPGD, image", "OrthoPGD, channel"),
         "significant_pixel": _significant(read("cost"), "OrthoPGD, pixel"),
