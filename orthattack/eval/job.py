@@ -107,7 +107,8 @@ class Part:
                 for positions, columns, _ in self._in_pieces(batch, looked):
                     for row, position in enumerate(positions):
                         rows[position] = _record(columns, row)
-                        self._recall(position, rows[position])
+        for position in sorted(rows, key=self.positions.index):  # as they are when they are recalled, so that the
+            self._recall(position, rows[position])  # attacks' batches are the same
         if self.kind == "shards":
             self._store(shard, CLEAN_SCHEMA.names, rows, self.images)
 

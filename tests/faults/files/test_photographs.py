@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from orthattack.eval.decode import Decoder
 from orthattack.eval.preprocessing import DecodeError, Preprocessing, decode
 from orthattack.eval.sources import MAX_BYTES, Files
 from orthattack.eval.store import RunFolder
@@ -223,15 +224,13 @@ def test_photographs_that_changed_since_the_start_are_noticed_and_nothing_is_los
 
 def test_a_photograph_that_goes_while_the_run_is_under_way_is_a_row(photographs, evaluated, monkeypatch):
     """Removed after the list was made, before it is decoded."""
-    from orthattack.eval import run as runs
-
-    ahead = runs.ahead
+    take = Decoder.take
 
     def removed(*arguments):
         (photographs / "3" / "a.png").unlink(missing_ok=True)
-        return ahead(*arguments)
+        return take(*arguments)
 
-    monkeypatch.setattr(runs, "ahead", removed)
+    monkeypatch.setattr(Decoder, "take", removed)
     assert evaluated("--data", photographs).code == 0
     found = rows(photographs.parent / "run")
     assert found.loc["3/a.png", "status"] == "unreadable"

@@ -168,6 +168,7 @@ def test_whatever_things_are_called_nothing_leaves_the_runs_folder(hostile):
         "clean",
         "shards",
         "images",
+        "sessions",
     }
     assert len([path for path in inside if "shards" in path.parts]) == 2 * len(HOSTILE)
     assert all(
