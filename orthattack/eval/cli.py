@@ -186,7 +186,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.shard is not None and options.out is None and options.suite is None:
         raise EvaluationError("--shard needs --out, the folder that all shards share")
     folder = run_folder(options.out, None if options.suite is None else options.suite.stem, _say)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # stop in order, as by Ctrl-C
+    signal.signal(signal.SIGTERM, _interrupt)  # stop in order, as by Ctrl-C
     with ExitStack() as stack:
         crew = None
         if options.engine is not None:
@@ -208,6 +208,11 @@ def _evaluate(options: argparse.Namespace) -> int:
         print(f"shard {i}/{n} is done; the last of the {n}, or the command without --shard, completes {folder}")
         return 0
     return _tell(folder, complete)
+
+
+def _interrupt(*_: object) -> None:
+    # Not by way of SIGINT, which a shell lets its background jobs ignore.
+    raise KeyboardInterrupt
 
 
 def _from_flags(options: argparse.Namespace) -> Suite | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -70,8 +71,10 @@ def workplace(folder: Path, suite: str = SUITE) -> Path:
     return folder
 
 
-def start(place: Path, *options: object, **more: Any) -> subprocess.Popen[str]:
-    """Start `orthattack eval suite.toml --out run` in a workplace."""
+def start(place: Path, *options: object, ignoring: bool = False, **more: Any) -> subprocess.Popen[str]:
+    """Start `orthattack eval suite.toml --out run` in a workplace; `ignoring` SIGINT, if asked."""
+    # A shell lets its background jobs ignore it, and what they start as well: these tests among them, perhaps.
+    on_interrupt = signal.SIG_IGN if ignoring else signal.SIG_DFL
     return subprocess.Popen(
         [
             sys.executable,
@@ -87,6 +90,7 @@ def start(place: Path, *options: object, **more: Any) -> subprocess.Popen[str]:
         ],
         cwd=place,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, on_interrupt),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

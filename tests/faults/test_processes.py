@@ -222,3 +222,13 @@ def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, monkeypatch):
         ]
         assert len(rows[0]) == 6
         assert rows[0].equals(rows[1])
+
+
+def test_a_background_job_that_is_asked_to_end_stops_in_order(tmp_path):
+    """A shell lets background jobs ignore SIGINT; SIGTERM must not depend on it."""
+    place = workplace(tmp_path)
+    hold(place, 2)
+    process = start(place, ignoring=True)
+    wait_for_held(place, process)
+    process.send_signal(signal.SIGTERM)
+    assert "interrupted; the same command, with --out, goes on from here" in ended(process, code=130)
