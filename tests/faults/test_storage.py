@@ -238,7 +238,7 @@ def test_a_report_names_a_file_that_is_damaged(tmp_path, capsys):
     victim = sorted((tmp_path / "run" / "shards").rglob("*.parquet"))[0]
     victim.write_bytes(victim.read_bytes()[:100])
     with pytest.raises(
-        EvaluationError, match=rf"{victim.name} is damaged .*: delete it, and the same `orthattack eval` makes it"
+        EvaluationError, match=rf"{victim.name} is damaged .*: start the run again with the same command"
     ):
         reported(RunFolder(tmp_path / "run"))
     assert cli.main(["report", str(tmp_path / "run")]) == 2
