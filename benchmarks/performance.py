@@ -1,7 +1,7 @@
 """How fast the attacks are, beside the bare model, Foolbox and torchattacks, in one process and in turn.
 
     python benchmarks/performance.py steps [--models NAME ...] [--batches 1 8 32] [--steps 10] [--rounds 4]
-    python benchmarks/performance.py accuracy --weights FILE ... --data FOLDER [--limit 500]
+    python benchmarks/performance.py accuracy --weights FILE ... --data FOLDER [--limit 300]
     python benchmarks/performance.py growth
     python benchmarks/performance.py start
     python benchmarks/performance.py report
@@ -18,6 +18,7 @@ Where weights are random, that changes no time. Foolbox and torchattacks are nee
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import re
@@ -40,6 +41,7 @@ from orthattack.eval.data import load_photographs
 from orthattack.eval.models import load_classifier
 
 EPS = 4 / 255
+TRIED_STEPS = (3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 30, 50)
 PEERS = ("bare step", "torchattacks PGD", "Foolbox LinfPGD")
 Row = dict[str, Any]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -51,11 +53,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", metavar="NAME", default=["resnet18"])
     parser.add_argument("--batches", type=int, nargs="+", default=[8])
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--only", nargs="+", metavar="CANDIDATE", help="rows of `steps` to measure")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--weights", type=Path, nargs="+", default=[], help="ResNet-18s for 64x64 photographs")
     parser.add_argument("--data", help="their photographs")
-    parser.add_argument("--limit", type=int, default=500)
+    parser.add_argument("--limit", type=int, default=300)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "performance")
     parser.add_argument("--docs", type=Path, default=Path(__file__).parents[1] / "docs")
@@ -71,10 +74,12 @@ def main() -> None:
     if args.table == "steps":
         for name in args.models:
             for batch in args.batches:
-                keep(args, f"steps {name} {batch}", step_rows(name, batch, args.size, args.steps, args.rounds))
+                keep(
+                    args, f"steps {name} {batch}", step_rows(name, batch, args.size, args.steps, args.rounds, args.only)
+                )
     elif args.table == "accuracy":
         for weights in args.weights:
-            keep(args, f"accuracy {weights.stem}", accuracy_rows(weights, args.data, args.limit))
+            keep(args, f"accuracy {weights.stem}", accuracy_rows(weights, args.data, args.limit, args.rounds))
     elif args.table == "growth":
         keep(args, "growth", [*size_rows(args.rounds), *count_rows()])
     else:
@@ -109,18 +114,22 @@ def step_rows(
 
     torch.manual_seed(0)
     model = getattr(torchvision.models, name)().eval().to(DEVICE)
+    for layer in model.modules():  # torchvision sets the last layer of its transformers to 0
+        if isinstance(layer, nn.Linear) and not bool(layer.weight.any()):
+            nn.init.normal_(layer.weight, std=0.02)
     images = pictures(batch, size).to(DEVICE)
     with torch.no_grad():
         labels = model(images).argmax(1)  # so that nothing is fooled from the start
-    runs = candidates(model, images, labels, steps)
+    runs = candidates(model, steps)
     runs = runs if only is None else {key: runs[key] for key in only}
+    for run in runs.values():  # to warm up
+        run(images[:1], labels[:1])
+    short = candidates(model, 2)  # need as much memory as longer ones
+    memory = {key: peak_memory(partial(short[key], images, labels)) for key in runs}
     seconds: dict[str, list[float]] = {key: [] for key in runs}
-    memory: dict[str, float] = {}
-    for key, run in runs.items():  # to warm up
-        memory[key] = peak_memory(run)
     for _ in range(rounds):
         for key, run in runs.items():
-            seconds[key].append(timed(run) / steps / batch * 1e3)
+            seconds[key].append(timed(partial(run, images, labels)) / steps / batch * 1e3)
     return [
         {"model": name, "batch": batch, "size": size, "steps": steps, "candidate": key, "ms": seconds[key],
          "peak MB": memory[key]}
@@ -137,12 +146,12 @@ def pictures(count: int, size: int) -> Tensor:
     return ((smooth + noise).clamp(0, 1) * 255).round() / 255
 
 
-def candidates(model: nn.Module, images: Tensor, labels: Tensor, steps: int) -> dict[str, Callable[[], object]]:
+def candidates(model: nn.Module, steps: int) -> dict[str, Callable[[Tensor, Tensor], object]]:
     """What is timed; each does `steps` gradient steps. Parameters ask for gradients, as they do in a user's hands."""
     import foolbox
     import torchattacks
 
-    def bare(reduced: bool) -> None:
+    def bare(images: Tensor, labels: Tensor, reduced: bool) -> None:
         model.requires_grad_(False)
         for _ in range(steps):
             leaf = images.clone().requires_grad_()
@@ -151,21 +160,21 @@ def candidates(model: nn.Module, images: Tensor, labels: Tensor, steps: int) -> 
             torch.autograd.grad(nn.functional.cross_entropy(logits.float(), labels, reduction="sum"), leaf)
         model.requires_grad_(True)
 
-    def foolbox_pgd() -> None:
+    def foolbox_pgd(images: Tensor, labels: Tensor) -> None:
         attack = foolbox.attacks.LinfPGD(steps=steps, abs_stepsize=EPS / 4)
         attack(foolbox.PyTorchModel(model, bounds=(0, 1), device=DEVICE), images, labels, epsilons=EPS)
         model.zero_grad(set_to_none=True)
 
-    def ours(kind: Any, **options: Any) -> Callable[[], Tensor]:
-        attack = kind(model, alpha=EPS / 4, steps=steps, eps=EPS, **options)
-        return lambda: attack(images, labels)
+    def ours(kind: Any, **options: Any) -> Callable[[Tensor, Tensor], object]:
+        attack: Callable[[Tensor, Tensor], object] = kind(model, alpha=EPS / 4, steps=steps, eps=EPS, **options)
+        return attack
 
     peer = torchattacks.PGD(model, eps=EPS, alpha=EPS / 4, steps=steps)
     return {
         "Foolbox LinfPGD": foolbox_pgd,
-        "torchattacks PGD": lambda: peer(images, labels),
-        "bare step": partial(bare, False),
-        "bare step, bfloat16": partial(bare, True),
+        "torchattacks PGD": peer,
+        "bare step": partial(bare, reduced=False),
+        "bare step, bfloat16": partial(bare, reduced=True),
         "PGD": ours(PGD),
         "OrthoPGD, gradient": ours(OrthoPGD, enforce="gradient"),
         "OrthoPGD": ours(OrthoPGD),
@@ -200,6 +209,7 @@ def peak_memory(run: Callable[[], object]) -> float:
         before = torch.cuda.memory_allocated()
         run()
         return round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed would hide what this one needs
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets the peak to what is resident now
     before = _resident("VmRSS")
     run()
@@ -215,8 +225,11 @@ def _resident(field: str) -> int:
 # Time to the same robust accuracy
 
 
-def accuracy_rows(weights: Path, data: str, limit: int) -> list[Row]:
-    """What Foolbox's LinfPGD reaches in 20 steps, and what each candidate needs for no more robust accuracy."""
+def accuracy_rows(weights: Path, data: str, limit: int, rounds: int) -> list[Row]:
+    """What each candidate needs to leave no more robust than Foolbox's LinfPGD does in 20 steps.
+
+    The fewest steps are sought first; then the candidates, Foolbox with 20 steps first, are timed in turn.
+    """
     import foolbox
 
     classifier = load_classifier("resnet18", weights, 64)
@@ -234,13 +247,13 @@ def accuracy_rows(weights: Path, data: str, limit: int) -> list[Row]:
             return int((model(adversarials).argmax(1) == labels[part]).sum())
 
     def theirs(steps: int) -> tuple[int, float, float]:
-        attack, standing, seconds = foolbox.attacks.LinfPGD(steps=steps, rel_stepsize=2.5 / steps), 0, 0.0
+        attack = foolbox.attacks.LinfPGD(steps=steps, rel_stepsize=2.5 / steps)
         wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device=DEVICE)
-        for part in batches:
-            found: list[Tensor] = []
-            seconds += timed(lambda p=part, f=found: f.append(attack(wrapped, images[p], labels[p], epsilons=EPS)[1]))  # type: ignore[misc]
-            standing += robust(found[0], part)
-        return standing, seconds, float(steps)
+        returned: list[Tensor] = []
+        seconds = timed(
+            lambda: returned.extend(attack(wrapped, images[part], labels[part], epsilons=EPS)[1] for part in batches)
+        )
+        return sum(map(robust, returned, batches)), seconds, float(steps)
 
     def mine(steps: int, kind: Any, **options: Any) -> tuple[int, float, float]:
         attack = kind(model, eps=EPS, steps=steps, generator=torch.Generator().manual_seed(0), **options)
@@ -251,38 +264,32 @@ def accuracy_rows(weights: Path, data: str, limit: int) -> list[Row]:
 
     early: dict[str, Any] = {"early_stop": True}
     fast = {**early, "optimize": "auto", "precision": "bfloat16"}
+    falling: dict[str, Any] = {"alpha": 2 * EPS, "schedule": "linear"}
     named: dict[str, Callable[[int], tuple[int, float, float]]] = {
+        "Foolbox LinfPGD": theirs,
         "PGD": partial(mine, kind=PGD),
         "PGD, early stop": partial(mine, kind=PGD, **early),
         "OrthoPGD": partial(mine, kind=OrthoPGD),
         "OrthoPGD, early stop": partial(mine, kind=OrthoPGD, **early),
         "OrthoPGD, bfloat16, optimize, early stop": partial(mine, kind=OrthoPGD, **fast),
+        "the same, steps from 2 eps down to 0": partial(mine, kind=OrthoPGD, **fast, **falling),
     }
-    theirs(1)
-    target, seconds, calls = theirs(20)
-    rows = [_reached(weights.stem, "Foolbox LinfPGD", 20, target, total, seconds, calls)]
-    for name, run in named.items():
-        run(1)  # to warm up
-        for steps in (3, 5, 7, 10, 15, 20, 30, 50):
-            standing, seconds, calls = run(steps)
-            if standing <= target:
-                break
-        rows.append(_reached(weights.stem, name, steps, standing, total, seconds, calls))
-    again = theirs(20)[1]
-    rows[0]["seconds"] = [rows[0]["seconds"][0], again]  # before and after the others
+    target = theirs(20)[0]
+    fewest = {
+        name: next((n for n in TRIED_STEPS if run(n)[0] <= target), TRIED_STEPS[-1]) for name, run in named.items()
+    }
+    fewest = {"Foolbox LinfPGD": 20, "Foolbox LinfPGD, fewest steps": fewest.pop("Foolbox LinfPGD"), **fewest}
+    named["Foolbox LinfPGD, fewest steps"] = theirs
+    rows: list[Row] = [
+        {"model": weights.stem, "candidate": name, "steps": steps, "images": total, "seconds": []}
+        for name, steps in fewest.items()
+    ]
+    for _ in range(rounds):
+        for row in rows:
+            standing, seconds, calls = named[row["candidate"]](row["steps"])
+            row["seconds"].append(round(seconds, 2))
+            row |= {"robust accuracy": round(100 * standing / total, 2), "gradient calls": round(calls, 2)}
     return rows
-
-
-def _reached(model: str, name: str, steps: int, standing: int, total: int, seconds: float, calls: float) -> Row:
-    return {
-        "model": model,
-        "candidate": name,
-        "steps": steps,
-        "robust accuracy": round(100 * standing / total, 2),
-        "images": total,
-        "seconds": [round(seconds, 2)],
-        "gradient calls": round(calls, 2),
-    }
 
 
 # Growth
@@ -303,9 +310,8 @@ def count_rows() -> list[Row]:
         images = pictures(100, 32).repeat(count // 100, 1, 1, 1).to(DEVICE)
         labels = torch.zeros(count, dtype=torch.long, device=DEVICE)
         attack = OrthoPGD(model, eps=EPS, steps=3)
-        seconds: list[float] = []
-        memory = peak_memory(lambda a=attack, x=images, y=labels, s=seconds: s.append(  # type: ignore[misc]
-            timed(lambda: a.run(x, y, batch_size=50))))  # fmt: skip
+        run, seconds = partial(attack.run, images, labels, batch_size=50), list[float]()
+        memory = peak_memory(lambda run=run, seconds=seconds: seconds.append(timed(run)))  # type: ignore[misc]
         rows.append({"against": "count", "x": count, "candidate": "OrthoPGD", "seconds": seconds, "peak MB": memory})
     return rows
 
@@ -333,7 +339,9 @@ def tables(folder: Path) -> dict[str, str]:
     """The table of each stored file, in Markdown."""
     read = _stored(folder)
     makers = {"steps": _steps_table, "accuracy": _accuracy_table}
-    return {name: makers.get(name.partition(" ")[0], _plain_table)(content) for name, content in read.items()}
+    found = {name: makers.get(name.partition(" ")[0], _plain_table)(content) for name, content in read.items()}
+    steps = [content for name, content in read.items() if name.startswith("steps")]
+    return found | ({"summary": _summary(steps)} if steps else {})
 
 
 def filled(page: str, content: Mapping[str, str]) -> str:
@@ -368,6 +376,22 @@ def _steps_table(content: Row) -> str:
     return f"{about} ({content['hardware']}):\n\n{tabulate(table, head, 'github', disable_numparse=True)}"
 
 
+def _summary(contents: Sequence[Row]) -> str:
+    """All models and batches: time of a step in parts of Foolbox's."""
+    shown = ["bare step", "torchattacks PGD", "PGD", "OrthoPGD", "OrthoPGD, bfloat16", "PGD, optimize",
+             "OrthoPGD, optimize", "OrthoPGD, bfloat16, optimize"]  # fmt: skip
+    table = []
+    for content in sorted(contents, key=lambda c: (c["rows"][0]["model"], c["rows"][0]["batch"])):
+        rows = content["rows"]
+        middle = {row["candidate"]: statistics.median(row["ms"]) for row in rows}
+        ratios = (f"{middle[name] / middle['Foolbox LinfPGD']:.2f}" for name in shown)
+        table.append(
+            [rows[0]["model"], rows[0]["batch"], rows[0]["steps"], f"{middle['Foolbox LinfPGD']:.1f}", *ratios]
+        )
+    head = ["model", "batch", "steps", "Foolbox, ms", *shown]
+    return tabulate(table, head, "github", disable_numparse=True)
+
+
 def _accuracy_table(content: Row) -> str:
     rows = content["rows"]
     first = statistics.median(rows[0]["seconds"])
@@ -396,21 +420,36 @@ def draw(read: Mapping[str, Any], figures: Path) -> None:
 
     steps = {name: content for name, content in read.items() if name.startswith("steps")}
     if steps:
-        shown = [row["candidate"] for row in next(iter(steps.values()))["rows"]]
-        figure, axes = plt.subplots(1, len(steps), figsize=(2.6 * len(steps) + 2, 3.8), sharey=True, squeeze=False)
-        for axis, content in zip(axes[0], steps.values(), strict=True):
-            middle = {row["candidate"]: statistics.median(row["ms"]) for row in content["rows"]}
-            values = [middle[name] / middle["bare step"] for name in shown]
-            colours = [
-                "#bbbbbb" if "Foolbox" in n or "torch" in n else "#555555" if "bare" in n else "#0072b2" for n in shown
-            ]
-            axis.barh(range(len(shown)), values, color=colours)
-            axis.axvline(1, color="black", linewidth=0.8)
-            axis.set_title(f"{content['rows'][0]['model']}, batch {content['rows'][0]['batch']}", fontsize=9)
-            axis.tick_params(labelsize=8)
+        first = {
+            (content["rows"][0]["model"], content["rows"][0]["batch"]): content["rows"] for content in steps.values()
+        }
+        models = sorted({model for model, _ in first})
+        batches = sorted({batch for _, batch in first})
+        measured = [{row["candidate"] for row in rows} for rows in first.values()]
+        shown = [row["candidate"] for row in next(iter(first.values())) if all(row["candidate"] in m for m in measured)]
+        height = 0.4 + 0.19 * len(shown) * len(models)
+        figure, axes = plt.subplots(
+            len(models), len(batches), figsize=(2.3 * len(batches) + 2, height), sharex=True, sharey=True, squeeze=False
+        )
+        colours = [
+            "#bbbbbb" if "Foolbox" in n or "torch" in n else "#555555" if "bare" in n else "#0072b2" for n in shown
+        ]
+        for at, model in enumerate(models):
+            for axis, batch in zip(axes[at], batches, strict=True):
+                rows = first.get((model, batch))
+                axis.set_title(f"{model}, batch {batch}", fontsize=8)
+                axis.tick_params(labelsize=7)
+                axis.axvline(1, color="black", linewidth=0.8)
+                if rows is None:
+                    axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", fontsize=7)
+                    continue
+                middle = {row["candidate"]: statistics.median(row["ms"]) for row in rows}
+                axis.barh(range(len(shown)), [middle[n] / middle["bare step"] for n in shown], color=colours)
+        for axis in axes[-1]:
             axis.set_xlabel("time of the bare step", fontsize=8)
         axes[0][0].set_yticks(range(len(shown)), shown)
         axes[0][0].invert_yaxis()
+        figure.tight_layout(pad=0.4)
         save(figure, "steps")
     accuracy = {name: content for name, content in read.items() if name.startswith("accuracy")}
     if accuracy:
@@ -420,13 +459,15 @@ def draw(read: Mapping[str, Any], figures: Path) -> None:
         for axis, (name, content) in zip(axes[0], accuracy.items(), strict=True):
             names = [f"{row['candidate']}" for row in content["rows"]]
             values = [statistics.median(row["seconds"]) for row in content["rows"]]
-            axis.barh(range(len(names)), values, color=["#bbbbbb"] + ["#0072b2"] * (len(names) - 1))
+            axis.barh(range(len(names)), values, color=["#bbbbbb" if "Foolbox" in n else "#0072b2" for n in names])
             for at, (value, row) in enumerate(zip(values, content["rows"], strict=True)):
-                axis.text(value, at, f" {row['steps']} steps", va="center", fontsize=7)
+                missed = row["robust accuracy"] > content["rows"][0]["robust accuracy"]
+                label = f" not in {row['steps']} steps" if missed else f" {row['steps']} steps"
+                axis.text(value, at, label, va="center", fontsize=7)
             axis.set_title(name.removeprefix("accuracy "), fontsize=9)
             axis.set_xlabel(f"seconds to {content['rows'][0]['robust accuracy']:.1f} % robust accuracy", fontsize=8)
             axis.tick_params(labelsize=8)
-            axis.margins(x=0.18)
+            axis.margins(x=0.25)
         axes[0][0].set_yticks(range(len(names)), names)
         axes[0][0].invert_yaxis()
         save(figure, "accuracy")
