@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -18,14 +17,6 @@ BAD = '"><img src=x onerror=alert(1)>'
 SCRIPT = "</script><script>alert(1)</script>"
 MATH = r"$\frac{1}{2}$ & <b>bold</b>"
 CHECKS = [{"model": "standard", "check": f"more steps {BAD}", "status": "warned", "figures": "1 < 2", "why": SCRIPT}]
-ARGUMENTS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-]
 
 
 @pytest.fixture(scope="module")
@@ -143,19 +134,6 @@ def test_images_are_shown_exactly_if_small_and_bounded_if_large(size, shown):
 
 
 # In a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs the playwright package")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    found = next((path for name in names if (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip(f"needs a browser: none of {', '.join(names)} is installed")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 class Opened:

@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 
-from .runs import contents, ended, manifest, start, workplace
+from tests.stored import contents
+
+from .runs import ended, manifest, start, workplace
 
 
 @pytest.fixture(scope="session")
@@ -13,6 +15,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     place = workplace(tmp_path_factory.mktemp("whole"))
     ended(start(place))
     assert manifest(place)["status"] == "complete"
-    found = contents(place)
+    found = contents(place / "run")
     assert len(found) > 40
     return found

@@ -11,9 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-from safetensors.torch import load_file
-
 SUITE = """
 models = ["cifar10-robust", "cifar10-standard"]
 attacks = ["OrthoPGD", "slow:attack"]
@@ -148,23 +145,3 @@ def alive(process: int) -> bool:
     except OSError:
         return False
     return state != "Z"
-
-
-def contents(place: Path) -> dict[str, Any]:
-    """Every stored row, but for the one column that time changes, and every stored image."""
-    run = place / "run"
-    found: dict[str, Any] = {
-        str(path.relative_to(run)): pd.read_parquet(path).drop(columns="seconds", errors="ignore")
-        for path in stored(place)
-    }
-    return found | {str(path.relative_to(run)): load_file(path) for path in run.rglob("*.safetensors")}
-
-
-def assert_same(one: dict[str, Any], two: dict[str, Any]) -> None:
-    """The same files with the same rows and images, bit for bit."""
-    assert one.keys() == two.keys()
-    for name, content in one.items():
-        if isinstance(content, pd.DataFrame):
-            pd.testing.assert_frame_equal(content, two[name], check_exact=True, obj=name)
-        else:
-            assert all((content[key] == two[name][key]).all() for key in content), name

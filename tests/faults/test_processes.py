@@ -19,10 +19,9 @@ from orthattack.eval.lock import working_in
 from orthattack.eval.run import run_suite, suite_source
 from orthattack.eval.store import RunFolder
 from orthattack.eval.suite import make_suite
+from tests.stored import assert_same, contents
 
 from .runs import (
-    assert_same,
-    contents,
     ended,
     hold,
     manifest,
@@ -51,7 +50,7 @@ def test_a_second_process_on_the_same_run_is_refused_and_a_kill_leaves_no_lock(t
     release(place)
     before = {path: path.stat().st_mtime_ns for path in stored(place)}
     ended(start(place))
-    assert_same(contents(place), whole)
+    assert_same(contents(place / "run"), whole)
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())  # nothing was done twice
     assert [session["outcome"] for session in manifest(place)["sessions"]] == ["killed", "complete"]
 
@@ -70,7 +69,7 @@ def test_shards_at_the_same_time_store_the_same_and_the_last_one_reports(tmp_pat
     release(place)
     said = [ended(process) for process in shards]
     assert sorted("report: run/report.html" in text for text in said) in ([False, True], [True, True])
-    assert_same(contents(place), whole)
+    assert_same(contents(place / "run"), whole)
     found = manifest(place)
     assert found["status"] == "complete"
     assert sorted(session["shard"] for session in found["sessions"]) == ["1/2", "2/2"]
@@ -91,7 +90,7 @@ def test_a_shard_that_was_killed_is_done_by_a_call_for_all_of_it(tmp_path, whole
     second.communicate()
     release(place)
     ended(start(place))
-    assert_same(contents(place), whole)
+    assert_same(contents(place / "run"), whole)
     assert [session["outcome"] for session in manifest(place)["sessions"]] == ["part", "killed", "complete"]
 
 

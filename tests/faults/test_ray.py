@@ -12,12 +12,11 @@ import pytest
 
 from orthattack.eval.engine import Queue
 from orthattack.eval.plan import Unit
+from tests.stored import assert_same, contents
 
 from .runs import (
     SUITE,
     alive,
-    assert_same,
-    contents,
     ended,
     hold,
     manifest,
@@ -47,7 +46,7 @@ def test_a_worker_that_is_killed_is_replaced_and_the_rows_are_those_of_one_proce
     text = ended(driver)
     assert "a worker died at cifar10-" in text
     assert "others go on with it" in text
-    assert_same(contents(place), whole)
+    assert_same(contents(place / "run"), whole)
     found = manifest(place)
     assert found["status"] == "complete"
     (session,) = found["sessions"]
@@ -74,7 +73,7 @@ def test_a_driver_that_is_killed_or_interrupted_leaves_no_worker_and_the_same_co
     assert len(before) >= 4
     release(place)
     ended(start(place, *RAY))
-    assert_same(contents(place), whole)
+    assert_same(contents(place / "run"), whole)
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     outcomes = [session["outcome"] for session in manifest(place)["sessions"]]
     assert outcomes == ["killed" if how == signal.SIGKILL else "interrupted", "complete"]
@@ -122,7 +121,7 @@ def test_a_node_that_is_lost_takes_its_workers_along_and_the_others_finish(tmp_p
     finally:
         cluster.communicate(timeout=60)
     assert "a worker died at cifar10-" in text
-    assert_same(contents(place), whole)
+    assert_same(contents(place / "run"), whole)
     assert manifest(place)["status"] == "complete"
 
 
@@ -188,7 +187,8 @@ def test_every_unit_is_taken_once_whoever_comes_when():
             if found is None:
                 break
             if len(taken) % 4 == 3 and put_back < 3:
-                queue.put_back(found[0], worker)
+                queue.forget(worker)
+                queue.put_back(found[0])
                 put_back += 1
                 continue
             taken.append(found[0])

@@ -87,18 +87,3 @@ def rows(run: Path, kind: str = "shards") -> pd.DataFrame:
     """All stored rows of a run of one attack at one radius, by the photograph's name."""
     found = [pd.read_parquet(path) for path in sorted((run / kind).rglob("*.parquet"))]
     return pd.concat(found).set_index("name").drop(columns="seconds", errors="ignore")
-
-
-def contents(run: Path) -> dict[str, object]:
-    """Every file of rows and images, without the one column that time changes."""
-    found: dict[str, object] = {}
-    for path in sorted(run.rglob("*.parquet")):
-        found[str(path.relative_to(run))] = pd.read_parquet(path).drop(columns="seconds", errors="ignore").to_dict()
-    for path in sorted(run.rglob("*.safetensors")):
-        found[str(path.relative_to(run))] = path.read_bytes()
-    return found
-
-
-def same(one: dict[str, object], other: dict[str, object]) -> bool:
-    """Whether two runs hold the same, NaN included."""
-    return one.keys() == other.keys() and all(repr(one[key]) == repr(other[key]) for key in one)

@@ -16,7 +16,8 @@ import pytest
 
 from orthattack.eval import cli
 from orthattack.eval.store import RunFolder
-from tests.faults.files.conftest import MODEL, contents, rows, same
+from tests.faults.files.conftest import MODEL, rows
+from tests.stored import assert_same, contents
 
 RUN = ["eval", "--model", MODEL, "--limit", 8, "--attacks", "FGSM", "PGD", "--steps", 2, "--shard-size", 4]
 RUN += ["--save-images", "all", "--no-checks"]
@@ -50,7 +51,7 @@ def test_a_full_disk_keeps_what_is_finished_and_the_same_command_goes_on(small_d
     assert [p for p in path.rglob("*") if "partial" in p.name] == []
     before, expected = contents(path), contents(whole)
     assert 0 < len(before) < len(expected)
-    assert all(repr(before[name]) == repr(expected[name]) for name in before)
+    assert_same(before, {name: expected[name] for name in before})
     times = {name: (path / name).stat().st_mtime_ns for name in before if name.endswith(".parquet")}
     again = orthattack(*RUN, "--out", path)  # there is still no room
     assert again.code == 2
@@ -58,7 +59,7 @@ def test_a_full_disk_keeps_what_is_finished_and_the_same_command_goes_on(small_d
     subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
     done = orthattack(*RUN, "--out", path)
     assert done.code == 0, done.err
-    assert same(contents(path), expected)
+    assert_same(contents(path), expected)
     assert times == {name: (path / name).stat().st_mtime_ns for name in times}  # not computed again
 
 
@@ -78,7 +79,7 @@ def test_a_file_that_may_not_grow_is_like_a_full_disk(tmp_path, whole, orthattac
     assert json.loads((path / "manifest.json").read_text())["status"] == "interrupted"
     done = orthattack(*RUN, "--out", path)
     assert done.code == 0, done.err
-    assert same(contents(path), contents(whole))
+    assert_same(contents(path), contents(whole))
 
 
 def test_a_report_that_cannot_be_written_loses_no_result(small_disk, orthattack):
@@ -175,7 +176,7 @@ def test_a_damaged_shard_is_made_again_and_the_others_are_not(copied, whole, ort
     times = {path: path.stat().st_mtime_ns for path in shards if path != broken}
     done = orthattack(*RUN, "--out", copied)
     assert done.code == 0, done.err
-    assert same(contents(copied), contents(whole))
+    assert_same(contents(copied), contents(whole))
     assert times == {path: path.stat().st_mtime_ns for path in times}
     assert broken.with_suffix(".damaged").exists()
     (note,) = [note for session in RunFolder(copied).sessions() for note in session["notes"]]
@@ -225,4 +226,4 @@ def test_a_damaged_manifest_is_named_and_nothing_is_overwritten(copied, orthatta
         assert told.code == 2
         assert message in told.err or "holds another run" in told.err
     assert (copied / "manifest.json").read_text() == text
-    assert same(contents(copied), before)
+    assert_same(contents(copied), before)

@@ -68,16 +68,6 @@ CLASSES = [
     ),
 ]
 
-
-@pytest.mark.parametrize(("content", "message"), CLASSES)
-def test_a_class_file_that_cannot_be_meant_is_refused(photographs, evaluated, content, message):
-    path = photographs.parent / "classes.csv"
-    path.write_bytes(content)
-    told = evaluated("--data", photographs, "--classes", path)
-    assert (told.code, told.out) == (2, "")
-    assert message in told.err
-
-
 SUBSETS = [
     (b"", "--subset names no photographs"),
     (b"# nothing\n\n", "--subset names no photographs"),
@@ -90,11 +80,14 @@ SUBSETS = [
 ]
 
 
-@pytest.mark.parametrize(("content", "message"), SUBSETS)
-def test_a_subset_that_cannot_be_meant_is_refused(photographs, evaluated, content, message):
-    path = photographs.parent / "subset.txt"
+@pytest.mark.parametrize(
+    ("option", "content", "message"),
+    [("--classes", *case) for case in CLASSES] + [("--subset", *case) for case in SUBSETS],
+)
+def test_a_class_file_or_a_subset_that_cannot_be_meant_is_refused(photographs, evaluated, option, content, message):
+    path = photographs.parent / "list"
     path.write_bytes(content)
-    told = evaluated("--data", photographs, "--subset", path)
+    told = evaluated("--data", photographs, option, path)
     assert (told.code, told.out) == (2, "")
     assert message in told.err
     assert "\x1b" not in told.err

@@ -19,7 +19,8 @@ from orthattack.eval.decode import Decoder
 from orthattack.eval.preprocessing import DecodeError, Preprocessing, decode
 from orthattack.eval.sources import MAX_BYTES, Files
 from orthattack.eval.store import RunFolder
-from tests.faults.files.conftest import MODEL, contents, process, rows, same
+from tests.faults.files.conftest import MODEL, process, rows
+from tests.stored import assert_same, contents
 
 COLOUR = (200, 120, 40)
 GREY = 120
@@ -219,7 +220,7 @@ def test_photographs_that_changed_since_the_start_are_noticed_and_nothing_is_los
     assert told.code == 2
     assert f"{run} holds another run; choose another folder, or make these the same" in told.err
     assert f"{MODEL}: data." in told.err
-    assert same(contents(run), before)
+    assert_same(contents(run), before)
 
 
 def test_a_photograph_that_goes_while_the_run_is_under_way_is_a_row(photographs, evaluated, monkeypatch):

@@ -1,0 +1,29 @@
+"""What a run has stored, and whether two runs stored the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from safetensors.torch import load_file
+
+
+def contents(run: Path) -> dict[str, Any]:
+    """Every stored row, but for the one column that time changes, and every stored image."""
+    rows: dict[str, Any] = {
+        str(path.relative_to(run)): pd.read_parquet(path).drop(columns="seconds", errors="ignore")
+        for path in sorted(run.rglob("*.parquet"))
+    }
+    return rows | {str(path.relative_to(run)): load_file(path) for path in sorted(run.rglob("*.safetensors"))}
+
+
+def assert_same(one: dict[str, Any], two: dict[str, Any]) -> None:
+    """The same files with the same rows and images, bit for bit."""
+    assert one.keys() == two.keys()
+    for name, content in one.items():
+        if isinstance(content, pd.DataFrame):
+            pd.testing.assert_frame_equal(content, two[name], check_exact=True, obj=name)
+        else:
+            assert content.keys() == two[name].keys(), name
+            assert all((content[key] == two[name][key]).all() for key in content), name
