@@ -477,7 +477,7 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def check_count(name: str, value: int) -> None:
-    """ValueError unless `value` is an integer >= 1."""
+    """ValueError unless `value` is an integer from 1 to 2^31 - 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be an integer >= 1; got {value!r}")
     if value >= 2**31:

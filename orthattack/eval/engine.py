@@ -111,10 +111,8 @@ class Queue:
             self._promised[worker] = following
         return unit, following
 
-    def put_back(self, unit: Unit, worker: object) -> None:
-        """A unit that was not finished, because its worker has died."""
-        self._held.pop(worker, None)
-        self._promised.pop(worker, None)
+    def put_back(self, unit: Unit) -> None:
+        """A unit that was not finished."""
         self._left.setdefault(unit.model, {})[unit] = None
         self._count += 1
 
@@ -201,7 +199,7 @@ class Crew:
                         continue
                     say(f"a worker died at {unit.model}, {unit.stage} {unit.chunk}: others go on with it ({reason})")
                     if (rest := plan.left_of(unit)) is not None:
-                        queue.put_back(rest, actor)
+                        queue.put_back(rest)
                     continue
                 self._idle.append(actor)
                 if unit is None:

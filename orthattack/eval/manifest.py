@@ -117,7 +117,7 @@ def new_session(
         "id": folder.new_session_id(host, process),
         "host": host,
         "process": process,
-        "shard": None if part is None else f"{part[0]}/{part[1]}",
+        "shard": _shard(part),
         "started": now(),
         "finished": None,
         "outcome": "running",
@@ -146,9 +146,13 @@ def hardware(device: torch.device) -> dict[str, Any]:
 def bury(folder: RunFolder, part: Part | None) -> None:
     """Set down as killed the sessions that never ended, for whoever holds the lock that they held."""
     for session in folder.sessions():
-        same = part is None or session["shard"] == f"{part[0]}/{part[1]}"
+        same = part is None or session["shard"] == _shard(part)
         if same and session["outcome"] == "running":
             folder.write_session({**session, "outcome": "killed"})
+
+
+def _shard(part: Part | None) -> str | None:
+    return None if part is None else f"{part[0]}/{part[1]}"
 
 
 def now() -> str:

@@ -60,17 +60,31 @@ class Plan:
         entries: its attacks at their radii.
         manifest: what the models and data turned out to be.
         folder: where it is.
+        probes: the trust checks' own attacks on each model.
     """
 
     suite: Suite
     entries: Sequence[Entry]
     manifest: Mapping[str, Any]
     folder: RunFolder
+    probes: Mapping[str, Sequence[Entry]] = field(init=False, repr=False)
     _counts: dict[str, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        counts = {model["label"]: int(model["data"]["images"]) for model in self.manifest["models"]}
-        object.__setattr__(self, "_counts", counts)
+        models = self.manifest["models"]
+        object.__setattr__(self, "_counts", {model["label"]: int(model["data"]["images"]) for model in models})
+        object.__setattr__(self, "probes", {model["label"]: self._probes(model) for model in models})
+
+    def _probes(self, model: Mapping[str, Any]) -> list[Entry]:
+        suite = self.suite
+        if not suite.checks:
+            return []
+        return [
+            Entry(
+                AttackSpec(name=probe.kind.name, label=probe.label), probe.kind, suite.norm, probe.eps, 0, probe.label
+            )
+            for probe in probes(suite.norm, suite.eps, suite.steps, model["preprocessing"]["crop"])
+        ]
 
     def positions(self, unit: Unit) -> Sequence[int]:
         """The photographs of a unit."""
@@ -83,17 +97,6 @@ class Plan:
         """The photographs whose images are kept."""
         count = self._counts[model]
         return frozenset({"gallery": evenly(GALLERY, count), "all": range(count), "none": ()}[self.suite.save_images])
-
-    def probes(self, model: str) -> list[Entry]:
-        """The trust checks' own attacks on a model."""
-        suite = self.suite
-        size = next(about["preprocessing"]["crop"] for about in self.manifest["models"] if about["label"] == model)
-        return [
-            Entry(
-                AttackSpec(name=probe.kind.name, label=probe.label), probe.kind, suite.norm, probe.eps, 0, probe.label
-            )
-            for probe in (probes(suite.norm, suite.eps, suite.steps, size) if suite.checks else ())
-        ]
 
     def todo(self, part: Part | None = None) -> Todo:
         """The units that are left of a run, or of shard i of n: of all units, every n-th from the i-th on.
@@ -116,7 +119,7 @@ class Plan:
                     units.append(Unit(model, "attack", chunk, wanted))
             if self.suite.checks:
                 if (number + count) % step == first:
-                    units += self._left(Unit(model, "probe", 0, tuple(range(len(self.probes(model))))))
+                    units += self._left(Unit(model, "probe", 0, tuple(range(len(self.probes[model])))))
                 count += 1
             number += count
         return Todo(units, total, done)
@@ -149,7 +152,7 @@ class Plan:
         if unit.stage == "transfer":
             probe = self.manifest["probes"][which]
             return Shard(unit.model, probe["label"], probe["eps"], 0, "checks")
-        entry = self.entries[which] if unit.stage == "attack" else self.probes(unit.model)[which]
+        entry = self.entries[which] if unit.stage == "attack" else self.probes[unit.model][which]
         return Shard(unit.model, entry.label, entry.eps, unit.chunk, "shards" if unit.stage == "attack" else "checks")
 
     def is_ready_for_transfer(self) -> bool:
@@ -159,7 +162,7 @@ class Plan:
             examples = [*self._shards(model), Shard(model, "clean", None, 0, "clean")]
             if any(not chunks <= self.folder.there(example) for example in examples):
                 return False
-            checks = [Shard(model, probe.label, probe.eps, 0, "checks") for probe in self.probes(model)]
+            checks = [Shard(model, probe.label, probe.eps, 0, "checks") for probe in self.probes[model]]
             if any(0 not in self.folder.there(example) for example in checks):
                 return False
         return True

@@ -113,7 +113,7 @@ class Worker:
             self._say(f"{job.label} answers at random: each image is judged by {job.judge.evaluations} evaluations")
 
     def _probe(self, unit: Unit, part: Part) -> None:
-        probes = self._plan.probes(unit.model)
+        probes = self._plan.probes[unit.model]
         for which in unit.wanted:
             # Kept, to try them on the other models.
             part.keep = frozenset(part.positions if probes[which].label == "PGD" else ())
