@@ -31,6 +31,7 @@ NAVIGATION: dict[str, dict[str, list[str]]] = {
             "docs/how-to/imagenet",
             "docs/how-to/my-own-attack",
             "docs/how-to/foolbox",
+            "docs/how-to/cluster",
             "docs/how-to/reading-the-report",
             "docs/scaling",
         ],
