@@ -10,7 +10,7 @@ Both optimisations are the same search for one multiplier λ per group: docs/met
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -41,8 +41,8 @@ class Plane:
 
     `is_small` says that a group has only a few pixels, for which all is tried that might be the solution.
 
-    A plane keeps four image batches of working memory for the attack's many steps, so one plane must not be used by
-    two threads at once.
+    A plane keeps four image batches of working memory until its `release`, so one plane must not be used by two threads
+    at once.
     """
 
     def __init__(self, images: Tensor, lower: Tensor, upper: Tensor, scope: Scope) -> None:
@@ -56,10 +56,17 @@ class Plane:
         self._width2 = total((upper - lower).square_(), self.dims)
         self.is_small = images.numel() <= _FEW * self._normal2.numel()
         self._has_negative = bool((images < 0).any())
-        self._scratch = tuple(torch.empty_like(images) for _ in range(4))
         # Beside perturbations as wide as this, rounding is nothing, and nothing has to be repaired pixel by pixel.
         wide = 1e6 * torch.finfo(images.dtype).eps * images.abs().amax(self.dims, keepdim=True)
         self._is_coarse = not self.is_small and bool((self._width2 > wide**2).all())
+
+    @cached_property
+    def _scratch(self) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(self.images) for _ in range(4))
+
+    def release(self) -> None:
+        """Give back the working memory; the next call takes it again."""
+        self.__dict__.pop("_scratch", None)
 
     def tangent(self, gradient: Tensor) -> Tensor:
         """The gradient's projection onto the plane's own directions."""

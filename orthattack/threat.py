@@ -178,8 +178,9 @@ class Region:
     def __init__(self, threat: ThreatModel, images: Tensor) -> None:
         self.threat, self.dtype = threat, images.dtype
         low, high = threat.bounds
-        # Plus 0, which makes a zero of -0: the side of a ratio g / x is read off its sign.
-        x = images.detach().to(torch.promote_types(images.dtype, torch.float32)).contiguous() + 0.0
+        x = images.detach().to(torch.promote_types(images.dtype, torch.float32)).contiguous()
+        if bool(((x == 0) & x.signbit()).any()):
+            x = x + 0.0  # which makes a zero of -0: the side of a ratio g / x is read off its sign
         eps = torch.as_tensor(threat.eps, dtype=torch.float64, device=x.device)
         if eps.shape not in ((), (len(x),)):
             raise ValueError(
@@ -204,6 +205,11 @@ class Region:
             self._plane = Subspace(images, lower, upper, vectors)
         elif scope is not None:
             self._plane = Plane(images, lower, upper, scope)
+
+    def release(self) -> None:
+        """Give back the working memory of the steps, four image batches, which the next one takes again."""
+        if isinstance(self._plane, Plane):
+            self._plane.release()
 
     def select(self, index: Tensor) -> Region:
         """The region around the images at `index`, positions in the batch, only."""

@@ -165,6 +165,7 @@ class Task:
         """Evaluate `points` of these samples and offer them to `best`."""
         # A sample that leaves the batch must be fooled for certain; the others are judged in the end.
         solved = self.best.success[self.index] if self.early_stop else None
+        self.region.release()
         evaluation = self.oracle.evaluate(points, self.goal, self.loss, solved, with_gradient, step)
         self.best.offer(self.index, points, evaluation, step)
         return evaluation

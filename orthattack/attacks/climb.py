@@ -60,16 +60,19 @@ class Climb:
 
     def __call__(self, task: Task, start: Tensor | None = None) -> None:
         for attempt in range(self.restarts):
-            if start is not None and attempt == 0:
-                points = start
-            elif self.random_start:  # for all samples, so that the random numbers do not depend on who is left
-                points = task.random_start()
-            else:
-                points = task.region.images.to(task.region.dtype).clone()
+            # No name for the starting points here: it would keep them in memory during the whole ascent.
             if not task.early_stop:
-                self._ascend(task, points)
+                self._ascend(task, self._start(task, start if attempt == 0 else None))
             elif (left := task.unsolved()) is not None:
-                self._ascend(left, points if left is task else points[~task.best.success[task.index]])
+                standing = slice(None) if left is task else ~task.best.success[task.index]
+                self._ascend(left, self._start(task, start if attempt == 0 else None)[standing])
+
+    def _start(self, task: Task, given: Tensor | None) -> Tensor:
+        if given is not None:
+            return given
+        if self.random_start:  # for all samples, so that the random numbers do not depend on who is left
+            return task.random_start()
+        return task.region.images.to(task.region.dtype).clone()
 
     def _ascend(self, task: Task, points: Tensor) -> None:
         """One ascent from `points`, the first and the last iterate scored like the others."""
@@ -89,3 +92,4 @@ class Climb:
                 state = {name: value[left] for name, value in state.items()}
                 evaluation = evaluation.select(left)
             points, state = self.rule.update(ascent, state, points, evaluation, step)
+            del evaluation  # its gradient is as large as the images
