@@ -5,7 +5,7 @@
 On a torchvision ResNet-18 with 20 classes at 64x64 and a folder of 20 class folders. Every attack gets the same images,
 those that the model classifies correctly, in the same chunks; its output is judged here, by the model as it is stored:
 prediction, norm and cosine recomputed from the returned images. The attacks see the same function in a faster form,
-with its normalisation layers folded into the convolutions.
+with its normalisation layers folded into the convolutions and, where no gradient is asked for, its weights packed once.
 
 A row is one attack in one norm. Each chunk of it goes to the row's file as soon as it is finished, so a run that is
 stopped at any moment goes on with the next chunk when the same command is given again; random numbers depend on row and
@@ -22,6 +22,7 @@ import argparse
 import json
 import platform
 import time
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -130,6 +131,23 @@ ROWS: dict[str, tuple[Callable[[Setting, int], Runner], int, int]] = {
 """How to make each attack, its steps, and how many images a chunk has at most."""
 
 
+class Fast(nn.Module):
+    """A model for many evaluations: what needs no gradient goes through a copy with its weights packed beforehand."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            # Superseded by torch.compile, which would need a C++ compiler, and compile anew for each batch size.
+            traced = torch.jit.trace(model, torch.rand(CHUNK, 3, SIZE, SIZE))  # type: ignore[no-untyped-call]
+            self.packed = torch.jit.optimize_for_inference(traced)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.model(images) if images.requires_grad else self.packed(images)
+        return logits
+
+
 def load_model(weights: Path) -> tuple[nn.Module, nn.Module]:
     """The classifier of images in [0, 1] as it is stored, in float32, and the same function in a faster form."""
     model = resnet18(num_classes=CLASSES)
@@ -137,8 +155,8 @@ def load_model(weights: Path) -> tuple[nn.Module, nn.Module]:
         model.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
     model.eval().requires_grad_(False)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    fast = fuse(model).to(memory_format=torch.channels_last)
-    return Normalized(model, mean, std).eval(), Normalized(fast, mean, std).eval().requires_grad_(False)
+    fast = Normalized(fuse(model).to(memory_format=torch.channels_last), mean, std).eval().requires_grad_(False)
+    return Normalized(model, mean, std).eval(), Fast(fast).eval()
 
 
 def load_images(folder: Path) -> tuple[Tensor, Tensor]:
