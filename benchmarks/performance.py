@@ -8,8 +8,9 @@
 
 `steps`: time per gradient step and image, and peak memory. `accuracy`: seconds and gradient calls to reach the robust
 accuracy that Foolbox's LinfPGD reaches. `growth`: time against image size and number of images. `start`: of the import
-and of --help. Each writes its rows to a file in --out, benchmarks/performance by default; `report` writes them
-into docs/performance.md and draws its plots. The device is the GPU if there is one.
+and of --help. Each writes its rows to a file in --out, benchmarks/performance by default, that is named after what was
+measured and on what; `report` writes them into docs/performance.md and draws its plots. The device is the GPU if there
+is one.
 
 All candidates of a table run in turn, round by round (A B C A B C ...); figures are medians and ranges over the rounds.
 Where weights are random, that changes no time. Foolbox and torchattacks are needed: pip install torchattacks --no-deps
@@ -74,9 +75,8 @@ def main() -> None:
     if args.table == "steps":
         for name in args.models:
             for batch in args.batches:
-                keep(
-                    args, f"steps {name} {batch}", step_rows(name, batch, args.size, args.steps, args.rounds, args.only)
-                )
+                rows = step_rows(name, batch, args.size, args.steps, args.rounds, args.only)
+                keep(args, f"steps {name} {batch} {args.steps}", rows)
     elif args.table == "accuracy":
         for weights in args.weights:
             keep(args, f"accuracy {weights.stem}", accuracy_rows(weights, args.data, args.limit, args.rounds))
@@ -89,9 +89,13 @@ def main() -> None:
 def keep(args: argparse.Namespace, name: str, rows: Iterable[Row]) -> None:
     """Write one table's rows, with what they were measured on, and show them."""
     rows = list(rows)
-    hardware = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {args.threads} threads"
+    if DEVICE.type == "cuda":
+        place = hardware = torch.cuda.get_device_name()
+    else:
+        place = torch.backends.cpu.get_cpu_capability()  # AVX2, AVX512: what bfloat16 costs depends on it
+        hardware = f"CPU ({place}), {args.threads} threads"
     content = {"hardware": hardware, "torch": torch.__version__.partition("+")[0], "rows": rows}
-    (args.out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (args.out / f"{name}, {place}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"{name}: {hardware}\n\n{tabulate([_flat(row) for row in rows], 'keys', 'github')}\n", flush=True)
 
 
@@ -380,19 +384,23 @@ def _steps_table(content: Row) -> str:
 
 
 def _summary(contents: Sequence[Row]) -> str:
-    """All models and batches: time of a step in parts of Foolbox's."""
-    shown = ["bare step", "torchattacks PGD", "PGD", "OrthoPGD", "OrthoPGD, bfloat16", "PGD, optimize",
-             "OrthoPGD, optimize", "OrthoPGD, bfloat16, optimize"]  # fmt: skip
-    table = []
-    for content in sorted(contents, key=lambda c: (c["rows"][0]["model"], c["rows"][0]["batch"])):
-        rows = content["rows"]
-        middle = _medians(rows)
-        ratios = (f"{middle[name] / middle['Foolbox LinfPGD']:.2f}" for name in shown)
-        table.append(
-            [rows[0]["model"], rows[0]["batch"], rows[0]["steps"], f"{middle['Foolbox LinfPGD']:.1f}", *ratios]
-        )
-    head = ["model", "batch", "steps", "Foolbox, ms", *shown]
-    return tabulate(table, head, "github", disable_numparse=True)
+    """All models and batches, a table for each hardware: time of a step in parts of Foolbox's."""
+    columns = ["bare step", "torchattacks PGD", "PGD", "OrthoPGD", "OrthoPGD, bfloat16", "PGD, optimize",
+               "OrthoPGD, optimize", "OrthoPGD, bfloat16, optimize"]  # fmt: skip
+    found = []
+    for hardware in dict.fromkeys(content["hardware"] for content in contents):
+        here = [content["rows"] for content in contents if content["hardware"] == hardware]
+        here.sort(key=lambda rows: [rows[0][key] for key in ("model", "batch", "steps")])
+        shown = [name for name in columns if any(name in _medians(rows) for rows in here)]
+        table = []
+        for rows in here:
+            middle = _medians(rows)
+            theirs = middle["Foolbox LinfPGD"]
+            ratios = (f"{middle[name] / theirs:.2f}" if name in middle else "–" for name in shown)
+            table.append([rows[0]["model"], rows[0]["batch"], rows[0]["steps"], f"{theirs:.1f}", *ratios])
+        head = ["model", "batch", "steps", "Foolbox, ms", *shown]
+        found.append(f"{hardware}:\n\n{tabulate(table, head, 'github', disable_numparse=True)}")
+    return "\n\n".join(found)
 
 
 def _accuracy_table(content: Row) -> str:
@@ -421,15 +429,18 @@ def draw(read: Mapping[str, Any], figures: Path) -> None:
         )
         plt.close(figure)
 
-    steps = {name: content for name, content in read.items() if name.startswith("steps")}
-    if steps:
-        first = {
-            (content["rows"][0]["model"], content["rows"][0]["batch"]): content["rows"] for content in steps.values()
-        }
+    placed: dict[str, list[list[Row]]] = {}
+    for name, content in read.items():
+        if name.startswith("steps"):
+            placed.setdefault(name.rpartition(", ")[2], []).append(content["rows"])
+    for place, found in placed.items():
+        first: dict[tuple[str, int], list[Row]] = {}
+        for rows in sorted(found, key=lambda rows: rows[0]["steps"]):  # of several numbers of steps, the fewest
+            first.setdefault((rows[0]["model"], rows[0]["batch"]), rows)
         models = sorted({model for model, _ in first})
         batches = sorted({batch for _, batch in first})
-        measured = [{row["candidate"] for row in rows} for rows in first.values()]
-        shown = [row["candidate"] for row in next(iter(first.values())) if all(row["candidate"] in m for m in measured)]
+        times = {at: _medians(rows) for at, rows in first.items()}
+        shown = [name for name in next(iter(times.values())) if all(name in middle for middle in times.values())]
         height = 0.4 + 0.19 * len(shown) * len(models)
         figure, axes = plt.subplots(
             len(models), len(batches), figsize=(2.3 * len(batches) + 2, height), sharex=True, sharey=True, squeeze=False
@@ -437,23 +448,22 @@ def draw(read: Mapping[str, Any], figures: Path) -> None:
         colours = [
             "#bbbbbb" if "Foolbox" in n or "torch" in n else "#555555" if "bare" in n else "#0072b2" for n in shown
         ]
-        for at, model in enumerate(models):
-            for axis, batch in zip(axes[at], batches, strict=True):
-                rows = first.get((model, batch))
+        for row, model in enumerate(models):
+            for axis, batch in zip(axes[row], batches, strict=True):
                 axis.set_title(f"{model}, batch {batch}", fontsize=8)
                 axis.tick_params(labelsize=7)
                 axis.axvline(1, color="black", linewidth=0.8)
-                if rows is None:
+                middle = times.get((model, batch))
+                if middle is None:
                     axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", fontsize=7)
-                    continue
-                middle = _medians(rows)
-                axis.barh(range(len(shown)), [middle[n] / middle["bare step"] for n in shown], color=colours)
+                else:
+                    axis.barh(range(len(shown)), [middle[n] / middle["bare step"] for n in shown], color=colours)
         for axis in axes[-1]:
             axis.set_xlabel("time of the bare step", fontsize=8)
         axes[0][0].set_yticks(range(len(shown)), shown)
         axes[0][0].invert_yaxis()
         figure.tight_layout(pad=0.4)
-        save(figure, "steps")
+        save(figure, f"steps-{re.sub(r'[^a-z0-9]+', '-', place.lower())}")
     accuracy = {name: content for name, content in read.items() if name.startswith("accuracy")}
     if accuracy:
         figure, axes = plt.subplots(
@@ -467,16 +477,16 @@ def draw(read: Mapping[str, Any], figures: Path) -> None:
                 missed = row["robust accuracy"] > content["rows"][0]["robust accuracy"]
                 label = f" not in {row['steps']} steps" if missed else f" {row['steps']} steps"
                 axis.text(value, at, label, va="center", fontsize=7)
-            axis.set_title(name.removeprefix("accuracy "), fontsize=9)
+            axis.set_title(name.removeprefix("accuracy ").rpartition(", ")[0], fontsize=9)
             axis.set_xlabel(f"seconds to {content['rows'][0]['robust accuracy']:.1f} % robust accuracy", fontsize=8)
             axis.tick_params(labelsize=8)
             axis.margins(x=0.25)
         axes[0][0].set_yticks(range(len(names)), names)
         axes[0][0].invert_yaxis()
         save(figure, "accuracy")
-    if "growth" in read:
+    for growth in [content for name, content in read.items() if name.startswith("growth")][:1]:
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
-        rows = read["growth"]["rows"]
+        rows = growth["rows"]
         for name, colour in zip(
             ("Foolbox LinfPGD", "bare step", "PGD", "OrthoPGD"),
             ("#999999", "#000000", "#e69f00", "#0072b2"),

@@ -51,7 +51,8 @@ class OrthoPGD(Attack):
         early_stop: drop a sample from the batch as soon as it is fooled.
         bounds: smallest and largest pixel value.
         generator: source of the random starts; by default one of the attack's own, seeded from torch's seed.
-        precision: "bfloat16" computes gradients under autocast; success is judged in the model's own precision.
+        precision: "bfloat16" computes gradients under autocast; success is judged in the model's own precision. On an
+            x86 CPU without AVX-512 that is far slower than "float32", and a warning says so.
         optimize: "auto" takes gradients of a faster copy of the model, its batch norms folded into the convolutions and
             its weights channels last; "compile" compiles that too. Success is judged by the model itself. Where no copy
             can be made, a warning says why and the model does the work.

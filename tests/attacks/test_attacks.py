@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -346,6 +347,20 @@ def test_non_finite_gradients_do_not_spread():
     result = OrthoPGD(model, steps=3, random_start=False).run(images, torch.tensor([0, 0]))
     assert result.adversarials.isfinite().all()
     assert result.zero_gradients.tolist() == [3, 0]
+
+
+def test_a_cpu_on_which_bfloat16_is_slow_is_warned_of(monkeypatch):
+    model, (images, labels) = small_model(), drawn(n=2)
+    attack = PGD(model, steps=1, precision="bfloat16")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    with pytest.warns(UserWarning, match="slow on this CPU, which lacks AVX-512") as warned:
+        attack(images, labels)
+    assert [w.filename for w in warned] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PGD(model, steps=1)(images, labels)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+        attack(images, labels)
 
 
 @pytest.mark.parametrize("attack", [PGD, OrthoPGD])
