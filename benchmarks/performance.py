@@ -440,7 +440,8 @@ def draw(read: Mapping[str, Any], figures: Path) -> None:
         models = sorted({model for model, _ in first})
         batches = sorted({batch for _, batch in first})
         times = {at: _medians(rows) for at, rows in first.items()}
-        shown = [name for name in next(iter(times.values())) if all(name in middle for middle in times.values())]
+        usual = len(times) / 2  # what few tables have, early stop for one, is left to them
+        shown = [n for n in max(times.values(), key=len) if sum(n in middle for middle in times.values()) > usual]
         height = 0.4 + 0.19 * len(shown) * len(models)
         figure, axes = plt.subplots(
             len(models), len(batches), figsize=(2.3 * len(batches) + 2, height), sharex=True, sharey=True, squeeze=False
@@ -457,7 +458,8 @@ def draw(read: Mapping[str, Any], figures: Path) -> None:
                 if middle is None:
                     axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", fontsize=7)
                 else:
-                    axis.barh(range(len(shown)), [middle[n] / middle["bare step"] for n in shown], color=colours)
+                    widths = [middle.get(n, float("nan")) / middle["bare step"] for n in shown]
+                    axis.barh(range(len(shown)), widths, color=colours)
         for axis in axes[-1]:
             axis.set_xlabel("time of the bare step", fontsize=8)
         axes[0][0].set_yticks(range(len(shown)), shown)
