@@ -453,11 +453,11 @@ def draw(read: Mapping[str, Any], figures: Path) -> None:
             for axis, batch in zip(axes[row], batches, strict=True):
                 axis.set_title(f"{model}, batch {batch}", fontsize=8)
                 axis.tick_params(labelsize=7)
-                axis.axvline(1, color="black", linewidth=0.8)
                 middle = times.get((model, batch))
                 if middle is None:
                     axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", fontsize=7)
                 else:
+                    axis.axvline(1, color="black", linewidth=0.8)
                     widths = [middle.get(n, float("nan")) / middle["bare step"] for n in shown]
                     axis.barh(range(len(shown)), widths, color=colours)
         for axis in axes[-1]:
@@ -501,6 +501,7 @@ def draw(read: Mapping[str, Any], figures: Path) -> None:
             ]
             left.loglog(*zip(*points, strict=True), marker="o", markersize=3, color=colour, label=name)
         left.set_xticks([64, 128, 224, 512], ["64", "128", "224", "512"])
+        left.set_yticks([20, 50, 100, 200, 500], ["20", "50", "100", "200", "500"])
         left.minorticks_off()
         left.set_xlabel("pixels along a side (ResNet-18, batch 2)", fontsize=8)
         left.set_ylabel("ms per image and step", fontsize=8)

@@ -34,14 +34,16 @@ RAY = ("--engine", "ray", "--workers", "2")
 
 
 @needs_ray
-def test_a_worker_that_is_killed_is_replaced_and_the_rows_are_those_of_one_process(tmp_path, whole):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])  # the latter is what Ray and clusters send
+def test_a_worker_that_is_killed_is_replaced_and_the_rows_are_those_of_one_process(tmp_path, whole, how):
     place = workplace(tmp_path)
     hold(place, 4)
     driver = start(place, *RAY)
     wait_for_held(place, driver)
     wait_for(lambda: len(workers(place)) == 2, "both workers")
     victim = min(workers(place))
-    os.kill(victim, signal.SIGKILL)
+    os.kill(victim, how)
+    wait_for(lambda: not alive(victim), "the worker's end")
     release(place)
     text = ended(driver)
     assert "a worker died at cifar10-" in text
