@@ -93,7 +93,7 @@ def keep(args: argparse.Namespace, name: str, rows: Iterable[Row]) -> None:
         place = hardware = torch.cuda.get_device_name()
     else:
         place = torch.backends.cpu.get_cpu_capability()  # AVX2, AVX512: what bfloat16 costs depends on it
-        hardware = f"CPU ({place}), {args.threads} threads"
+        hardware = f"CPU with {place}, {args.threads} threads"
     content = {"hardware": hardware, "torch": torch.__version__.partition("+")[0], "rows": rows}
     (args.out / f"{name}, {place}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"{name}: {hardware}\n\n{tabulate([_flat(row) for row in rows], 'keys', 'github')}\n", flush=True)
@@ -379,7 +379,7 @@ def _steps_table(content: Row) -> str:
         for row in rows
     ]  # fmt: skip
     head = ["", "ms", "range", "of the bare step", "of torchattacks'", "of Foolbox's", "peak MB"]
-    about = f"{rows[0]['model']}, batch {rows[0]['batch']}, {rows[0]['steps']} steps, {len(rows[0]['ms'])} rounds"
+    about = f"{rows[0]['model']}, batch {rows[0]['batch']}, {rows[0]['steps']} steps, rounds: {len(rows[0]['ms'])}"
     return f"{about} ({content['hardware']}):\n\n{tabulate(table, head, 'github', disable_numparse=True)}"
 
 
