@@ -343,8 +343,8 @@ def tables(folder: Path) -> dict[str, str]:
     read = _stored(folder)
     makers = {"steps": _steps_table, "accuracy": _accuracy_table}
     found = {name: makers.get(name.partition(" ")[0], _plain_table)(content) for name, content in read.items()}
-    steps = [content for name, content in read.items() if name.startswith("steps")]
-    return found | ({"summary": _summary(steps)} if steps else {})
+    steps = _steps_by_place(read)
+    return found | ({"summary": _summary(steps.values())} if steps else {})
 
 
 def filled(page: str, content: Mapping[str, str]) -> str:
@@ -359,6 +359,15 @@ def filled(page: str, content: Mapping[str, str]) -> str:
 
 def _stored(folder: Path) -> dict[str, Any]:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+
+
+def _steps_by_place(read: Mapping[str, Any]) -> dict[str, list[Row]]:
+    """What was stored of `steps`, by the place in the files' names."""
+    found: dict[str, list[Row]] = {}
+    for name, content in read.items():
+        if name.startswith("steps"):
+            found.setdefault(name.rpartition(", ")[2], []).append(content)
+    return found
 
 
 def _plain_table(content: Row) -> str:
@@ -383,13 +392,13 @@ def _steps_table(content: Row) -> str:
     return f"{about} ({content['hardware']}):\n\n{tabulate(table, head, 'github', disable_numparse=True)}"
 
 
-def _summary(contents: Sequence[Row]) -> str:
+def _summary(places: Iterable[Sequence[Row]]) -> str:
     """All models and batches, a table for each hardware: time of a step in parts of Foolbox's."""
     columns = ["bare step", "torchattacks PGD", "PGD", "OrthoPGD", "OrthoPGD, bfloat16", "PGD, optimize",
                "OrthoPGD, optimize", "OrthoPGD, bfloat16, optimize"]  # fmt: skip
     found = []
-    for hardware in dict.fromkeys(content["hardware"] for content in contents):
-        here = [content["rows"] for content in contents if content["hardware"] == hardware]
+    for contents in places:
+        here = [content["rows"] for content in contents]
         here.sort(key=lambda rows: [rows[0][key] for key in ("model", "batch", "steps")])
         shown = [name for name in columns if any(name in _medians(rows) for rows in here)]
         table = []
@@ -399,7 +408,7 @@ def _summary(contents: Sequence[Row]) -> str:
             ratios = (f"{middle[name] / theirs:.2f}" if name in middle else "–" for name in shown)
             table.append([rows[0]["model"], rows[0]["batch"], rows[0]["steps"], f"{theirs:.1f}", *ratios])
         head = ["model", "batch", "steps", "Foolbox, ms", *shown]
-        found.append(f"{hardware}:\n\n{tabulate(table, head, 'github', disable_numparse=True)}")
+        found.append(f"{contents[0]['hardware']}:\n\n{tabulate(table, head, 'github', disable_numparse=True)}")
     return "\n\n".join(found)
 
 
@@ -429,13 +438,10 @@ def draw(read: Mapping[str, Any], figures: Path) -> None:
         )
         plt.close(figure)
 
-    placed: dict[str, list[list[Row]]] = {}
-    for name, content in read.items():
-        if name.startswith("steps"):
-            placed.setdefault(name.rpartition(", ")[2], []).append(content["rows"])
-    for place, found in placed.items():
+    for place, contents in _steps_by_place(read).items():
         first: dict[tuple[str, int], list[Row]] = {}
-        for rows in sorted(found, key=lambda rows: rows[0]["steps"]):  # of several numbers of steps, the fewest
+        # Of several numbers of steps, the fewest.
+        for rows in sorted((content["rows"] for content in contents), key=lambda rows: int(rows[0]["steps"])):
             first.setdefault((rows[0]["model"], rows[0]["batch"]), rows)
         models = sorted({model for model, _ in first})
         batches = sorted({batch for _, batch in first})
@@ -486,7 +492,8 @@ def draw(read: Mapping[str, Any], figures: Path) -> None:
         axes[0][0].set_yticks(range(len(names)), names)
         axes[0][0].invert_yaxis()
         save(figure, "accuracy")
-    for growth in [content for name, content in read.items() if name.startswith("growth")][:1]:
+    growth = next((content for name, content in read.items() if name.startswith("growth")), None)
+    if growth is not None:
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
         rows = growth["rows"]
         for name, colour in zip(
