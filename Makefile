@@ -15,6 +15,7 @@ lint: $(VENV)/dev.installed  ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 docs: $(VENV)/docs.installed  ## the documentation as a site, build/site/index.html
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -c docs . build/site $(ARGS)

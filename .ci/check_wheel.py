@@ -12,9 +12,9 @@ for needed in (
     "orthattack/py.typed",
     "orthattack/eval/weights/standard.safetensors",
     "orthattack/eval/weights/MODEL_CARD.md",
-    "orthattack/eval/templates/report.html.j2",
-    "orthattack/eval/templates/report.css",
-    "orthattack/eval/templates/report.js",
+    "orthattack/eval/report/templates/report.html.j2",
+    "orthattack/eval/report/templates/report.css",
+    "orthattack/eval/report/templates/report.js",
 ):
     assert needed in names, needed
 print(f"{sys.argv[1].rsplit('/', 1)[-1]}: {len(names)} files")

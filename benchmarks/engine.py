@@ -32,12 +32,12 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from orthattack.eval.engine import Crew, RayWorker, ray_crew
-from orthattack.eval.plan import Plan, Unit
-from orthattack.eval.run import run_suite, suite_source
-from orthattack.eval.store import RunFolder
+from orthattack.eval.running.plan import Plan, Unit
+from orthattack.eval.running.ray import Crew, RayWorker, ray_crew
+from orthattack.eval.running.run import run_suite, suite_source
+from orthattack.eval.running.worker import Attacked, Worker
+from orthattack.eval.storage.run_folder import RunFolder
 from orthattack.eval.suite import Suite, make_suite
-from orthattack.eval.work import Attacked, Worker
 
 PER_UNIT = 5
 RAY_WORKERS = 8

@@ -38,8 +38,8 @@ from torch import Tensor, nn
 
 from orthattack import PGD, OrthoPGD
 from orthattack.attacks import AttackResult
-from orthattack.eval.data import load_photographs
-from orthattack.eval.models import load_classifier
+from orthattack.eval.data.load import load_photographs
+from orthattack.eval.models.load import load_classifier
 
 EPS = 4 / 255
 TRIED_STEPS = (3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 30, 50)

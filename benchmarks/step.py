@@ -20,8 +20,8 @@ from tabulate import tabulate
 from torch import Tensor
 
 from orthattack import Normalized, ThreatModel
-from orthattack.eval.data import Batch, load_photographs
-from orthattack.eval.models import IMAGENET_MEAN, IMAGENET_STD, Classifier, Preprocessing
+from orthattack.eval.data.load import Batch, load_photographs
+from orthattack.eval.models.load import IMAGENET_MEAN, IMAGENET_STD, Classifier, Preprocessing
 
 EPS, ALPHA = 4 / 255, 1 / 255
 

@@ -43,7 +43,7 @@ from torchvision.transforms import ToTensor
 
 import orthattack.attacks
 from orthattack import Normalized, alignment
-from orthattack.eval.kinds import CallCounter
+from orthattack.eval.attacks.counter import CallCounter
 
 EPS = {"linf": 4 / 255, "l2": 0.5}
 STEPS = (10, 20, 50)

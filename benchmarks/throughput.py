@@ -20,10 +20,10 @@ import torchvision
 from safetensors.torch import save_file
 from tabulate import tabulate
 
-from orthattack.eval.kinds import Conditions
-from orthattack.eval.results import Run
-from orthattack.eval.run import run_suite, suite_source
-from orthattack.eval.store import RunFolder
+from orthattack.eval.attacks.kind import Conditions
+from orthattack.eval.results.stored_run import Run
+from orthattack.eval.running.run import run_suite, suite_source
+from orthattack.eval.storage.run_folder import RunFolder
 from orthattack.eval.suite import Suite, make_suite
 
 

@@ -41,10 +41,11 @@ def core(modules: Graph) -> Graph:
 
 
 def evaluation(modules: Graph) -> Graph:
-    """The evaluation's modules one by one, and the others by their package."""
+    """The evaluation's rooms, and the others by their package."""
 
     def short(name: str) -> str:
-        return name if name.startswith("eval.") else name.partition(".")[0]
+        parts = name.split(".")
+        return ".".join(parts[:2]) if parts[0] == "eval" else parts[0]
 
     merged: Graph = {}
     for name, targets in modules.items():
@@ -139,7 +140,7 @@ def drawing(modules: Graph) -> str:
         )
     for name in sorted(n for n in x if ">" not in n):
         package, _, rest = name.rpartition(".")
-        colour = COLOURS[package or (name if name in COLOURS else "")]
+        colour = COLOURS[package.partition(".")[0] or (name if name in COLOURS else "")]
         boxes.append(
             f'<rect x="{x[name] - start - _width(name) / 2:.1f}" y="{y[name] - 11:.1f}" width="{_width(name):.1f}" '
             f'height="22" rx="4" fill="white" stroke="{colour}"/>'

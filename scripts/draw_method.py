@@ -26,9 +26,9 @@ from matplotlib.patches import Circle, Polygon, Rectangle
 from torch import Tensor
 
 from orthattack import OrthoPGD, ThreatModel, alignment, orthogonalize
-from orthattack.eval.data import load_photographs
-from orthattack.eval.models import load_classifier
-from orthattack.eval.photographs import Batch
+from orthattack.eval.data.dataset import Batch
+from orthattack.eval.data.load import load_photographs
+from orthattack.eval.models.load import load_classifier
 from orthattack.plane import Plane
 from orthattack.threat import Norm
 

@@ -57,10 +57,10 @@ def labels(folder: Path) -> Target:
     """The first byte says what the rest is: a label file, a class file or a subset."""
     import torch
 
-    from orthattack.eval.classifier import Classifier
-    from orthattack.eval.data import load_photographs, read_names
+    from orthattack.eval.data.load import load_photographs, read_names
     from orthattack.eval.errors import EvaluationError
-    from orthattack.eval.preprocessing import Preprocessing
+    from orthattack.eval.models.classifier import Classifier
+    from orthattack.eval.models.preprocessing import Preprocessing
 
     model = Classifier("model", torch.nn.Identity(), Preprocessing(8, 8), ("apple", "cat", "zebra"), 3, "fuzz")
     data_folder, path = folder / "data", folder / "list.csv"
@@ -94,7 +94,7 @@ def image(folder: Path) -> Target:  # noqa: ARG001 - nothing is written
     from PIL import Image
 
     Image.init()
-    from orthattack.eval.preprocessing import DecodeError, Preprocessing, decode
+    from orthattack.eval.models.preprocessing import DecodeError, Preprocessing, decode
 
     preprocessing = Preprocessing(10, 8)
 
@@ -113,10 +113,10 @@ def checkpoint(folder: Path) -> Target:
     """The first byte says which ending the file has."""
     from torch import nn
 
-    from orthattack.eval.checkpoint import read_checkpoint
-    from orthattack.eval.classifier import checked, from_checkpoint
     from orthattack.eval.errors import EvaluationError
-    from orthattack.eval.preprocessing import Preprocessing
+    from orthattack.eval.models.classifier import checked, from_checkpoint
+    from orthattack.eval.models.preprocessing import Preprocessing
+    from orthattack.eval.models.weights import read_checkpoint
 
     safe, other = folder / "w.safetensors", folder / "w.pt"
 
@@ -209,7 +209,7 @@ class _Findings:
 def _words(target: str) -> list[bytes]:
     """What the fuzzer may put into its inputs: keys and magic numbers that it would take long to guess."""
     if target == "suite":
-        from orthattack.eval.attacks import OURS
+        from orthattack.eval.attacks.ours import OURS
         from orthattack.eval.suite import AttackSpec, DataSpec, ModelSpec, Suite
 
         keys = [key for spec in (Suite, DataSpec, ModelSpec, AttackSpec) for key in spec.model_fields]

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.study.panel import Group, Study
-from orthattack.eval.outcomes import FOOLED, ROBUST, UNSCORED
-from orthattack.eval.results import Run
+from orthattack.eval.results.outcomes import FOOLED, ROBUST, UNSCORED
+from orthattack.eval.results.stored_run import Run
 
 __all__ = ["SCOPES", "cost", "smallest"]
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from benchmarks.study.panel import Group, Study
 from orthattack import Normalized, OrthoFGSM, OrthoPGD, alignment, orthogonalize
 from orthattack.attacks.oracle import input_gradient
-from orthattack.eval.models import Classifier
-from orthattack.eval.photographs import Batch
+from orthattack.eval.data.dataset import Batch
+from orthattack.eval.models.load import Classifier
 from orthattack.projection import Scope
 
 __all__ = ["SCOPES", "blocks", "depth", "gradients", "loss_gradient", "random_cosine"]

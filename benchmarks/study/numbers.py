@@ -14,9 +14,9 @@ from tabulate import tabulate
 
 from benchmarks.study.cost import AGAIN, SCOPES
 from benchmarks.study.gradients import random_cosine
-from orthattack.eval.metrics import Rate
-from orthattack.eval.outcomes import ROBUST
-from orthattack.eval.stats import Paired
+from orthattack.eval.results.outcomes import ROBUST
+from orthattack.eval.results.paired import Paired
+from orthattack.eval.results.rates import Rate
 
 __all__ = ["TABLES", "interval_of_mean", "over_seeds", "ratio_of_smallest"]
 

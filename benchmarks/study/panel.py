@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from orthattack.eval import evaluate
-from orthattack.eval.data import Photographs, load_photographs
+from orthattack.eval.data.dataset import evenly
+from orthattack.eval.data.load import Photographs, load_photographs
 from orthattack.eval.errors import EvaluationError
-from orthattack.eval.models import IMAGENET_MEAN, IMAGENET_STD, Classifier, load_classifier
-from orthattack.eval.photographs import evenly
-from orthattack.eval.results import Run
+from orthattack.eval.models.load import IMAGENET_MEAN, IMAGENET_STD, Classifier, load_classifier
+from orthattack.eval.results.stored_run import Run
 
 __all__ = ["Budget", "Group", "Study", "own_study", "shared_study"]
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from benchmarks.study.gradients import loss_gradient
 from benchmarks.study.panel import Group, Study, unpacked
 from orthattack import PGD, Normalized, OrthoPGD, alignment
-from orthattack.eval.data import load_photographs
-from orthattack.eval.models import Classifier, load_classifier
-from orthattack.eval.outcomes import ROBUST
-from orthattack.eval.photographs import Batch, Photographs
+from orthattack.eval.data.dataset import Batch, Photographs
+from orthattack.eval.data.load import load_photographs
+from orthattack.eval.models.load import Classifier, load_classifier
+from orthattack.eval.results.outcomes import ROBUST
 
 __all__ = ["ARMS", "BASE", "scratch", "small_network", "tuning"]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orthattack.eval.api import evaluate
-    from orthattack.eval.results import Run
+    from orthattack.eval.results.stored_run import Run
 
 __all__ = ["Run", "evaluate"]
 
@@ -23,7 +23,7 @@ def __getattr__(name: str) -> Any:
 
         return evaluate
     if name == "Run":
-        from orthattack.eval.results import Run
+        from orthattack.eval.results.stored_run import Run
 
         return Run
     raise AttributeError(f"module 'orthattack.eval' has no attribute {name!r}")

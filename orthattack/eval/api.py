@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from orthattack.eval.baselines import user_attack
-from orthattack.eval.checks import assess
-from orthattack.eval.data import Photographs
+from orthattack.eval.attacks.user import user_attack
+from orthattack.eval.checks.assess import assess
+from orthattack.eval.data.load import Photographs
 from orthattack.eval.errors import EvaluationError
-from orthattack.eval.models import Classifier
-from orthattack.eval.report import write_report
-from orthattack.eval.results import Run
-from orthattack.eval.run import run_suite, suite_source
-from orthattack.eval.store import RunFolder
+from orthattack.eval.models.load import Classifier
+from orthattack.eval.report.text import write_report
+from orthattack.eval.results.stored_run import Run
+from orthattack.eval.running.run import run_suite, suite_source
+from orthattack.eval.storage.run_folder import RunFolder
 from orthattack.eval.suite import make_suite
 
 __all__ = ["evaluate", "reported", "run_folder"]
@@ -76,7 +76,7 @@ def evaluate(
             listed.append({"name": model.name, "label": name})
         elif isinstance(model, nn.Module):
             raise EvaluationError(
-                "a model at hand must be an orthattack.eval.models.Classifier, which says what its input is: "
+                "a model at hand must be an orthattack.eval.models.load.Classifier, which says what its input is: "
                 "Classifier(name, model, Preprocessing(resize=256, crop=224), None, num_classes=1000, source='mine')"
             )
         else:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from orthattack import __version__
 
 if TYPE_CHECKING:
-    from orthattack.eval.store import RunFolder
+    from orthattack.eval.storage.run_folder import RunFolder
     from orthattack.eval.suite import Suite
 
 __all__ = ["main"]
@@ -180,7 +180,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.engine is not None and options.shard is not None:
         raise EvaluationError("--shard is for processes that share the work without --engine")
     from orthattack.eval.api import run_folder
-    from orthattack.eval.run import run_suite, suite_source
+    from orthattack.eval.running.run import run_suite, suite_source
 
     source = suite_source(suite)
     if options.shard is not None and options.out is None and options.suite is None:
@@ -190,7 +190,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     with ExitStack() as stack:
         crew = None
         if options.engine is not None:
-            from orthattack.eval.engine import ray_crew
+            from orthattack.eval.running.ray import ray_crew
 
             crew = stack.enter_context(ray_crew(options.address, options.workers, options.device))
         complete = run_suite(
@@ -218,7 +218,7 @@ def _interrupt(*_: object) -> None:
 def _from_flags(options: argparse.Namespace) -> Suite | None:
     """The suite that the flags describe, or None if they name a file."""
     from orthattack.eval.errors import EvaluationError
-    from orthattack.eval.models import BUNDLED
+    from orthattack.eval.models.load import BUNDLED
     from orthattack.eval.suite import make_suite
 
     given: dict[str, Any] = {name: value for name in _OF_THE_SUITE if (value := getattr(options, name)) is not None}
@@ -299,7 +299,7 @@ def _say(line: str) -> None:
 def _tell(folder: RunFolder, complete: bool, to: Path | None = None) -> int:
     """Write the report of a run and print its table; returns the exit code."""
     from orthattack.eval.api import reported
-    from orthattack.eval.report import leaderboard_table
+    from orthattack.eval.report.text import leaderboard_table
 
     run = reported(folder, to)
     views = [run, *map(run.in_norm, run.other_norms)]
@@ -315,14 +315,14 @@ def _tell(folder: RunFolder, complete: bool, to: Path | None = None) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from orthattack.eval.store import RunFolder
+    from orthattack.eval.storage.run_folder import RunFolder
 
     return _tell(RunFolder(options.folder, _say), complete=True, to=options.to)
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from orthattack.eval.report import compare
-    from orthattack.eval.results import Run
+    from orthattack.eval.report.text import compare
+    from orthattack.eval.results.stored_run import Run
 
     print(compare(*(Run.open(folder) for folder in options.folders)))
     return 0
@@ -331,7 +331,7 @@ def _compare(options: argparse.Namespace) -> int:
 def _models(options: argparse.Namespace) -> int:
     from tabulate import tabulate
 
-    from orthattack.eval.models import list_models
+    from orthattack.eval.models.load import list_models
 
     rows = [
         [model["name"], model["source"], model["input_size"], ", ".join(_weights(model))]
@@ -351,7 +351,7 @@ def _weights(model: dict[str, Any]) -> list[str]:
 def _attacks(options: argparse.Namespace) -> int:
     from tabulate import tabulate
 
-    from orthattack.eval.attacks import list_attacks
+    from orthattack.eval.attacks.ours import list_attacks
 
     rows = [
         [attack["name"], ", ".join(f"{key}={value}" for key, value in attack["parameters"].items())]

@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from orthattack.eval.attacks import DEFAULT_ATTACKS, attack_kind
+from orthattack.eval.attacks.kind import AttackKind
+from orthattack.eval.attacks.ours import DEFAULT_ATTACKS, attack_kind
 from orthattack.eval.errors import EvaluationError, first_line
-from orthattack.eval.kinds import AttackKind
-from orthattack.eval.models import BUNDLED
+from orthattack.eval.models.load import BUNDLED
 from orthattack.threat import Norm
 
 if sys.version_info >= (3, 11):
@@ -129,7 +129,7 @@ class AttackSpec(BaseModel):
     """An attack: a name, and its options beside it.
 
     Attributes:
-        name: see `orthattack.eval.attacks.attack_kind`.
+        name: see `orthattack.eval.attacks.ours.attack_kind`.
         label: what the results call it; unique.
         norm: another norm than the suite's, with radii of its own.
         eps: those radii.

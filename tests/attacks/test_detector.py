@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from orthattack import PGD, DetectorEvasion, alignment
-from orthattack.eval.data import load_photographs
-from orthattack.eval.models import Classifier, Preprocessing, load_classifier
+from orthattack.eval.data.load import load_photographs
+from orthattack.eval.models.load import Classifier, Preprocessing, load_classifier
 from tests.attacks.test_attacks import SIZE, Recorder, drawn, small_model
 
 EPS = 8 / 255

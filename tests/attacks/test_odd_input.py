@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import orthattack
 from orthattack import MinimumNorm, OrthoPGD, alignment
-from orthattack.eval.attacks import _accepted
+from orthattack.eval.attacks.ours import _accepted
 from tests.attacks.test_family import PLAIN, sizes
 from tests.conftest import IMAGE_KINDS, make_images
 

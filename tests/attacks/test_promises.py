@@ -14,8 +14,8 @@ from torch.nn import functional
 
 import orthattack
 from orthattack import AttackResult, DetectorEvasion, MinimumNorm, OrthoAPGD, alignment
-from orthattack.eval.data import load_photographs
-from orthattack.eval.models import load_classifier
+from orthattack.eval.data.load import load_photographs
+from orthattack.eval.models.load import load_classifier
 from tests.attacks.test_family import FAMILY, Alone, sizes
 
 RADII = {"linf": 8 / 255, "l2": 1.5, "l1": 40.0}

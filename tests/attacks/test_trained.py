@@ -21,8 +21,8 @@ from orthattack import (
     Square,
     alignment,
 )
-from orthattack.eval.data import load_photographs
-from orthattack.eval.models import load_classifier
+from orthattack.eval.data.load import load_photographs
+from orthattack.eval.models.load import load_classifier
 
 EPS = 8 / 255
 

@@ -23,10 +23,10 @@ from benchmarks.study.panel import unpacked
 from benchmarks.study.stages import Store
 from benchmarks.study.training import small_network
 from orthattack import Normalized, alignment
+from orthattack.eval.data.dataset import evenly
 from orthattack.eval.errors import EvaluationError
-from orthattack.eval.models import load_classifier
-from orthattack.eval.outcomes import FOOLED, ROBUST, WRONG
-from orthattack.eval.photographs import evenly
+from orthattack.eval.models.load import load_classifier
+from orthattack.eval.results.outcomes import FOOLED, ROBUST, WRONG
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,10 +11,10 @@ import torch
 
 from orthattack import OrthoPGD
 from orthattack.eval import Run, evaluate
-from orthattack.eval.data import load_photographs
+from orthattack.eval.data.load import load_photographs
 from orthattack.eval.errors import EvaluationError
-from orthattack.eval.models import load_classifier
-from orthattack.eval.results import WORST
+from orthattack.eval.models.load import load_classifier
+from orthattack.eval.results.stored_run import WORST
 
 FEW = {"source": "cifar10-samples", "limit": 4}
 OPTIONS = {"eps": 8 / 255, "steps": 2, "progress": False, "checks": False}

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from orthattack.eval import cli
-from orthattack.eval.results import WORST, Run
+from orthattack.eval.results.stored_run import WORST, Run
 
 
 def orthattack(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

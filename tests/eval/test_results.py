@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 from scipy.stats import binomtest
 
-from orthattack.eval.comparison import CLEAN, compared, differences
-from orthattack.eval.models import EvaluationError
-from orthattack.eval.results import COSINE_EDGES, WORST, Run
+from orthattack.eval.models.load import EvaluationError
+from orthattack.eval.results.comparison import CLEAN, compared, differences
+from orthattack.eval.results.stored_run import COSINE_EDGES, WORST, Run
 from tests.eval.synthetic import ATTACKS, EPS, make_run
 
 

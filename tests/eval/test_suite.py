@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orthattack.eval.data.dataset import evenly
 from orthattack.eval.errors import EvaluationError
-from orthattack.eval.photographs import evenly
 from orthattack.eval.suite import differences, make_suite, parse_fraction, read_suite
 
 TEXT = """

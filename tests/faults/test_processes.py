@@ -13,11 +13,11 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from orthattack.eval import manifest as manifests
 from orthattack.eval.errors import EvaluationError
-from orthattack.eval.lock import working_in
-from orthattack.eval.run import run_suite, suite_source
-from orthattack.eval.store import RunFolder
+from orthattack.eval.running import manifest as manifests
+from orthattack.eval.running.run import run_suite, suite_source
+from orthattack.eval.storage.lock import working_in
+from orthattack.eval.storage.run_folder import RunFolder
 from orthattack.eval.suite import make_suite
 from tests.stored import assert_same, contents
 
@@ -118,7 +118,7 @@ def test_of_many_that_start_at_once_one_creates_the_run(tmp_path):
 
 def test_a_lock_ends_with_its_process_and_is_passed_on_to_no_child(tmp_path):
     code = (
-        "import subprocess, sys; from pathlib import Path; from orthattack.eval.lock import working_in\n"
+        "import subprocess, sys; from pathlib import Path; from orthattack.eval.storage.lock import working_in\n"
         "with working_in(Path(sys.argv[1]), None, {'process': 1}, print) as held:\n"
         "    assert held\n"
         "    child = subprocess.Popen(['sleep', '60'], stdout=subprocess.DEVNULL)\n"
@@ -146,7 +146,7 @@ def test_a_file_system_without_locks_is_said_and_keeps_nobody_out(tmp_path, monk
     def none(*_):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr("orthattack.eval.lock.fcntl.flock", none)
+    monkeypatch.setattr("orthattack.eval.storage.lock.fcntl.flock", none)
     said = []
     with working_in(tmp_path, None, {}, said.append) as one, working_in(tmp_path, None, {}, said.append) as two:
         assert not one
@@ -190,7 +190,7 @@ def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, monkeypatch):
         return clock.isoformat(timespec="seconds")
 
     monkeypatch.setattr(manifests, "now", back)
-    monkeypatch.setattr("orthattack.eval.run.now", back)
+    monkeypatch.setattr("orthattack.eval.running.run.now", back)
     monkeypatch.setattr(time, "time", lambda: clock.timestamp())
     folder, write, count = RunFolder(tmp_path / "run"), RunFolder.write, 0
 

@@ -10,8 +10,8 @@ from importlib.util import find_spec
 
 import pytest
 
-from orthattack.eval.engine import Queue
-from orthattack.eval.plan import Unit
+from orthattack.eval.running.plan import Unit
+from orthattack.eval.running.ray import Queue
 from tests.stored import assert_same, contents
 
 from .runs import (

@@ -14,11 +14,12 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from orthattack.eval import cli, files
+from orthattack.eval import cli
 from orthattack.eval.api import evaluate, reported
 from orthattack.eval.errors import EvaluationError
-from orthattack.eval.results import Run
-from orthattack.eval.store import RunFolder
+from orthattack.eval.results.stored_run import Run
+from orthattack.eval.storage import files
+from orthattack.eval.storage.run_folder import RunFolder
 
 MODEL, DATA, ATTACKS = "cifar10-robust", {"source": "cifar10-samples", "limit": 6}, ["FGSM", "OrthoPGD"]
 OPTIONS = {"steps": 2, "shard_size": 2, "batch_size": 2, "check_images": 2, "save_images": "all", "progress": False}

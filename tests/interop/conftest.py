@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from orthattack.eval.data import load_photographs
-from orthattack.eval.models import load_classifier
+from orthattack.eval.data.load import load_photographs
+from orthattack.eval.models.load import load_classifier
 
 Trained = tuple[nn.Module, Tensor, Tensor]
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from orthattack import Normalized, alignment
-from orthattack.eval.data import load_photographs
-from orthattack.eval.models import load_classifier
+from orthattack.eval.data.load import load_photographs
+from orthattack.eval.models.load import load_classifier
 from orthattack.interop import torchattacks as ours
 from tests.attacks.test_attacks import drawn, small_model
 

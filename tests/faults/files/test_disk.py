@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from orthattack.eval import cli
-from orthattack.eval.store import RunFolder
+from orthattack.eval.storage.run_folder import RunFolder
 from tests.faults.files.conftest import MODEL, rows
 from tests.stored import assert_same, contents
 

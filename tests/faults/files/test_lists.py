@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orthattack.eval.classifier import Classifier
-from orthattack.eval.data import load_photographs, read_names
+from orthattack.eval.data.load import load_photographs, read_names
 from orthattack.eval.errors import EvaluationError
-from orthattack.eval.preprocessing import Preprocessing
+from orthattack.eval.models.classifier import Classifier
+from orthattack.eval.models.preprocessing import Preprocessing
 from tests.faults.files.conftest import rows
 
 LABELS = [

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from orthattack.eval.decode import Decoder
-from orthattack.eval.preprocessing import DecodeError, Preprocessing, decode
-from orthattack.eval.sources import MAX_BYTES, Files
-from orthattack.eval.store import RunFolder
+from orthattack.eval.data.prefetch import Decoder
+from orthattack.eval.data.readers import MAX_BYTES, Files
+from orthattack.eval.models.preprocessing import DecodeError, Preprocessing, decode
+from orthattack.eval.storage.run_folder import RunFolder
 from tests.faults.files.conftest import MODEL, process, rows
 from tests.stored import assert_same, contents
 

@@ -20,8 +20,8 @@ from PIL import Image
 
 from orthattack.eval import evaluate
 from orthattack.eval.errors import EvaluationError
-from orthattack.eval.results import Run
-from orthattack.eval.store import Shard
+from orthattack.eval.results.stored_run import Run
+from orthattack.eval.storage.run_folder import Shard
 from orthattack.eval.suite import make_suite, read_suite
 from tests.faults.files.conftest import rows
 

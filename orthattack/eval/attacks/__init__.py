@@ -1,0 +1,1 @@
+"""The attacks that an evaluation can run, by name: ours, Foolbox's, torchattacks', a user's."""

@@ -1,0 +1,55 @@
+"""How often a model is asked: a model that counts its evaluations, whoever makes them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["CallCounter"]
+
+
+class CallCounter(nn.Module):
+    """A model that counts, per sample, how often it is evaluated and differentiated, whoever does it.
+
+    It also remembers its last answer without a gradient: an attack that scores what it returns has then done the work
+    of the judge, who sees the model's own answer on the pixels, not what the attack makes of it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.forward_calls = 0
+        self.gradient_calls = 0
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.forward_calls += len(images)
+        if images.requires_grad:
+            images.register_hook(self._count_gradient)  # type: ignore[no-untyped-call]
+        logits: Tensor = self.model(images)
+        # Only what the judge would compute too; copies, since an attack may write into either.
+        own_precision = not torch.is_autocast_enabled(images.device.type)
+        if own_precision and not images.requires_grad and not any(m.training for m in self.modules()):
+            self._last = images.clone(), logits.detach().clone()
+        return logits
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """The model alone: what an attack does with a copy is not counted here."""
+        return copy.deepcopy(self.model, memo)
+
+    def forget(self) -> None:
+        """Forget the last answer: it was another attack's."""
+        self._last = None
+
+    def recall(self, images: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The last answer (N, K) and which of `images` it does not answer (N,), if it was of as many; once only."""
+        last, self._last = self._last, None
+        if last is None or last[0].shape != images.shape:
+            return None
+        return last[1], (last[0] != images).flatten(1).any(1)
+
+    def _count_gradient(self, gradient: Tensor) -> None:
+        self.gradient_calls += len(gradient)

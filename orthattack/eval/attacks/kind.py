@@ -1,0 +1,157 @@
+"""What an attack is to an evaluation, whoever wrote it, and where its random numbers come from."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from orthattack.eval.errors import EvaluationError
+from orthattack.threat import Norm
+
+__all__ = [
+    "GIVEN", "STEP", "AttackKind", "Conditions", "Found", "Runner", "check_options", "defaults", "family", "nearest",
+]  # fmt: skip
+
+Source = Literal["orthattack", "foolbox", "torchattacks", "user"]
+
+GIVEN = {"model", "norm", "eps", "bounds", "targeted", "generator", "detector"}  # by the evaluation, not the user
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What all attacks of an evaluation share.
+
+    Attributes:
+        norm: "linf", "l2" or "l1".
+        eps: radius in units of [0, 1] pixels; None for attacks that minimise the norm.
+        steps: gradient steps of the iterative attacks, with a step size of ``2.5 * eps / steps`` where the attack has
+            none of its own.
+        classes: number of classes of the model.
+        batch_size: how many images the model is given at a time.
+    """
+
+    norm: Norm = "linf"
+    eps: float | None = 4 / 255
+    steps: int = 10
+    classes: int = 2
+    batch_size: int = 32
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an attack returned for a batch.
+
+    Attributes:
+        adversarials: whatever it was, to be checked.
+        steps: (N,) that each took, if the attack says so.
+        forward_calls: (N,) evaluations of the model, if the attack says so.
+        gradient_calls: (N,) differentiations, likewise.
+    """
+
+    adversarials: Any
+    steps: Tensor | None = None
+    forward_calls: Tensor | None = None
+    gradient_calls: Tensor | None = None
+
+
+class Runner(Protocol):
+    """An attack bound to a model and a radius."""
+
+    def __call__(self, images: Tensor, labels: Tensor, seeds: Sequence[int]) -> Found:
+        """Attack images (N, 3, H, W) with labels (N,); the random numbers come from the seeds, one per image."""
+
+
+@dataclass(frozen=True)
+class AttackKind:
+    """An attack with its parameters, not yet bound to a model.
+
+    Attributes:
+        name: as asked for.
+        source: whose it is.
+        parameters: the user's.
+        orthogonal: it promises a perturbation orthogonal to the image.
+        minimal: it looks for the smallest perturbation instead of filling a ball.
+        family: what it is an instance of, such as "PGD", whoever wrote it: attacks of a family are each other's
+            baselines.
+        norms: the norms it can be run in.
+        packs: it takes several batches at once, drops what is fooled, and keeps the model's batches full.
+        bind: makes the attack on a model.
+    """
+
+    name: str
+    source: Source
+    parameters: Mapping[str, Any]
+    orthogonal: bool
+    minimal: bool
+    family: str
+    norms: tuple[Norm, ...]
+    bind: Callable[[nn.Module, Conditions], Runner] = field(repr=False)
+    packs: bool = False
+
+    @property
+    def identity(self) -> str:
+        """What its random numbers are derived from: the same attack under another label draws the same."""
+        return json.dumps([self.name, dict(self.parameters)], sort_keys=True)
+
+    def check(self, norm: Norm, steps: int) -> None:
+        """Raise EvaluationError if the attack cannot be run in a norm or refuses one of its parameters."""
+        if norm not in self.norms:
+            raise EvaluationError(f"{self.name} works in {' or '.join(self.norms)}, not in {norm}")
+        if self.source == "user":  # whose function may do anything with the model
+            return
+        try:
+            self.bind(_Probe(), Conditions(norm, None if self.minimal else 0.01, steps))
+        except EvaluationError:
+            raise
+        except Exception as error:  # whatever a foreign constructor says of its arguments
+            raise EvaluationError(f"attack {self.name} cannot be made: {error}") from error
+
+
+def defaults(kind: Any, without: set[str]) -> dict[str, Any]:
+    return {
+        parameter.name: None if parameter.default is parameter.empty else parameter.default
+        for parameter in inspect.signature(kind).parameters.values()
+        if parameter.name not in without
+    }
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    lower = {name.casefold(): name for name in known}
+    close = difflib.get_close_matches(word.casefold(), list(lower), n=2, cutoff=0.4)
+    return f"did you mean {' or '.join(lower[name] for name in close)}?" if close else f"there are {', '.join(known)}"
+
+
+def check_options(name: str, options: Mapping[str, Any], accepted: Sequence[str]) -> None:
+    for option in options:
+        if option not in accepted:
+            raise EvaluationError(f"attack {name} has no option {option!r}; {nearest(option, sorted(accepted))}")
+
+
+class _Probe(nn.Module):
+    """Stands for a model while an attack's parameters are tried; torchattacks looks for a parameter's device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)[:, :2] * self.weight
+
+
+STEP = 2.5  # steps times step size, in units of eps: enough to cross the ball from a random start
+
+_FAMILIES = {"FastGradientAttack": "FGSM", "ProjectedGradientDescentAttack": "PGD", "BasicIterativeAttack": "PGD",
+             "MomentumIterativeFastGradientMethod": "MIFGSM", "BIM": "PGD"}  # fmt: skip
+
+
+def family(name: str) -> str:
+    for norm in ("Linf", "L2", "L1"):
+        name = name.removeprefix(norm).removesuffix(norm)
+    return _FAMILIES.get(name, name)

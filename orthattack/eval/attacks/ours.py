@@ -1,0 +1,135 @@
+"""The attacks an evaluation can run: ours by name, Foolbox's and torchattacks' as baselines, and a user's own function.
+
+`attack_kind` understands a name and its parameters, and refuses what does not fit before anything runs;
+`AttackKind.bind` makes the attack for a model and a radius. All get the same eps, steps and images, and the same
+relative step size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import orthattack.attacks as ours
+from orthattack.attacks.attack import Attack, Options, OrthoOptions
+from orthattack.eval import plugin
+from orthattack.eval.attacks.foolbox import foolbox_attack, foolbox_attacks
+from orthattack.eval.attacks.kind import GIVEN, AttackKind, Conditions, Found, Runner, check_options, defaults, nearest
+from orthattack.eval.attacks.torchattacks import torchattacks_attack
+from orthattack.eval.attacks.user import user_attack
+from orthattack.eval.errors import EvaluationError
+
+__all__ = ["DEFAULT_ATTACKS", "OURS", "attack_kind", "list_attacks"]
+
+OURS = tuple(
+    name
+    for name in ours.__all__
+    if inspect.isclass(getattr(ours, name)) and name not in ("AttackResult", "DetectorEvasion")
+)
+"""The names of our attacks; DetectorEvasion needs a detector, and is called from Python."""
+
+DEFAULT_ATTACKS = ["FGSM", "OrthoFGSM", "foolbox:FGSM", "PGD", "OrthoPGD", "foolbox:PGD"]
+
+
+def attack_kind(name: str, parameters: Mapping[str, Any] | None = None) -> AttackKind:
+    """Understand an attack.
+
+    Args:
+        name: one of `OURS`; ``foolbox:NAME`` with a class of `foolbox.attacks`; ``torchattacks:NAME``; or
+            ``package.module:function`` with a function that takes the model, and parameters called ``norm``, ``eps``,
+            ``steps`` and ``seed`` if it has them, and returns a callable (images, labels) -> adversarial images.
+        parameters: options of the attack. For MinimumNorm, ``attack`` names the one whose radius is searched.
+
+    Raises:
+        EvaluationError: there is no such attack, or it has no such option; the message names the nearest.
+    """
+    options = dict(parameters or {})
+    prefix, colon, rest = name.partition(":")
+    if not colon:
+        return _ours(name, options)
+    if prefix == "foolbox":
+        return foolbox_attack(name, rest, options)
+    if prefix == "torchattacks":
+        return torchattacks_attack(name, rest, options)
+    return user_attack(name, plugin.find(name), options)
+
+
+def list_attacks() -> list[dict[str, Any]]:
+    """Every attack that can be named, with its parameters and their defaults."""
+    own = {name: defaults(getattr(ours, name), GIVEN | {"options"}) for name in OURS}
+    theirs = {f"foolbox:{name}": defaults(kind, GIVEN) for name, kind in sorted(foolbox_attacks().items())}
+    return [{"name": name, "parameters": parameters} for name, parameters in (own | theirs).items()]
+
+
+def _accepted(kind: Any) -> list[str]:
+    names = []
+    for parameter in inspect.signature(kind).parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:  # Unpack[Options] or Unpack[OrthoOptions]
+            options: Any = OrthoOptions if kind.__name__.startswith("Ortho") else Options
+            names += list(inspect.get_annotations(Options)) + list(inspect.get_annotations(options))
+        else:
+            names.append(parameter.name)
+    return [name for name in dict.fromkeys(names) if name not in GIVEN]
+
+
+def _ours(name: str, options: dict[str, Any]) -> AttackKind:
+    lower = {known.casefold(): known for known in OURS}
+    if name.casefold() not in lower:
+        raise EvaluationError(f"unknown attack {name!r}; {nearest(name, OURS)} Others: foolbox:NAME, torchattacks:NAME")
+    kind = getattr(ours, lower[name.casefold()])
+    if kind is ours.MinimumNorm:
+        return _minimum(options)
+    name = kind.__name__
+    accepted = _accepted(kind)
+    check_options(name, options, accepted)
+    takes_generator = "generator" in inspect.signature(kind).parameters or "early_stop" in accepted
+
+    def make(model: nn.Module, conditions: Conditions) -> Runner:
+        return _OwnRunner(_own(kind, takes_generator, options, model, conditions), conditions.batch_size)
+
+    return AttackKind(
+        name, "orthattack", options, name.startswith("Ortho") and options.get("enforce") != "gradient", False,
+        name.removeprefix("Ortho"), ("linf", "l2", "l1"), make, bool(options.get("early_stop")),
+    )  # fmt: skip
+
+
+def _own(
+    kind: Any, takes_generator: bool, options: Mapping[str, Any], model: nn.Module, conditions: Conditions
+) -> Attack:
+    more = dict(options)
+    if "steps" in inspect.signature(kind).parameters:
+        more.setdefault("steps", conditions.steps)
+    if takes_generator:
+        more["generator"] = torch.Generator().manual_seed(0)
+    attack: Attack = kind(model, conditions.norm, conditions.eps, **more)
+    return attack
+
+
+def _minimum(options: dict[str, Any]) -> AttackKind:
+    own = {key: options[key] for key in ("trials", "max_eps") if key in options}
+    inner_options = {key: value for key, value in options.items() if key not in ("attack", *own)}
+    inner = _ours(str(options.get("attack", "OrthoPGD")), inner_options)
+    if inner.minimal:
+        raise EvaluationError("MinimumNorm needs attack = the name of an attack with an eps, such as OrthoPGD")
+    kind = getattr(ours, inner.name)
+    first = {"linf": 4 / 255, "l2": 0.5, "l1": 8.0}  # where to begin; the radius is doubled until something falls
+
+    def make(model: nn.Module, conditions: Conditions) -> Runner:
+        start = Conditions(conditions.norm, first[conditions.norm], conditions.steps, conditions.classes)
+        return _OwnRunner(ours.MinimumNorm(_own(kind, inner.family != "FGSM", inner_options, model, start), **own))
+
+    return AttackKind("MinimumNorm", "orthattack", options, inner.orthogonal, True, "MinimumNorm", inner.norms, make)
+
+
+class _OwnRunner:
+    def __init__(self, attack: Any, batch_size: int | None = None) -> None:
+        self._attack = attack
+        self._more = {} if batch_size is None else {"batch_size": batch_size}
+
+    def __call__(self, images: Tensor, labels: Tensor, seeds: Sequence[int]) -> Found:
+        result = self._attack.run(images, labels, seeds=seeds, **self._more)
+        return Found(result.adversarials, result.steps, result.forward_calls, result.gradient_calls)

@@ -1,0 +1,1 @@
+"""The trust checks: short attacks of their own, and what their results mean."""

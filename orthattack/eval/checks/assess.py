@@ -1,0 +1,276 @@
+"""Trust checks: whether a robustness evaluation shows the signs of one that went wrong.
+
+After Carlini et al. 2019 (arXiv:1902.06705), "On Evaluating Adversarial Robustness", and Pintor et al. 2022
+(arXiv:2106.09947), "Indicators of Attack Failure". Some read what the run measured anyway; for the others a few short
+attacks run on a few images of each model (`probes`). A check passes or warns, with its figures; it never changes a
+result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from scipy.stats import binom
+
+from orthattack.eval.checks.clean import CLEAN_COLUMNS, clean_suspicions, differentiated
+from orthattack.eval.checks.probes import TRANSFER
+from orthattack.eval.storage.run_folder import RunFolder, shown_eps
+from orthattack.projection import alignment
+from orthattack.threat import Norm, perturbation_norm
+
+__all__ = ["Check", "assess"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check of one model.
+
+    Attributes:
+        model: its label.
+        check: what was checked.
+        status: passed, warned, or not run.
+        figures: what was found.
+        why: what it means, if it warns, or why it was not run.
+    """
+
+    model: str
+    check: str
+    status: Literal["passed", "warned", "not run"]
+    figures: str
+    why: str = ""
+
+
+def assess(folder: RunFolder, manifest: Mapping[str, Any]) -> list[Check]:
+    """Every check of every model, from what is stored."""
+    found: list[Check] = []
+    for model in manifest["models"]:
+        found += _Model(folder, manifest, model).checks()
+    return found
+
+
+class _Model:
+    """One model's rows, as the checks need them."""
+
+    def __init__(self, folder: RunFolder, manifest: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+        self.folder, self.manifest, self.label = folder, manifest, str(model["label"])
+        self.classes, self.images = int(model["num_classes"]), int(model["data"]["images"])
+        self.published: float | None = model.get("published_accuracy")
+        config = manifest["config"]
+        self.norm: Norm = config["norm"]
+        self.radius = sorted(config["eps"])[len(config["eps"]) // 2]
+        self.at = f"at eps {shown_eps(self.radius, self.norm)}"
+
+    def checks(self) -> list[Check]:
+        return [
+            self._clean(),
+            self._gradients(),
+            self._never_helps("more steps never help the defender", "PGD", "PGD, 4 times the steps"),
+            self._never_helps("more restarts never help the defender", "PGD", "PGD, 3 restarts"),
+            self._never_helps("a larger radius never helps the defender", "PGD", "PGD, twice the radius"),
+            self._any_image(),
+            self._never_helps("iterating is no weaker than a single step", "one step", "PGD"),
+            self._no_stronger("queries are no stronger than gradients", "queries only"),
+            self._transfer(),
+            self._larger_eps(),
+            self._rounding(),
+            self._saved(),
+        ]
+
+    def _check(self, name: str, passed: bool, figures: str, why: str) -> Check:
+        return Check(self.label, name, "passed" if passed else "warned", figures, "" if passed else why)
+
+    def _not_run(self, name: str, why: str) -> Check:
+        return Check(self.label, name, "not run", "", why)
+
+    def _clean(self) -> Check:
+        name = "model, data and preprocessing belong together"
+        rows = self.folder.read("clean", self.label, columns=CLEAN_COLUMNS)
+        rows = rows[rows["status"] == "ok"]
+        if rows.empty:
+            return self._not_run(name, "no image could be scored")
+        right, n = int((rows["wrong_share"] <= 0.5).sum()), len(rows)
+        against = "" if self.published is None else f" (published: {100 * self.published:.1f} %)"
+        found, numbers = clean_suspicions(rows, self.classes), rows[CLEAN_COLUMNS[2:]]
+        if (
+            self.published is not None
+            and binom.cdf(right, n, self.published) < 0.01
+            and right / n < self.published - 0.05
+        ):
+            found.append(
+                "clean accuracy is well below what the weights' authors publish for ImageNet's validation set: other "
+                "photographs may be the reason, or labels, resizing or normalisation that are not the model's"
+            )
+        low, high = numbers.min(), numbers.max()
+        return self._check(
+            name,
+            not found,
+            f"{100 * right / n:.1f} % of {n} right{against}, "
+            f"logits from {low['logit_min']:.3g} to {high['logit_max']:.3g}, "
+            f"pixels from {low['image_min']:.3g} to {high['image_max']:.3g}",
+            "; ".join(found),
+        )
+
+    def _gradients(self) -> Check:
+        name = "gradients are not zero, NaN or missing"
+        rows = self.folder.read("clean", self.label, columns=["position", "status", "gradient_norm", "evaluations"])
+        rows = rows[rows["position"].isin(differentiated(self.images)) & (rows["status"] == "ok")]
+        if rows.empty:
+            return self._not_run(name, "no image could be scored")
+        if (rows["evaluations"] > 1).all():
+            return self._not_run(name, "the model answers at random, so one gradient says little: use eot_samples")
+        usable = rows["gradient_norm"].notna() & (rows["gradient_norm"] > 0)
+        bad = int((~usable.fillna(False)).sum())
+        return self._check(
+            name, bad == 0, f"{bad} of {len(rows)} images without a usable gradient",
+            "a masked or saturated gradient hides adversarials from gradient attacks; trust the query-based ones",
+        )  # fmt: skip
+
+    def _probe(self, label: str) -> pd.DataFrame:
+        """What a probe did: fooled or not, by position; empty if it was not run."""
+        for entry in self.manifest.get("probes", []):
+            if (entry["model"], entry["label"]) == (self.label, label):
+                return self._read("checks", label, entry["eps"])
+        return pd.DataFrame({"success": pd.Series(dtype=bool)})
+
+    def _read(self, kind: Literal["shards", "checks"], label: str, eps: float | None) -> pd.DataFrame:
+        columns = ["position", "status", "success"]
+        rows = self.folder.read(kind, self.label, label, eps, columns)
+        return rows[rows["status"] == "ok"].set_index("position")["success"].astype(bool).to_frame()
+
+    def _never_helps(self, name: str, weaker: str, stronger: str) -> Check:
+        weak, strong = self._probe(weaker), self._probe(stronger)
+        both = _both(weak, strong, "weak", "strong")
+        if both.empty:
+            return self._not_run(name, "no probe could be scored")
+        before, after, n = int((~both["success_weak"]).sum()), int((~both["success_strong"]).sum()), len(both)
+        return self._check(
+            name, after <= before + _slack(n), f"{before} of {n} robust, then {after}, {self.at}",
+            "the attack does not use what it is given: its loss or gradient is broken, or its steps are too large",
+        )  # fmt: skip
+
+    def _no_stronger(self, name: str, other: str) -> Check:
+        gradient, rival = self._probe("PGD, 4 times the steps"), self._probe(other)
+        both = _both(gradient, rival, "gradient", "other")
+        if both.empty:
+            return self._not_run(name, "no probe could be scored")
+        alone = int((both["success_other"] & ~both["success_gradient"]).sum())
+        return self._check(
+            name, alone <= _slack(len(both)),
+            f"{alone} of {len(both)} fooled by it alone, {self.at}",
+            "the gradients are masked: gradient attacks overestimate this model's robustness",
+        )  # fmt: skip
+
+    def _any_image(self) -> Check:
+        name = "a radius that allows any image leaves nothing robust"
+        rows = self._probe("PGD, any image")
+        if rows.empty:
+            return self._not_run(name, "no probe could be scored")
+        robust = int((~rows["success"]).sum())
+        return self._check(
+            name, robust <= _slack(len(rows)), f"{robust} of {len(rows)} robust",
+            "an attack that may turn an image into any other must succeed: the gradient is masked or the loss broken",
+        )  # fmt: skip
+
+    def _transfer(self) -> Check:
+        name = "transfer is no stronger than gradients"
+        rivals = [
+            entry["label"]
+            for entry in self.manifest.get("probes", [])
+            if entry["model"] == self.label and entry["label"].startswith(TRANSFER)
+        ]
+        if not rivals:
+            return self._not_run(name, "it needs a second model with the same classes and input size")
+        worst = [self._no_stronger(name, rival) for rival in rivals]
+        return next((check for check in worst if check.status == "warned"), worst[0])
+
+    def _larger_eps(self) -> Check:
+        """Of every attack of the run with several radii: a larger one never leaves more robust."""
+        name = "robust accuracy falls as eps grows"
+        found: list[tuple[int, str, list[int], int]] = []
+        for attack in self.manifest["attacks"]:
+            radii = sorted(eps for eps in attack["eps"] if eps is not None)
+            if len(radii) < 2:
+                continue
+            rows = [self._read("shards", attack["label"], eps) for eps in radii]
+            counts = [int((~frame["success"]).sum()) for frame in rows]
+            n = min(map(len, rows))
+            if n == 0:
+                continue
+            rises = [b - a for a, b in pairwise(counts)]
+            found.append((max(rises), attack["label"], counts, n))
+        if not found:
+            return self._not_run(name, "it needs several radii")
+        rise, label, counts, n = max(found)
+        return self._check(
+            name,
+            rise <= _slack(n),
+            f"of {len(found)} attacks, {label} is the least regular: {', '.join(map(str, counts))} robust of {n}",
+            "a larger ball contains the smaller one, so the attack fails to use it",
+        )
+
+    def _rounding(self) -> Check:
+        name = "success survives rounding to 8 bits"
+        kept: dict[tuple[str, float], list[int]] = {}
+        for attack in self.manifest["attacks"]:
+            for eps in attack["eps"]:
+                if eps is None:  # the smallest perturbation that fools is one that rounding undoes, by construction
+                    continue
+                rows = self.folder.read("shards", self.label, attack["label"], eps, ["rounded_success"]).dropna()
+                both = kept.setdefault((attack["norm"], eps), [0, 0])
+                both[0] += int(rows["rounded_success"].sum())
+                both[1] += len(rows)
+        shares = {key: (a, b) for key, (a, b) in kept.items() if b > 0}
+        if not shares:
+            return self._not_run(name, "no attack with a radius succeeded")
+        figures = ", ".join(f"{100 * a / b:.1f} % at {shown_eps(eps, norm)}" for (norm, eps), (a, b) in shares.items())
+        return self._check(
+            name,
+            all(a >= 0.9 * b for a, b in shares.values()),
+            figures,
+            "an 8-bit file cannot hold these adversarials; what it holds fools less often",
+        )
+
+    def _saved(self) -> Check:
+        """Budget and |cos| of the stored images, from nothing but the files, and after rounding to 8 bits."""
+        name = "saved images keep budget and orthogonality"
+        clean = dict(self.folder.images(self.label, "clean", None))
+        if not clean:
+            return self._not_run(name, "no images were saved")
+        count, worst, cosine, rounded = 0, 0.0, 0.0, 0.0
+        for attack in self.manifest["attacks"]:
+            for eps in attack["eps"]:
+                for position, image in self.folder.images(self.label, attack["label"], eps):
+                    x, adversarial = clean[position].double()[None], image.double()[None]
+                    delta = adversarial - x
+                    count += 1
+                    if eps:
+                        worst = max(worst, float(perturbation_norm(delta, attack["norm"])) / eps)
+                    if attack["orthogonal"]:
+                        cosine = max(cosine, float(_largest(delta, x, attack)))
+                        rounded = max(rounded, float(_largest((adversarial * 255).round() / 255 - x, x, attack)))
+        return self._check(
+            name,
+            worst <= 1 + 1e-4 and cosine <= 1e-6,
+            f"{count} images: norm at most {worst:.7g} eps, |cos| at most {cosine:.1e} where promised, "
+            f"{rounded:.1e} after rounding to 8 bits",
+            "what was saved is not what the attack promised",
+        )
+
+
+def _largest(delta: torch.Tensor, images: torch.Tensor, attack: Mapping[str, Any]) -> torch.Tensor:
+    return alignment(delta, images, attack["parameters"].get("scope", "image")).abs().max()
+
+
+def _both(first: pd.DataFrame, second: pd.DataFrame, one: str, other: str) -> pd.DataFrame:
+    """The images that two attacks both scored."""
+    return first.merge(second, left_index=True, right_index=True, suffixes=(f"_{one}", f"_{other}"))
+
+
+def _slack(n: int) -> int:
+    """How many of n images may go the wrong way without meaning anything: one, or 5 %."""
+    return max(1, n // 20)

@@ -1,0 +1,142 @@
+"""Signs, in what a model does with clean photographs, that an evaluation measures a mistake instead of robustness."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from scipy.stats import binom
+from torch import Tensor
+
+from orthattack.eval.data.dataset import evenly
+from orthattack.eval.results.rates import Rate
+
+__all__ = ["CLEAN_COLUMNS", "CleanStatistics", "clean_suspicions", "differentiated", "suspicions"]
+
+_DOUBT = 0.01
+"""An explanation under which the data had at most this probability is ruled out."""
+
+
+@dataclass(frozen=True)
+class CleanStatistics:
+    """What is collected over clean photographs; ``a + b`` merges two batches.
+
+    Attributes:
+        accuracy: right predictions.
+        num_classes: K, the length of a row of logits.
+        logits: smallest and largest logit.
+        row_sums: smallest and largest sum of a photograph's logits.
+        images: smallest and largest pixel.
+    """
+
+    accuracy: Rate
+    num_classes: int
+    logits: tuple[float, float]
+    row_sums: tuple[float, float]
+    images: tuple[float, float]
+
+    @classmethod
+    def of(cls, images: Tensor, logits: Tensor, labels: Tensor) -> CleanStatistics:
+        """Of a batch of at least one: images (N, C, H, W), logits (N, K), labels (N,)."""
+        right = Rate(int((logits.argmax(1) == labels).sum()), len(labels))
+        sums = logits.double().sum(1)
+        return cls(right, logits.shape[1], _range(logits), _range(sums), _range(images))
+
+    def __add__(self, other: CleanStatistics) -> CleanStatistics:
+        if self.num_classes != other.num_classes:
+            raise ValueError(f"statistics of {self.num_classes} and of {other.num_classes} classes cannot be merged")
+        return CleanStatistics(
+            Rate(self.accuracy.count + other.accuracy.count, self.accuracy.total + other.accuracy.total),
+            self.num_classes,
+            _hull(self.logits, other.logits),
+            _hull(self.row_sums, other.row_sums),
+            _hull(self.images, other.images),
+        )
+
+
+def suspicions(statistics: CleanStatistics) -> list[str]:
+    """Warnings, each with its reason and a remedy; none if nothing is odd."""
+    checks = (_at_chance, _not_finite, _probabilities, _pixels)
+    return [warning for check in checks if (warning := check(statistics)) is not None]
+
+
+def _at_chance(statistics: CleanStatistics) -> str | None:
+    """An accuracy that guessing explains, by an exact binomial test, and a model half-way to perfect does not.
+
+    The second condition keeps five photographs, of which a good model may well miss four, from raising it.
+    """
+    count, total, chance = statistics.accuracy.count, statistics.accuracy.total, 1 / statistics.num_classes
+    guessing = float(binom.sf(count - 1, total, chance))  # P(at least as many right)
+    useful = float(binom.cdf(count, total, (1 + chance) / 2))  # P(at most as many right)
+    if total == 0 or guessing <= _DOUBT or useful > _DOUBT:
+        return None
+    return (
+        f"clean accuracy is at chance: {count} of {total} right, where guessing among {statistics.num_classes} "
+        f"classes gets {total * chance:.3g} (exact binomial test, p = {guessing:.2g}): are the labels indices among "
+        "this model's classes, in its order, and is the normalisation inside the model, once?"
+    )
+
+
+def _not_finite(statistics: CleanStatistics) -> str | None:
+    if all(map(math.isfinite, (*statistics.logits, *statistics.row_sums))):
+        return None
+    return "some logits on clean photographs are NaN or infinite, so no loss or gradient means anything there"
+
+
+def _probabilities(statistics: CleanStatistics) -> str | None:
+    inside = statistics.logits[0] >= 0 and statistics.logits[1] <= 1
+    if not inside or any(abs(total - 1) > 1e-2 for total in statistics.row_sums):  # half precision, 1000 classes
+        return None
+    return (
+        "the model returns probabilities, not logits (all in [0, 1], each row sums to 1): the gradients of a loss on "
+        "them vanish where the model is sure, so attacks look weaker than they are; remove the final softmax"
+    )
+
+
+def _pixels(statistics: CleanStatistics) -> str | None:
+    low, high = statistics.images
+    found = f"pixels lie in [{low:.3g}, {high:.3g}], not in [0, 1]"
+    if low < 0:
+        return f"{found}: the images look normalised; pass them in [0, 1] and normalise inside the model"
+    if high > 2:
+        return f"{found}: the images look like 8-bit values; divide them by 255"
+    if not high <= 1:
+        return f"{found}: eps and the bounds are in units of [0, 1] pixels, so scale the images"
+    if high <= 1.5 / 255:
+        return f"no pixel is larger than {high:.3g}: the images are black, or were divided by 255 twice"
+    return None
+
+
+def _range(values: Tensor) -> tuple[float, float]:
+    low, high = torch.aminmax(values.detach())
+    return float(low), float(high)
+
+
+def _hull(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
+    # torch's minimum, unlike Python's, keeps NaN
+    low, high = torch.tensor([a, b], dtype=torch.float64).aminmax(dim=0)
+    return float(low[0]), float(high[1])
+
+
+CLEAN_COLUMNS = ["status", "wrong_share", "logit_min", "logit_max", "logit_sum", "image_min", "image_max"]
+
+
+def clean_suspicions(rows: pd.DataFrame, num_classes: int) -> list[str]:
+    """What looks wrong with a model on clean photographs, from `CLEAN_COLUMNS` of their rows; see `suspicions`."""
+    rows = rows[rows["status"] == "ok"]
+    if rows.empty:
+        return []
+    ends = {name: (float(rows[name].min()), float(rows[name].max())) for name in CLEAN_COLUMNS[2:]}
+    right = Rate(int((rows["wrong_share"] <= 0.5).sum()), len(rows))
+    logits, images = (ends["logit_min"][0], ends["logit_max"][1]), (ends["image_min"][0], ends["image_max"][1])
+    return suspicions(CleanStatistics(right, num_classes, logits, ends["logit_sum"], images))
+
+
+def differentiated(count: int) -> list[int]:
+    """On which of `count` clean images the gradient is taken: a sixteenth, but at least 16 and at most 256.
+
+    One gradient costs about as much as one step of an attack, and a few hundred give the distribution.
+    """
+    return evenly(min(max(16, count // 16), 256), count)

@@ -1,0 +1,164 @@
+"""Which of a data set's classes is which of the model's: matched by name, number or order, or as a file says."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from orthattack.eval.errors import EvaluationError
+from orthattack.eval.models.classifier import Classifier
+
+__all__ = ["ClassMap", "map_from_file", "match_folders", "match_names", "read_table"]
+
+_KEYS, _VALUES = ("folder", "wnid", "class"), ("label", "index")
+
+
+@dataclass(frozen=True)
+class ClassMap:
+    """The data's classes among the model's.
+
+    Attributes:
+        labels: of each of the data's classes, the model's class index; None where it is not known and not needed.
+        mapping: how they were matched, in a sentence for the manifest.
+        names: names of the model's classes as the data has them, where they are the whole class list.
+    """
+
+    labels: tuple[int | None, ...]
+    mapping: str
+    names: tuple[str, ...] | None = None
+
+
+def match_folders(folders: Sequence[str], classifier: Classifier, where: Path) -> ClassMap:
+    """Folder names, sorted: by the model's class names; or, where none is named so, by number if they are called 0 to
+    K - 1, or else in sorted order, if there are as many.
+
+    Raises:
+        EvaluationError: some folders have the name of exactly one class and others do not, or nothing says which is
+            which.
+    """
+    known = [_plain(name) for name in classifier.classes or ()]
+    strange = [name for name in folders if known.count(_plain(name)) != 1]
+    if folders and not strange:
+        labels = tuple(known.index(_plain(name)) for name in folders)
+        return ClassMap(labels, "folders matched with the model's classes by name")
+    if len(strange) < len(folders):
+        raise EvaluationError(
+            f"{where} has a folder {strange[0]!r} that is not, or not the only, class of that name in "
+            f"{classifier.name}, though others are: rename it, or pass --classes FILE.csv with columns folder and label"
+        )
+    if set(folders) == {str(k) for k in range(classifier.num_classes)}:
+        return ClassMap(tuple(map(int, folders)), "folders called by the model's class indices")
+    if len(folders) in (0, classifier.num_classes):
+        return ClassMap(
+            tuple(range(len(folders))),
+            "folders in sorted order taken as the model's classes, since there are as many",
+            tuple(folders),
+        )
+    raise EvaluationError(
+        f"{where} has {len(folders)} class folders and {classifier.name} {classifier.num_classes} classes, so which "
+        "is which is not known: pass --classes FILE.csv with columns folder and label, or --labels FILE.csv with "
+        "columns file and label"
+    )
+
+
+def match_names(names: Sequence[Sequence[str]], classifier: Classifier, where: str) -> ClassMap:
+    """Classes that the data numbers and names, each with one or more synonyms: by name if each is exactly one of the
+    model's; or by number if there are as many, and no name says otherwise.
+
+    Raises:
+        EvaluationError: neither.
+    """
+    own = [{_plain(synonym) for synonym in _synonyms(name)} for name in classifier.classes or ()]
+    theirs = [{_plain(part) for name in synonyms for part in _synonyms(name)} for synonyms in names]
+    candidates = [[k for k, mine in enumerate(own) if mine & synonyms] for synonyms in theirs]
+    found = [ks[0] for ks in candidates if len(ks) == 1]
+    if len(found) == len(names) == len(set(found)):
+        return ClassMap(tuple(found), "the data's classes matched with the model's by name")
+    as_many = len(names) == classifier.num_classes
+    if as_many:
+        astray = [k for k, ks in enumerate(candidates) if ks and k not in ks]
+        if not astray:
+            agree = sum(k in ks for k, ks in enumerate(candidates))
+            how = "the model's have no names" if not own else f"{agree} of {len(names)} names agree"
+            listed = tuple(synonyms[0] for synonyms in names)
+            return ClassMap(
+                tuple(range(len(names))),
+                f"the data's class numbers taken as the model's class indices, since there are as many ({how})",
+                listed if not own else None,
+            )
+        k = astray[0]
+        reason = f"its class {k}, {names[k][0]!r}, is the model's class {candidates[k][0]}"
+    else:
+        strange = next((k for k, ks in enumerate(candidates) if len(ks) != 1), 0)
+        reason = f"{names[strange][0]!r} is not, or not the only, class of that name"
+    raise EvaluationError(
+        f"{where} has {len(names)} classes and {classifier.name} {classifier.num_classes}, and which is which is not "
+        f"known ({reason}): pass --classes FILE.csv with columns class and label, or choose another model"
+    )
+
+
+def map_from_file(keys: Sequence[Sequence[str]], needed: Iterable[int], path: Path, where: str | Path) -> ClassMap:
+    """As a CSV file says, with a column folder, wnid or class, and a column label or index. Rows may repeat.
+
+    Args:
+        keys: what each of the data's classes may be called in the file.
+        needed: those of them that have photographs.
+        path: the file.
+        where: the data, for messages.
+
+    Raises:
+        EvaluationError: a file that cannot be read or contradicts itself, or that lacks a class.
+    """
+    columns, rows = read_table(path, "classes")
+    key_column = next((name for name in _KEYS if name in columns), None)
+    value_column = next((name for name in _VALUES if name in columns), None)
+    if key_column is None or value_column is None:
+        raise EvaluationError(
+            f"{path} must have a column {', '.join(_KEYS[:-1])} or {_KEYS[-1]}, and a column {' or '.join(_VALUES)}; "
+            f"it has {', '.join(columns) or 'none'}"
+        )
+    listed: dict[str, int] = {}
+    for line, row in rows:
+        key, value = row[key_column], row[value_column]
+        if not key or not re.fullmatch(r"\s*\d{1,9}\s*", value or ""):
+            raise EvaluationError(
+                f"{path}, line {line}: {value_column} must be a class index >= 0, {key_column} a name; got {key!r}, "
+                f"{value!r}"
+            )
+        index = int(value.strip())  # which strips more than int does
+        if listed.setdefault(key, index) != index:
+            raise EvaluationError(f"{path}, line {line}: {key!r} has index {index}, but {listed[key]} before")
+    labels = tuple(next((listed[key] for key in synonyms if key in listed), None) for synonyms in keys)
+    for k in needed:
+        if labels[k] is None:
+            close = difflib.get_close_matches(keys[k][0], listed, n=1)
+            hint = f"; the nearest that it lists is {close[0]!r}" if close else ""
+            raise EvaluationError(f"{path} does not list {keys[k][0]!r}, a class of {where}{hint}")
+    return ClassMap(labels, f"classes matched by {path.name}, columns {key_column} and {value_column}")
+
+
+def read_table(path: Path, what: str) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """Columns and rows, each with its line number, of a CSV file.
+
+    Raises:
+        EvaluationError: a file that cannot be read as one.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream)
+            return list(reader.fieldnames or []), [(reader.line_num, row) for row in reader]
+    except (OSError, ValueError, csv.Error) as error:
+        raise EvaluationError(f"could not read {what} file {path} ({error})") from error
+
+
+def _synonyms(name: str) -> list[str]:
+    """ "tench, Tinca tinca" is how ImageNet's lists write two names of one class."""
+    return [name, *name.split(", ")]
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ").replace("-", " ").casefold()

@@ -1,0 +1,204 @@
+"""A data set of labelled photographs, whatever its source; one at a time in memory."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from orthattack.eval.data.readers import Source
+from orthattack.eval.errors import FAILURES, EvaluationError, first_line
+from orthattack.eval.models.preprocessing import DecodeError, Preprocessing
+
+__all__ = ["Batch", "Photographs", "Unreadable", "evenly", "read_names"]
+
+_HASHED_WHOLE = 64
+
+
+class Unreadable(Exception):  # noqa: N818 - a value as often as an exception
+    """A photograph that cannot become an image, and why.
+
+    Attributes:
+        name: the photograph's.
+        reason: in plain words.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Preprocessed photographs: names, images (N, 3, H, W) in [0, 1], labels (N,)."""
+
+    names: list[str]
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Photographs:
+    """A data set.
+
+    Attributes:
+        name: as asked for.
+        names: of the photographs, unique, the same whenever the data is opened.
+        labels: of each, its class index among the model's.
+        classes: names of the model's classes as the data has them, where they are the whole class list and the model
+            has none of its own.
+        mapping: how the data's classes were matched with the model's.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    labels: tuple[int, ...]
+    classes: tuple[str, ...] | None
+    mapping: str
+    _source: Source = field(repr=False)
+    _positions: Sequence[int] = field(repr=False)  # of each photograph, in the source
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def load(self, position: int, preprocessing: Preprocessing) -> Tensor:
+        """One photograph as the model's input, (3, crop, crop), float32, in [0, 1]. Threads may call this at once.
+
+        Raises:
+            Unreadable: it cannot be read or decoded, or, where the data gives tensors, has another size or range.
+        """
+        try:
+            found = self._source.image(self._positions[position])
+            return preprocessing(found) if isinstance(found, Image.Image) else _as_input(found, preprocessing.crop)
+        except DecodeError as error:
+            raise Unreadable(self.names[position], str(error)) from error
+        except FAILURES as error:  # of disks, and of a user's data
+            raise Unreadable(self.names[position], f"{type(error).__name__}: {first_line(error)}") from error
+
+    def batches(self, size: int, preprocessing: Preprocessing) -> Iterator[Batch | Unreadable]:
+        """Batches of up to `size`, and, as they are met, the photographs that cannot be read."""
+        ready: list[tuple[int, Tensor]] = []
+        for position in range(len(self)):
+            try:
+                ready.append((position, self.load(position, preprocessing)))
+            except Unreadable as unreadable:
+                yield unreadable
+            if len(ready) == size:
+                yield self._batch(ready)
+                ready = []
+        if ready:
+            yield self._batch(ready)
+
+    def _batch(self, ready: list[tuple[int, Tensor]]) -> Batch:
+        positions, images = zip(*ready, strict=True)
+        labels = torch.tensor([self.labels[k] for k in positions])
+        return Batch([self.names[k] for k in positions], torch.stack(images), labels)
+
+    def limited(self, count: int | None) -> Photographs:
+        """At most `count` of them, evenly spaced, so that a sorted folder still shows all its classes."""
+        if count is None or count >= len(self):
+            return self
+        if count < 1:
+            raise EvaluationError(f"--limit must be at least 1; got {count}")
+        return self._at(evenly(count, len(self)))
+
+    def subset(self, names: Sequence[str]) -> Photographs:
+        """Those of these names, in this order.
+
+        Raises:
+            EvaluationError: a name that there is not, or twice, or no names.
+        """
+        if not names:
+            raise EvaluationError("--subset names no photographs")
+        position_of = {name: k for k, name in enumerate(self.names)}
+        seen: set[str] = set()
+        for name in names:
+            if name not in position_of:
+                close = difflib.get_close_matches(name, self.names, n=1, cutoff=0)
+                raise EvaluationError(
+                    f"--subset names {name!r}, which {self.name} does not have; the nearest is {close[0]!r}"
+                )
+            if name in seen:
+                raise EvaluationError(f"--subset names {name!r} twice")
+            seen.add(name)
+        return self._at([position_of[name] for name in names])
+
+    def _at(self, chosen: Sequence[int]) -> Photographs:
+        return replace(
+            self,
+            names=tuple(self.names[k] for k in chosen),
+            labels=tuple(self.labels[k] for k in chosen),
+            _positions=[self._positions[k] for k in chosen],
+        )
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what they are, the same wherever the data lies.
+
+        Covers the name, label and file size of every photograph, in order (of a Parquet photograph, its shard's size;
+        of one from a data set in memory, none), and the whole content of up to 64 evenly spaced ones. So a changed
+        list, order or label always shows, and so does a file of another size; an edit that keeps a file's size shows if
+        the file is among the 64.
+        """
+        digest = hashlib.sha256()
+        for name, label, position in zip(self.names, self.labels, self._positions, strict=True):
+            digest.update(f"{name!r} {label} {self._source.size(position)}\n".encode())
+        for k in evenly(_HASHED_WHOLE, len(self)):
+            try:
+                content = self._source.content(self._positions[k])
+            except FAILURES:  # it will be reported as unreadable, and is that every time
+                content = b"unreadable"
+            digest.update(hashlib.sha256(content).digest())
+        return digest.hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """What a reader needs to tell which data it was, as JSON."""
+        return {
+            "name": self.name,
+            "photographs": len(self),
+            "classes": None if self.classes is None else list(self.classes),
+            "mapping": self.mapping,
+            "fingerprint": self.fingerprint(),
+        }
+
+
+def _as_input(pixels: Tensor, size: int) -> Tensor:
+    """A tensor that is said to be the model's input already."""
+    if pixels.shape != (3, size, size):
+        raise DecodeError(
+            f"a tensor must have the model's input size (3, {size}, {size}); got {tuple(pixels.shape)}: return a "
+            "Pillow image to have it resized"
+        )
+    image = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
+    low, high = float(image.min()), float(image.max())
+    if not (low >= 0 and high <= 1):
+        look = "normalised; return them in [0, 1]" if low < 0 else "8-bit; divide them by 255"
+        raise DecodeError(f"pixels lie in [{low:.3g}, {high:.3g}], not in [0, 1]: they look {look}")
+    return image
+
+
+def evenly(count: int, among: int) -> list[int]:
+    """At most `count` positions, evenly spaced, of `among`."""
+    return [k * among // count for k in range(count)] if count < among else list(range(among))
+
+
+def read_names(path: Path) -> list[str]:
+    """Names of photographs, one a line, for `Photographs.subset`; blank lines and lines that begin with # are skipped.
+
+    Raises:
+        EvaluationError: a file that cannot be read as text.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"could not read subset file {path} ({error})") from error
+    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]

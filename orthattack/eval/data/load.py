@@ -1,0 +1,182 @@
+"""Photographs to evaluate on by name: folders, samples, Parquet, torchvision's data sets, or a user's."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from orthattack.eval import plugin
+from orthattack.eval.data.classes import ClassMap, map_from_file, match_folders, match_names, read_table
+from orthattack.eval.data.dataset import Batch, Photographs, Unreadable, read_names
+from orthattack.eval.data.readers import Dataset, Files, Shards, Source, find_shards
+from orthattack.eval.data.torchvision import PREFIX as TORCHVISION
+from orthattack.eval.data.torchvision import check_torchvision, open_torchvision
+from orthattack.eval.errors import EvaluationError
+from orthattack.eval.models.classifier import Classifier
+
+__all__ = ["SAMPLES", "Batch", "Photographs", "Unreadable", "check_data", "load_photographs", "read_names"]
+
+SAMPLES = {"imagenet-samples": "imagenet", "cifar10-samples": "cifar10"}
+"""The photographs in Foolbox's package, 20 of each, and their names there."""
+
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+_AS_THEY_ARE = "labels taken as the model's class indices"
+
+
+def check_data(data: str) -> None:
+    """Raise EvaluationError if `data` is nothing that `load_photographs` knows; nothing large is read yet."""
+    if data in SAMPLES or (plugin.is_plugin(data) and not data.startswith(TORCHVISION)):
+        return
+    if data.startswith(TORCHVISION):
+        check_torchvision(data)
+    elif not find_shards(data) and not os.path.isdir(data):  # noqa: PTH112 - pathlib's raises where a name is too long
+        raise EvaluationError(
+            f"data folder {data} does not exist; it must be a folder or {' or '.join(SAMPLES)}, Parquet files, "
+            f"{TORCHVISION}NAME,root=FOLDER, or your own package.module:function"
+        )
+
+
+def load_photographs(
+    data: str, classifier: Classifier, labels: Path | None = None, classes: Path | None = None
+) -> Photographs:
+    """Find the photographs and their classes among the classifier's.
+
+    Args:
+        data: one of
+
+            - `SAMPLES`;
+            - a folder with one sub-folder per class, matched with the model's classes by name; or, where none is named
+              so, by number if they are called 0 to K - 1, or else by sorted order, if there are as many;
+            - Parquet files of Hugging Face's form: one, a pattern, or a folder of them (`Shards`);
+            - "torchvision:NAME,root=FOLDER", one of torchvision's data sets, with further options of its after commas
+              (`open_torchvision`);
+            - "package.module:function", called without arguments, which returns a sequence of (image, label) or a
+              map-style data set (`Dataset`). It is read by one thread at a time. Unless it has an attribute ``targets``
+              or ``labels``, all of it is gone through once for its labels.
+
+            Of the last three, the classes are matched by name if their names are known, or else by number.
+        labels: a CSV file with columns ``file``, relative to the folder, and ``label``, an index among the model's
+            classes; other columns are ignored. The folder's own structure then does not matter.
+        classes: a CSV file that says which class is which, see `map_from_file`.
+
+    Raises:
+        EvaluationError: nothing there, or labels that do not fit the model.
+    """
+    check_data(data)
+    is_folder = data not in SAMPLES and Path(data).is_dir() and not find_shards(data)
+    if labels is not None and not is_folder:
+        raise EvaluationError(f"--labels goes with a folder; {data} has labels of its own")
+    if classes is not None and (labels is not None or data in SAMPLES):
+        raise EvaluationError(f"--classes matches classes by name; {labels or data} has the model's class indices")
+    source: Source
+    if data in SAMPLES:
+        names, indices, source = _foolbox_samples(data)
+        found = ClassMap((), _AS_THEY_ARE)
+    elif labels is not None:
+        names, indices, source = _labelled(Path(data), labels)
+        found = ClassMap((), f"labels from {labels.name}, {_AS_THEY_ARE}")
+    elif is_folder:
+        names, indices, source, found = _class_folders(Path(data), classifier, classes)
+    else:
+        names, indices, source, found = _data_set(data, classifier, classes)
+    if not names:
+        raise EvaluationError(f"{labels or data} names no photographs ({' '.join(sorted(_SUFFIXES))})")
+    worst = max(range(len(names)), key=indices.__getitem__)
+    if indices[worst] >= classifier.num_classes:
+        raise EvaluationError(
+            f"{names[worst]} has label {indices[worst]}, but {classifier.name} has {classifier.num_classes} classes, 0 "
+            f"to {classifier.num_classes - 1}: is this the right model for {data}?"
+        )
+    return Photographs(data, tuple(names), tuple(indices), found.names, found.mapping, source, range(len(names)))
+
+
+def _foolbox_samples(data: str) -> tuple[list[str], list[int], Files]:
+    pattern = re.compile(rf"{SAMPLES[data]}_\d+_(\d+)\.(png|jpg)")
+    folder = Path(str(resources.files("foolbox"))) / "data"
+    matches = [(path, match) for path in sorted(folder.iterdir()) if (match := pattern.fullmatch(path.name))]
+    paths = [path for path, _ in matches]
+    return [path.name for path in paths], [int(match[1]) for _, match in matches], Files(paths)
+
+
+def _class_folders(
+    folder: Path, classifier: Classifier, classes: Path | None
+) -> tuple[list[str], list[int], Files, ClassMap]:
+    try:
+        found = {name: files for name, files in _files_by_folder(folder).items() if files}
+    except OSError as error:
+        raise EvaluationError(f"could not read data folder {folder} ({error})") from error
+    if classes is None:
+        matched = match_folders(tuple(found), classifier, folder)
+    else:
+        matched = map_from_file([(name,) for name in found], range(len(found)), classes, folder)
+    paths = [(path, k) for k, files in enumerate(found.values()) for path in files]
+    names = [path.relative_to(folder).as_posix() for path, _ in paths]
+    return names, _relabelled([k for _, k in paths], matched), Files([path for path, _ in paths]), matched
+
+
+def _files_by_folder(folder: Path) -> dict[str, list[Path]]:
+    return {
+        path.name: sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES and not file.is_dir())
+        for path in sorted(folder.iterdir())
+        if path.is_dir() and not path.name.startswith(".")
+    }
+
+
+def _data_set(data: str, classifier: Classifier, classes: Path | None) -> tuple[list[str], list[int], Source, ClassMap]:
+    """Photographs that come with labels, and perhaps with the classes' names, of their own."""
+    source: Shards | Dataset
+    if data.startswith(TORCHVISION):
+        source = Dataset(open_torchvision(data), data, thread_safe=True)
+    elif shards := find_shards(data):
+        source = Shards(shards)
+    else:
+        source = Dataset(plugin.call(data), data, thread_safe=False)
+    labels = source.labels
+    width = len(str(max(len(labels) - 1, 0)))
+    names = source.names if isinstance(source, Shards) else [f"{k:0{width}d}" for k in range(len(labels))]
+    given, highest = source.classes, max(labels, default=-1)
+    for name, label in zip(names, labels, strict=True):
+        if label < 0:
+            raise EvaluationError(f"{data}: {name} has label {label}: this split is not labelled")
+    if given is not None and highest >= len(given):
+        raise EvaluationError(f"{data} has label {highest} but names {len(given)} classes")
+    if classes is not None:
+        known = given or ((),) * (highest + 1)
+        keys = [(*synonyms, ", ".join(synonyms), str(k)) for k, synonyms in enumerate(known)]
+        matched = map_from_file([tuple(filter(None, key)) for key in keys], sorted(set(labels)), classes, data)
+    elif given is not None:
+        matched = match_names(given, classifier, data)
+    else:
+        return names, labels, source, ClassMap((), _AS_THEY_ARE)
+    return names, _relabelled(labels, matched), source, matched
+
+
+def _relabelled(labels: Sequence[int], matched: ClassMap) -> list[int]:
+    found = [matched.labels[k] for k in labels]
+    return [label for label in found if label is not None]
+
+
+def _labelled(folder: Path, path: Path) -> tuple[list[str], list[int], Files]:
+    columns, rows = read_table(path, "labels")
+    if not {"file", "label"} <= set(columns):
+        raise EvaluationError(f"{path} must have columns file and label; it has {', '.join(columns) or 'none'}")
+    root, found = folder.resolve(), dict[str, int]()
+    for line, row in rows:
+        name, label = row["file"], row["label"]
+        if not name or not re.fullmatch(r"\s*\d{1,9}\s*", label or ""):
+            raise EvaluationError(
+                f"{path}, line {line}: label must be a class index >= 0, file a name; got {name!r}, {label!r}"
+            )
+        try:
+            is_inside = (root / name).resolve().is_relative_to(root)
+        except (OSError, ValueError, RuntimeError) as error:  # a null character, or links in a circle
+            raise EvaluationError(f"{path}, line {line}: {name!r} is no file name ({error})") from error
+        if not is_inside:
+            raise EvaluationError(f"{path}, line {line}: {name!r} lies outside {folder}")
+        if name in found:
+            raise EvaluationError(f"{path}, line {line}: {name!r} is listed twice")
+        found[name] = int(label.strip())
+    return list(found), list(found.values()), Files([root / name for name in found])

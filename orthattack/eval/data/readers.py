@@ -1,0 +1,301 @@
+"""Where photographs come from: files, Parquet shards with the bytes of image files, and map-style data sets.
+
+A source knows its photographs by position and loads one at a time; threads may call it at once.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import operator
+import os
+import re
+import stat
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from torch import Tensor
+
+from orthattack.eval.errors import FAILURES, EvaluationError, first_line
+from orthattack.eval.models.preprocessing import DecodeError, decode
+
+__all__ = ["Dataset", "Files", "Shards", "Source", "find_shards"]
+
+CACHED_BYTES = 256 * 2**20
+"""How much of the row groups read last is kept; the last one is kept whatever its size."""
+
+
+MAX_BYTES = 2**30
+"""Of an image file; larger ones are not read into memory."""
+
+
+class Source(Protocol):
+    """Photographs by position."""
+
+    def image(self, position: int) -> Image.Image | Tensor:
+        """A decoded photograph; `DecodeError`, or whatever the data raises, if there is none."""
+
+    def content(self, position: int) -> bytes:
+        """The bytes that tell it from any other."""
+
+    def size(self, position: int) -> int:
+        """Bytes of the file that holds it; -1 if that is not known."""
+
+
+class Files:
+    """Image files."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+
+    def image(self, position: int) -> Image.Image:
+        return decode(self.content(position))
+
+    def content(self, position: int) -> bytes:
+        size = self.size(position)
+        if size < 0:
+            raise DecodeError("no such file")
+        if size > MAX_BYTES:
+            raise DecodeError(f"a file of {size / 1e9:.3g} GB: too large to read safely")
+        return self._paths[position].read_bytes()
+
+    def size(self, position: int) -> int:
+        """Bytes of the file; -1 if there is none, or none to be read through: a pipe or device is not opened."""
+        try:
+            found = self._paths[position].stat()
+        except OSError:
+            return -1
+        return found.st_size if stat.S_ISREG(found.st_mode) else -1
+
+
+class Dataset:
+    """A map-style data set, torchvision's or a user's: ``data[k]`` is (image, label).
+
+    An image is a Pillow image, an array (H, W, 3) or (H, W) of uint8, or a tensor that already has the model's input
+    size, (3, H, W) in [0, 1] or of uint8.
+
+    Attributes:
+        labels: of all, in order.
+        classes: their names, each with its synonyms, if the data has an attribute of that name.
+
+    Raises:
+        EvaluationError: not such a data set.
+    """
+
+    def __init__(self, data: Any, name: str, thread_safe: bool) -> None:
+        self._data, self._name = data, name
+        self._lock = None if thread_safe else threading.Lock()
+        if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+            raise EvaluationError(
+                f"{name} must be a sequence of (image, label), or a map-style Dataset; it is {type(data).__name__}"
+            )
+        self.classes = _class_names(data)
+        self.labels = self._labels()
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def image(self, position: int) -> Image.Image | Tensor:
+        found = self._item(position)[0]
+        if isinstance(found, np.ndarray):
+            if found.dtype != np.uint8 or found.ndim not in (2, 3):
+                raise DecodeError(f"an array must be (H, W, 3) of uint8; got {found.shape} of {found.dtype}")
+            return Image.fromarray(found)
+        if not isinstance(found, Image.Image | Tensor):
+            raise DecodeError(f"must be a Pillow image, an array or a tensor; got {type(found).__name__}")
+        return found
+
+    def content(self, position: int) -> bytes:
+        found = self.image(position)
+        pixels = found.cpu().numpy() if isinstance(found, Tensor) else np.asarray(found)
+        return f"{pixels.shape} {pixels.dtype} ".encode() + pixels.tobytes()
+
+    def size(self, position: int) -> int:  # noqa: ARG002 - a data set need not have files
+        return -1
+
+    def _item(self, position: int) -> Any:
+        if self._lock is None:
+            return self._data[position]
+        with self._lock:
+            return self._data[position]
+
+    def _label(self, position: int) -> int:
+        try:
+            item = self._item(position)
+        except FAILURES as error:  # of whatever a data set does
+            raise EvaluationError(
+                f"{self._name}: item {position} failed ({type(error).__name__}: {first_line(error)}), so its label is "
+                "not known; an attribute targets would say it"
+            ) from error
+        try:
+            _, label = item
+            return operator.index(label)
+        except (TypeError, ValueError) as error:
+            shown = tuple(type(part).__name__ for part in item) if isinstance(item, tuple) else type(item).__name__
+            raise EvaluationError(
+                f"{self._name}: item {position} must be (image, class index), but is {shown}"
+            ) from error
+
+    def _labels(self) -> list[int]:
+        """All of them without decoding a photograph, if an attribute has them; it is believed if it is right at the
+        start, in the middle and at the end."""
+        count = len(self._data)
+        if count == 0:
+            return []
+        for attribute in ("targets", "labels", "_labels", "_samples", "samples", "imgs"):
+            try:
+                values = [operator.index(v[1] if isinstance(v, tuple) else v) for v in getattr(self._data, attribute)]
+            except (AttributeError, TypeError, IndexError):
+                continue
+            if len(values) == count and all(self._label(k) == values[k] for k in (0, count // 2, count - 1)):
+                return values
+        return [self._label(k) for k in range(count)]
+
+
+def _class_names(data: Any) -> tuple[tuple[str, ...], ...] | None:
+    found = getattr(data, "classes", None)
+    if not isinstance(found, Sequence) or isinstance(found, str) or not found:
+        return None
+    return tuple((name,) if isinstance(name, str) else tuple(map(str, name)) for name in found)
+
+
+def find_shards(data: str) -> list[Path]:
+    """Parquet files that `data` names: a file, a pattern such as ``DIR/test-*.parquet``, or a folder of shards.
+
+    Raises:
+        EvaluationError: a folder with shards of several splits, or a pattern that fits nothing.
+    """
+    folder = Path(data)
+    if not os.path.isdir(folder):  # noqa: PTH112 - pathlib's raises where a name is too long
+        if not data.endswith(".parquet"):
+            return []
+        shards = [folder] if os.path.isfile(folder) else sorted(map(Path, glob.glob(data, recursive=True)))  # noqa: PTH113, PTH207
+        if not shards:
+            raise EvaluationError(f"no Parquet file fits {data}")
+        return shards
+    shards = sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
+    splits = sorted({re.sub(r"-\d+(-of-\d+)?$", "", shard.stem) for shard in shards} & _SPLITS)
+    if len(splits) > 1:
+        raise EvaluationError(
+            f"{data} has shards of several splits, {' and '.join(splits)}: choose one, such as "
+            f"--data '{shards[0].parent / splits[0]}-*.parquet'"
+        )
+    return shards
+
+
+_SPLITS = {"train", "test", "validation", "val"}
+
+
+class Shards:
+    """Parquet files as Hugging Face's datasets are stored: the bytes of image files beside labels.
+
+    Columns: ``image`` (or ``img``), a struct with ``bytes``, or binary; ``label`` (or ``labels``, ``fine_label``), an
+    integer. Labels are read at once, photographs a row group at a time.
+
+    Attributes:
+        names: SHARD/ROW, the shard without its suffix.
+        labels: of all, in order.
+        classes: from the metadata that Hugging Face's datasets leave in the file, if they are there.
+
+    Raises:
+        EvaluationError: not Parquet, or other columns.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self.names: list[str] = []
+        self.labels: list[int] = []
+        self.classes: tuple[tuple[str, ...], ...] | None = None
+        self._starts: list[int] = []  # of each row group, its first position
+        self._groups: list[tuple[int, int]] = []  # of each, its shard and its number there
+        self._column: list[str] = []
+        self._lock = threading.Lock()
+        self._cache: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
+        stems = [path.stem for path in paths]
+        for shard, path in enumerate(paths):
+            stem = path.stem if stems.count(path.stem) == 1 else path.with_suffix("").as_posix()
+            try:
+                self._read_labels(shard, stem)
+            except (pa.ArrowException, OSError, ValueError) as error:
+                raise EvaluationError(f"{path} is not a whole Parquet file ({first_line(error)})") from error
+
+    def _read_labels(self, shard: int, stem: str) -> None:
+        path = self._paths[shard]
+        with pq.ParquetFile(path) as file:
+            schema, first = file.schema_arrow, len(self.labels)
+            image = _column(schema, ("image", "img"), path, _holds_bytes, "a struct with bytes, or binary")
+            label = _column(schema, ("label", "labels", "fine_label"), path, pa.types.is_integer, "an integer")
+            self._column.append(image)
+            position = first
+            for group in range(file.num_row_groups):
+                self._starts.append(position)
+                self._groups.append((shard, group))
+                position += file.metadata.row_group(group).num_rows
+            labels = file.read(columns=[label]).column(0)
+        if labels.null_count:
+            raise EvaluationError(f"{path}: {labels.null_count} of its rows have no {label}")
+        self.labels += labels.to_pylist()
+        self.names += [f"{stem}/{row}" for row in range(position - first)]
+        if shard == 0:
+            self.classes = _huggingface_classes(schema, label)
+
+    def image(self, position: int) -> Image.Image:
+        return decode(self.content(position))
+
+    def content(self, position: int) -> bytes:
+        group = self._group_of(position)
+        with self._lock:
+            column = self._cache.get(group)
+            if column is None:
+                column = self._cache[group] = self._read(group)
+                while len(self._cache) > 1 and sum(c.nbytes for c in self._cache.values()) > CACHED_BYTES:
+                    self._cache.popitem(last=False)
+            self._cache.move_to_end(group)
+        value = column[position - self._starts[group]].as_py()
+        data = value["bytes"] if isinstance(value, dict) else value
+        if data is None:
+            raise DecodeError("the shard has no bytes for it")
+        content: bytes = data
+        return content
+
+    def size(self, position: int) -> int:
+        return self._paths[self._groups[self._group_of(position)][0]].stat().st_size
+
+    def _group_of(self, position: int) -> int:
+        return bisect_right(self._starts, position) - 1
+
+    def _read(self, group: int) -> pa.ChunkedArray:
+        shard, index = self._groups[group]
+        with pq.ParquetFile(self._paths[shard]) as file:
+            return file.read_row_group(index, columns=[self._column[shard]]).column(0)
+
+
+def _column(schema: pa.Schema, names: Sequence[str], path: Path, fits: Any, what: str) -> str:
+    name = next((name for name in names if name in schema.names), None)
+    if name is None:
+        raise EvaluationError(f"{path} has no column {' or '.join(names)}; it has {', '.join(schema.names)}")
+    if not fits(schema.field(name).type):
+        raise EvaluationError(f"{path}: column {name} must be {what}; it is {schema.field(name).type}")
+    return name
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _huggingface_classes(schema: pa.Schema, label: str) -> tuple[tuple[str, ...], ...] | None:
+    try:
+        names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][label]["names"]
+        return tuple((str(name),) for name in names) or None
+    except (KeyError, TypeError, ValueError, RecursionError):  # metadata may be missing, or anything
+        return None

@@ -1,0 +1,21 @@
+"""The models that an evaluation attacks, by name, with their weights and preprocessing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orthattack.eval.models.classifier import Classifier
+    from orthattack.eval.models.load import load_classifier
+    from orthattack.eval.models.preprocessing import Preprocessing
+
+__all__ = ["Classifier", "Preprocessing", "load_classifier"]
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    homes = {"Classifier": "classifier", "Preprocessing": "preprocessing", "load_classifier": "load"}
+    if name not in homes:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{homes[name]}"), name)

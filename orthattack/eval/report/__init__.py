@@ -1,0 +1,1 @@
+"""What a run tells: the terminal's table, files, and the page."""

@@ -1,0 +1,298 @@
+"""The report of a run as one HTML file that needs no other and no network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import math
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jinja2 import DictLoader, Environment, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+from torch import Tensor
+
+from orthattack.eval.report import gallery, plots
+from orthattack.eval.results.outcomes import defined, records
+from orthattack.eval.results.rates import DEFINITIONS
+from orthattack.eval.results.stored_run import COSINE_EDGES, WORST, Run
+from orthattack.eval.storage.run_folder import shown_eps
+
+__all__ = ["page"]
+
+NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1"}
+SHOWN_SIZE = 224
+LOSSLESS_SIZE = 64
+IMAGE_BYTES = 8_500_000  # before base64, which makes them 11.4 MB
+MAX_CARDS = 3_000
+_UNDEFINED = "–"
+
+
+def page(run: Run) -> str:
+    """The whole report. Undefined numbers are shown as "–"."""
+    read = {name: files("orthattack.eval.report").joinpath("templates", name).read_text("utf-8") for name in _FILES}
+    environment = Environment(
+        loader=DictLoader(read), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(percent=percent, points=points, number=number, tip=_tip)
+    script = read["report.js"]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    # The script by its hash and nothing else: a name that slipped through as markup still could not run.
+    policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:"
+    return environment.get_template("report.html.j2").render(
+        policy=policy,
+        script=Markup(script),  # noqa: S704
+        **_context(run),
+    )
+
+
+_FILES = ("report.html.j2", "report.css", "report.js")
+
+
+def percent(value: float | None) -> str:
+    """A share as people write it."""
+    return _UNDEFINED if value is None or math.isnan(value) else f"{100 * value:.1f} %"
+
+
+def points(value: float | None) -> str:
+    """A difference of shares, in points, with its sign."""
+    return _UNDEFINED if value is None or math.isnan(value) else f"{100 * value:+.1f}".replace("-", "−")
+
+
+def number(value: float | None, form: str = ".3g") -> str:
+    """Any other number."""
+    if value is None or math.isnan(value):
+        return _UNDEFINED
+    mantissa, e, exponent = f"{value:{form}}".partition("e")
+    return (mantissa + (f"e{int(exponent)}" if e else "")).replace("-", "−")
+
+
+def _tip(row: dict[str, Any]) -> str:
+    reasons = json.loads(row["reasons"]) if isinstance(row["reasons"], str) else {}
+    return "; ".join(f"{count} × {reason}" for reason, count in reasons.items())
+
+
+def _context(run: Run) -> dict[str, Any]:
+    table = run.table()
+    look = plots.styles(run.attacks)
+    models, attacks = list(run.models), list(run.attacks)
+    radii = [{"index": i, "eps": eps, "text": shown_eps(eps, run.norm)} for i, eps in enumerate(run.radii)]
+    chosen = (len(radii) - 1) // 2
+    done, expected = run.progress()
+    unit = (255.0, " in 1/255") if run.norm == "linf" and max(_known(run), default=0) < 0.2 else (1.0, "")
+    rows = records(table)
+    for row in rows:
+        row["model_index"] = models.index(row["model"])
+        row["eps_index"] = run.radii.index(defined(row["eps"]))
+        row["style"] = look.get(row["attack"])
+        row["left_out"] = sum(int(row.get(k) or 0) for k in ("error", "unreadable", "invalid"))
+        row["eps_text"] = shown_eps(defined(row["eps"]), run.norm)
+    paired = records(run.paired())
+    for row in paired:
+        row["model_index"] = models.index(row["model"])
+        row["eps_index"] = run.radii.index(defined(row["eps"]))
+        row["eps_text"] = shown_eps(defined(row["eps"]), run.norm)
+    cards, images, stored = _cards(run)
+    data = {
+        "models": models,
+        "attacks": attacks,
+        "radii": [radius["text"] for radius in radii],
+        "cards": cards,
+        "images": images,
+        "classes": _classes(run),
+        "worst": WORST,
+    }
+    return {
+        "run": run,
+        "shown": len(cards),
+        "shown_norm": lambda value: _UNDEFINED if value is None else shown_eps(value, run.norm),
+        "norm": NORMS.get(run.norm, run.norm),
+        "others": [{"name": NORMS.get(norm, norm), "file": _file(run, norm)} for norm in run.other_norms],
+        "models": models,
+        "attacks": attacks,
+        "radii": radii,
+        "chosen": chosen,
+        "look": look,
+        "worst": WORST,
+        "rows": rows,
+        "worst_rows": [row for row in rows if row["attack"] == WORST and row["eps_index"] == chosen],
+        "accuracy": {model: run.clean_accuracy(model) for model in models},
+        "paired": paired,
+        "optimality": records(run.optimality()),
+        "by_eps": {m: Markup(plots.accuracy_by_eps(run.curves(m), look, unit, _known(run))) for m in models},  # noqa: S704
+        "by_calls": _by_calls(run, table, look),
+        "gradients": {m: Markup(plots.cosine_histogram(run.gradient_cosines(m))) for m in models},  # noqa: S704
+        "gradient_counts": {m: len(run.gradient_cosines(m)) for m in models},
+        "sparks": _sparks(run, rows),
+        "spark_bins": len(COSINE_EDGES) - 1,
+        "checks": run.checks(),
+        "warnings": run.manifest.get("warnings") or [],
+        "manifest": json.dumps(dict(run.manifest), indent=2, ensure_ascii=False),
+        "done": done,
+        "expected": expected,
+        "definitions": DEFINITIONS.split("; "),
+        "data": data,
+        "stored": stored,
+        "session": (run.manifest.get("sessions") or [{}])[-1],
+    }
+
+
+def _file(run: Run, norm: str) -> str:
+    return "report.html" if norm == run.manifest["config"]["norm"] else f"report-{norm}.html"
+
+
+def _known(run: Run) -> list[float]:
+    return [eps for eps in run.radii if eps is not None]
+
+
+def _by_calls(run: Run, table: pd.DataFrame, look: dict[str, plots.Style]) -> list[dict[str, Any]]:
+    found = []
+    for m, model in enumerate(run.models):
+        for e, eps in enumerate(run.radii):
+            at = table["eps"].isna() if eps is None else table["eps"] == eps
+            rows = table[(table["model"] == model) & at & (table["attack"] != WORST)] if len(table) else table
+            svg = Markup(plots.accuracy_by_calls(rows, look)) if len(rows) else None  # noqa: S704
+            found.append({"model": model, "m": m, "e": e, "eps": shown_eps(eps, run.norm), "svg": svg})
+    return found
+
+
+def _sparks(run: Run, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per model and radius the attacks with the histogram of log10 |cos(perturbation, image)|."""
+    found: list[dict[str, Any]] = []
+    for m, model in enumerate(run.models):
+        for e, eps in enumerate(run.radii):
+            lines = []
+            for attack, counts in run.cosine_histograms(model, eps).items():
+                row = next(r for r in rows if (r["model_index"], r["eps_index"], r["attack"]) == (m, e, attack))
+                path = plots.histogram_path(counts)
+                lines.append({"attack": attack, "path": path, "count": int(counts.sum()), "row": row})
+            found.append({"model": model, "m": m, "e": e, "eps": shown_eps(eps, run.norm), "lines": lines})
+    return found
+
+
+def _classes(run: Run) -> list[dict[str, Any]]:
+    """Per model the names of the classes met and, by radius and attack, [robust, scored] of each."""
+    found = []
+    for model in run.models:
+        tables = [run.per_class(model, eps) for eps in run.radii]
+        labels = sorted({int(label) for table in tables for label in table["label"]})
+        cells = []
+        for table in tables:
+            counts = {
+                (attack, label): [robust, scored]
+                for label, attack, scored, robust in table.itertuples(index=False, name=None)
+            }
+            columns = [*run.attacks, WORST] if run.attacks else []
+            cells.append([[counts.get((attack, label), [0, 0]) for label in labels] for attack in columns])
+        found.append({"names": [run.class_name(model, label) for label in labels], "cells": cells})
+    return found
+
+
+@dataclass(frozen=True)
+class _Cell:
+    model: str
+    attack: str
+    eps: float | None
+    positions: list[int]
+
+
+def _cards(run: Run) -> tuple[list[list[Any]], list[str], int]:
+    """Cards of the gallery, the images they refer to by number, and how many cards there could have been.
+
+    Every model, attack and radius gets a card before any gets a second one, and all show the same photographs. What is
+    in the page is bounded by bytes and by number.
+    """
+    cells = []
+    for model in run.models:
+        order = gallery.order(run, model)
+        for attack in run.attacks if order else []:
+            for eps in run.radii_of(attack):
+                stored = set(run.folder.image_positions(model, attack, eps))
+                cells.append(_Cell(model, attack, eps, [position for position in order if position in stored]))
+    # Evenly strided, so that a limit met on the way leaves out some of every model rather than all of the last.
+    cells = [cells[i] for i in _strided(len(cells))]
+    images = _Images()
+    cards: list[tuple[int, list[Any]]] = []
+
+    def fill(first: int, last: int) -> None:
+        for cell in cells:
+            wanted = cell.positions[first:last]
+            for example in gallery.examples(run, cell.model, cell.attack, cell.eps, wanted):
+                if images.size < IMAGE_BYTES and len(cards) < MAX_CARDS:
+                    cards.append((first + wanted.index(example.position), _card(run, example, images)))
+
+    fill(0, 1)  # tells how much a round takes
+    if cards:
+        by_bytes = int(0.95 * (IMAGE_BYTES - images.size) / images.size)
+        fill(1, 1 + min(by_bytes, MAX_CARDS // len(cards) - 1))
+    cards.sort(key=lambda item: (item[0], item[1][:3]))
+    # Strided once more, so that what is seen first is of many photographs and attacks.
+    return [cards[i][1] for i in _strided(len(cards))], images.uris, sum(len(cell.positions) for cell in cells)
+
+
+def _strided(count: int) -> list[int]:
+    """The numbers below count in an order whose every beginning is spread over all of them (the golden ratio's)."""
+    order: list[int] = np.argsort(np.arange(count) * 0.6180339887498949 % 1, kind="stable").tolist()
+    return order
+
+
+class _Images:
+    """The images of a page, each once."""
+
+    def __init__(self) -> None:
+        self.uris: list[str] = []
+        self.size = 0
+        self._known: dict[tuple[str, int], int] = {}
+
+    def add(self, image: Tensor, exact: bool = False, key: tuple[str, int] | None = None) -> int:
+        """The number of the image, which is new unless its key is known."""
+        if key is not None and key in self._known:
+            return self._known[key]
+        self.uris.append(data_uri(image, exact))
+        self.size += len(self.uris[-1]) * 3 // 4
+        if key is not None:
+            self._known[key] = len(self.uris) - 1
+        return len(self.uris) - 1
+
+
+def _card(run: Run, example: gallery.Example, images: _Images) -> list[Any]:
+    model = list(run.models).index(example.model)
+    norm = _UNDEFINED if math.isnan(example.norm) else shown_eps(example.norm, run.norm)
+    return [
+        model,
+        list(run.attacks).index(example.attack),
+        -1 if example.eps is None else run.radii.index(example.eps),
+        run.class_name(example.model, example.label),
+        run.class_name(example.model, example.clean_prediction),
+        run.class_name(example.model, example.adversarial_prediction),
+        int(example.success),
+        norm,
+        number(example.cosine, ".1e"),
+        f"{example.magnification:.3g}",
+        example.name,
+        images.add(example.clean, key=(example.model, example.position)),
+        images.add(example.adversarial),
+        images.add(example.perturbation, exact=True),
+    ]
+
+
+def data_uri(image: Tensor, exact: bool = False) -> str:
+    """An image (3, H, W) in [0, 1] as WebP: lossless if small, else of high quality and at most 224 pixels wide."""
+    # In NumPy: torch wakes its threads for each of thousands of small images.
+    pixels = np.rint(255 * np.clip(image.numpy(), 0, 1)).astype(np.uint8)
+    picture = Image.fromarray(np.ascontiguousarray(np.moveaxis(pixels, 0, -1)))
+    if max(picture.size) > SHOWN_SIZE:
+        # A perturbation is made of single pixels, which a smooth filter would average away.
+        picture.thumbnail((SHOWN_SIZE, SHOWN_SIZE), Image.Resampling.NEAREST if exact else Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    if max(picture.size) <= LOSSLESS_SIZE:
+        picture.save(stream, "WEBP", lossless=True, quality=50, method=2)
+    else:
+        picture.save(stream, "WEBP", quality=70 if exact else 88, method=2)
+    return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()

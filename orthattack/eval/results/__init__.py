@@ -1,0 +1,1 @@
+"""A stored run as numbers: outcomes, rates, paired differences."""

@@ -1,0 +1,138 @@
+"""Two runs beside each other: the same images, paired, and what differs in how they were made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from orthattack.eval.errors import EvaluationError
+from orthattack.eval.results.outcomes import ROBUST, UNSCORED, WRONG, bools, is_, paired_row
+from orthattack.eval.results.paired import Paired
+from orthattack.eval.results.stored_run import Run
+
+__all__ = ["CLEAN", "compared", "differences"]
+
+CLEAN = "(clean)"
+"""What the rows are called that compare the models on the images as they are."""
+
+
+def compared(first: Run, second: Run) -> pd.DataFrame:
+    """Every attack that both runs have at the same radius on the same model, on the images that both scored.
+
+    Images are the same if their names and labels are. A model is the same if it has the same label; of two runs with
+    one model each, those are compared whatever they are called. Columns: model, attack, eps, first_images,
+    second_images (scored by that run), and those of `Paired`, the first run less the second; attack "(clean)" is the
+    models on the images as they are.
+
+    Raises:
+        EvaluationError: where the norms differ, or no model or no image is shared.
+    """
+    if first.norm != second.norm:
+        raise EvaluationError(
+            f"{first.folder} is of norm {first.norm} and {second.folder} of {second.norm}: "
+            "robust accuracies in different norms cannot be compared"
+        )
+    pairs = [(label, label) for label in first.models if label in second.models]
+    if not pairs and len(first.models) == len(second.models) == 1:
+        pairs = [(next(iter(first.models)), next(iter(second.models)))]
+    if not pairs:
+        raise EvaluationError(
+            f"the runs have no model in common: {', '.join(first.models)} and {', '.join(second.models)}"
+        )
+    radii = [(a, b) for a in first.radii for b in second.radii if a == b or _close(a, b)]
+    rows = []
+    for one, other in pairs:
+        cells: list[tuple[str, float | None, float | None]] = [(CLEAN, None, None)]
+        cells += [(attack, *eps) for eps in radii for attack in first.attacks if attack in second.attacks]
+        for attack, eps, other_eps in cells:
+            name = None if attack == CLEAN else attack
+            left, right = _robust_by_image(first, one, name, eps), _robust_by_image(second, other, name, other_eps)
+            both = left.merge(right, on=["name", "label", "occurrence"], suffixes=("_first", "_second"))
+            scored = both[(both["outcome_first"] != UNSCORED) & (both["outcome_second"] != UNSCORED)]
+            paired = Paired.of(scored["robust_first"].to_numpy(bool), scored["robust_second"].to_numpy(bool))
+            rows.append(
+                {
+                    "model": one if one == other else f"{one} / {other}",
+                    "attack": attack,
+                    "eps": eps,
+                    "first_images": int((left["outcome"] != UNSCORED).sum()),
+                    "second_images": int((right["outcome"] != UNSCORED).sum()),
+                    **paired_row(paired),
+                }
+            )
+    table = pd.DataFrame(rows)
+    if not table["n"].any():
+        raise EvaluationError(
+            f"{first.folder} and {second.folder} share no image that both scored: images are matched by name and label"
+        )
+    return table.rename(
+        columns={
+            "attack_accuracy": "first_accuracy",
+            "baseline_accuracy": "second_accuracy",
+            "fooled_by_attack_alone": "second_robust_alone",
+            "fooled_by_baseline_alone": "first_robust_alone",
+        }
+    )
+
+
+def _robust_by_image(run: Run, model: str, attack: str | None, eps: float | None) -> pd.DataFrame:
+    """Outcome and robustness by name and label, for matching with another run; attack None is the clean image.
+
+    Columns name, label, occurrence (0 but where a name comes again), outcome, robust.
+    """
+    if attack is None:
+        rows = run.clean(model, ["name", "label", "status", "prediction"])
+        right = bools(rows["prediction"] == rows["label"])
+        outcome = np.where(is_(rows["status"], "ok"), np.where(right, ROBUST, WRONG), UNSCORED).astype(np.int8)
+    else:
+        rows = run.rows(model, attack, eps, ["position", "name", "label", "status", "success", run.norm])
+        outcome = run.outcomes_of(rows, attack, eps).outcome
+    table = rows[["name", "label"]].assign(outcome=outcome, robust=outcome == ROBUST)
+    table.insert(2, "occurrence", table.groupby(["name", "label"], dropna=False).cumcount())
+    return table
+
+
+def _close(a: float | None, b: float | None) -> bool:
+    return a is not None and b is not None and bool(np.isclose(a, b, rtol=1e-9, atol=0))
+
+
+def differences(first: Run, second: Run) -> list[str]:
+    """What differs between two runs: settings, attacks and models by label, and the versions of the last session."""
+    pairs = [("", _settings(first), _settings(second))]
+    found = []
+    for kind, one, other in (("attack", first.attacks, second.attacks), ("model", first.models, second.models)):
+        for label in dict.fromkeys([*one, *other]):
+            if label in one and label in other:
+                # Class names are as many as there are classes; where they differ, so do the classes' number or source.
+                left, right = ({k: v for k, v in run[label].items() if k != "class_names"} for run in (one, other))
+                pairs.append((f"{kind} {label}", left, right))
+            else:
+                found.append(f"{kind} {label}: only in the {'first' if label in one else 'second'} run")
+    for name, one, other in pairs:
+        left, right = _flat(one, name), _flat(other, name)
+        found += [
+            f"{key}: {left.get(key, 'absent')} -> {right.get(key, 'absent')}"
+            for key in dict.fromkeys([*left, *right])
+            if left.get(key) != right.get(key)
+        ]
+    return found
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    sessions = run.manifest.get("sessions") or [{}]
+    return {
+        "orthattack": run.manifest.get("orthattack"),
+        "status": run.status,
+        # What the configuration says of attacks and models, the manifest says of each in full.
+        "config": {k: v for k, v in run.manifest["config"].items() if k not in ("attacks", "models")},
+        "versions": sessions[-1].get("versions"),
+    }
+
+
+def _flat(value: object, prefix: str = "") -> dict[str, str]:
+    if isinstance(value, Mapping) and value:
+        return {k: v for key, part in value.items() for k, v in _flat(part, f"{prefix}.{key}".lstrip(".")).items()}
+    return {prefix: str(value)}

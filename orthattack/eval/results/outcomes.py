@@ -1,0 +1,196 @@
+"""What became of each image under an attack, and what is counted and measured over images."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from orthattack.eval.results.paired import Paired
+from orthattack.eval.results.rates import Rate
+
+__all__ = [
+    "FOOLED",
+    "ROBUST",
+    "UNSCORED",
+    "WRONG",
+    "Outcomes",
+    "bools",
+    "compare",
+    "defined",
+    "floats",
+    "ints",
+    "is_",
+    "measures",
+    "paired_row",
+    "per_class",
+    "rate_columns",
+    "rates",
+    "records",
+]
+
+
+UNSCORED, WRONG, ROBUST, FOOLED = -1, 0, 1, 2
+"""Not scored, wrong to begin with, robust, newly fooled: in this order the largest of several is the worst case."""
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What became of each image, in three columns of one length: of an attack at a radius on a model.
+
+    Attributes:
+        position: of the image in the data.
+        label: its class.
+        outcome: UNSCORED, WRONG, ROBUST or FOOLED.
+    """
+
+    position: NDArray[np.int32]
+    label: NDArray[np.int32]
+    outcome: NDArray[np.int8]
+
+    @classmethod
+    def of(cls, rows: pd.DataFrame, norm: str, within: float | None = None) -> Outcomes:
+        """From stored rows; of an attack that minimises the norm a success counts `within` a radius."""
+        fooled = bools(rows["success"])
+        if within is not None:
+            fooled = fooled & (floats(rows[norm]) <= within)
+        outcome = np.full(len(rows), UNSCORED, np.int8)
+        outcome[is_(rows["status"], "misclassified")] = WRONG
+        ok = is_(rows["status"], "ok")
+        outcome[ok] = np.where(fooled[ok], FOOLED, ROBUST)
+        return cls(ints(rows["position"]), ints(rows["label"]), outcome)
+
+    def dense(self, size: int) -> NDArray[np.int8]:
+        """The outcome by position, UNSCORED where there is no row."""
+        full = np.full(size, UNSCORED, np.int8)
+        full[self.position] = self.outcome
+        return full
+
+
+def rates(outcome: NDArray[np.int8]) -> dict[str, Any]:
+    """Counts, robust accuracy and success rate of a column of outcomes, with intervals."""
+    wrong, robust, fooled = (int((outcome == code).sum()) for code in (WRONG, ROBUST, FOOLED))
+    return {
+        "rows": len(outcome),
+        "scored": wrong + robust + fooled,
+        "ok": robust + fooled,
+        "robust": robust,
+        "fooled": fooled,
+        "misclassified": wrong,
+        **rate_columns("robust_accuracy", Rate(robust, wrong + robust + fooled)),
+        **rate_columns("success_rate", Rate(fooled, robust + fooled)),
+    }
+
+
+def measures(table: pd.DataFrame, norm_name: str, minimal: bool, outcome: NDArray[np.int8]) -> dict[str, Any]:
+    """What is measured of an attack's rows, over the attacked images; NaN entries are left out of it.
+
+    The norm of an attack that minimises it is of the fooled images only: the others' says nothing.
+    """
+    attacked = outcome > WRONG
+    norm = floats(table[norm_name])[(outcome == FOOLED) if minimal else attacked]
+    cosine = np.abs(floats(table["cosine"])[attacked])
+    rounded = table["rounded_success"][outcome == FOOLED].dropna()
+    left_out = outcome == UNSCORED
+    why = table["status"][left_out].str.cat(table["message"][left_out].fillna("no reason given"), sep=": ")
+    return {
+        **{status: int(is_(table["status"], status).sum()) for status in ("error", "unreadable", "invalid")},
+        "mean_norm": _mean(norm),
+        "max_norm": _max(norm),
+        "mean_abs_cosine": _mean(cosine),
+        "max_abs_cosine": _max(cosine),
+        "forward_calls": _mean(floats(table["forward_calls"])[attacked]),
+        "gradient_calls": _mean(floats(table["gradient_calls"])[attacked]),
+        "seconds": float(np.nansum(floats(table["seconds"]))),
+        "rounded_success": float(rounded.mean()) if len(rounded) else None,
+        "reasons": json.dumps({str(k): int(v) for k, v in why.value_counts().head(20).items()}),
+    }
+
+
+def per_class(attack: str, labels: NDArray[np.int32], outcome: NDArray[np.int8]) -> list[dict[str, Any]]:
+    """How many images of each class were scored, and how many of them are robust."""
+    scored = outcome != UNSCORED
+    classes, place = np.unique(labels[scored], return_inverse=True)
+    total = np.bincount(place, minlength=len(classes))
+    robust = np.bincount(place, outcome[scored] == ROBUST, len(classes)).astype(int)
+    return [
+        {"label": int(label), "attack": attack, "scored": int(n), "robust": int(count)}
+        for label, n, count in zip(classes, total, robust, strict=True)
+    ]
+
+
+def compare(first: NDArray[np.int8], second: NDArray[np.int8]) -> Paired:
+    """Two columns of outcomes of the same images, on those that both scored."""
+    both = (first != UNSCORED) & (second != UNSCORED)
+    return Paired.of(first[both] == ROBUST, second[both] == ROBUST)
+
+
+def paired_row(paired: Paired) -> dict[str, Any]:
+    """A comparison as columns of a table."""
+    low, high = paired.interval() or (None, None)
+    return {
+        "n": paired.n,
+        "attack_accuracy": Rate(paired.both + paired.first_only, paired.n).value,
+        "baseline_accuracy": Rate(paired.both + paired.second_only, paired.n).value,
+        "difference": paired.difference,
+        "low": low,
+        "high": high,
+        "fooled_by_attack_alone": paired.second_only,
+        "fooled_by_baseline_alone": paired.first_only,
+        "p": paired.p,
+    }
+
+
+def rate_columns(name: str, rate: Rate) -> dict[str, float | None]:
+    """A rate and its interval as three columns."""
+    low, high = rate.interval() or (None, None)
+    return {name: rate.value, f"{name}_low": low, f"{name}_high": high}
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as dictionaries of plain Python values, None for what is undefined."""
+    rows = []
+    for row in table.to_dict("records"):
+        values = {str(k): v.item() if hasattr(v, "item") else v for k, v in row.items()}
+        rows.append({k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()})
+    return rows
+
+
+def defined(value: float | None) -> float | None:
+    """A number of a table, None where it is NaN."""
+    return None if value is None or math.isnan(value) else value
+
+
+def is_(column: pd.Series[Any], value: str) -> NDArray[np.bool_]:
+    """Where a column of text has that value."""
+    return bools(column == value)
+
+
+def bools(column: pd.Series[Any]) -> NDArray[np.bool_]:
+    """A nullable column as an array, False where it is null."""
+    return column.to_numpy(bool, na_value=False)
+
+
+def floats(column: pd.Series[Any]) -> NDArray[np.float64]:
+    """A nullable column as an array, NaN where it is null."""
+    return column.to_numpy(float, na_value=np.nan)
+
+
+def ints(column: pd.Series[Any]) -> NDArray[np.int32]:
+    """A nullable column as an array, -1 where it is null."""
+    return column.to_numpy(np.int32, na_value=-1)
+
+
+def _mean(values: NDArray[np.float64]) -> float | None:
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if len(values) else None
+
+
+def _max(values: NDArray[np.float64]) -> float | None:
+    values = values[np.isfinite(values)]
+    return float(values.max()) if len(values) else None

@@ -1,0 +1,1 @@
+"""A run at work: its units, the worker, the judge."""

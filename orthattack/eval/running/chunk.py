@@ -1,0 +1,254 @@
+"""One model at work on one chunk of the photographs: looking at it, attacking it, measuring, storing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orthattack.eval.attacks.counter import CallCounter
+from orthattack.eval.attacks.kind import AttackKind, Conditions, Found, Runner
+from orthattack.eval.attacks.seeds import drawing, image_seed, joint_seed
+from orthattack.eval.checks.clean import differentiated
+from orthattack.eval.data.load import Photographs, Unreadable
+from orthattack.eval.errors import FAILURES, first_line
+from orthattack.eval.models.classifier import Classifier
+from orthattack.eval.running.judge import Judge, check_batch, clean_columns, row_columns
+from orthattack.eval.storage.run_folder import CLEAN_SCHEMA, ROW_SCHEMA, Kind, RunFolder, Shard
+from orthattack.eval.suite import Entry
+from orthattack.threat import Norm
+
+__all__ = ["POOL", "Job", "Part"]
+
+POOL = 4
+"""How many batches an attack is given at once that drops what is fooled: those that still stand are packed together."""
+
+
+@dataclass
+class Job:
+    """One model with its photographs and what is to be done with them."""
+
+    label: str
+    classifier: Classifier
+    photographs: Photographs
+    device: torch.device
+    folder: RunFolder
+    batch_size: int
+    say: Callable[[str], None]
+    was_halved: bool = field(init=False, default=False)
+    judge: Judge = field(init=False)
+    counter: CallCounter = field(init=False)
+    differentiated: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        model = self.classifier.model.to(self.device)
+        self.counter = CallCounter(model).eval()
+        self.judge = Judge(self.counter, self.classifier.preprocessing.crop, self.device, self.batch_size)
+        self.differentiated = frozenset(differentiated(len(self.photographs)))
+
+    def runner(self, kind: AttackKind, conditions: Conditions) -> Runner:
+        """An attack on the model; one that cannot be made fails on each batch, where that is recorded."""
+        try:
+            return kind.bind(self.counter, conditions)
+        except FAILURES as error:
+            failure = error
+
+        def fails(images: Tensor, labels: Tensor, seeds: Sequence[int]) -> Found:  # noqa: ARG001
+            raise failure
+
+        return fails
+
+    def load(self, position: int) -> Tensor:
+        """One photograph as the model takes it."""
+        return self.photographs.load(position, self.classifier.preprocessing)
+
+
+class Part:
+    """One chunk of the photographs with one model: its images, what the model says of them, and the attacks on them."""
+
+    def __init__(
+        self,
+        job: Job,
+        number: int,
+        images: Mapping[int, Tensor | Exception],
+        keep: frozenset[int],
+        kind: Kind = "shards",
+    ) -> None:
+        self.job, self.number, self.keep, self.kind = job, number, keep, kind
+        self.positions = list(images)
+        self.images = {k: image for k, image in images.items() if isinstance(image, Tensor)}
+        labels = job.photographs.labels
+        self._key = {
+            k: {"position": k, "name": job.photographs.names[k], "label": int(labels[k])} for k in self.positions
+        }
+        self._failed = {
+            k: {"status": "unreadable", "message": _reason(error)}
+            for k, error in images.items()
+            if isinstance(error, Exception)
+        }
+        self.right: dict[int, bool] = {}
+        self.predictions: dict[int, int] = {}
+
+    def look(self) -> None:
+        """Evaluate the model on the images as they are, and store that; or recall what is stored."""
+        shard = Shard(self.job.label, "clean", None, self.number, "clean")
+        if self.kind == "shards" and self.job.folder.is_done(shard, len(self.positions)):
+            stored = self.job.folder.read_shard(shard, ["position", "status", "message", "prediction", "wrong_share"])
+            for known in stored.to_dict("records"):
+                self._recall(int(known["position"]), {str(key): value for key, value in known.items()})
+            return
+        rows: dict[int, dict[str, Any]] = {}
+        sample = self.job.differentiated if self.kind == "shards" else frozenset()
+        for with_gradient in (True, False):
+            for batch in self._batches([k for k in self.images if (k in sample) == with_gradient]):
+                looked = partial(self._looked, with_gradient=with_gradient)
+                for positions, columns, _ in self._in_pieces(batch, looked):
+                    for row, position in enumerate(positions):
+                        rows[position] = _record(columns, row)
+        for position in sorted(rows, key=self.positions.index):  # as they are when they are recalled, so that the
+            self._recall(position, rows[position])  # attacks' batches are the same
+        if self.kind == "shards":
+            self._store(shard, CLEAN_SCHEMA.names, rows, self.images)
+
+    def _looked(self, batch: list[int], with_gradient: bool) -> tuple[dict[str, list[Any]], None]:
+        images, labels = self._tensors(batch)
+        with drawing(joint_seed(batch)):
+            return clean_columns(self.job.judge, images, labels, with_gradient), None
+
+    def _recall(self, position: int, row: Mapping[str, Any]) -> None:
+        if row["status"] == "ok":
+            self.right[position] = row["wrong_share"] <= 0.5
+            self.predictions[position] = int(row["prediction"])
+        else:
+            self._failed[position] = {"status": row["status"], "message": row["message"]}
+
+    def attack(self, entry: Entry, runner: Runner, attack_misclassified: bool) -> tuple[int, int]:
+        """Run one attack on the chunk and store what it did; returns how many are robust, of how many scored."""
+        rows: dict[int, dict[str, Any]] = {
+            k: {"status": "misclassified", "clean_prediction": self.predictions[k]}
+            for k, right in self.right.items()
+            if not right
+        }
+        kept: dict[int, Tensor] = {}
+        todo = [k for k, right in self.right.items() if right or attack_misclassified]
+        pool = POOL if entry.kind.packs and not self.job.was_halved else 1
+        for batch in self._batches(todo, pool):
+            measured = partial(self._measured, entry, runner)
+            for positions, columns, adversarials in self._in_pieces(batch, measured):
+                for row, position in enumerate(positions):
+                    rows[position] = {"clean_prediction": self.predictions[position], **_record(columns, row)}
+                    if adversarials is not None and position in self.keep:
+                        kept[position] = adversarials[row]
+        self._store(Shard(self.job.label, entry.label, entry.eps, self.number, self.kind), ROW_SCHEMA.names, rows, kept)
+        scored = [row for row in rows.values() if row["status"] in ("ok", "misclassified")]
+        return sum(row["status"] == "ok" and not row["success"] for row in scored), len(scored)
+
+    def transfer(self, label: str, eps: float, norm: Norm, adversarials: Mapping[int, Tensor]) -> None:
+        """Store what this model makes of another one's adversarials, where both are right on the clean image."""
+        rows: dict[int, dict[str, Any]] = {}
+        for batch in self._batches([k for k, right in self.right.items() if right and k in adversarials]):
+            images, labels = self._tensors(batch)
+            found = Found(torch.stack([adversarials[k] for k in batch]).to(images))
+            with drawing(joint_seed(batch)):
+                columns = row_columns(self.job.judge, images, found, labels, [True] * len(batch), norm, eps)
+            for row, position in enumerate(batch):
+                rows[position] = _record(columns, row)
+        rest = {k: {"status": "misclassified"} for k in self.right if k not in rows}
+        self._store(Shard(self.job.label, label, eps, self.number, self.kind), ROW_SCHEMA.names, rows | rest, {})
+
+    def _in_pieces(
+        self, batch: list[int], work: Callable[[list[int]], tuple[dict[str, list[Any]], Tensor | None]]
+    ) -> Iterator[tuple[list[int], dict[str, list[Any]], Tensor | None]]:
+        """What is measured of a batch, in pieces if it had to be halved for lack of memory."""
+        try:
+            columns, adversarials = work(batch)
+        except FAILURES as error:  # whatever a model or a foreign attack may raise: the other attacks go on
+            halve = _out_of_memory(error) and len(batch) > 1
+            failed = _errors(error, len(batch))
+        else:
+            yield batch, columns, adversarials
+            return
+        if not halve:
+            yield batch, failed, None
+            return
+        half = len(batch) // 2
+        if half < self.job.batch_size:
+            self.job.was_halved = True
+            self.job.say(f"out of memory with {len(batch)} images at a time; going on with {half}")
+            self.job.batch_size = self.job.judge.batch_size = half
+        if self.job.device.type == "cuda":
+            torch.cuda.empty_cache()
+        for piece in (batch[:half], batch[half:]):
+            yield from self._in_pieces(piece, work)
+
+    def _measured(self, entry: Entry, runner: Runner, batch: list[int]) -> tuple[dict[str, list[Any]], Tensor]:
+        """Attack a batch, and measure what comes back."""
+        images, labels = self._tensors(batch)
+        seeds = [image_seed(entry.seed, self.job.photographs.names[k], entry.kind) for k in batch]
+        counter, n = self.job.counter, len(batch)
+        counter.forget()
+        before = counter.forward_calls, counter.gradient_calls
+        with drawing(joint_seed(seeds)):
+            start = _clock(self.job.device)
+            found = runner(images, labels, seeds)
+            seconds = _clock(self.job.device) - start
+            calls = counter.forward_calls - before[0], counter.gradient_calls - before[1]
+            check_batch(found.adversarials, images)
+            right = [self.right[k] for k in batch]
+            columns = row_columns(self.job.judge, images, found, labels, right, entry.norm, entry.eps)
+        given = found.forward_calls, found.gradient_calls
+        for name, own, total in zip(("forward_calls", "gradient_calls"), given, calls, strict=True):
+            columns[name] = [total / n] * n if own is None else own.tolist()
+        columns["seconds"] = [seconds / n] * n
+        return columns, found.adversarials
+
+    def _batches(self, positions: list[int], pool: int = 1) -> Iterator[list[int]]:
+        first = 0
+        while first < len(positions):
+            size = self.job.batch_size * pool  # which may become smaller on the way
+            yield positions[first : first + size]
+            first += size
+
+    def _tensors(self, batch: list[int]) -> tuple[Tensor, Tensor]:
+        images = torch.stack([self.images[k] for k in batch])
+        labels = torch.tensor([self._key[k]["label"] for k in batch])
+        if self.job.device.type == "cuda":
+            images = images.pin_memory()
+        return images.to(self.job.device, non_blocking=True), labels.to(self.job.device)
+
+    def _store(
+        self, shard: Shard, names: list[str], rows: Mapping[int, Mapping[str, Any]], images: Mapping[int, Tensor]
+    ) -> None:
+        complete = [{**self._key[k], **rows.get(k, {}), **self._failed.get(k, {})} for k in self.positions]
+        columns = {name: [row.get(name) for row in complete] for name in names}
+        self.job.folder.write(shard, columns, {k: images[k] for k in images if k in self.keep})
+
+
+def _record(columns: Mapping[str, list[Any]], row: int) -> dict[str, Any]:
+    return {name: column[row] for name, column in columns.items()}
+
+
+def _errors(error: BaseException, count: int) -> dict[str, list[Any]]:
+    """The columns of a batch of which nothing is known but what went wrong."""
+    return {"status": ["error"] * count, "message": [f"{type(error).__name__}: {first_line(error)}"] * count}
+
+
+def _reason(error: Exception) -> str:
+    return error.reason if isinstance(error, Unreadable) else f"{type(error).__name__}: {first_line(error)}"
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

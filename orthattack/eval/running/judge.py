@@ -1,0 +1,238 @@
+"""What is measured of a batch: the model on the clean images, and on exactly what an attack returned.
+
+Nothing that an attack says about its success is believed; everything is recomputed here from the returned images, by
+the model in its own precision, norms and cosines in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orthattack.attacks.oracle import input_gradient
+from orthattack.eval.attacks.counter import CallCounter
+from orthattack.eval.attacks.kind import Found
+from orthattack.eval.attacks.seeds import drawing
+from orthattack.eval.errors import FAILURES
+from orthattack.losses import Goal
+from orthattack.projection import alignment
+from orthattack.threat import Norm, perturbation_norm
+
+__all__ = ["Judge", "check_batch", "clean_columns", "row_columns"]
+
+Columns = dict[str, list[Any]]
+
+NOT_FINITE = "the model's answer is NaN or infinite"
+
+EVALUATIONS = 10
+"""How often a model that answers at random is asked about an image."""
+
+
+class Judge:
+    """A model as the one who decides what is fooled.
+
+    Args:
+        counter: the model, images (N, 3, H, W) in [0, 1] to logits (N, K), in evaluation mode.
+        size: pixels of its square input.
+        device: where it is.
+        batch_size: how many images it is given at a time.
+    """
+
+    def __init__(self, counter: CallCounter, size: int, device: torch.device, batch_size: int) -> None:
+        self.counter, self.model, self.batch_size = counter, counter.model, batch_size
+        probe = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+        self.is_random = self._varies(probe)
+        self.evaluations = EVALUATIONS if self.is_random else 1
+        # On a CPU convolutional networks answer faster, the same but for rounding, if the channels come last.
+        fits = device.type == "cpu" and not self.is_random and self._takes_channels_last(probe)
+        self._layout = torch.channels_last if fits else torch.contiguous_format
+
+    def _varies(self, images: Tensor) -> bool:
+        """Whether the answer depends on when one asks, by more than the noise of a parallel sum."""
+        answers = []
+        for seed in (0, 1):
+            try:
+                with drawing(seed), torch.inference_mode():
+                    answers.append(self.model(images.clone()))
+            except FAILURES:  # noqa: PERF203 - it will fail on the photographs too, where it is recorded
+                return False
+        return not _alike(answers[0], answers[1], 1e-3)
+
+    def _takes_channels_last(self, images: Tensor) -> bool:
+        """Whether the model gives the same answer to another layout; one that calls `view` raises."""
+        with torch.inference_mode():
+            try:
+                answer = self.model(images.clone(memory_format=torch.channels_last))
+                return _alike(answer, self.model(images.clone()), 1e-4)
+            except FAILURES:  # whatever a user's model may raise
+                return False
+
+    def arranged(self, images: Tensor) -> Tensor:
+        """A copy of the images, for a model may write into its input, in the layout that it is fastest with."""
+        return images.clone(memory_format=self._layout)
+
+    def logits(self, images: Tensor) -> list[Tensor]:
+        """The logits (N, K), once for each evaluation; what the attack just had evaluated is not evaluated again."""
+        known = self.counter.recall(images)
+        with torch.inference_mode():
+            if known is None or self.is_random:
+                return [self._answer(images).float() for _ in range(self.evaluations)]
+            answer, other = known
+            if bool(other.any()):
+                answer[other] = self._answer(images[other]).to(answer)
+            return [answer.float()]
+
+    def _answer(self, images: Tensor) -> Tensor:
+        return torch.cat([self.model(self.arranged(part)) for part in torch.split(images, self.batch_size)])
+
+
+def _alike(first: Tensor, second: Tensor, tolerance: float) -> bool:
+    return bool((first - second).abs().max() <= tolerance * first.abs().max().clamp(min=1e-6))
+
+
+def _verdict(answers: list[Tensor], labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Predictions (of several evaluations: the most frequent), mean margins, and the share of wrong evaluations.
+
+    An answer that is not finite is class -1 with margin NaN.
+    """
+    finite = torch.stack([logits.isfinite().all(1) for logits in answers])
+    votes = torch.stack([logits.argmax(1) for logits in answers]).where(finite, -1)
+    margins = torch.stack([Goal(labels).margin(logits.nan_to_num()) for logits in answers])
+    return votes.mode(0).values, margins.where(finite, torch.nan).mean(0), (votes != labels).float().mean(0)
+
+
+def clean_columns(judge: Judge, images: Tensor, labels: Tensor, with_gradient: bool) -> Columns:
+    """The model on the images as they are, and if asked the gradient of its cross-entropy. See `CLEAN_SCHEMA`."""
+    cosine = norm = [None] * len(images)
+    if judge.is_random or not with_gradient:
+        answers = judge.logits(images)
+    else:  # one pass gives the logits and the gradient
+        leaf = judge.arranged(images).requires_grad_()
+        with torch.enable_grad():
+            logits = judge.model(leaf).float()
+            try:
+                loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+                gradient = input_gradient(loss, leaf).double()
+                cosine = alignment(gradient, images.double()).tolist()
+                norm = perturbation_norm(gradient, "l2").tolist()
+            except (ValueError, RuntimeError):  # not differentiable: said by the column being empty
+                pass
+        answers = [logits.detach()]
+    predictions, margins, wrong = _verdict(answers, labels)
+    first = answers[0]
+    flat = images.flatten(1)
+    broken = margins.isnan().tolist()
+    return {
+        "status": ["error" if bad else "ok" for bad in broken],
+        "message": [NOT_FINITE if bad else None for bad in broken],
+        "prediction": predictions.tolist(),
+        "margin": margins.tolist(),
+        "confidence": first.softmax(1).amax(1).tolist(),
+        "gradient_cosine": cosine,
+        "gradient_norm": norm,
+        "logit_min": first.amin(1).tolist(),
+        "logit_max": first.amax(1).tolist(),
+        "logit_sum": first.sum(1).tolist(),
+        "image_min": flat.amin(1).tolist(),
+        "image_max": flat.amax(1).tolist(),
+        "wrong_share": wrong.tolist(),
+        "evaluations": [judge.evaluations] * len(images),
+    }
+
+
+def check_batch(adversarials: object, images: Tensor) -> None:
+    """Raise ValueError if what an attack returned for a batch cannot be scored at all."""
+    if not isinstance(adversarials, Tensor):
+        raise ValueError(f"returned {type(adversarials).__name__} instead of a tensor")
+    if adversarials.shape != images.shape or adversarials.dtype != images.dtype:
+        raise ValueError(
+            f"returned {tuple(adversarials.shape)} of {adversarials.dtype} for {tuple(images.shape)} of {images.dtype}"
+        )
+
+
+def row_columns(
+    judge: Judge,
+    images: Tensor,
+    found: Found,
+    labels: Tensor,
+    clean_right: Sequence[bool],
+    norm: Norm,
+    eps: float | None,
+) -> Columns:
+    """What an attack did to a batch, from the images it returned. See `ROW_SCHEMA`; without the columns of the run.
+
+    An image that is not finite, leaves the bounds or the ball is ``invalid``: it counts neither for nor against the
+    model. The ball's edge is as wide as float32's rounding of an image.
+    """
+    adversarials: Tensor = found.adversarials.detach()
+    x = images.double()
+    delta = adversarials.double() - x
+    sizes: dict[Norm, Tensor] = {name: perturbation_norm(delta, name) for name in ("l1", "l2", "linf")}
+    limit = torch.inf if eps is None else eps * (1 + 1e-5) + (1.2e-7 if norm == "linf" else 0.0)
+    right = torch.tensor(clean_right, device=images.device)
+    predictions, margins, wrong = _verdict(judge.logits(adversarials.nan_to_num(0)), labels)
+    success = right & (wrong > 0.5)
+    status, message = [], []
+    for k, (low, high, length, margin) in enumerate(
+        zip(*(values.tolist() for values in (*_range(adversarials), sizes[norm], margins)), strict=True)
+    ):
+        reason = None
+        if not (-torch.inf < low and high < torch.inf):
+            reason = "returned NaN or infinite pixels"
+        elif low < 0 or high > 1:
+            reason = f"left the bounds: pixels from {low:.6g} to {high:.6g}"
+        elif not length <= limit:
+            reason = f"left the ball: {norm} norm {length:.6g}, eps {eps:.6g}"
+        state = "invalid" if reason is not None else "ok" if clean_right[k] else "misclassified"
+        if reason is None and math.isnan(margin):
+            state, reason = "error", NOT_FINITE
+        status.append(state)
+        message.append(reason)
+    fooled = success.tolist()
+    rows = [k for k, state in enumerate(status) if state == "ok" and fooled[k]]
+    per_channel = alignment(delta, x, "channel").flatten(1)
+    return {
+        "status": status,
+        "message": message,
+        "adversarial_prediction": predictions.tolist(),
+        "success": [fooled[k] if state == "ok" else None for k, state in enumerate(status)],
+        "margin": margins.tolist(),
+        "l0": (delta != 0).flatten(1).sum(1).tolist(),
+        **{name: size.tolist() for name, size in sizes.items()},
+        "cosine": alignment(delta, x).tolist(),
+        **{f"cosine_{name}": per_channel[:, c].tolist() for c, name in enumerate(("red", "green", "blue"))},
+        "steps": _listed(found.steps, len(images)),
+        "wrong_share": wrong.tolist(),
+        "evaluations": [judge.evaluations] * len(images),
+        **_rounded(judge, adversarials, images, labels, rows, norm),
+    }
+
+
+def _rounded(
+    judge: Judge, adversarials: Tensor, images: Tensor, labels: Tensor, rows: list[int], norm: Norm
+) -> Columns:
+    """What is left of the successes, at `rows`, when they are saved with 8 bits."""
+    columns: Columns = {name: [None] * len(images) for name in ("rounded_success", "rounded_cosine", "rounded_norm")}
+    if rows:
+        rounded = (adversarials[rows] * 255).round() / 255
+        delta = rounded.double() - images[rows].double()
+        _, _, wrong = _verdict(judge.logits(rounded), labels[rows])
+        values = ((wrong > 0.5).tolist(), alignment(delta, images[rows].double()).tolist())
+        for row, success, cosine, size in zip(rows, *values, perturbation_norm(delta, norm).tolist(), strict=True):
+            columns["rounded_success"][row] = success
+            columns["rounded_cosine"][row] = cosine
+            columns["rounded_norm"][row] = size
+    return columns
+
+
+def _range(images: Tensor) -> tuple[Tensor, Tensor]:
+    flat = images.flatten(1)
+    return flat.amin(1), flat.amax(1)
+
+
+def _listed(values: Tensor | None, count: int) -> list[Any]:
+    return [None] * count if values is None else values.tolist()

@@ -1,0 +1,168 @@
+"""What a run says of itself: its attacks, models, data, versions and hardware, and whether it may go on in a folder."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orthattack.eval.data.load import Photographs
+from orthattack.eval.errors import EvaluationError
+from orthattack.eval.models.classifier import Classifier
+from orthattack.eval.storage.lock import Part
+from orthattack.eval.storage.run_folder import RunFolder
+from orthattack.eval.suite import Entry, differences
+
+__all__ = ["bury", "describe_attacks", "describe_model", "hardware", "new_session", "now", "to_go_on"]
+
+
+def describe_attacks(entries: Sequence[Entry], baselines: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+    """The attacks of a run, each with its radii and the labels of its baselines."""
+    by_label: dict[str, list[Entry]] = {}
+    for entry in entries:
+        by_label.setdefault(entry.label, []).append(entry)
+    return [
+        {
+            "label": label,
+            "name": first.kind.name,
+            "source": first.kind.source,
+            "parameters": dict(first.kind.parameters),
+            "norm": first.norm,
+            "eps": [entry.eps for entry in of_label],
+            "seed": first.seed,
+            "baselines": [
+                other
+                for wanted in baselines[first.attack.label]
+                for other, (theirs, *_) in by_label.items()
+                if theirs.attack.label == wanted and theirs.seed == first.seed
+            ],
+            "orthogonal": first.kind.orthogonal,
+            "minimal": first.kind.minimal,
+        }
+        for label, of_label in by_label.items()
+        for first in of_label[:1]
+    ]
+
+
+def describe_model(label: str, classifier: Classifier, photographs: Photographs) -> dict[str, Any]:
+    """A model with its data; EvaluationError if there is no photograph."""
+    if len(photographs) == 0:
+        raise EvaluationError(f"{photographs.name} has no photographs")
+    about, data = classifier.describe(), photographs.describe()
+    of_model, of_data = about.pop("classes"), data.pop("classes")
+    return {
+        "label": label,
+        **about,
+        "class_names": of_model or of_data,
+        "data": {"images": data.pop("photographs"), **data},
+    }
+
+
+def to_go_on(
+    folder: RunFolder, new: Mapping[str, Any], session: dict[str, Any], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The folder's own manifest, if what was begun there is the same as `new`.
+
+    A difference between the sessions that may change the last digits is said, and noted in `session`.
+
+    Raises:
+        EvaluationError: it is not; the message shows the differences.
+    """
+    old = folder.manifest()
+    try:
+        found = differences(old["config"], new["config"])
+        for before, after in zip(old["models"], new["models"], strict=False):
+            for key in ("sha256", "preprocessing", "data"):
+                found += [f"{after['label']}: {line}" for line in differences({key: before[key]}, {key: after[key]})]
+        last = (old["sessions"] or [session])[-1]
+        then = {what: dict(last[what]) for what in ("versions", "hardware")}
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise EvaluationError(
+            f"{folder}/manifest.json lacks what a run needs to go on ({error!r}); choose another folder"
+        ) from error
+    if found:
+        raise EvaluationError(
+            f"{folder} holds another run; choose another folder, or make these the same:\n  " + "\n  ".join(found)
+        )
+    for what, verb in (("versions", "continued with other versions"), ("hardware", "continued on other hardware")):
+        before, today = then[what], session[what]
+        if what == "hardware" and (last.get("engine") or session["engine"]):
+            continue
+        names = [name for name in today if what == "versions" or name in ("processor", "threads", "gpu")]
+        changed = [
+            f"{name} {before.get(name)} then, {today[name]} now" for name in names if before.get(name) != today[name]
+        ]
+        if changed:
+            warning = f"{verb}: {', '.join(changed)}; results may differ in their last digits"
+            say(warning)
+            session["warnings"].append(warning)
+    return old
+
+
+def new_session(
+    folder: RunFolder, entries: Sequence[Entry], device: torch.device, command: Sequence[str], part: Part | None = None
+) -> dict[str, Any]:
+    """When, how, with what and on what a process began to work on a run: its record, not yet written."""
+    names = ["orthattack", "torch", "torchvision", "foolbox", "numpy", "pillow"]
+    if any(entry.kind.source == "torchattacks" for entry in entries):
+        names.append("torchattacks")
+    host, process = platform.node(), os.getpid()
+    return {
+        "id": folder.new_session_id(host, process),
+        "host": host,
+        "process": process,
+        "shard": _shard(part),
+        "started": now(),
+        "finished": None,
+        "outcome": "running",
+        "command": list(command),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
+        "hardware": hardware(device),
+        "warnings": [],
+        "notes": [],
+    }
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What this process computes with."""
+    found: dict[str, Any] = {
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+    }
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def bury(folder: RunFolder, part: Part | None) -> None:
+    """Set down as killed the sessions that never ended, for whoever holds the lock that they held."""
+    for session in folder.sessions():
+        same = part is None or session["shard"] == _shard(part)
+        if same and session["outcome"] == "running":
+            folder.write_session({**session, "outcome": "killed"})
+
+
+def _shard(part: Part | None) -> str | None:
+    return None if part is None else f"{part[0]}/{part[1]}"
+
+
+def now() -> str:
+    """The time, in UTC, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

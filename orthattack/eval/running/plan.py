@@ -1,0 +1,174 @@
+"""A run as independent units of work, which of them are left, and which belong to a shard of the work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from orthattack.eval.checks.probes import TRANSFER, probes
+from orthattack.eval.data.dataset import evenly
+from orthattack.eval.storage.lock import Part
+from orthattack.eval.storage.run_folder import RunFolder, Shard
+from orthattack.eval.suite import AttackSpec, Entry, Suite
+
+__all__ = ["GALLERY", "Plan", "Todo", "Unit"]
+
+GALLERY = 24
+"""How many photographs' adversarials are kept for the report."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one process does at a time, on its own: one model on one chunk of the photographs.
+
+    Attributes:
+        model: its label.
+        stage: "attack", all attacks on a chunk; "probe", the trust checks' own attacks; "transfer", those of other
+            models' adversarials, which need every other unit to be done.
+        chunk: number of the chunk; 0 for the checks, which have photographs of their own.
+        wanted: what of it is left: places in `Plan.entries`, in `Plan.probes`, or in the manifest's probes.
+    """
+
+    model: str
+    stage: Literal["attack", "probe", "transfer"]
+    chunk: int
+    wanted: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Todo:
+    """What is left to do.
+
+    Attributes:
+        units: in a sensible order, a model's one after the other.
+        total: attacked images in all.
+        done: of these, those that there are already.
+    """
+
+    units: Sequence[Unit]
+    total: int
+    done: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of a run.
+
+    Attributes:
+        suite: what it is.
+        entries: its attacks at their radii.
+        manifest: what the models and data turned out to be.
+        folder: where it is.
+        probes: the trust checks' own attacks on each model.
+    """
+
+    suite: Suite
+    entries: Sequence[Entry]
+    manifest: Mapping[str, Any]
+    folder: RunFolder
+    probes: Mapping[str, Sequence[Entry]] = field(init=False, repr=False)
+    _counts: dict[str, int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        models = self.manifest["models"]
+        object.__setattr__(self, "_counts", {model["label"]: int(model["data"]["images"]) for model in models})
+        object.__setattr__(self, "probes", {model["label"]: self._probes(model) for model in models})
+
+    def _probes(self, model: Mapping[str, Any]) -> list[Entry]:
+        suite = self.suite
+        if not suite.checks:
+            return []
+        return [
+            Entry(
+                AttackSpec(name=probe.kind.name, label=probe.label), probe.kind, suite.norm, probe.eps, 0, probe.label
+            )
+            for probe in probes(suite.norm, suite.eps, suite.steps, model["preprocessing"]["crop"])
+        ]
+
+    def positions(self, unit: Unit) -> Sequence[int]:
+        """The photographs of a unit."""
+        count, size = self._counts[unit.model], self.suite.shard_size
+        if unit.stage != "attack":
+            return evenly(self.suite.check_images, count)
+        return range(unit.chunk * size, min((unit.chunk + 1) * size, count))
+
+    def kept(self, model: str) -> frozenset[int]:
+        """The photographs whose images are kept."""
+        count = self._counts[model]
+        return frozenset({"gallery": evenly(GALLERY, count), "all": range(count), "none": ()}[self.suite.save_images])
+
+    def todo(self, part: Part | None = None) -> Todo:
+        """The units that are left of a run, or of shard i of n: of all units, every n-th from the i-th on.
+
+        Which units there are does not depend on what is done. Transfer is not among them, see `transfers`.
+        """
+        first, step = (0, 1) if part is None else (part[0] - 1, part[1])
+        units: list[Unit] = []
+        total = done = number = 0
+        for model in self._counts:
+            own = {chunk: len(self.positions(Unit(model, "attack", chunk, ()))) for chunk in self._chunks(model)}
+            count = len(own)
+            own = {chunk: rows for chunk, rows in own.items() if (number + chunk) % step == first}
+            found = [self.folder.done(shard, own) for shard in self._shards(model)]
+            clean = self.folder.done(Shard(model, "clean", None, 0, "clean"), own)
+            for chunk, rows in own.items():
+                wanted = tuple(k for k, there in enumerate(found) if chunk not in there)
+                total, done = total + rows * len(found), done + rows * (len(found) - len(wanted))
+                if wanted or chunk not in clean:
+                    units.append(Unit(model, "attack", chunk, wanted))
+            if self.suite.checks:
+                if (number + count) % step == first:
+                    units += self._left(Unit(model, "probe", 0, tuple(range(len(self.probes[model])))))
+                count += 1
+            number += count
+        return Todo(units, total, done)
+
+    def transfers(self) -> list[Unit]:
+        """What is left of the trust checks that try a model on the others' adversarials."""
+        found: list[Unit] = []
+        for model in self._counts if self.suite.checks else ():
+            wanted = tuple(
+                k
+                for k, probe in enumerate(self.manifest["probes"])
+                if probe["model"] == model and probe["label"].startswith(TRANSFER)
+            )
+            found += self._left(Unit(model, "transfer", 0, wanted))
+        return found
+
+    def left_of(self, unit: Unit) -> Unit | None:
+        """A unit without what has been done of it since; None if that is all."""
+        return next(self._left(unit), None)
+
+    def _left(self, unit: Unit) -> Iterator[Unit]:
+        rows = len(self.positions(unit))
+        wanted = tuple(k for k in unit.wanted if not self.folder.is_done(self.shard(unit, k), rows))
+        clean = Shard(unit.model, "clean", None, unit.chunk, "clean")
+        if wanted or (unit.stage == "attack" and not self.folder.is_done(clean, rows)):
+            yield Unit(unit.model, unit.stage, unit.chunk, wanted)
+
+    def shard(self, unit: Unit, which: int) -> Shard:
+        """The file of one of a unit's attacks."""
+        if unit.stage == "transfer":
+            probe = self.manifest["probes"][which]
+            return Shard(unit.model, probe["label"], probe["eps"], 0, "checks")
+        entry = self.entries[which] if unit.stage == "attack" else self.probes[unit.model][which]
+        return Shard(unit.model, entry.label, entry.eps, unit.chunk, "shards" if unit.stage == "attack" else "checks")
+
+    def is_ready_for_transfer(self) -> bool:
+        """Whether every unit but transfer is done, whoever did it; files are counted, not opened."""
+        for model in self._counts:
+            chunks = set(self._chunks(model))
+            examples = [*self._shards(model), Shard(model, "clean", None, 0, "clean")]
+            if any(not chunks <= self.folder.there(example) for example in examples):
+                return False
+            checks = [Shard(model, probe.label, probe.eps, 0, "checks") for probe in self.probes[model]]
+            if any(0 not in self.folder.there(example) for example in checks):
+                return False
+        return True
+
+    def _chunks(self, model: str) -> range:
+        return range(-(-self._counts[model] // self.suite.shard_size))
+
+    def _shards(self, model: str) -> list[Shard]:
+        return [Shard(model, entry.label, entry.eps, 0) for entry in self.entries]

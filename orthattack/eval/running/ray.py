@@ -1,0 +1,287 @@
+"""Units of work done by Ray: one actor per device holds a model, and whoever is free takes the next unit.
+
+The driver only schedules: units and counts travel, photographs and results do not. What an actor has finished is in
+the run's folder, so an actor that dies, with its process, its machine or the network, loses the shard it was at; the
+rest of its unit is done by another. The extra `ray` brings Ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import signal
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orthattack.eval.attacks.seeds import drawing
+from orthattack.eval.errors import EvaluationError, first_line
+from orthattack.eval.running.manifest import hardware
+from orthattack.eval.running.plan import Plan, Unit
+from orthattack.eval.running.run import suite_source
+from orthattack.eval.running.worker import Attacked, Worker
+from orthattack.eval.storage.run_folder import RunFolder
+from orthattack.eval.suite import make_suite
+
+__all__ = ["Crew", "Queue", "RayWorker", "ray_crew"]
+
+DEATHS = 3
+"""How many workers may die of one unit before it is left undone."""
+
+_PATIENCE = 30.0  # seconds without any worker before that is said
+
+
+class RayWorker:
+    """A worker in a process of its own, on any machine of the cluster."""
+
+    def start(
+        self, config: Mapping[str, Any], manifest: Mapping[str, Any], place: str, device: str, directory: str
+    ) -> dict[str, Any]:
+        """Get ready; returns what this process is.
+
+        Args:
+            config: of the suite, as in the manifest.
+            manifest: of the run.
+            place: absolute path, or URL, of the run's folder.
+            device: where to compute.
+            directory: what relative paths in the suite are relative to.
+        """
+        # Ray makes a SystemExit of it, which would be taken for the attack's own and kept as an error in its rows.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if Path(directory).is_dir():
+            os.chdir(directory)
+        self._said: list[str] = []
+        folder = RunFolder(place, self._said.append)
+        if not folder.exists:
+            raise EvaluationError(
+                f"{place} is not there on {platform.node()}: the run's folder must be one that all machines of the "
+                "cluster share, or in a store such as s3://bucket/run"
+            )
+        suite = make_suite(config, "suite")
+        source = suite_source(suite)
+        plan = Plan(suite, suite.entries(source.kinds), manifest, folder)
+        self._worker = Worker(plan, source, torch.device(device), self._said.append)
+        return {"host": platform.node(), "process": os.getpid(), "hardware": hardware(torch.device(device))}
+
+    def do(self, unit: Unit, following: Unit | None) -> tuple[list[tuple[int, int, int]], list[str]]:
+        """Do a unit; returns what `Attacked` is told of its attacks, and what there is to say."""
+        found: list[tuple[int, int, int]] = []
+        with drawing(0):
+            self._worker.do(unit, following, lambda _, *counts: found.append(counts))
+        said = self._said.copy()
+        self._said.clear()
+        return found, said
+
+
+class Queue:
+    """Units that wait, and who takes which: one of the model that it holds already, if there is any.
+
+    Each worker is promised the unit that it will probably take next, so that it can decode the photographs meanwhile;
+    whoever would otherwise have nothing to do may take it all the same.
+
+    Args:
+        units: all that is to be done.
+    """
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self._left: dict[str, dict[Unit, None]] = {}
+        for unit in units:
+            self._left.setdefault(unit.model, {})[unit] = None
+        self._held: dict[object, str] = {}
+        self._promised: dict[object, Unit] = {}
+        self._count = len(units)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def take(self, worker: object) -> tuple[Unit, Unit | None] | None:
+        """A unit for a worker that is free, and the one it will probably take next; None if nothing is left."""
+        own = self._promised.pop(worker, None)
+        unit = own if own is not None and own in self._left.get(own.model, {}) else self._choice(worker)
+        if unit is None:
+            return None
+        del self._left[unit.model][unit]
+        self._count -= 1
+        self._held[worker] = unit.model
+        following = self._unpromised(unit.model)
+        if following is not None:
+            self._promised[worker] = following
+        return unit, following
+
+    def put_back(self, unit: Unit) -> None:
+        """A unit that was not finished."""
+        self._left.setdefault(unit.model, {})[unit] = None
+        self._count += 1
+
+    def forget(self, worker: object) -> None:
+        """A worker that is no more."""
+        self._held.pop(worker, None)
+        self._promised.pop(worker, None)
+
+    def _choice(self, worker: object) -> Unit | None:
+        held = self._held.get(worker)
+        if held is not None and (unit := self._unpromised(held)) is not None:
+            return unit
+        # Another model: the one with most left for each of those who are at it.
+        at_work = Counter(model for other, model in self._held.items() if other is not worker)
+        for model in sorted(self._left, key=lambda model: -len(self._left[model]) / (1 + at_work[model])):
+            if (unit := self._unpromised(model)) is not None:
+                return unit
+        return next((unit for units in self._left.values() for unit in units), None)
+
+    def _unpromised(self, model: str) -> Unit | None:
+        promised = set(self._promised.values())
+        return next((unit for unit in self._left.get(model, ()) if unit not in promised), None)
+
+
+class Crew:
+    """The workers of a run in a Ray cluster; an `Engine`.
+
+    Args:
+        ray: the package, connected.
+        size: how many workers.
+        device: of each.
+        make: a new actor, not yet started, with the methods of `RayWorker`.
+    """
+
+    name = "ray"
+
+    def __init__(self, ray: Any, size: int, device: str, make: Callable[[], Any]) -> None:
+        self.device = device
+        self.workers: list[dict[str, Any]] = []
+        self._ray, self._size, self._make = ray, size, make
+        self._idle: list[Any] = []
+
+    def __call__(self, units: Sequence[Unit], plan: Plan, attacked: Attacked, say: Callable[[str], None], /) -> None:
+        """Do all units.
+
+        Raises:
+            EvaluationError: no worker can be started, something is to be put right, or a unit has killed three of its
+                workers; everything else has been done then.
+        """
+        ray, queue = self._ray, Queue(units)
+        starting: dict[Any, Any] = {}
+        busy: dict[Any, tuple[Any, Unit]] = {}
+        deaths: Counter[tuple[str, str, int]] = Counter()
+        lost: list[Unit] = []
+        failures = 0
+        while len(queue) or busy:
+            self._idle = [actor for actor in self._idle if not self._give(actor, queue, busy)]
+            wanted = min(self._size, len(queue) + len(busy)) - len(self._idle) - len(busy) - len(starting)
+            for _ in range(wanted):
+                actor = self._make()
+                starting[self._started(actor, plan)] = actor
+            ready, _ = ray.wait([*busy, *starting], num_returns=1, timeout=_PATIENCE)
+            if not ready and not busy:
+                say(f"none of {self._size} workers could be started yet: the cluster is busy, or lacks what they need")
+            for ref in ready:
+                actor, unit = busy.pop(ref) if ref in busy else (starting.pop(ref), None)
+                try:
+                    answer = ray.get(ref)
+                except ray.exceptions.RayTaskError as error:  # something to put right, not a death
+                    raise error.cause if isinstance(error.cause, Exception) else error from None
+                except ray.exceptions.RayError as error:
+                    queue.forget(actor)
+                    self._bury(actor)
+                    reason = " ".join(str(error).split())[:200]
+                    if unit is None:
+                        failures += 1
+                        if failures > DEATHS + self._size:
+                            raise EvaluationError(f"the workers cannot be started ({reason})") from error
+                        continue
+                    what = (unit.model, unit.stage, unit.chunk)
+                    deaths[what] += 1
+                    if deaths[what] >= DEATHS:
+                        lost.append(unit)
+                        continue
+                    say(f"a worker died at {unit.model}, {unit.stage} {unit.chunk}: others go on with it ({reason})")
+                    if (rest := plan.left_of(unit)) is not None:
+                        queue.put_back(rest)
+                    continue
+                self._idle.append(actor)
+                if unit is None:
+                    failures = 0
+                    self.workers.append(answer)
+                    continue
+                found, said = answer
+                for counts in found:
+                    attacked(unit, *counts)
+                for line in said:
+                    say(line)
+        for actor in starting.values():
+            self._bury(actor)
+        if lost:
+            names = ", ".join(f"{unit.model} {unit.stage} {unit.chunk}" for unit in lost[:3])
+            raise EvaluationError(
+                f"{len(lost)} pieces of work killed {DEATHS} workers each ({names}): look for the reason on these "
+                "machines, memory most likely. Everything else is done and kept; the same command tries them again"
+            )
+
+    def _give(self, actor: Any, queue: Queue, busy: dict[Any, tuple[Any, Unit]]) -> bool:
+        """Give a worker something to do, if there is anything."""
+        taken = queue.take(actor)
+        if taken is None:
+            return False
+        busy[actor.do.remote(*taken)] = actor, taken[0]
+        return True
+
+    def _started(self, actor: Any, plan: Plan) -> Any:
+        folder = plan.folder
+        place = str(folder) if folder.path is None else str(folder.path.resolve())
+        manifest = {key: plan.manifest[key] for key in ("models", "probes")}
+        return actor.start.remote(plan.suite.config(), manifest, place, self.device, str(Path.cwd()))
+
+    def _bury(self, actor: Any) -> None:
+        self._ray.kill(actor)
+
+
+@contextmanager
+def ray_crew(address: str | None, workers: int | None, device: str | None) -> Iterator[Crew]:
+    """Connect to a Ray cluster, or start one on this machine, and leave it, or end it, afterwards.
+
+    Args:
+        address: of the cluster, "auto" for one that runs on this machine; None starts one.
+        workers: how many; by default one per GPU of the cluster or, without any, per core.
+        device: of each worker, "cpu" or "cuda"; by default "cuda" if the cluster has GPUs.
+
+    Raises:
+        EvaluationError: Ray is not installed, or there is no such cluster, or it has no GPU for "cuda".
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+    try:
+        import ray
+    except ImportError as error:
+        raise EvaluationError(f"--engine ray needs Ray ({first_line(error)}): pip install 'orthattack[ray]'") from error
+
+    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        options |= {"address": "local", "include_dashboard": False}
+        options["num_cpus"] = max(workers or 1, os.cpu_count() or 1)
+    try:
+        host, _, port = (address or "").rpartition(":")
+        if host and port.isdecimal() and "/" not in host:  # Ray itself would knock for minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        ray.init(**options)
+    except Exception as error:  # of sockets, of versions, of values
+        where = "on this machine" if address is None else f"at {address}"
+        raise EvaluationError(f"no Ray cluster {where} ({type(error).__name__}: {first_line(error)})") from error
+    try:
+        resources = ray.cluster_resources()
+        gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+        device = device or ("cuda" if gpus else "cpu")
+        on_gpu = torch.device(device).type == "cuda"
+        if on_gpu and not gpus:
+            raise EvaluationError("--device cuda: the Ray cluster has no GPU")
+        size = workers or (gpus if on_gpu else cores)
+        # Ray gives each worker as many threads (OMP_NUM_THREADS), unless that is set.
+        needs: dict[str, Any] = {"num_gpus": 1} if on_gpu else {"num_cpus": max(1, cores // size)}
+        actor = ray.remote(RayWorker).options(max_restarts=0, **needs)
+        yield Crew(ray, size, device, actor.remote)
+    finally:
+        ray.shutdown()

@@ -1,0 +1,293 @@
+"""The run itself: every attack at every radius on every model over every chunk of the photographs.
+
+A shard that is finished is on the disk and is never computed again; one that is not leaves nothing. What it holds
+depends on the configuration, the photographs and the hardware, not on what was computed before it, nor on how many
+processes share the work.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tqdm import tqdm
+
+from orthattack.eval.attacks.kind import AttackKind
+from orthattack.eval.attacks.seeds import drawing
+from orthattack.eval.checks.probes import planned_probes
+from orthattack.eval.data.load import Photographs, check_data, load_photographs, read_names
+from orthattack.eval.errors import EvaluationError, printable
+from orthattack.eval.models.classifier import Classifier
+from orthattack.eval.models.load import check_name, load_classifier
+from orthattack.eval.running.manifest import bury, describe_attacks, describe_model, new_session, now, to_go_on
+from orthattack.eval.running.plan import Plan, Unit
+from orthattack.eval.running.worker import Attacked, Worker
+from orthattack.eval.storage.lock import Part, working_in
+from orthattack.eval.storage.run_folder import RunFolder, shown_eps
+from orthattack.eval.suite import Suite
+
+__all__ = ["Engine", "Source", "run_suite", "suite_source"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where models and data come from, for suites that name them or for objects that are at hand.
+
+    Attributes:
+        classifier: the model of a label.
+        photographs: the data as a model needs them.
+        kinds: the attacks by label.
+    """
+
+    classifier: Callable[[str], Classifier]
+    photographs: Callable[[Classifier], Photographs]
+    kinds: Mapping[str, AttackKind]
+
+
+def suite_source(
+    suite: Suite,
+    kinds: Mapping[str, AttackKind] | None = None,
+    classifiers: Mapping[str, Classifier] | None = None,
+    photographs: Photographs | None = None,
+) -> Source:
+    """Where a suite's models, data and attacks come from: by their names, but for those that are at hand."""
+    for spec in suite.models:  # before any model is loaded
+        if spec.label not in (classifiers or {}):
+            check_name(spec.name)
+    if photographs is None:
+        check_data(suite.data.source)
+    specs = {spec.label: spec for spec in suite.models}
+    # One model at a time is kept, or many would fill the memory, with its photographs, which may take long to list.
+    last: dict[str, Classifier] = {}
+    last_opened: list[tuple[Classifier, Photographs]] = []
+
+    def classifier(label: str) -> Classifier:
+        if classifiers is not None and label in classifiers:
+            return classifiers[label]
+        if label not in last:
+            last.clear()
+            spec = specs[label]
+            last[label] = load_classifier(spec.name, spec.weights, spec.image_size)
+        return last[label]
+
+    def opened(model: Classifier) -> Photographs:
+        if photographs is not None:
+            return photographs
+        if not last_opened or last_opened[0][0] is not model:
+            data = suite.data
+            found = load_photographs(data.source, model, _path(data.labels), _path(data.classes))
+            if data.subset is not None:
+                found = found.subset(read_names(Path(data.subset)))
+            last_opened[:] = [(model, found.limited(data.limit))]
+        return last_opened[0][1]
+
+    return Source(classifier, opened, suite.kinds() if kinds is None else kinds)
+
+
+def _path(name: str | None) -> Path | None:
+    return None if name is None else Path(name)
+
+
+class Engine(Protocol):
+    """Who does the units of work: this process, or others on its behalf.
+
+    Attributes:
+        name: for the session's record.
+        workers: the processes that have worked, each with host, process and hardware, for the session's record.
+    """
+
+    name: str
+    workers: list[dict[str, Any]]
+
+    def __call__(self, units: Sequence[Unit], plan: Plan, attacked: Attacked, say: Callable[[str], None], /) -> None:
+        """Do all units. They are independent: in any order, anywhere, some of them twice if need be."""
+
+
+def run_suite(
+    suite: Suite,
+    source: Source,
+    folder: RunFolder,
+    *,
+    device: torch.device | str = "cpu",
+    part: Part | None = None,
+    engine: Engine | None = None,
+    progress: bool = True,
+    command: Sequence[str] = (),
+    say: Callable[[str], None] = lambda _: None,
+) -> bool:
+    """Do what of a suite is not done yet.
+
+    Args:
+        suite: what to run.
+        source: its models, data and attacks.
+        folder: where; a new or empty folder, or one in which the same suite was begun.
+        device: where to compute.
+        part: only shard i of n of the work, while other processes do the others in the same folder. The trust checks
+            that need all models are left to the last of them.
+        engine: who does it; by default this process.
+        progress: show a bar on standard error.
+        command: how it was started, for the manifest.
+        say: is told what a person should know at once, a line at a time.
+
+    Returns:
+        True if everything, or all of the shard, is done; False if it was interrupted from the keyboard.
+
+    Raises:
+        EvaluationError: the folder belongs to another run, or another process is at work in it; a model or the data
+            cannot be had, or the disk is full.
+    """
+    if part is not None and not 1 <= part[0] <= part[1]:
+        raise EvaluationError(
+            f"shard {part[0]}/{part[1]}: shards are counted from 1, 1/{part[1]} to {part[1]}/{part[1]}"
+        )
+    # Making a model draws its initial weights: the caller's random numbers go on as if nothing had been.
+    with drawing(0):
+        entries, device = suite.entries(source.kinds), torch.device(device)
+        folder.create()
+        # An engine's workers compute elsewhere, and are listed on their own.
+        session = new_session(folder, entries, torch.device("cpu") if engine else device, command, part)
+        session["engine"] = None if engine is None else engine.name
+        with _working_in(folder, part, session, say):
+            manifest = _manifest(suite, source, folder, session, say)
+            plan = Plan(suite, entries, manifest, folder)
+            if engine is None:
+                engine = _Here(source, device)
+            session["workers"] = engine.workers
+            with _recorded(folder, session):
+                session["outcome"] = outcome = _everything(plan, part, engine, progress, say)
+            return outcome != "interrupted"
+
+
+@contextmanager
+def _working_in(
+    folder: RunFolder, part: Part | None, session: Mapping[str, Any], say: Callable[[str], None]
+) -> Iterator[None]:
+    """Keep others from the same work, as far as the folder allows."""
+    if folder.path is None:
+        others = [one for one in folder.sessions() if one["outcome"] == "running" and one["shard"] == session["shard"]]
+        for other in others:
+            say(
+                f"process {other['process']} on {other['host']}, since {other['started']}, has not ended its work on "
+                f"{folder}, or was killed. If it still runs, stop it, or use --shard: both would do the same work"
+            )
+        yield
+        return
+    about = {key: session[key] for key in ("host", "process", "started", "shard")}
+    with working_in(folder.path, part, about, say) as held:
+        if held:
+            bury(folder, part)
+        yield
+
+
+def _manifest(
+    suite: Suite, source: Source, folder: RunFolder, session: dict[str, Any], say: Callable[[str], None]
+) -> Mapping[str, Any]:
+    """The manifest of the run, new or as it was begun, and beside it the record of this session."""
+    models = []
+    for spec in suite.models:  # all are tried before the first is attacked, but only one at a time is kept
+        classifier = source.classifier(spec.label)
+        models.append(describe_model(spec.label, classifier, source.photographs(classifier)))
+    manifest: dict[str, Any] = {
+        "orthattack": session["versions"]["orthattack"],
+        "status": "running",
+        "config": suite.config(),
+        "attacks": describe_attacks(suite.entries(source.kinds), suite.baselines(source.kinds)),
+        "models": models,
+        "probes": planned_probes(suite, models) if suite.checks else [],
+        "warnings": [],
+        "sessions": [],
+    }
+    # Of several processes that start at once one creates it, and all compare theirs with what is there.
+    try:
+        if not folder.create_manifest(manifest):
+            manifest = to_go_on(folder, manifest, session, say)
+        folder.write_session(session)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    return manifest
+
+
+@contextmanager
+def _recorded(folder: RunFolder, session: dict[str, Any]) -> Iterator[None]:
+    """Set down how a session ended, whatever happens."""
+    try:
+        yield
+    except BaseException as error:
+        session["outcome"] = "interrupted"
+        if isinstance(error, OSError):
+            raise _cannot_write(folder, error) from error
+        raise
+    finally:
+        session["finished"] = now()
+        session["notes"] += folder.notes
+        with suppress(OSError):  # a full disk has been reported; the record of the session's start stands
+            folder.write_session(session)
+            folder.write_manifest(folder.manifest())
+
+
+def _cannot_write(folder: RunFolder, error: OSError) -> EvaluationError:
+    return EvaluationError(
+        f"could not write to {folder} ({error.strerror or error}): what is finished is kept; mend it, and start again "
+        "with the same command to go on"
+    )
+
+
+def _everything(plan: Plan, part: Part | None, engine: Engine, progress: bool, say: Callable[[str], None]) -> str:
+    """Do what is left; returns how it ended: complete, part (this shard is done, others are not), or interrupted."""
+    try:
+        todo = plan.todo(part)
+        often = 0.1 if sys.stderr.isatty() else 30.0  # a log file is no place for an animation
+        with tqdm(total=todo.total, initial=todo.done, unit="img", disable=not progress, mininterval=often) as bar:
+            engine(todo.units, plan, _Progress(plan, bar), say)
+            if part is not None and not plan.is_ready_for_transfer():
+                return "part"
+            if transfers := plan.transfers():
+                bar.set_description("trust checks")
+                engine(transfers, plan, lambda *_: None, say)
+    except KeyboardInterrupt:
+        return "interrupted"
+    return "complete"
+
+
+@dataclass
+class _Progress:
+    """Shows how far a run is: images attacked, and what this session has found of robust accuracy."""
+
+    plan: Plan
+    bar: tqdm[Any]
+    rates: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
+
+    def __call__(self, unit: Unit, which: int, robust: int, scored: int) -> None:
+        before = self.rates.get((unit.model, which), (0, 0))
+        robust, scored = before[0] + robust, before[1] + scored
+        self.rates[unit.model, which] = robust, scored
+        share = f"{100 * robust / scored:.1f} %" if scored else "-"
+        entry = self.plan.entries[which]
+        self.bar.set_description(printable(unit.model), refresh=False)
+        so_far = f"{printable(entry.label)} at {shown_eps(entry.eps, entry.norm)}: {share} robust"
+        self.bar.set_postfix_str(so_far, refresh=False)
+        self.bar.update(len(self.plan.positions(unit)))
+
+
+class _Here:
+    """The units one after the other, in this process."""
+
+    name = "none"
+
+    def __init__(self, source: Source, device: torch.device) -> None:
+        self.workers: list[dict[str, Any]] = []
+        self._source, self._device = source, device
+
+    def __call__(self, units: Sequence[Unit], plan: Plan, attacked: Attacked, say: Callable[[str], None], /) -> None:
+        worker = Worker(plan, self._source, self._device, say)
+        try:
+            for unit, following in zip_longest(units, units[1:]):
+                worker.do(unit, following, attacked)
+        finally:
+            worker.close()

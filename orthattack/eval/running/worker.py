@@ -1,0 +1,129 @@
+"""A process at work: it holds one model at a time, and does one unit of work after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from orthattack.eval.attacks.kind import Conditions, Runner
+from orthattack.eval.checks.clean import CLEAN_COLUMNS, clean_suspicions
+from orthattack.eval.checks.probes import TRANSFER
+from orthattack.eval.data.load import Photographs
+from orthattack.eval.data.prefetch import Decoder
+from orthattack.eval.models.classifier import Classifier
+from orthattack.eval.running.chunk import Job, Part
+from orthattack.eval.running.plan import Plan, Unit
+from orthattack.eval.storage.run_folder import Shard
+from orthattack.eval.suite import Entry
+
+__all__ = ["Attacked", "Origin", "Worker"]
+
+Attacked = Callable[[Unit, int, int, int], None]
+"""Told after each attack of a unit: the unit, the attack's place in `Plan.entries`, robust, of how many scored."""
+
+
+class Origin(Protocol):
+    """Where models and data come from."""
+
+    def classifier(self, label: str, /) -> Classifier:
+        """The model of a label."""
+
+    def photographs(self, classifier: Classifier, /) -> Photographs:
+        """The data as a model needs them."""
+
+
+class Worker:
+    """Does units of work.
+
+    Args:
+        plan: of the run.
+        origin: of its models and data.
+        device: where to compute.
+        say: is told what a person should know at once, a line at a time.
+    """
+
+    def __init__(self, plan: Plan, origin: Origin, device: torch.device, say: Callable[[str], None]) -> None:
+        self._plan, self._origin, self._device, self._say = plan, origin, device, say
+        self._job: Job | None = None
+        self._decoder: Decoder | None = None
+        self._runners: dict[int, Runner] = {}
+
+    def do(self, unit: Unit, following: Unit | None = None, attacked: Attacked = lambda *_: None) -> None:
+        """Do a unit; what is finished of it is stored at once.
+
+        Args:
+            unit: what to do.
+            following: what will probably be next; its photographs are decoded meanwhile.
+            attacked: see `Attacked`.
+        """
+        job, decoder = self._ready(unit.model)
+        images = decoder.take(self._plan.positions(unit))
+        if following is not None and following.model == unit.model:
+            decoder.begin(self._plan.positions(following))
+        if unit.stage == "attack":
+            self._attack(unit, Part(job, unit.chunk, images, self._plan.kept(unit.model)), attacked)
+            return
+        part = Part(job, 0, images, frozenset(), "checks")
+        part.look()
+        if unit.stage == "probe":
+            self._probe(unit, part)
+        else:
+            self._transfer(unit, part)
+
+    def close(self) -> None:
+        """End what runs in the background."""
+        if self._decoder is not None:
+            self._decoder.close()
+        self._job = self._decoder = None
+
+    def _ready(self, label: str) -> tuple[Job, Decoder]:
+        if self._job is None or self._decoder is None or self._job.label != label:
+            self.close()
+            self._runners.clear()
+            classifier = self._origin.classifier(label)
+            photographs = self._origin.photographs(classifier)
+            suite, folder = self._plan.suite, self._plan.folder
+            self._job = Job(label, classifier, photographs, self._device, folder, suite.batch_size, self._say)
+            self._decoder = Decoder(self._job.load)
+        return self._job, self._decoder
+
+    def _attack(self, unit: Unit, part: Part, attacked: Attacked) -> None:
+        part.look()
+        if unit.chunk == 0:
+            self._doubt(part.job)
+        for which in unit.wanted:
+            entry = self._plan.entries[which]
+            if which not in self._runners:
+                self._runners[which] = self._bound(part.job, entry)
+            robust = part.attack(entry, self._runners[which], self._plan.suite.attack_misclassified)
+            attacked(unit, which, *robust)
+
+    def _bound(self, job: Job, entry: Entry) -> Runner:
+        suite, classes = self._plan.suite, job.classifier.num_classes
+        conditions = Conditions(entry.norm, entry.eps, suite.steps, classes, suite.batch_size)
+        return job.runner(entry.kind, conditions)
+
+    def _doubt(self, job: Job) -> None:
+        """Say at once, after the first chunk, what looks like a mistake; the whole is judged by the trust checks."""
+        rows = self._plan.folder.read_shard(Shard(job.label, "clean", None, 0, "clean"), CLEAN_COLUMNS)
+        for suspicion in clean_suspicions(rows, job.classifier.num_classes):
+            self._say(f"{job.label}: {suspicion}")
+        if job.judge.is_random:
+            self._say(f"{job.label} answers at random: each image is judged by {job.judge.evaluations} evaluations")
+
+    def _probe(self, unit: Unit, part: Part) -> None:
+        probes = self._plan.probes[unit.model]
+        for which in unit.wanted:
+            # Kept, to try them on the other models.
+            part.keep = frozenset(part.positions if probes[which].label == "PGD" else ())
+            part.attack(probes[which], self._bound(part.job, probes[which]), attack_misclassified=False)
+
+    def _transfer(self, unit: Unit, part: Part) -> None:
+        """Try a model on the adversarials that the checks made for the others."""
+        for which in unit.wanted:
+            probe = self._plan.manifest["probes"][which]
+            other = probe["label"].removeprefix(TRANSFER)
+            adversarials = dict(self._plan.folder.images(other, "PGD", probe["eps"], kind="checks"))
+            part.transfer(probe["label"], probe["eps"], self._plan.suite.norm, adversarials)

@@ -1,0 +1,421 @@
+"""A run as a folder: which files there are, what is in them, and how they are written so that none is ever half there.
+
+    manifest.json                                  what was run, by what, on what
+    clean/MODEL/CHUNK.parquet                      a row per photograph: the model on it as it is
+    shards/MODEL/ATTACK/EPS/CHUNK.parquet          a row per photograph: the model after the attack
+    checks/MODEL/CHECK/EPS/CHUNK.parquet           the same for the attacks of the trust checks
+    images/MODEL/ATTACK/EPS/CHUNK.safetensors      adversarial images, bit for bit; the clean ones under ATTACK "clean"
+    sessions/NUMBER-HOST-PROCESS.json              one process at work on the run: when, how, on what, and how it ended
+
+Every file is whole or not there (`files`), so what exists is finished. Several processes may write to one run: each has
+its own session, shards depend on nothing but the configuration, and manifest.json is created once. What it says of
+sessions and status is a copy, for whoever opens it by hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from orthattack.eval.errors import EvaluationError, first_line
+from orthattack.eval.storage.files import Disk, open_files
+
+__all__ = ["CLEAN_SCHEMA", "ROW_SCHEMA", "Kind", "RunFolder", "Shard", "shown_eps"]
+
+Kind = Literal["clean", "shards", "checks"]
+FORMAT = 1
+
+_KEY = [("position", pa.int32()), ("name", pa.string()), ("label", pa.int32()), ("status", pa.string())]
+
+CLEAN_SCHEMA = pa.schema(
+    [
+        *_KEY,  # status: ok, unreadable, error
+        ("message", pa.string()),
+        ("prediction", pa.int32()),
+        ("margin", pa.float32()),  # largest other logit minus the label's: negative where right
+        ("confidence", pa.float32()),  # largest softmax probability
+        ("gradient_cosine", pa.float64()),  # of the cross-entropy's gradient with the image, on a sample
+        ("gradient_norm", pa.float64()),  # L2; 0 or NaN where the gradient is masked
+        ("logit_min", pa.float32()),
+        ("logit_max", pa.float32()),
+        ("logit_sum", pa.float32()),
+        ("image_min", pa.float32()),
+        ("image_max", pa.float32()),
+        ("wrong_share", pa.float32()),  # of the evaluations; 0 or 1 for a model that always answers alike
+        ("evaluations", pa.int32()),
+    ]
+)
+"""The columns of clean/."""
+
+ROW_SCHEMA = pa.schema(
+    [
+        *_KEY,  # status: ok, misclassified (not attacked: wrong to begin with), unreadable, error, invalid
+        ("message", pa.string()),  # why it is unreadable, an error or invalid
+        ("clean_prediction", pa.int32()),
+        ("adversarial_prediction", pa.int32()),
+        ("success", pa.bool_()),  # newly fooled: right on the clean image, wrong on the adversarial one
+        ("margin", pa.float32()),  # at the adversarial image: largest other logit minus the label's
+        ("l0", pa.int32()),  # numbers changed, of the 3 H W
+        ("l1", pa.float64()),
+        ("l2", pa.float64()),
+        ("linf", pa.float64()),
+        ("cosine", pa.float64()),  # of perturbation and image, signed, in float64
+        ("cosine_red", pa.float64()),
+        ("cosine_green", pa.float64()),
+        ("cosine_blue", pa.float64()),
+        ("steps", pa.int32()),  # that the adversarial took, where the attack says so
+        ("forward_calls", pa.float32()),  # of the model on this image; a batch's mean where the attack does not say
+        ("gradient_calls", pa.float32()),
+        ("rounded_success", pa.bool_()),  # still fooled after rounding to 8 bits; of successes only
+        ("rounded_cosine", pa.float64()),
+        ("rounded_norm", pa.float64()),  # in the norm of the attack
+        ("wrong_share", pa.float32()),
+        ("evaluations", pa.int32()),
+        ("seconds", pa.float64()),  # the batch's time over its images; the one column that differs between two runs
+    ]
+)
+"""The columns of shards/ and checks/."""
+
+_SCHEMAS: dict[Kind, pa.Schema] = {"clean": CLEAN_SCHEMA, "shards": ROW_SCHEMA, "checks": ROW_SCHEMA}
+
+
+def shown_eps(eps: float | None, norm: str) -> str:
+    """A radius as people write it: 4/255, 0.5, or "minimal" for None, an attack that minimises the norm."""
+    if eps is None:
+        return "minimal"
+    return f"{255 * eps:.4g}/255" if norm == "linf" and eps < 0.2 else f"{eps:.4g}"
+
+
+def _slug(text: str) -> str:
+    """A file name for any text: the text itself where it is one, else a readable part and a hash."""
+    plain = re.sub(r"[^A-Za-z0-9._-]", "_", text)[:60].lstrip(".") or "_"
+    is_free = plain == text and re.search(r"-[0-9a-f]{8}$", text) is None  # or it could be that of another text
+    return plain if is_free else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The unit of work: one attack at one radius on one chunk of the photographs with one model.
+
+    Attributes:
+        model: label of the model.
+        attack: label of the attack, "clean" for the model on its own.
+        eps: radius in pixel units, or None for an attack that minimises the norm.
+        chunk: number of the chunk.
+        kind: which part of the folder it belongs to.
+    """
+
+    model: str
+    attack: str
+    eps: float | None
+    chunk: int
+    kind: Kind = "shards"
+
+    @property
+    def path(self) -> Path:
+        """Where its rows are, relative to the run's folder."""
+        return self._in(self.kind, ".parquet")
+
+    @property
+    def image_path(self) -> Path:
+        """Where its images are, relative to the run's folder; those of the checks are apart from the run's."""
+        return self._in("checks" if self.kind == "checks" else "images", ".safetensors")
+
+    def _in(self, folder: str, suffix: str) -> Path:
+        parts = [folder, _slug(self.model)]
+        if self.kind != "clean" or folder == "images":
+            parts += [_slug(self.attack), "minimal" if self.eps is None else f"{self.eps:.9g}"]
+        return Path(*parts, f"{self.chunk:06d}{suffix}")
+
+
+class RunFolder:
+    """The files of one run.
+
+    Args:
+        place: a folder, or the URL of one in a store that fsspec knows; it need not exist before `create`.
+        say: is told what a person should know at once, a line at a time.
+    """
+
+    def __init__(self, place: Path | str, say: Callable[[str], None] = lambda _: None) -> None:
+        self._files = open_files(place, say)
+        self._say = say
+        self.notes: list[str] = []  # what of it belongs into the session's record
+
+    def __str__(self) -> str:
+        """The folder as people call it."""
+        return str(self._files)
+
+    @property
+    def path(self) -> Path | None:
+        """Where it is on this machine's disks; None for a store."""
+        return self._files.root if isinstance(self._files, Disk) else None
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a run."""
+        return self._files.exists("manifest.json")
+
+    def create(self) -> None:
+        """Make the folder; EvaluationError if that cannot be done, or if it holds something else."""
+        try:
+            if not self.exists:
+                # Another process of the same run may be ahead of this one, but not have written the manifest yet.
+                others = [name for name in self._files.names() if name != "sessions" and not name.endswith(".partial")]
+                if others and not self.exists:
+                    raise EvaluationError(f"{self} is not empty and not the folder of a run; choose another")
+            if self.path is not None:
+                self.path.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=self.path):  # can it be written to?
+                    pass
+        except (OSError, ValueError) as error:  # a name with a null character is a ValueError
+            raise EvaluationError(f"could not make the run folder {self} ({error})") from error
+
+    def manifest(self) -> dict[str, Any]:
+        """What manifest.json and the sessions say; EvaluationError if it cannot be read."""
+        try:
+            manifest: dict[str, Any] = json.loads(self._files.read("manifest.json"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise EvaluationError(f"{self} is not the folder of a run: no readable manifest.json") from error
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            found = manifest.get("format") if isinstance(manifest, dict) else None
+            raise EvaluationError(f"{self} has format {found!r}; this version reads format {FORMAT}")
+        records = self.sessions()
+        if records:
+            # Runs of older versions have theirs in the manifest.
+            earlier = [session for session in manifest.get("sessions", []) if "id" not in session]
+            manifest["sessions"] = earlier + records
+            manifest["warnings"] = list(dict.fromkeys(text for one in records for text in one["warnings"]))
+            manifest["status"] = _status(records)
+        return manifest
+
+    def create_manifest(self, manifest: Mapping[str, Any]) -> bool:
+        """Write manifest.json unless there is one; whether it was written."""
+        return self._files.create("manifest.json", _json({"format": FORMAT, **manifest}))
+
+    def write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        self._write("manifest.json", _json({"format": FORMAT, **manifest}))
+
+    def sessions(self) -> list[dict[str, Any]]:
+        """The records of all sessions, in the order in which they began, whatever their clocks say."""
+        found = []
+        for name in self._files.names("sessions"):
+            if name.endswith(".json") and not name.startswith("."):
+                try:
+                    found.append(dict(json.loads(self._files.read(f"sessions/{name}"))))
+                except (OSError, ValueError) as error:
+                    raise EvaluationError(f"{self}/sessions/{name} cannot be read ({error})") from error
+        return found
+
+    def new_session_id(self, host: str, process: int) -> str:
+        """A name for a session's record that no other has, after those of all that began before."""
+        numbers = [int(name[:5]) for name in self._files.names("sessions") if re.fullmatch(r"\d{5}-.*\.json", name)]
+        return f"{max(numbers, default=0) + 1:05d}-{_slug(host)}-{process}-{secrets.token_hex(3)}"
+
+    def write_session(self, session: Mapping[str, Any]) -> None:
+        """Write a session's record; nobody else writes that file."""
+        self._write(f"sessions/{session['id']}.json", _json(session))
+
+    def read_text(self, name: str) -> str | None:
+        """A file of the run as text, None if there is none; OSError or UnicodeDecodeError if it cannot be read."""
+        return self._files.read(name).decode("utf-8") if self._files.exists(name) else None
+
+    def write_text(self, name: str, text: str) -> Path | str:
+        """Write a file of the run, whole or not at all; returns its path, or its URL."""
+        self._write(name, text.encode("utf-8", "backslashreplace"))
+        return f"{self}/{name}" if self.path is None else self.path / name
+
+    def _write(self, name: str, content: bytes) -> None:
+        with self._files.writing(name) as partial:
+            partial.write_bytes(content)
+
+    def is_done(self, shard: Shard, rows: int) -> bool:
+        """Whether the shard's file is there and whole. One that is damaged, by a failing disk, say, is put aside.
+
+        In a store, what is there counts as whole: stores keep checksums, and to open each of many thousands takes long.
+        """
+        name = shard.path.as_posix()
+        if self.path is None or not self._files.exists(name):
+            return self._files.exists(name)
+        path = self.path / shard.path
+        try:
+            table = _table(path, None)
+            if table.num_rows == rows and table.schema.equals(_SCHEMAS[shard.kind]):
+                return True
+            reason = "another number of rows, or other columns"
+        except _DAMAGE as error:
+            reason = first_line(error)
+        path.replace(path.with_suffix(".damaged"))
+        note = f"{shard.path} was damaged ({reason}) and is made again; what there was is kept as *.damaged"
+        self.notes.append(note)
+        self._say(note)
+        return False
+
+    def done(self, example: Shard, rows: Mapping[int, int]) -> set[int]:
+        """Which chunks of a model, attack and radius are finished, found with one look at their folder.
+
+        Args:
+            example: any shard of theirs.
+            rows: how many rows each chunk in question has.
+        """
+        wanted = self.there(example) & rows.keys()
+        if self.path is None:
+            return wanted
+        return {chunk for chunk in wanted if self.is_done(replace(example, chunk=chunk), rows[chunk])}
+
+    def there(self, example: Shard) -> set[int]:
+        """Which chunks of a model, attack and radius have a file."""
+        return {int(name[:6]) for name in self._names(example.path) if name[:6].isdigit()}
+
+    def write(self, shard: Shard, columns: Mapping[str, Sequence[object]], images: Mapping[int, Tensor]) -> None:
+        """Store a finished shard: its rows and, by position, the images to keep of it."""
+        schema = _SCHEMAS[shard.kind]
+        table = pa.table(
+            {field.name: pa.array(map(_text, columns[field.name]), field.type) for field in schema}, schema
+        )
+        if images:  # before the rows, since it is the rows that say that the shard is finished
+            positions = sorted(images)
+            tensors = {
+                "position": torch.tensor(positions),
+                "images": torch.stack([images[position].cpu() for position in positions]).contiguous(),
+            }
+            with self._files.writing(shard.image_path.as_posix()) as partial:
+                partial.write_bytes(safetensors.torch.save(tensors))  # OSError of a full disk; save_file has its own
+        with self._files.writing(shard.path.as_posix()) as partial:
+            pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
+
+    def read(
+        self,
+        kind: Kind,
+        model: str,
+        attack: str = "clean",
+        eps: float | None = None,
+        columns: Sequence[str] | None = None,
+    ) -> pd.DataFrame:
+        """The rows of one model and, but for clean, one attack at one radius, in the order of the photographs."""
+        example = Shard(model, attack, eps, 0, kind).path
+        parts = self._tables([f"{example.parent.as_posix()}/{name}" for name in self._names(example)], columns)
+        schema = _SCHEMAS[kind]
+        if not parts:
+            parts = [schema.empty_table() if columns is None else schema.empty_table().select(list(columns))]
+        return _frame(parts)
+
+    def read_shard(self, shard: Shard, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """The rows of one shard."""
+        return _frame(self._tables([shard.path.as_posix()], columns))
+
+    def images(
+        self,
+        model: str,
+        attack: str,
+        eps: float | None,
+        positions: Iterable[int] | None = None,
+        kind: Kind = "shards",
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Stored images (3, H, W), float32, with their positions; only those at `positions` if given."""
+        wanted = None if positions is None else set(positions)
+        for path in self._fetched(Shard(model, attack, eps, 0, kind).image_path):
+            with _opened(path) as file:
+                for row, position in enumerate(file.get_tensor("position").tolist()):
+                    if wanted is None or position in wanted:
+                        yield position, file.get_slice("images")[row]
+
+    def image_positions(self, model: str, attack: str, eps: float | None) -> list[int]:
+        """Positions of the stored images, without reading the images."""
+        found: list[int] = []
+        for path in self._fetched(Shard(model, attack, eps, 0).image_path):
+            with _opened(path) as file:
+                found += file.get_tensor("position").tolist()
+        return found
+
+    def _tables(self, names: Sequence[str], columns: Sequence[str] | None) -> list[pa.Table]:
+        """The tables in files; EvaluationError that names one which is damaged."""
+        paths = self._files.fetch(names)
+        return [_rows(path, f"{self}/{name}", columns) for path, name in zip(paths, names, strict=True)]
+
+    def _names(self, example: Path) -> list[str]:
+        names = self._files.names(example.parent.as_posix())
+        return [name for name in names if name.endswith(example.suffix) and not name.startswith(".")]
+
+    def _fetched(self, example: Path) -> list[Path]:
+        folder = example.parent.as_posix()
+        return self._files.fetch([f"{folder}/{name}" for name in self._names(example)])
+
+
+def _status(sessions: Sequence[Mapping[str, Any]]) -> str:
+    """Of a run with these sessions: complete once one of them has seen that nothing is left."""
+    outcomes = [session["outcome"] for session in sessions]
+    for status in ("complete", "running"):
+        if status in outcomes:
+            return status
+    return "interrupted"
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode("utf-8")
+
+
+def _text(value: object) -> object:
+    """File names, and messages that quote them, need not be valid text; what is stored is."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+
+
+def _table(path: Path, columns: Sequence[str] | None) -> pa.Table:
+    # Half the time of pq.read_table, which looks for a data set of many files around each.
+    file = pq.ParquetFile(path, page_checksum_verification=True)
+    return file.read(columns=None if columns is None else list(columns), use_threads=False)
+
+
+def _rows(path: Path, name: str, columns: Sequence[str] | None) -> pa.Table:
+    try:
+        return _table(path, columns)
+    except _DAMAGE as error:
+        raise EvaluationError(
+            f"{name} is damaged ({first_line(error)}): start the run again with the same command, which makes it again"
+        ) from error
+
+
+_DAMAGE = (OSError, ValueError, pa.ArrowException)
+"""What reading a damaged Parquet file raises; ValueError where a column's name is no text any more."""
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise EvaluationError(
+            f"{path} is damaged ({first_line(error)}): delete it, and the Parquet file of the same number of that "
+            "model and attack, and start the run again with the same command, which makes them again"
+        ) from error
+
+
+def _frame(tables: Sequence[pa.Table]) -> pd.DataFrame:
+    """A frame of nullable types, so that a whole number stays one where some are missing."""
+    frame: pd.DataFrame = pa.concat_tables(tables).to_pandas(types_mapper=_NULLABLE.get)
+    return frame
+
+
+_NULLABLE = {
+    pa.int32(): pd.Int32Dtype(),
+    pa.bool_(): pd.BooleanDtype(),
+    pa.float32(): pd.Float32Dtype(),
+    pa.float64(): pd.Float64Dtype(),
+    pa.string(): pd.StringDtype(),
+}
