@@ -78,22 +78,27 @@ def attack_loss(loss: Loss) -> Callable[[Tensor, Goal], Tensor]:
     Raises:
         ValueError: an unknown name.
     """
-    named = {"ce": _cross_entropy, "margin": margin, "dlr": _dlr, "logit-difference": _logit_difference}
     if isinstance(loss, str):
-        if loss not in named:
+        if loss not in _NAMED:
             raise ValueError(
                 f"loss must be one of {', '.join(map(repr, get_args(LossName)))} or callable; got {loss!r}"
             )
-        chosen: Callable[[Tensor, Tensor], Tensor] = named[loss]
-    elif callable(loss):
-        chosen = loss
-    else:
+    elif not callable(loss):
         raise ValueError(f"loss must be a name or a function of (logits, labels); got {loss!r}")
+    return _Ascended(loss)
 
-    def ascended(logits: Tensor, goal: Goal) -> Tensor:
+
+@dataclass(frozen=True)
+class _Ascended:
+    """A loss turned towards the goal; an object rather than a closure, so that attacks pickle."""
+
+    loss: Loss
+
+    def __call__(self, logits: Tensor, goal: Goal) -> Tensor:
+        chosen = _NAMED[self.loss] if isinstance(self.loss, str) else self.loss
         if goal.targets is None:
             values = chosen(logits, goal.classes)
-        elif loss == "dlr":
+        elif self.loss == "dlr":
             values = -_targeted_dlr(logits, goal.labels, goal.targets)
         else:
             values = -chosen(logits, goal.targets)
@@ -101,8 +106,6 @@ def attack_loss(loss: Loss) -> Callable[[Tensor, Goal], Tensor]:
             found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(f"loss must return one value per sample, {tuple(goal.classes.shape)}; got {found}")
         return values
-
-    return ascended
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
@@ -137,3 +140,11 @@ def _targeted_dlr(logits: Tensor, labels: Tensor | None, targets: Tensor) -> Ten
     spread = top[:, 0] - (top[:, 2] + top[:, 3]) / 2
     own = top[:, 0] if labels is None else logits.gather(1, labels.unsqueeze(1)).squeeze(1)
     return (own - logits.gather(1, targets.unsqueeze(1)).squeeze(1)) / torch.where(spread > 0, spread, 1)
+
+
+_NAMED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "ce": _cross_entropy,
+    "margin": margin,
+    "dlr": _dlr,
+    "logit-difference": _logit_difference,
+}

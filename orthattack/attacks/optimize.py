@@ -38,6 +38,9 @@ class FastCopy:
         self._state: tuple[object, ...] = ()
         self._has_warned = False
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return FastCopy, (self._model, self._how)  # the copy itself is made anew where it is needed
+
     def of(self, lent: Model, images: Tensor) -> Model | None:
         """What to take gradients of in place of the borrowed model `lent`; None, with a warning the first time, if a
         copy cannot be made or does not agree with it on the first of `images`."""
