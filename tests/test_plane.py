@@ -99,6 +99,22 @@ def test_step_is_feasible_and_within_1e5_of_linprog(image, gradient, scope, seed
         assert abs(gained - optimum) <= 1e-5 * abs(optimum) + slack
 
 
+@given(image_kinds, gradient_kinds, scopes, seeds, epsilons)
+def test_step_on_images_with_negative_pixels_is_within_1e5_of_linprog(image, gradient, scope, seed, eps):
+    """Bounds (-1, 1): where a pixel is negative, its product with the image is largest at the bottom of its range."""
+    x = 2 * make_images(image, (1, 3, 8, 8), seed, torch.float64) - 1
+    g = make_gradient(gradient, x, seed)
+    low, high = (x - eps).clamp(min=-1), (x + eps).clamp(max=1)
+    plane = Plane(x, low, high, scope)
+    y = groups(plane.settle(plane.step(x, g, eps)), scope)
+    gs, xs, lows, highs = (groups(t, scope) for t in (g, x, low, high))
+    assert_feasible(xs, xs, lows, highs, eps, y)
+    for row in range(0, len(gs), 1 if scope != "pixel" else 7):
+        optimum = linear_program(gs[row], xs[row], xs[row], lows[row], highs[row], eps)
+        slack = 1e-6 * eps * np.linalg.norm(gs[row]) * len(gs[row]) ** 0.5  # as above, where g is parallel to x
+        assert abs(gs[row] @ (y[row] - xs[row]) - optimum) <= 1e-5 * abs(optimum) + slack
+
+
 @given(image_kinds, gradient_kinds, scopes, seeds, epsilons, st.booleans(), st.sampled_from([1e-30, 1e-13, 1e20]))
 def test_step_has_no_duality_gap(image, gradient, scope, seed, eps, moved, scale):
     """The certificate that needs no oracle: the primal value reaches the smallest dual value."""

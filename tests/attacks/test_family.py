@@ -27,6 +27,8 @@ from orthattack import (
     alignment,
     fooled,
 )
+from orthattack.attacks.oracle import Oracle
+from orthattack.losses import Goal, attack_loss
 from tests.attacks.test_attacks import SIZE, Recorder, drawn, linear_model, small_model
 from tests.conftest import image_kinds, seeds
 
@@ -151,6 +153,17 @@ def test_minimum_norm_with_seeds_does_not_depend_on_the_batch():
     alone = attack.run(images[2:3], labels[2:3], seeds=[2])
     for field, value in vars(alone).items():
         assert torch.equal(value[0], getattr(together, field)[2]), field
+
+
+def test_minimum_norm_draws_from_the_seeds_it_is_given():
+    """Whatever has been drawn before: each ascent of AutoAttack starts at random."""
+    model, (images, _) = small_model(), drawn(n=8)
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    attack = MinimumNorm(AutoAttack(model, eps=0.2, steps=2, targets=1, queries=1), trials=4)
+    first, again, other = (attack.run(images, labels, seeds=range(k, k + 8)) for k in (0, 0, 8))
+    assert torch.equal(first.adversarials, again.adversarials)
+    assert (first.adversarials != other.adversarials).flatten(1).any(1).sum() >= 4
 
 
 @norms
@@ -375,6 +388,28 @@ def test_autoattack_stops_at_what_has_fallen_and_goes_through_the_likeliest_targ
     assert (result.gradient_calls[1:] == 3 * 5).all()
 
 
+def test_autoattack_tries_the_likeliest_of_many_classes_in_their_order(monkeypatch):
+    """12 classes and 9 targets: the two least likely are left out."""
+    tried = []
+
+    def recorded(name):
+        loss = attack_loss(name)
+
+        def noted(logits, goal):
+            if name == "dlr":
+                tried.append(goal.targets)
+            return loss(logits, goal)
+
+        return noted
+
+    monkeypatch.setattr("orthattack.attacks.auto.attack_loss", recorded)
+    model, (images, _) = linear_model(classes=12), drawn(n=4)
+    with torch.no_grad():
+        ranked = model(images).argsort(1, descending=True)
+    AutoAttack(model, eps=1e-7, steps=1, targets=9, queries=1, generator=seeded()).run(images, ranked[:, 0])
+    assert torch.equal(torch.stack(tried[::2], 1), ranked[:, 1:10])  # each is scored before and after its one step
+
+
 def test_autoattack_works_with_two_classes():
     model, (images, _) = linear_model(classes=2), drawn(n=6)
     with torch.no_grad():
@@ -517,6 +552,21 @@ def test_the_eot_gradient_is_the_mean_over_the_draws():
     inside = ((recorder.seen[4] > 0) & (recorder.seen[4] < 1)).flatten(1).all(1)
     assert (cosine[inside] > 1 - 1e-6).all()
     assert (cosine > 0.9).all()
+
+
+def test_what_eot_averages_has_the_size_of_one_draw():
+    """The mean and not the sum, of loss, margin and gradient: here all draws are the same."""
+    images, labels = drawn(n=3)
+    model, loss = small_model(), attack_loss("ce")
+    one, many = (Oracle(model, eot_samples=k).evaluate(images, Goal(labels), loss, None, True) for k in (1, 4))
+    for name in ("loss", "margin", "gradient"):
+        torch.testing.assert_close(getattr(many, name), getattr(one, name), rtol=1e-5, atol=1e-7)
+    assert one.gradient.abs().max() > 1e-3
+    assert many.forward_calls.tolist() == [4, 4, 4]
+    averaged = PGD(model, eps=0.1, steps=2, random_start=False, eot_samples=4).run(images, labels)
+    with torch.no_grad():
+        expected = nn.functional.cross_entropy(model(averaged.adversarials), labels, reduction="none")
+    torch.testing.assert_close(averaged.loss, expected)
 
 
 @pytest.mark.parametrize("average", ["logits", "loss"])

@@ -67,6 +67,29 @@ def test_ni_fgsm_looks_ahead_inside_the_ball():
         x = (x + alpha * velocity.sign()).clamp(images - EPS, images + EPS).clamp(0, 1)
 
 
+@pytest.mark.parametrize("attack", [MIFGSM, NIFGSM])
+def test_momentum_is_measured_by_the_mean_where_that_decides_signs(attack):
+    """A steep model, whose gradients' mean and largest entry are not in proportion from one step to the next."""
+    model, images, labels = prepared()
+    model[0].weight.data.mul_(20)
+    recorder = Recorder(model)
+    attack(recorder, eps=0.3, steps=7)(images, labels)
+
+    def iterated(size):
+        x, velocity, alpha, seen = images, torch.zeros_like(images), 0.3 / 7, []
+        for t in range(8):
+            ahead = x + alpha * velocity if attack is NIFGSM and t < 7 else x
+            seen.append(ahead.clamp(images - 0.3, images + 0.3).clamp(0, 1))
+            _, g = losses_and_gradients(model, seen[-1], labels)
+            velocity = velocity + g / size(g.abs(), (1, 2, 3), keepdim=True)
+            x = (x + alpha * velocity.sign()).clamp(images - 0.3, images + 0.3).clamp(0, 1)
+        return seen
+
+    for found, expected in zip(recorder.seen, iterated(torch.mean), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert ((recorder.seen[-1] - iterated(torch.amax)[-1]).abs() > 1e-3).double().mean() > 0.03
+
+
 def test_momentum_survives_gradients_of_any_size():
     """Cross-entropy gradients of 1e-30 and less, whose mean alone would underflow."""
     images, labels = drawn()

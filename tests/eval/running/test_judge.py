@@ -8,8 +8,9 @@ from torch import nn
 
 from orthattack import PGD
 from orthattack.eval.attacks.counter import CallCounter
+from orthattack.eval.attacks.kind import Found
 from orthattack.eval.checks.clean import differentiated
-from orthattack.eval.running.judge import Judge, clean_columns
+from orthattack.eval.running.judge import Judge, clean_columns, row_columns
 
 CPU = torch.device("cpu")
 
@@ -127,3 +128,17 @@ def test_the_gradient_is_taken_on_a_sample_that_spans_the_data():
     assert len(differentiated(1_000)) == 62
     assert len(differentiated(50_000)) == 256
     assert max(differentiated(50_000)) > 49_700
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 8 / 255), ("l2", 0.5), ("l1", 5.0)])
+@pytest.mark.parametrize(("beyond", "status"), [(0.0, "ok"), (5e-6, "ok"), (5e-5, "invalid"), (1e-3, "invalid")])
+def test_the_ball_is_as_wide_as_eps_and_its_rounding(images, norm, eps, beyond, status):
+    """An attack gains nothing by leaving the ball a little: beyond 1e-5 of eps it is not scored."""
+    order = {"linf": torch.inf, "l2": 2, "l1": 1}[norm]
+    x = (images * 0.5 + 0.25).double()
+    delta = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    size = torch.linalg.vector_norm(delta.flatten(1), order, dim=1).view(-1, 1, 1, 1)
+    _, judge = judged(Seen().double())
+    found = Found(x + delta / size * eps * (1 + beyond))
+    columns = row_columns(judge, x, found, torch.zeros(6, dtype=torch.long), [True] * 6, norm, eps)
+    assert columns["status"] == [status] * 6

@@ -255,6 +255,19 @@ def test_a_run_that_stops_goes_on_and_ends_as_if_it_had_not(tmp_path, monkeypatc
     assert_same(contents(whole.path), contents(folder.path))
 
 
+def test_a_chunk_whose_clean_rows_are_gone_is_looked_at_again(tmp_path):
+    """Every attack of the chunk is there; only what the model makes of its clean photographs is lost."""
+    chosen = suite(attacks=["FGSM"])
+    folder, done = start(tmp_path / "r", chosen)
+    assert done
+    before = contents(folder.path)
+    lost = [path for path in (folder.path / "clean").rglob("*") if path.is_file()]
+    assert len(lost) >= 2
+    lost[0].unlink()
+    assert start(tmp_path / "r", chosen)[1]
+    assert_same(contents(folder.path), before)
+
+
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not(tmp_path):
     """Real processes, real SIGKILL. The whole suite of the acceptance test, killed 20 times, is scripts/kill_run.py."""
     names = ["FGSM", "OrthoPGD", "foolbox:LinfPGD"]
