@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Ensemble", "Model", "Normalized", "borrowed", "fooled"]
+__all__ = ["Ensemble", "Model", "Normalized", "borrowed", "check_finite", "checked_logits", "fooled"]
 
 Model = Callable[[Tensor], Tensor]
 """Images (N, C, H, W) to logits (N, K): an nn.Module or any differentiable function."""
@@ -100,10 +100,91 @@ def fooled(model: Model, adversarials: Tensor, labels: Tensor, targeted: bool = 
     with borrowed(model, adversarials.device) as lent, torch.no_grad():
         for first in range(0, len(adversarials), batch_size):
             part = slice(first, first + batch_size)
-            logits = lent(adversarials[part].clone())  # which a model may write into
+            logits = checked_logits(lent(adversarials[part].clone()), len(adversarials[part]))  # it may write into them
+            check_finite(logits.nan_to_num(posinf=torch.inf, neginf=-torch.inf))  # NaN is no answer
             hit = logits.argmax(1) == labels[part]
             found[part] = (hit if targeted else ~hit) & ~logits.isnan().any(1)
     return found
+
+
+def checked_logits(answer: object, count: int) -> Tensor:
+    """What a model returned for `count` images, if it is logits (count, K), K >= 2, of a floating dtype.
+
+    Raises:
+        ValueError: it is something else; with the line that mends it.
+    """
+    wanted = f"model must return logits of shape ({count}, classes)"
+    if not isinstance(answer, Tensor):
+        place = _place_of_logits(answer, count)
+        mend = (
+            f"attack lambda x: model(x){place} instead, after model.eval()"
+            if place is not None
+            else "return a torch.Tensor, computed by torch if the attack needs a gradient"
+        )
+        raise ValueError(f"{wanted}; got {type(answer).__name__}: {mend}")
+    shape = tuple(answer.shape)
+    if shape == (count,) and not answer.is_floating_point():
+        raise ValueError(
+            f"{wanted}; got {shape} of {answer.dtype}, as of predicted classes: return what they come from"
+        )
+    if shape in ((count,), (count, 1)):
+        column = "model(x).view(-1, 1)" if answer.ndim == 1 else "model(x)"
+        raise ValueError(
+            f"model must return at least two logits per image, shape ({count}, classes); got {shape}. A sigmoid of one "
+            f"logit z is the softmax of (0, z): attack lambda x: torch.nn.functional.pad({column}, (1, 0)), after "
+            "model.eval(), with labels 0 and 1; the sigmoid itself is left out"
+        )
+    if answer.ndim != 2 or len(answer) != count or shape[1] == 0:
+        raise ValueError(f"{wanted}; got {shape}")
+    if not answer.is_floating_point():
+        mend = "abs()" if answer.is_complex() else "float()"
+        gradient = "" if answer.is_complex() else "; integers have no gradient, so only Square can attack them"
+        raise ValueError(
+            f"model must return floating point logits; got {answer.dtype}: attack lambda x: model(x).{mend}, after "
+            f"model.eval(){gradient}"
+        )
+    return answer
+
+
+def _place_of_logits(answer: object, count: int) -> str | None:
+    """Where in a structured answer the logits are, as one would write it behind it; None if they are nowhere."""
+
+    def fits(value: object) -> bool:
+        return isinstance(value, Tensor) and value.ndim == 2 and len(value) == count and value.is_floating_point()
+
+    if isinstance(getattr(answer, "logits", None), Tensor):
+        return ".logits"
+    places: list[tuple[str, object]] = []
+    if isinstance(answer, Mapping):
+        places = [(f"[{key!r}]", value) for key, value in answer.items()]
+        places.sort(key=lambda place: place[0] != "['logits']")
+    elif isinstance(answer, list | tuple):
+        places = [(f"[{k}]", value) for k, value in enumerate(answer)]
+    elif hasattr(answer, "__dict__"):
+        places = [(f".{name}", value) for name, value in vars(answer).items()]
+    return next((place for place, value in places if fits(value)), None)
+
+
+def check_finite(logits: Tensor) -> None:
+    """ValueError if some of the logits (N, K) are NaN or infinite; with the cause and what mends it."""
+    bad = ~logits.isfinite().all(1)
+    if not bool(bad.any()):
+        return
+    sample = int(bad.long().argmax())
+    row = logits[sample]
+    if bool(row.isnan().any()):
+        cause = "NaN: look for a division, a logarithm or a square root of zero, and for NaN in the weights"
+    elif bool((row == torch.inf).any()):
+        cause = f"{row.dtype} overflows: compute in a wider dtype, model.float(), or scale the logits down"
+    else:
+        classes = (row == -torch.inf).nonzero().squeeze(1).tolist()
+        finite = row[row.isfinite()]
+        floor = min(-1e4, 10 * float(finite.amin())) if len(finite) > 0 else -1e4
+        cause = (
+            f"-inf for class {classes[0]}{' and others' if len(classes) > 1 else ''}, as for masked classes, where "
+            f"losses and gradients are NaN: attack lambda x: model(x).clamp(min={floor:.0e}), after model.eval()"
+        )
+    raise ValueError(f"model returned NaN or infinite logits (sample {sample}): {cause}")
 
 
 @contextmanager

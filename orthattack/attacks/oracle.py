@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from orthattack.losses import Goal
-from orthattack.model import Model
+from orthattack.model import Model, check_finite, checked_logits
 
 __all__ = ["Evaluation", "InBatches", "LossFunction", "Oracle", "Precision", "Scorer", "input_gradient"]
 
@@ -174,13 +174,9 @@ class Oracle:
                 "the model changes its input in place, and with it the adversarials: let it write images = images - "
                 "mean instead of images -= mean"
             )
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(points):
-            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"model must return logits of shape ({len(points)}, classes); got {found}")
+        logits = checked_logits(logits, len(points))
         if self._is_first:
-            bad = ~logits.detach().isfinite().all(1)
-            if bool(bad.any()):
-                raise ValueError(f"model returned NaN or infinite logits (sample {int(bad.long().argmax())})")
+            check_finite(logits.detach())
             labels = goal.classes
             outside = (labels < 0) | (labels >= logits.shape[1])
             if bool(outside.any()):

@@ -10,6 +10,7 @@ import torch
 from scipy.stats import binom
 from torch import Tensor
 
+from orthattack.attacks.assumptions import PROBABILITIES, are_probabilities
 from orthattack.eval.data.dataset import evenly
 from orthattack.eval.results.rates import Rate
 
@@ -86,13 +87,7 @@ def _not_finite(statistics: CleanStatistics) -> str | None:
 
 
 def _probabilities(statistics: CleanStatistics) -> str | None:
-    inside = statistics.logits[0] >= 0 and statistics.logits[1] <= 1
-    if not inside or any(abs(total - 1) > 1e-2 for total in statistics.row_sums):  # half precision, 1000 classes
-        return None
-    return (
-        "the model returns probabilities, not logits (all in [0, 1], each row sums to 1): the gradients of a loss on "
-        "them vanish where the model is sure, so attacks look weaker than they are; remove the final softmax"
-    )
+    return PROBABILITIES if are_probabilities(*statistics.logits, statistics.row_sums) else None
 
 
 def _pixels(statistics: CleanStatistics) -> str | None:

@@ -1,0 +1,255 @@
+"""What an attack takes for granted of a model: that it answers each image for itself, twice the same, with logits.
+
+`observe` asks the model about one image, alone and beside another, in two small passes as a rule. The API warns of what
+it finds (`Observer`); the evaluation can do as it likes with the `Behaviour`.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orthattack.model import Model
+
+__all__ = [
+    "DRAWS",
+    "NEEDED",
+    "PROBABILITIES",
+    "Behaviour",
+    "Observer",
+    "are_probabilities",
+    "batch_statistics",
+    "observe",
+    "warn",
+]
+
+DRAWS, NEEDED = 10, 8
+"""A model that draws at random is fooled by an image if `NEEDED` of `DRAWS` fresh answers are wrong: were it right as
+often as wrong, so many would come by chance once in 18 times (a sign test), where a mere majority would twice in 5."""
+
+PROBABILITIES = (
+    "the model returns probabilities, not logits (all in [0, 1], each row sums to 1): the gradients of a loss on them "
+    "vanish where the model is sure, so attacks look weaker than they are; remove the final softmax"
+)
+
+_NOISE = 1e-3
+"""Batches of another size are added up in another order, which moves logits by 1e-5 of their spread at most."""
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """How a model answered about one image; shares of the spread of its logits.
+
+    Attributes:
+        noise: how far two answers to the same image are apart; 0 but for round-off for one that does not draw.
+        dependence: how far the answer moves when another image is put beside it; 0 but for round-off if it is the
+            image's own. Unknown, and 0, for a model that draws.
+        statistics: names of the batch norms that have no running statistics, and use the batch's.
+        probabilities: whether the answers are probabilities.
+    """
+
+    noise: float = 0.0
+    dependence: float = 0.0
+    statistics: tuple[str, ...] = ()
+    probabilities: bool = False
+
+    @property
+    def is_random(self) -> bool:
+        """Whether two answers to the same image differ."""
+        return self.noise > 0
+
+    @property
+    def is_of_the_batch(self) -> bool:
+        """Whether an answer depends on what else is in the batch."""
+        return self.dependence > 0 or (self.is_random and len(self.statistics) > 0)
+
+    def on_randomness(self) -> str | None:
+        """What to say of a model that draws; None of one that does not."""
+        if not self.is_random:
+            return None
+        return (
+            "the model draws at random or keeps a state: two answers to the same image differ by "
+            f"{self.noise:.2g} of the logits' spread. A success is reported where at least {NEEDED} of {DRAWS} fresh "
+            "answers confirm it; a gradient of one draw says little, so average them with eot_samples, such as 20"
+        )
+
+    def on_batches(self) -> str | None:
+        """What to say of a model whose answers depend on the batch; None of one whose do not."""
+        if not self.is_of_the_batch:
+            return None
+        found = (
+            f", beside another image its logits move by {self.dependence:.2g} of their spread"
+            if self.dependence > 0
+            else ""
+        )
+        cause = "it may use statistics of the batch, or mix its images"
+        if self.statistics:
+            names = ", ".join(map(repr, self.statistics[:3])) + (", ..." if len(self.statistics) > 3 else "")
+            cause = f"batch norm without running statistics ({names}) uses those of the batch"
+        return (
+            f"the model's answer to an image depends on the rest of its batch{found}: {cause}. What fools it in one "
+            "batch may not in another, and results change with the batch size; give the norms running statistics "
+            "(track_running_stats=True), or attack lambda x: torch.cat([model(one[None]) for one in x])"
+        )
+
+
+def observe(lent: Model, images: Tensor, bounds: tuple[float, float] = (0, 1), module: object = None) -> Behaviour:
+    """How a model answers about the first of `images`, alone and beside another image that is made from it.
+
+    Random states of torch, NumPy and Python, and the model's buffers, are what they were when it returns. A model that
+    fails, or whose answer is not logits, shows nothing here: its own first pass says why.
+
+    Args:
+        lent: images (N, C, H, W) to logits (N, K), in evaluation mode.
+        images: (N, C, H, W), N >= 1.
+        bounds: smallest and largest pixel value.
+        module: where to look for batch norms and buffers, if not in `lent`.
+    """
+    module = lent if module is None else module
+    # What torch.compile made would be compiled anew for each of these batches.
+    ask: Model = getattr(lent, "_orig_mod", lent)
+    image, (low, high) = images[:1].detach(), bounds
+    beside = [low + 0.8 * (high - image.flip(-1)), low + 0.8 * (image.flip(-2) - low)]
+    with _untouched(module, image.device), torch.no_grad():
+        before = _random_states(image.device)
+        alone = _answer(ask, image)
+        draws = _random_states(image.device) != before
+        pair = _answer(ask, torch.cat([image, beside[0]]))
+        if pair is None:
+            return Behaviour()
+        seen = pair if alone is None else torch.cat([alone, pair])
+        probabilities = are_probabilities(float(seen.amin()), float(seen.amax()), seen.sum(1).tolist())
+        first = pair[:1] if alone is None else alone
+        spread = max(float(first.amax() - first.amin()), 1e-3 * float(first.abs().amax()), 1e-300)
+
+        def share(a: Tensor, b: Tensor) -> float:
+            return float((a - b).abs().amax()) / spread
+
+        statistics = tuple(batch_statistics(module))
+        if not draws and alone is not None and share(alone, pair[:1]) == 0:
+            return Behaviour(0.0, 0.0, statistics, probabilities)
+        # Something differs, if only by round-off: twice the same question, in a batch of the same size.
+        smallest = max(1e-4 if image.is_cuda else 1e-5, 8 * _epsilon(pair))
+        for _ in range(DRAWS if draws else 1):
+            again = _answer(ask, torch.cat([image, beside[0]]))
+            if again is not None and (noise := share(again[:1], pair[:1])) > smallest:
+                return Behaviour(noise, 0.0, statistics, probabilities)
+        other = _answer(ask, torch.cat([image, beside[1]]))
+        dependence = 0.0 if other is None else share(other[:1], pair[:1])
+        tolerance = max(_NOISE, 8 * _epsilon(pair))
+        if dependence <= tolerance and alone is not None:
+            # A rounding inside the model may turn round-off into a whole unit, so more is asked of the size alone.
+            dependence, tolerance = share(alone, pair[:1]), max(0.05, 8 * _epsilon(pair))
+        return Behaviour(0.0, dependence if dependence > tolerance else 0.0, statistics, probabilities)
+
+
+class Observer:
+    """Looks at a model once for each of its states, and warns once of each thing found."""
+
+    def __init__(self) -> None:
+        self._state: tuple[object, ...] | None = None
+        self._behaviour = Behaviour()
+        self._said: set[str] = set()
+
+    def of(self, model: Model, lent: Model, images: Tensor, bounds: tuple[float, float]) -> Behaviour:
+        """The behaviour of the borrowed model `lent`, asked for only if `model` has changed since the last time."""
+        state = _state(model)
+        if state != self._state:
+            self._behaviour, self._state = observe(lent, images, bounds, model), state
+        return self._behaviour
+
+    def say(self, kind: str, message: str | None) -> None:
+        """Warn, unless it has been said, or there is nothing to say."""
+        if message is not None and kind not in self._said:
+            self._said.add(kind)
+            warn(message)
+
+
+def batch_statistics(model: object) -> list[str]:
+    """Names of the batch norms that use the batch's statistics in evaluation mode too, having none of their own."""
+    named = model.named_modules() if isinstance(model, nn.Module) else []
+    return [
+        name or type(module).__name__
+        for name, module in named
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None
+    ]
+
+
+def are_probabilities(low: float, high: float, sums: Iterable[float]) -> bool:
+    """Whether logits from `low` to `high`, with these sums per image, are probabilities."""
+    return low >= 0 and high <= 1 and all(abs(total - 1) <= 1e-2 for total in sums)  # half precision, 1000 classes
+
+
+def warn(message: str) -> None:
+    """Warn, with the line that called this package as the place."""
+    frame, level = sys._getframe(), 1
+    while frame.f_globals.get("__name__", "").partition(".")[0] == "orthattack" and frame.f_back is not None:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+def _answer(model: Model, images: Tensor) -> Tensor | None:
+    """Finite logits (N, K), or None if there are none."""
+    try:
+        logits = model(images.clone())
+    except Exception:  # a model's own code may raise anything, and will again where it is not caught
+        return None
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] == 0:
+        return None
+    usable = logits.is_floating_point() and bool(logits.isfinite().all())
+    return logits.detach() if usable else None
+
+
+def _epsilon(logits: Tensor) -> float:
+    return torch.finfo(logits.dtype).eps
+
+
+def _state(model: Model) -> tuple[object, ...]:
+    """What may change how a module answers: its parts and their settings, not the values of its weights."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    settings = [
+        (name, value)
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, bool | float | str) and name != "training"  # an int may be a counter
+    ]
+    missing = [[name for name, buffer in module._buffers.items() if buffer is None] for module in modules]
+    return (id(model), [id(module) for module in modules], settings, missing)
+
+
+def _random_states(device: torch.device) -> list[Any]:
+    """Where each stream of random numbers is that a model may draw from."""
+    states: list[Any] = [random.getstate(), torch.get_rng_state().tolist()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device).tolist())
+    if (numpy := sys.modules.get("numpy.random")) is not None:
+        _, key, *at = numpy.get_state()
+        states.append((key.tobytes(), at))
+    return states
+
+
+@contextmanager
+def _untouched(module: object, device: torch.device) -> Iterator[None]:
+    """Random states and buffers come back as they were."""
+    buffers = [(b, b.clone()) for b in module.buffers()] if isinstance(module, nn.Module) else []
+    python, numpy = random.getstate(), sys.modules.get("numpy.random")
+    array = None if numpy is None else numpy.get_state()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            if numpy is not None:
+                numpy.set_state(array)
+            for kept, value in buffers:
+                if not torch.equal(kept, value):
+                    with torch.inference_mode(kept.is_inference()):
+                        kept.copy_(value)
