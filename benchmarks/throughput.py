@@ -1,25 +1,24 @@
 """How much of an evaluation's time is the attack: decoding, judging, storing and all else beside the bare attack.
 
-    python benchmarks/throughput.py --data FOLDER --labels CSV [--steps 10 50] [--attacks PGD OrthoPGD] [--threads 2]
-
-A torchvision ResNet-18 at 224x224 with weights from a file (random ones: they change no time) and original-size
-photographs. For each number of steps the bare attack runs on images that are decoded already, in the same batches, and
-then the evaluation, from files to rows; both are timed in one process. Everything is attacked, also what the model
-gets wrong.
+A torchvision ResNet-18 at 224x224 with weights from a file (random ones: they change no time) and original-size images.
+For each number of steps the bare attack runs on images that are decoded already, in the same batches, and then the
+evaluation, from files to rows; both are timed in one process. Everything is attacked, also what the model gets wrong.
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 import torchvision
 from safetensors.torch import save_file
-from tabulate import tabulate
 
+from benchmarks.stored import Row
+from benchmarks.timing import seconds
 from orthattack.eval.attacks.kind import Conditions
 from orthattack.eval.results.stored_run import Run
 from orthattack.eval.running.run import run_suite, suite_source
@@ -27,44 +26,33 @@ from orthattack.eval.storage.run_folder import RunFolder
 from orthattack.eval.suite import Suite, make_suite
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--labels", required=True)
-    parser.add_argument("--steps", type=int, nargs="+", default=[10, 50])
-    parser.add_argument("--attacks", nargs="+", default=["PGD"])
-    parser.add_argument("--limit", type=int)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+def rows(data: str, labels: str, steps: Sequence[int], attacks: Sequence[str], limit: int | None) -> list[Row]:
     torch.manual_seed(0)
-    rows = []
+    found: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
         weights = Path(temporary) / "weights.safetensors"
         save_file(torchvision.models.resnet18().state_dict(), weights)
-        for steps in args.steps:
+        for count in steps:
             suite = make_suite(
                 {
                     "models": [{"name": "resnet18", "weights": str(weights)}],
-                    "data": {"source": args.data, "labels": args.labels, "limit": args.limit},
-                    "attacks": args.attacks,
-                    "steps": steps,
+                    "data": {"source": data, "labels": labels, "limit": limit},
+                    "attacks": list(attacks),
+                    "steps": count,
                     "checks": False,
                     "attack_misclassified": True,
                 },
                 "throughput",
             )
-            bare, count = bare_seconds(suite, steps)
-            start = time.perf_counter()
-            folder = RunFolder(Path(temporary) / f"run-{steps}")
-            assert run_suite(suite, suite_source(suite), folder, progress=False)
-            whole = time.perf_counter() - start
-            table = Run(folder, folder.manifest()).table()
-            attack = float(table["seconds"].sum())
-            rows.append([steps, count, f"{bare:.1f}", f"{whole:.1f}", f"{attack:.1f}", f"{100 * bare / whole:.1f} %"])
-    head = ["steps", "images", "bare attack, s", "evaluation, s", "of it the attack, s", "throughput"]
-    print(f"ResNet-18, 3x224x224, {', '.join(args.attacks)}, {args.threads} threads\n")
-    print(tabulate(rows, head, "github", disable_numparse=True))
+            bare, images = bare_seconds(suite, count)
+            folder = RunFolder(Path(temporary) / f"run-{count}")
+            whole = seconds(partial(run_suite, suite, suite_source(suite), folder, progress=False))
+            attack = float(Run(folder, folder.manifest()).table()["seconds"].sum())
+            found.append(
+                {"steps": count, "images": images, "bare attack, s": round(bare, 1), "evaluation, s": round(whole, 1),
+                 "of it the attack, s": round(attack, 1), "throughput, %": round(100 * bare / whole, 1)}
+            )  # fmt: skip
+    return found
 
 
 def bare_seconds(suite: Suite, steps: int) -> tuple[float, int]:
@@ -86,7 +74,3 @@ def bare_seconds(suite: Suite, steps: int) -> tuple[float, int]:
                 part = slice(at, min(at + suite.batch_size, chunk.stop))
                 runner(images[part], labels[part], range(len(images[part])))
     return time.perf_counter() - start, len(images)
-
-
-if __name__ == "__main__":
-    main()

@@ -28,9 +28,9 @@ EXCUSED = {
     r"orthattack eval --model resnet(18|50) ": "needs ImageNet's photographs and weights, or one's own",
     r"python examples/": "run by test_examples.py",
     r"jupyter execute ": "run by test_examples.py, without writing to the checkout",
-    r"python benchmarks/strength\.py ": "takes hours, and needs data that is not in the package",
-    r"python benchmarks/performance\.py ": "takes minutes on a quiet machine; parts of it run in tests/benchmarks",
-    r"python -m benchmarks\.study": "takes an hour, and needs data that is not in the package; see tests/benchmarks",
+    r"python -m benchmarks (?!study)": "takes minutes on a quiet machine; parts of it run in tests/benchmarks",
+    r"orthattack eval benchmarks/strength": "takes hours, and needs data that is not in the package",
+    r"python -m benchmarks study": "takes an hour, and needs data that is not in the package; see tests/benchmarks",
     r"orthattack eval benchmark\.toml --out .*--(engine|shard) ": "needs a cluster or a store; see tests/faults",
     r"orthattack report s3:": "needs a store; see tests/faults",
 }

@@ -19,7 +19,7 @@ from benchmarks.study.training import BASE
 __all__ = ["PUBLISHED", "render", "write_page"]
 
 HERE = Path(__file__).parent
-PUBLISHED = HERE / "results"
+PUBLISHED = HERE.parent / "results" / "study"
 NOTHING = "*Not measured yet.*"
 
 

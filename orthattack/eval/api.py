@@ -76,7 +76,7 @@ def evaluate(
             listed.append({"name": model.name, "label": name})
         elif isinstance(model, nn.Module):
             raise EvaluationError(
-                "a model at hand must be an orthattack.eval.models.load.Classifier, which says what its input is: "
+                "a model at hand must be an orthattack.eval.models.Classifier, which says what its input is: "
                 "Classifier(name, model, Preprocessing(resize=256, crop=224), None, num_classes=1000, source='mine')"
             )
         else:

@@ -16,7 +16,7 @@ from torch import nn
 from torchvision.models import resnet18, vit_b_16
 
 from benchmarks.study import numbers
-from benchmarks.study.__main__ import main
+from benchmarks.study.command import main
 from benchmarks.study.gradients import blocks, random_cosine
 from benchmarks.study.page import PUBLISHED, render
 from benchmarks.study.panel import unpacked

@@ -273,7 +273,7 @@ def _from_plugin(name: str, weights: str | Path | None, image_size: int | None) 
         if image_size is None:
             raise EvaluationError(
                 f"{name} returned a {type(made).__name__}, which does not say its input's size: pass --image-size, or "
-                "return an orthattack.eval.models.load.Classifier"
+                "return an orthattack.eval.models.Classifier"
             )
         plain = Preprocessing(image_size, image_size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
         classifier = Classifier(name, made, plain, None, 0, name)

@@ -1,0 +1,128 @@
+"""All benchmarks, side by side in one process each; results in benchmarks/results, pages from them.
+
+    python -m benchmarks steps [--models NAME ...] [--batches 1 8 32] [--steps 10] [--rounds 4]
+    python -m benchmarks arithmetic
+    python -m benchmarks accuracy --weights FILE ... --data FOLDER [--limit 300]
+    python -m benchmarks growth
+    python -m benchmarks start
+    python -m benchmarks throughput --data FOLDER --labels CSV [--steps 10 50] [--attacks PGD OrthoPGD]
+    python -m benchmarks workers [--seconds 10]
+    python -m benchmarks driver [--workers 256]
+    python -m benchmarks report
+    python -m benchmarks study ...
+
+`steps`: time per gradient step and image, and peak memory, beside the bare step, Foolbox and torchattacks.
+`arithmetic`: the attack's own step beside the model's. `accuracy`: seconds and gradient calls to the robust accuracy
+that Foolbox's LinfPGD reaches. `growth`: time against image size and number of images. `start`: of the import and of
+--help. `throughput`: how much of an evaluation's time is the attack. `workers`, `driver`: what Ray costs, and how many
+workers its driver can feed. `report` writes the stored tables into docs/performance.md and docs/strength.md, and draws
+the plots. `study` is docs/study.md's; it has options of its own. The device is the GPU if there is one.
+
+How strong the attacks are is a suite of the evaluation: orthattack eval benchmarks/strength.toml
+
+torchattacks is needed beside the package: pip install torchattacks --no-deps
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["study"]:
+        from benchmarks.study.command import main as study
+
+        return study(argv[1:])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    timed = argparse.ArgumentParser(add_help=False)
+    timed.add_argument("--threads", type=int, default=2)
+    timed.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    rounds = argparse.ArgumentParser(add_help=False)
+    rounds.add_argument("--rounds", type=int, default=4)
+    steps = what.add_parser("steps", parents=[timed, rounds])
+    steps.add_argument("--models", nargs="+", metavar="NAME", default=["resnet18"])
+    steps.add_argument("--batches", type=int, nargs="+", default=[8])
+    steps.add_argument("--steps", type=int, default=10)
+    steps.add_argument("--size", type=int, default=224)
+    steps.add_argument("--only", nargs="+", metavar="CANDIDATE", help="rows to measure")
+    arithmetic = what.add_parser("arithmetic", parents=[timed])
+    arithmetic.add_argument("--rounds", type=int, default=15)
+    arithmetic.add_argument("--batch-size", type=int, default=8)
+    accuracy = what.add_parser("accuracy", parents=[timed, rounds])
+    accuracy.add_argument("--weights", type=Path, nargs="+", required=True, help="of ResNet-18s for 64x64 images")
+    accuracy.add_argument("--data", required=True, help="their images")
+    accuracy.add_argument("--limit", type=int, default=300)
+    what.add_parser("growth", parents=[timed, rounds])
+    what.add_parser("start", parents=[timed, rounds])
+    throughput = what.add_parser("throughput", parents=[timed])
+    throughput.add_argument("--data", required=True)
+    throughput.add_argument("--labels", required=True)
+    throughput.add_argument("--steps", type=int, nargs="+", default=[10, 50])
+    throughput.add_argument("--attacks", nargs="+", default=["PGD"])
+    throughput.add_argument("--limit", type=int)
+    workers = what.add_parser("workers", parents=[timed])
+    workers.add_argument("--seconds", type=float, default=10)
+    workers.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4], help="0 is a plain process")
+    workers.add_argument("--alone", help=argparse.SUPPRESS)  # one plain process: STEPS,UNITS,FOLDER,I,N
+    driver = what.add_parser("driver", parents=[timed])
+    driver.add_argument("--workers", type=int, default=256)
+    driver.add_argument("--sleep", type=float, default=5)
+    driver.add_argument("--sleeping-units", type=int, default=1280)
+    report = what.add_parser("report")
+    report.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    report.add_argument("--docs", type=Path, default=ROOT / "docs")
+    what.add_parser("study", help="see python -m benchmarks study --help")
+    return _run(parser.parse_args(argv))
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.what == "report":
+        from benchmarks import report
+
+        print(*report.write(args.docs, args.results), sep="\n")
+        return 0
+    from benchmarks import accuracy, arithmetic, growth, steps, throughput, workers
+    from benchmarks.stored import keep
+
+    torch.set_num_threads(args.threads)
+    if args.what == "steps":
+        for name in args.models:
+            for batch in args.batches:
+                rows = steps.step_rows(name, batch, args.size, args.steps, args.rounds, args.only)
+                keep("steps", f"{name}-{batch}-{args.steps}", rows, args.threads, args.out)
+    elif args.what == "arithmetic":
+        keep("arithmetic", "resnet18", arithmetic.rows(args.batch_size, args.rounds), args.threads, args.out)
+    elif args.what == "accuracy":
+        for weights in args.weights:
+            rows = accuracy.accuracy_rows(weights, args.data, args.limit, args.rounds)
+            keep("accuracy", weights.stem, rows, args.threads, args.out)
+    elif args.what == "growth":
+        keep("growth", "growth", [*growth.size_rows(args.rounds), *growth.count_rows()], args.threads, args.out)
+    elif args.what == "start":
+        keep("start", "start", growth.start_rows(args.rounds), args.threads, args.out)
+    elif args.what == "throughput":
+        rows = throughput.rows(args.data, args.labels, args.steps, args.attacks, args.limit)
+        keep("throughput", "-".join(args.attacks), rows, args.threads, args.out)
+    elif args.what == "driver":
+        keep("driver", f"{args.workers}-workers", workers.driver_rows(args.workers, args.sleep, args.sleeping_units),
+             args.threads, args.out)  # fmt: skip
+    elif args.alone:
+        count, units, folder, i, n = args.alone.split(",")
+        workers.plain(int(count), int(units), Path(folder), (int(i), int(n)))
+    else:
+        keep("workers", "OrthoPGD", workers.cost_rows(args.seconds, args.workers), 1, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

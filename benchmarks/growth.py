@@ -1,0 +1,53 @@
+"""Time against image size and number of images, and of the start."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import partial
+
+import torch
+
+from benchmarks.steps import EPS, pictures, step_rows
+from benchmarks.stored import Row
+from benchmarks.timing import DEVICE, peak_memory, side_by_side
+from benchmarks.timing import seconds as seconds_of
+from orthattack import OrthoPGD
+from orthattack.eval.models import load_classifier
+
+
+def size_rows(rounds: int) -> list[Row]:
+    shown = ("Foolbox LinfPGD", "bare step", "PGD", "OrthoPGD")
+    measured = [row for size in (64, 128, 224, 320, 512) for row in step_rows("resnet18", 2, size, 3, rounds, shown)]
+    return [{"against": "size", "x": row["size"], "candidate": row["candidate"], "ms": row["ms"]} for row in measured]
+
+
+def count_rows() -> list[Row]:
+    """Seconds for 10^2 to 10^4 images of 32x32 in one call, and the memory that the attack needs."""
+    classifier = load_classifier("cifar10-standard")
+    model = classifier.model.to(DEVICE)
+    rows = []
+    for count in (100, 1_000, 10_000):
+        images = pictures(100, 32).repeat(count // 100, 1, 1, 1).to(DEVICE)
+        labels = torch.zeros(count, dtype=torch.long, device=DEVICE)
+        attack = OrthoPGD(model, eps=EPS, steps=3)
+        run, seconds = partial(attack.run, images, labels, batch_size=50), list[float]()
+        memory = peak_memory(lambda run=run, seconds=seconds: seconds.append(seconds_of(run)))  # type: ignore[misc]
+        rows.append({"against": "count", "x": count, "candidate": "OrthoPGD", "seconds": seconds, "peak MB": memory})
+    return rows
+
+
+def start_rows(rounds: int) -> list[Row]:
+    commands = {
+        "import orthattack": [sys.executable, "-c", "import orthattack"],
+        "import torch": [sys.executable, "-c", "import torch"],
+        "from orthattack import OrthoPGD": [sys.executable, "-c", "from orthattack import OrthoPGD"],
+        "orthattack --help": [sys.executable, "-m", "orthattack", "--help"],
+    }
+    runs = {
+        name: partial(subprocess.run, command, check=True, stdout=subprocess.DEVNULL)
+        for name, command in commands.items()
+    }
+    return [
+        {"command": name, "seconds": [round(s, 3) for s in times]} for name, times in side_by_side(runs, rounds).items()
+    ]

@@ -1,0 +1,113 @@
+"""Pages and plots of what is stored."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from tabulate import tabulate
+
+from benchmarks import plots
+from benchmarks.steps import PEERS
+from benchmarks.stored import RESULTS, Row, Table, by_machine, medians, shown, stored
+
+PAGES = ("performance.md", "strength.md")
+STRENGTH_EPS = {"linf": 4 / 255, "l2": 0.5}
+CLEAN_OF_1000 = 703  # of the robust ResNet-18 of docs/strength.md
+
+
+def tables(folder: Path = RESULTS) -> dict[str, str]:
+    """Each stored table in Markdown, by "WHAT/MACHINE/NAME", and the summary of the steps."""
+    makers = {"steps": _steps_table, "accuracy": _accuracy_table, "strength": _strength_table}
+    found = {}
+    for file in stored(folder):
+        for table in file.tables:
+            found[f"{file.what}/{file.machine}/{table.name}"] = makers.get(file.what, _plain_table)(table)
+    steps = by_machine(folder, "steps")
+    return found | ({"summary": _summary(steps.values())} if steps else {})
+
+
+def write(docs: Path, folder: Path = RESULTS) -> list[Path]:
+    """Fill the tables into the pages that have a place for them, and draw the plots; returns the pages."""
+    content = tables(folder)
+    pages = [docs / name for name in PAGES]
+    for page in pages:
+        page.write_text(filled(page.read_text(encoding="utf-8"), content), encoding="utf-8")
+    plots.draw(folder, docs / "figures")
+    return pages
+
+
+def filled(page: str, content: Mapping[str, str]) -> str:
+    """A page with each table between its two comments, ``<!-- NAME -->`` and ``<!-- /NAME -->``."""
+    for name, table in content.items():
+        comments = f"<!-- {name} -->", f"<!-- /{name} -->"
+        pattern = re.escape(comments[0]) + ".*?" + re.escape(comments[1])
+        block = f"{comments[0]}\n\n{table}\n\n{comments[1]}"
+        page = re.sub(pattern, lambda _, block=block: block, page, flags=re.DOTALL)  # type: ignore[misc]
+    return page
+
+
+def _plain_table(content: Table) -> str:
+    return f"{content.hardware}:\n\n{tabulate(shown(content.rows), 'keys', 'github')}"
+
+
+def _steps_table(content: Table) -> str:
+    rows: list[Row] = list(content.rows)
+    middle = medians(rows)
+    table = [
+        [row["candidate"], f"{middle[row['candidate']]:.2f}", f"{min(row['ms']):.2f} to {max(row['ms']):.2f}",
+         *(f"{middle[row['candidate']] / middle[of]:.2f}" for of in PEERS),
+         f"{row['peak MB']:.0f}"]
+        for row in rows
+    ]  # fmt: skip
+    head = ["", "ms", "range", "of the bare step", "of torchattacks'", "of Foolbox's", "peak MB"]
+    about = f"{rows[0]['model']}, batch {rows[0]['batch']}, {rows[0]['steps']} steps, rounds: {len(rows[0]['ms'])}"
+    return f"{about} ({content.hardware}):\n\n{tabulate(table, head, 'github', disable_numparse=True)}"
+
+
+def _summary(machines: Iterable[Sequence[Table]]) -> str:
+    """All models and batches, a table for each hardware: time of a step in parts of Foolbox's."""
+    columns = ["bare step", "torchattacks PGD", "PGD", "OrthoPGD", "OrthoPGD, bfloat16", "PGD, optimize",
+               "OrthoPGD, optimize", "OrthoPGD, bfloat16, optimize"]  # fmt: skip
+    found = []
+    for contents in machines:
+        here: list[list[Row]] = [list(content.rows) for content in contents]
+        here.sort(key=lambda rows: [rows[0][key] for key in ("model", "batch", "steps")])
+        present = [name for name in columns if any(name in medians(rows) for rows in here)]
+        table = []
+        for rows in here:
+            middle = medians(rows)
+            theirs = middle["Foolbox LinfPGD"]
+            ratios = (f"{middle[name] / theirs:.2f}" if name in middle else "–" for name in present)
+            table.append([rows[0]["model"], rows[0]["batch"], rows[0]["steps"], f"{theirs:.1f}", *ratios])
+        head = ["model", "batch", "steps", "Foolbox, ms", *present]
+        found.append(f"{contents[0].hardware}:\n\n{tabulate(table, head, 'github', disable_numparse=True)}")
+    return "\n\n".join(found)
+
+
+def _accuracy_table(content: Table) -> str:
+    rows: list[Row] = list(content.rows)
+    first = statistics.median(rows[0]["seconds"])
+    table = [
+        [row["candidate"], row["steps"], f"{row['robust accuracy']:.1f} %", f"{row['gradient calls']:.1f}",
+         f"{statistics.median(row['seconds']):.1f}", f"{statistics.median(row['seconds']) / first:.2f}"]
+        for row in rows
+    ]  # fmt: skip
+    head = ["", "steps", "robust accuracy", "gradient calls per image", "seconds", "of Foolbox's"]
+    about = f"{rows[0]['model']}, {rows[0]['images']} images ({content.hardware}):"
+    return f"{about}\n\n{tabulate(table, head, 'github', disable_numparse=True)}"
+
+
+def _strength_table(content: Table) -> str:
+    """Robust accuracy over all images: `robust` has a digit for each that the model classifies correctly."""
+    clean = CLEAN_OF_1000 / 1000
+    table = [
+        [row["attack"], f"{100 * clean * row['robust'].count('1') / len(row['robust']):.1f} %",
+         f"{row['max |cos|']:.1e}", f"{row['max norm'] / STRENGTH_EPS[content.name]:.7f}",
+         f"{row['gradients']:.0f}", f"{row['forwards']:.0f}"]
+        for row in content.rows
+    ]  # fmt: skip
+    head = ["attack", "robust accuracy", "max \\|cos\\|", "max norm / eps", "gradients", "forwards"]
+    return tabulate(table, head, "github", disable_numparse=True)
