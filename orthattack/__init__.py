@@ -31,6 +31,9 @@ if TYPE_CHECKING:
         OrthoSquare,
         Square,
     )
+    from orthattack.lending import (
+        ModelChangedError,
+    )
     from orthattack.model import (
         Ensemble,
         Normalized,
@@ -59,6 +62,7 @@ __all__ = [
     "DetectorEvasion",
     "Ensemble",
     "MinimumNorm",
+    "ModelChangedError",
     "Normalized",
     "OrthoAPGD",
     "OrthoAutoAttack",
@@ -102,6 +106,7 @@ _HOME = {
     ),
     **dict.fromkeys(["Ensemble", "Normalized", "fooled"], "orthattack.model"),
     **dict.fromkeys(["alignment", "orthogonalize", "orthonormal_basis", "remove_directions"], "orthattack.projection"),
+    "ModelChangedError": "orthattack.lending",
     "ThreatModel": "orthattack.threat",
 }
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from orthattack import PGD, Normalized, OrthoPGD, fooled
-from orthattack.model import borrowed
+from orthattack.lending import borrowed
 
 
 class Counting(nn.Module):

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from orthattack.attacks.optimize import FastCopy, Optimize
 from orthattack.attacks.oracle import Evaluation, InBatches, LossFunction, Oracle, Precision, Scorer
 from orthattack.attacks.steps import Reference
+from orthattack.lending import borrowed
 from orthattack.losses import Goal, Loss, attack_loss
-from orthattack.model import Model, borrowed
+from orthattack.model import Model
 from orthattack.projection import Scope
 from orthattack.threat import Direction, Norm, Region, ThreatModel, perturbation_norm
 
