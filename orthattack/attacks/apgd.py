@@ -61,6 +61,8 @@ class OrthoAPGD(Attack):
         model: arguments as for `APGD`, and `scope`, `directions`, `enforce`, `reference` as for `OrthoPGD`.
     """
 
+    family = "APGD"
+
     def __init__(
         self,
         model: Model,

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
-from typing import Literal, Protocol, TypedDict, get_args
+from typing import ClassVar, Literal, Protocol, TypedDict, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,18 @@ from orthattack.model import Model
 from orthattack.projection import Scope
 from orthattack.threat import Direction, Norm, Region, ThreatModel, perturbation_norm
 
-__all__ = ["Attack", "AttackResult", "Best", "Enforce", "Options", "OrthoOptions", "Search", "Task", "check_count"]
+__all__ = [
+    "Attack",
+    "AttackResult",
+    "Best",
+    "Card",
+    "Enforce",
+    "Options",
+    "OrthoOptions",
+    "Search",
+    "Task",
+    "check_count",
+]
 
 Enforce = Literal["perturbation", "gradient"]
 
@@ -209,12 +220,38 @@ class Search(Protocol):
         """Search, from `start` (points of the region) if given."""
 
 
+@dataclass(frozen=True)
+class Card:
+    """What an attack says it is, for whoever runs it beside others.
+
+    Attributes:
+        family: what it is a form of, such as "PGD" for `PGD` and `OrthoPGD`: each other's baselines.
+        scope: which vectors it is orthogonal to the image's in, see `ThreatModel`; None: in none.
+        directions: what else it is orthogonal to.
+        exact: the perturbation itself keeps that; otherwise only each gradient is projected.
+        minimal: it looks for the smallest perturbation instead of filling a ball.
+    """
+
+    family: str
+    scope: Scope | None = None
+    directions: tuple[Direction, ...] = ()
+    exact: bool = True
+    minimal: bool = False
+
+    @property
+    def is_orthogonal(self) -> bool:
+        """Whether it is orthogonal to anything, exactly or not."""
+        return self.scope is not None or len(self.directions) > 0
+
+
 class Attack:
     """A model, a threat model and a search: call it with images and labels.
 
     ``attack(images, labels)`` returns the adversarial images, ``attack.run(images, labels)`` an `AttackResult`.
     Concrete attacks document their arguments.
     """
+
+    family: ClassVar[str | None] = None  # by default the class's name
 
     def __init__(
         self,
@@ -264,6 +301,13 @@ class Attack:
         self._oracle = oracle
         # Its own stream, so that an attack leaves the global one alone; seeded by torch.manual_seed all the same.
         self.generator = torch.Generator().manual_seed(torch.initial_seed()) if generator is None else generator
+
+    @property
+    def card(self) -> Card:
+        """What it is: its family, and what its perturbations are orthogonal to."""
+        threat = self.threat
+        family = self.family or type(self).__name__
+        return Card(family, threat.scope, tuple(threat.directions), self.enforce == "perturbation")
 
     def __repr__(self) -> str:
         threat = self.threat

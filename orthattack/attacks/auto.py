@@ -108,6 +108,8 @@ class OrthoAutoAttack(Attack):
         model: arguments as for `AutoAttack`, and `scope`, `directions`, `enforce`, `reference` as for `OrthoPGD`.
     """
 
+    family = "AutoAttack"
+
     def __init__(
         self,
         model: Model,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, final
 
 import torch
 from torch import Tensor
 
-from orthattack.attacks.attack import Attack, AttackResult, Task, check_count
+from orthattack.attacks.attack import Attack, AttackResult, Card, Task, check_count
 
 __all__ = ["MinimumNorm"]
 
@@ -57,6 +58,11 @@ class MinimumNorm:
         if not (math.isfinite(max_eps) and max_eps > 0):
             raise ValueError(f"max_eps must be a finite radius > 0, in pixel units; got {max_eps!r}")
         self.attack, self.max_eps, self.trials = attack, max_eps, trials
+
+    @property
+    def card(self) -> Card:
+        """What it is: minimal, and orthogonal to what its attack is orthogonal to."""
+        return replace(self.attack.card, family="MinimumNorm", minimal=True)
 
     def __repr__(self) -> str:
         return f"MinimumNorm({self.attack!r}, max_eps={self.max_eps:.6g}, trials={self.trials})"

@@ -75,6 +75,8 @@ class OrthoPGD(Attack):
     (True, True)
     """
 
+    family = "PGD"
+
     def __init__(
         self,
         model: Model,
@@ -180,6 +182,8 @@ class OrthoFGSM(Attack):
     >>> float(OrthoFGSM(model, eps=8 / 255).run(images, labels).cosine.max()) <= 1e-6
     True
     """
+
+    family = "FGSM"
 
     def __init__(
         self,
@@ -288,6 +292,8 @@ class OrthoMIFGSM(Attack):
         model: arguments as for `MIFGSM`, and `scope`, `directions`, `enforce`, `reference` as for `OrthoPGD`.
     """
 
+    family = "MIFGSM"
+
     def __init__(
         self,
         model: Model,
@@ -328,6 +334,8 @@ class NIFGSM(Attack):
 @final
 class OrthoNIFGSM(Attack):
     """`NIFGSM` whose perturbation stays orthogonal to the image. Arguments as for `OrthoMIFGSM`."""
+
+    family = "NIFGSM"
 
     def __init__(
         self,

@@ -196,6 +196,8 @@ class OrthoSquare(Attack):
         model: arguments as for `Square`, and `scope` and `directions` as for `OrthoPGD`.
     """
 
+    family = "Square"
+
     def __init__(
         self,
         model: Model,

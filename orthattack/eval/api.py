@@ -13,6 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from orthattack.attacks.attack import Attack
+from orthattack.attacks.minimum import MinimumNorm
+from orthattack.eval.attacks.kind import described
+from orthattack.eval.attacks.ours import attack_kind
 from orthattack.eval.attacks.user import user_attack
 from orthattack.eval.checks.assess import assess
 from orthattack.eval.data.load import Photographs
@@ -22,7 +26,7 @@ from orthattack.eval.report.text import write_report
 from orthattack.eval.results.stored_run import Run
 from orthattack.eval.running.run import run_suite, suite_source
 from orthattack.eval.storage.run_folder import RunFolder
-from orthattack.eval.suite import make_suite
+from orthattack.eval.suite import AttackSpec, is_json, make_suite
 
 __all__ = ["evaluate", "reported", "run_folder"]
 
@@ -47,9 +51,10 @@ def evaluate(
         models: names (see `load_classifier`), tables as in a suite (``{"name": "resnet18", "weights": "my.pt"}``), or
             `Classifier` objects; a mapping gives them labels.
         data: a source by name, a table as in a suite, or `Photographs`.
-        attacks: names, tables as in a suite (``{"name": "PGD", "steps": 50}``), or, in a mapping from labels, also
-            functions: ``attack(model)(images, labels)`` returns adversarial images. What a function draws at random is
-            seeded for each batch.
+        attacks: names, tables as in a suite (``{"name": "PGD", "steps": 50}``), in which options may also be tensors
+            and functions (``directions``, ``loss``, and ``detector`` of ``DetectorEvasion``), or, in a mapping from
+            labels, also functions: ``attack(model)(images, labels)`` returns adversarial images. What a function draws
+            at random is seeded for each batch.
         out: the run's folder, or its URL in a store that fsspec knows; the same call goes on with what is in it. By
             default a new one under ``runs/``.
         device: where to compute.
@@ -82,16 +87,28 @@ def evaluate(
         else:
             listed.append(_labelled(label, model))
     functions: dict[str, Callable[..., Any]] = {}
+    at_hand: dict[str, dict[str, Any]] = {}  # options that a manifest can only describe, by the attack's label
     wanted: list[Any] = []
     for label, attack in attacks.items() if isinstance(attacks, Mapping) else [(None, a) for a in attacks or ()]:
+        if isinstance(attack, Attack | MinimumNorm):
+            raise EvaluationError(
+                f"{type(attack).__name__} is bound to a model already; name it, or give a function that makes it for a "
+                'model: attacks={"mine": lambda model, eps, steps: OrthoPGD(model, eps=eps, steps=steps)}'
+            )
         if callable(attack):
-            assert label is not None
+            if label is None:
+                raise EvaluationError('a function needs a label: attacks={"mine": function}')
             functions[label] = attack
             wanted.append(
                 {"name": f"function:{getattr(attack, '__qualname__', type(attack).__name__)}", "label": label}
             )
-        else:
-            wanted.append(_labelled(label, attack))
+            continue
+        table = _labelled(label, attack)
+        if isinstance(table, Mapping):
+            own = {key for key, value in table.items() if key not in AttackSpec.model_fields and not is_json(value)}
+            at_hand[str(table.get("label", table.get("name")))] = {key: table[key] for key in own}
+            table = {key: described(value) if key in own else value for key, value in table.items()}
+        wanted.append(table)
     content: dict[str, Any] = {"models": listed, "data": data, **options}
     if isinstance(data, Photographs):
         content["data"] = {"source": data.name}
@@ -101,7 +118,7 @@ def evaluate(
     kinds = {
         spec.label: user_attack(spec.name, functions[spec.label], spec.parameters)
         if spec.label in functions
-        else spec.kind()
+        else attack_kind(spec.name, spec.parameters | at_hand.get(spec.label, {}))
         for spec in suite.attacks
     }
     source = suite_source(suite, kinds, classifiers, data if isinstance(data, Photographs) else None)

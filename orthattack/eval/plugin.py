@@ -1,16 +1,33 @@
-"""A person's own code: ``package.module:function``, found and called."""
+"""A person's own code: ``package.module:function``, found and called, and what it changes of the process put back."""
 
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from orthattack.eval.errors import FAILURES, EvaluationError, first_line
 
-__all__ = ["call", "find", "is_plugin"]
+__all__ = ["call", "find", "is_plugin", "kept_process"]
+
+
+@contextmanager
+def kept_process() -> Iterator[None]:
+    """Put back the current directory, the environment's variables and the warnings' filters."""
+    place, variables = Path.cwd(), dict(os.environ)
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        if variables != dict(os.environ):
+            os.environ.clear()
+            os.environ.update(variables)
+        os.chdir(place)
 
 
 def is_plugin(name: str) -> bool:

@@ -31,6 +31,7 @@ __all__ = [
     "ModelSpec",
     "Suite",
     "differences",
+    "is_json",
     "make_suite",
     "parse_fraction",
     "read_suite",
@@ -67,12 +68,12 @@ def _labelled(value: Any) -> Any:
     return value
 
 
-def _is_json(value: object) -> bool:
+def is_json(value: object) -> bool:
     """Whether a value can be kept in a manifest; others come from Python, or are TOML's dates."""
     if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_json(item) for key, item in value.items())
+        return all(isinstance(key, str) and is_json(item) for key, item in value.items())
     if isinstance(value, list | tuple):
-        return all(map(_is_json, value))
+        return all(map(is_json, value))
     return value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
 
 
@@ -161,7 +162,7 @@ class AttackSpec(BaseModel):
     @model_validator(mode="after")
     def _storable(self) -> AttackSpec:
         for key, value in (self.model_extra or {}).items():
-            if not _is_json(value):
+            if not is_json(value):
                 raise ValueError(
                     f"{key} must be text, a finite number, true or false, or a list of these; got {value!r}"
                 )
@@ -285,7 +286,7 @@ class Suite(_Strict):
             kind.check(norm, self.steps)
             for seed in self.seeds:
                 label = attack.label if len(self.seeds) == 1 else f"{attack.label} (seed {seed})"
-                radii = (None,) if kind.minimal else attack.eps or self.eps
+                radii = (None,) if kind.card.minimal else attack.eps or self.eps
                 found += [Entry(attack, kind, norm, eps, seed, label) for eps in radii]
         return found
 
@@ -304,10 +305,9 @@ class Suite(_Strict):
                 continue
             for other in self.attacks:
                 theirs = kinds[other.label]
-                plain = theirs.source != "orthattack" or (
-                    kind.name.startswith("Ortho") and not theirs.name.startswith("Ortho")
-                )
-                if other is not attack and theirs.family == kind.family and (other.norm or self.norm) == norm and plain:
+                plain = theirs.source != "orthattack" or (kind.card.is_orthogonal and not theirs.card.is_orthogonal)
+                of_family = theirs.card.family == kind.card.family
+                if other is not attack and of_family and (other.norm or self.norm) == norm and plain:
                     chosen[attack.label].append(other.label)
         return chosen
 

@@ -3,30 +3,48 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CallCounter"]
+__all__ = ["CallCounter", "Calls"]
+
+
+@dataclass
+class Calls:
+    """How often a model was asked, per sample.
+
+    Attributes:
+        forward: evaluations.
+        gradient: differentiations.
+    """
+
+    forward: int = 0
+    gradient: int = 0
 
 
 class CallCounter(nn.Module):
     """A model that counts, per sample, how often it is evaluated and differentiated, whoever does it.
 
-    It also remembers its last answer without a gradient: an attack that scores what it returns has then done the work
-    of the judge, who sees the model's own answer on the pixels, not what the attack makes of it.
+    It also remembers its last answer without a gradient: an attack of ours that scores what it returns has then done
+    the work of the judge, who sees the model's own answer on the pixels, not what the attack makes of it. What other
+    code had evaluated is not to be recalled: it may have changed the model for the while.
+
+    Args:
+        model: images to logits.
+        calls: where to count; kept by whoever reads it, out of reach of what is written to this module's attributes.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, calls: Calls | None = None) -> None:
         super().__init__()
         self.model = model
-        self.forward_calls = 0
-        self.gradient_calls = 0
+        self._calls = Calls() if calls is None else calls
         self._last: tuple[Tensor, Tensor] | None = None
 
     def forward(self, images: Tensor) -> Tensor:
-        self.forward_calls += len(images)
+        self._calls.forward += len(images)
         if images.requires_grad:
             images.register_hook(self._count_gradient)  # type: ignore[no-untyped-call]
         logits: Tensor = self.model(images)
@@ -52,4 +70,4 @@ class CallCounter(nn.Module):
         return last[1], (last[0] != images).flatten(1).any(1)
 
     def _count_gradient(self, gradient: Tensor) -> None:
-        self.gradient_calls += len(gradient)
+        self._calls.gradient += len(gradient)

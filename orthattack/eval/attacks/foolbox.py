@@ -11,6 +11,7 @@ import torch
 from foolbox.attacks.base import FixedEpsilonAttack, MinimizationAttack
 from torch import Tensor, nn
 
+from orthattack.attacks.attack import Card
 from orthattack.eval.attacks.kind import (
     GIVEN,
     STEP,
@@ -68,7 +69,8 @@ def foolbox_attack(name: str, rest: str, options: dict[str, Any]) -> AttackKind:
         return run
 
     norms: tuple[Norm, ...] = (order,) if order is not None else ("linf", "l2", "l1")
-    return AttackKind(name, "foolbox", options, False, minimal, family(kind.__name__), norms, make)
+    card = Card(family(kind.__name__), minimal=minimal)
+    return AttackKind(name, "foolbox", options, card, norms, make)
 
 
 _FOOLBOX_NORMS: tuple[tuple[str, Norm], ...] = (

@@ -1,22 +1,26 @@
-"""What an attack is to an evaluation, whoever wrote it, and where its random numbers come from."""
+"""What an attack is to an evaluation, whoever wrote it."""
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from orthattack.attacks.attack import Card
 from orthattack.eval.errors import EvaluationError
 from orthattack.threat import Norm
 
 __all__ = [
-    "GIVEN", "STEP", "AttackKind", "Conditions", "Found", "Runner", "check_options", "defaults", "family", "nearest",
+    "GIVEN", "STEP", "AttackKind", "Conditions", "Found", "Probe", "Runner", "check_options", "defaults", "described",
+    "family", "nearest",
 ]  # fmt: skip
 
 Source = Literal["orthattack", "foolbox", "torchattacks", "user"]
@@ -75,25 +79,30 @@ class AttackKind:
     Attributes:
         name: as asked for.
         source: whose it is.
-        parameters: the user's.
-        orthogonal: it promises a perturbation orthogonal to the image.
-        minimal: it looks for the smallest perturbation instead of filling a ball.
-        family: what it is an instance of, such as "PGD", whoever wrote it: attacks of a family are each other's
-            baselines.
+        parameters: the user's, as `described`.
+        card: what it is; attacks of a family are each other's baselines, whoever wrote them.
         norms: the norms it can be run in.
         packs: it takes several batches at once, drops what is fooled, and keeps the model's batches full.
         bind: makes the attack on a model.
+        is_foreign: code that is not ours runs in it: another library's, a user's, or a user's loss or direction.
     """
 
     name: str
     source: Source
     parameters: Mapping[str, Any]
-    orthogonal: bool
-    minimal: bool
-    family: str
+    card: Card
     norms: tuple[Norm, ...]
     bind: Callable[[nn.Module, Conditions], Runner] = field(repr=False)
     packs: bool = False
+    is_foreign: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parameters", {key: described(value) for key, value in self.parameters.items()})
+
+    @property
+    def orthogonal(self) -> bool:
+        """Whether it promises a perturbation that is orthogonal to something."""
+        return self.card.is_orthogonal and self.card.exact
 
     @property
     def identity(self) -> str:
@@ -107,7 +116,7 @@ class AttackKind:
         if self.source == "user":  # whose function may do anything with the model
             return
         try:
-            self.bind(_Probe(), Conditions(norm, None if self.minimal else 0.01, steps))
+            self.bind(Probe(), Conditions(norm, None if self.card.minimal else 0.01, steps))
         except EvaluationError:
             raise
         except Exception as error:  # whatever a foreign constructor says of its arguments
@@ -122,6 +131,28 @@ def defaults(kind: Any, without: set[str]) -> dict[str, Any]:
     }
 
 
+def described(value: object) -> object:
+    """An option as a manifest can keep it: numbers, text and lists as they are, a tensor by its content, code by name.
+
+    >>> described([1, torch.zeros(2), len])
+    [1, 'tensor of shape (2,), torch.float32, SHA-256 af5570f5a1810b7a', 'builtins.len']
+    """
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, list | tuple):
+        return [described(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): described(item) for key, item in value.items()}
+    if isinstance(value, Tensor):
+        content = value.detach().cpu().contiguous()
+        digest = hashlib.sha256(content.view(torch.uint8).numpy().tobytes() if content.numel() else b"").hexdigest()
+        return f"tensor of shape {tuple(value.shape)}, {value.dtype}, SHA-256 {digest[:16]}"
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    return f"{getattr(value, '__module__', type(value).__module__)}.{name}"
+
+
 def nearest(word: str, known: Sequence[str]) -> str:
     lower = {name.casefold(): name for name in known}
     close = difflib.get_close_matches(word.casefold(), list(lower), n=2, cutoff=0.4)
@@ -134,7 +165,7 @@ def check_options(name: str, options: Mapping[str, Any], accepted: Sequence[str]
             raise EvaluationError(f"attack {name} has no option {option!r}; {nearest(option, sorted(accepted))}")
 
 
-class _Probe(nn.Module):
+class Probe(nn.Module):
     """Stands for a model while an attack's parameters are tried; torchattacks looks for a parameter's device."""
 
     def __init__(self) -> None:

@@ -8,7 +8,8 @@ relative step size.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +19,21 @@ import orthattack.attacks as ours
 from orthattack.attacks.attack import Attack, Options, OrthoOptions
 from orthattack.eval import plugin
 from orthattack.eval.attacks.foolbox import foolbox_attack, foolbox_attacks
-from orthattack.eval.attacks.kind import GIVEN, AttackKind, Conditions, Found, Runner, check_options, defaults, nearest
+from orthattack.eval.attacks.kind import (
+    GIVEN,
+    AttackKind,
+    Conditions,
+    Found,
+    Probe,
+    Runner,
+    check_options,
+    defaults,
+    nearest,
+)
 from orthattack.eval.attacks.torchattacks import torchattacks_attack
 from orthattack.eval.attacks.user import user_attack
 from orthattack.eval.errors import EvaluationError
+from orthattack.threat import Norm
 
 __all__ = ["DEFAULT_ATTACKS", "OURS", "attack_kind", "list_attacks"]
 
@@ -30,7 +42,7 @@ OURS = tuple(
     for name in ours.__all__
     if inspect.isclass(getattr(ours, name)) and name not in ("AttackResult", "DetectorEvasion")
 )
-"""The names of our attacks; DetectorEvasion needs a detector, and is called from Python."""
+"""The names of our attacks; beside them there is DetectorEvasion, whose detector only Python can give."""
 
 DEFAULT_ATTACKS = ["FGSM", "OrthoFGSM", "foolbox:FGSM", "PGD", "OrthoPGD", "foolbox:PGD"]
 
@@ -39,9 +51,10 @@ def attack_kind(name: str, parameters: Mapping[str, Any] | None = None) -> Attac
     """Understand an attack.
 
     Args:
-        name: one of `OURS`; ``foolbox:NAME`` with a class of `foolbox.attacks`; ``torchattacks:NAME``; or
-            ``package.module:function`` with a function that takes the model, and parameters called ``norm``, ``eps``,
-            ``steps`` and ``seed`` if it has them, and returns a callable (images, labels) -> adversarial images.
+        name: one of `OURS` or DetectorEvasion; ``foolbox:NAME`` with a class of `foolbox.attacks`;
+            ``torchattacks:NAME``; or ``package.module:function`` with a function that takes the model, and parameters
+            called ``norm``, ``eps``, ``steps`` and ``seed`` if it has them, and returns a callable (images, labels) ->
+            adversarial images.
         parameters: options of the attack. For MinimumNorm, ``attack`` names the one whose radius is searched.
 
     Raises:
@@ -69,15 +82,16 @@ def _accepted(kind: Any) -> list[str]:
     names = []
     for parameter in inspect.signature(kind).parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:  # Unpack[Options] or Unpack[OrthoOptions]
-            options: Any = OrthoOptions if kind.__name__.startswith("Ortho") else Options
+            options: Any = OrthoOptions if OrthoOptions.__name__ in str(parameter.annotation) else Options
             names += list(inspect.get_annotations(Options)) + list(inspect.get_annotations(options))
         else:
             names.append(parameter.name)
-    return [name for name in dict.fromkeys(names) if name not in GIVEN]
+    given = GIVEN - {"detector"} if "detector" in names else GIVEN
+    return [name for name in dict.fromkeys(names) if name not in given]
 
 
 def _ours(name: str, options: dict[str, Any]) -> AttackKind:
-    lower = {known.casefold(): known for known in OURS}
+    lower = {known.casefold(): known for known in (*OURS, ours.DetectorEvasion.__name__)}
     if name.casefold() not in lower:
         raise EvaluationError(f"unknown attack {name!r}; {nearest(name, OURS)} Others: foolbox:NAME, torchattacks:NAME")
     kind = getattr(ours, lower[name.casefold()])
@@ -86,43 +100,74 @@ def _ours(name: str, options: dict[str, Any]) -> AttackKind:
     name = kind.__name__
     accepted = _accepted(kind)
     check_options(name, options, accepted)
-    takes_generator = "generator" in inspect.signature(kind).parameters or "early_stop" in accepted
+    if "detector" in accepted and not callable(options.get("detector")):
+        raise EvaluationError(
+            f"{name} needs a detector, a function of the images, which only Python can give: evaluate(..., "
+            f'attacks=[{{"name": "{name}", "detector": detector}}])'
+        )
 
     def make(model: nn.Module, conditions: Conditions) -> Runner:
-        return _OwnRunner(_own(kind, takes_generator, options, model, conditions), conditions.batch_size)
+        return _OwnRunner(_own(kind, options, model, conditions), conditions.batch_size)
 
-    return AttackKind(
-        name, "orthattack", options, name.startswith("Ortho") and options.get("enforce") != "gradient", False,
-        name.removeprefix("Ortho"), ("linf", "l2", "l1"), make, bool(options.get("early_stop")),
-    )  # fmt: skip
+    packs = bool(options.get("early_stop"))
+    return _declared(name, options, partial(_own, kind, options), ("linf", "l2", "l1"), make, packs)
 
 
-def _own(
-    kind: Any, takes_generator: bool, options: Mapping[str, Any], model: nn.Module, conditions: Conditions
-) -> Attack:
+def _declared(
+    name: str,
+    options: dict[str, Any],
+    attack: Callable[[nn.Module, Conditions], Any],
+    norms: tuple[Norm, ...],
+    make: Callable[[nn.Module, Conditions], Runner],
+    packs: bool = False,
+) -> AttackKind:
+    """An attack of ours, with what one of its kind says of itself; EvaluationError if an option is wrong."""
+    try:
+        card = attack(Probe(), Conditions()).card
+    except (TypeError, ValueError) as error:
+        raise EvaluationError(f"attack {name} cannot be made: {error}") from error
+    return AttackKind(name, "orthattack", options, card, norms, make, packs, any(map(_is_code, options.values())))
+
+
+def _is_code(option: object) -> bool:
+    """Whether an option is, or holds, a function of the user's."""
+    if isinstance(option, list | tuple):
+        return any(map(_is_code, option))
+    return callable(option) and not isinstance(option, Tensor)
+
+
+def _own(kind: Any, options: Mapping[str, Any], model: nn.Module, conditions: Conditions) -> Attack:
     more = dict(options)
     if "steps" in inspect.signature(kind).parameters:
         more.setdefault("steps", conditions.steps)
-    if takes_generator:
+    if _takes_generator(kind):
         more["generator"] = torch.Generator().manual_seed(0)
-    attack: Attack = kind(model, conditions.norm, conditions.eps, **more)
+    attack: Attack = kind(model, norm=conditions.norm, eps=conditions.eps, **more)
     return attack
+
+
+def _takes_generator(kind: Any) -> bool:
+    parameters = inspect.signature(kind).parameters.values()
+    return any(p.name == "generator" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _minimum(options: dict[str, Any]) -> AttackKind:
     own = {key: options[key] for key in ("trials", "max_eps") if key in options}
     inner_options = {key: value for key, value in options.items() if key not in ("attack", *own)}
     inner = _ours(str(options.get("attack", "OrthoPGD")), inner_options)
-    if inner.minimal:
+    if inner.card.minimal:
         raise EvaluationError("MinimumNorm needs attack = the name of an attack with an eps, such as OrthoPGD")
     kind = getattr(ours, inner.name)
     first = {"linf": 4 / 255, "l2": 0.5, "l1": 8.0}  # where to begin; the radius is doubled until something falls
 
-    def make(model: nn.Module, conditions: Conditions) -> Runner:
+    def attack(model: nn.Module, conditions: Conditions) -> Any:
         start = Conditions(conditions.norm, first[conditions.norm], conditions.steps, conditions.classes)
-        return _OwnRunner(ours.MinimumNorm(_own(kind, inner.family != "FGSM", inner_options, model, start), **own))
+        return ours.MinimumNorm(_own(kind, inner_options, model, start), **own)
 
-    return AttackKind("MinimumNorm", "orthattack", options, inner.orthogonal, True, "MinimumNorm", inner.norms, make)
+    def make(model: nn.Module, conditions: Conditions) -> Runner:
+        return _OwnRunner(attack(model, conditions))
+
+    return _declared("MinimumNorm", options, attack, inner.norms, make)
 
 
 class _OwnRunner:

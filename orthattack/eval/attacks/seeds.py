@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -29,13 +30,15 @@ def joint_seed(seeds: Sequence[int]) -> int:
 
 @contextmanager
 def drawing(seed: int) -> Iterator[None]:
-    """Torch's and NumPy's global random numbers start at `seed`, and are then put back."""
+    """The global random numbers of torch, NumPy and Python start at `seed`, and are then put back."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
-    before = np.random.get_state()
+    before = np.random.get_state(), random.getstate()
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
+        random.seed(seed)
         try:
             yield
         finally:
-            np.random.set_state(before)
+            np.random.set_state(before[0])
+            random.setstate(before[1])

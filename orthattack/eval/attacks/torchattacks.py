@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from orthattack.attacks.attack import Card
 from orthattack.eval.attacks.kind import (
     GIVEN,
     STEP,
@@ -67,7 +68,7 @@ def torchattacks_attack(name: str, rest: str, options: dict[str, Any]) -> Attack
         return run
 
     norms: tuple[Norm, ...] = ("linf", "l2") if "norm" in parameters else ("l2",) if _is_l2(rest) else ("linf",)
-    return AttackKind(name, "torchattacks", options, False, minimal, family(rest), norms, make)
+    return AttackKind(name, "torchattacks", options, Card(family(rest), minimal=minimal), norms, make)
 
 
 def _is_l2(name: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from orthattack.attacks.attack import Card
 from orthattack.eval.attacks.kind import AttackKind, Conditions, Found, Runner, check_options
 from orthattack.eval.attacks.seeds import drawing, joint_seed
 from orthattack.eval.errors import EvaluationError
@@ -43,4 +44,4 @@ def user_attack(name: str, factory: Any, given: Mapping[str, Any] | None = None)
 
         return run
 
-    return AttackKind(name, "user", options, False, False, name, ("linf", "l2", "l1"), make)
+    return AttackKind(name, "user", options, Card(name), ("linf", "l2", "l1"), make)

@@ -14,14 +14,12 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import pandas as pd
-import torch
 from scipy.stats import binom
 
 from orthattack.eval.checks.clean import CLEAN_COLUMNS, clean_suspicions, differentiated
 from orthattack.eval.checks.probes import TRANSFER
 from orthattack.eval.storage.run_folder import RunFolder, shown_eps
-from orthattack.projection import alignment
-from orthattack.threat import Norm, perturbation_norm
+from orthattack.threat import Norm, ThreatModel, perturbation_norm
 
 __all__ = ["Check", "assess"]
 
@@ -241,29 +239,44 @@ class _Model:
         clean = dict(self.folder.images(self.label, "clean", None))
         if not clean:
             return self._not_run(name, "no images were saved")
-        count, worst, cosine, rounded = 0, 0.0, 0.0, 0.0
+        count, worst, cosine, rounded, others = 0, 0.0, 0.0, 0.0, False
         for attack in self.manifest["attacks"]:
+            threat, unnamed = _promise(attack)
             for eps in attack["eps"]:
+                if unnamed:  # measured on the same pixels, when the directions were at hand
+                    rows = self.folder.read("shards", self.label, attack["label"], eps, ["promised_cosine"]).dropna()
+                    cosine, others = max(cosine, rows["promised_cosine"].max()) if len(rows) else cosine, True
                 for position, image in self.folder.images(self.label, attack["label"], eps):
                     x, adversarial = clean[position].double()[None], image.double()[None]
                     delta = adversarial - x
                     count += 1
                     if eps:
                         worst = max(worst, float(perturbation_norm(delta, attack["norm"])) / eps)
-                    if attack["orthogonal"]:
-                        cosine = max(cosine, float(_largest(delta, x, attack)))
-                        rounded = max(rounded, float(_largest((adversarial * 255).round() / 255 - x, x, attack)))
+                    if threat is not None:
+                        cosine = max(cosine, float(threat.cosine(delta, x)))
+                        rounded = max(rounded, float(threat.cosine((adversarial * 255).round() / 255 - x, x)))
         return self._check(
             name,
             worst <= 1 + 1e-4 and cosine <= 1e-6,
             f"{count} images: norm at most {worst:.7g} eps, |cos| at most {cosine:.1e} where promised, "
-            f"{rounded:.1e} after rounding to 8 bits",
+            f"{rounded:.1e} after rounding to 8 bits"
+            + others
+            * "; directions that are tensors or functions as measured during the run",
             "what was saved is not what the attack promised",
         )
 
 
-def _largest(delta: torch.Tensor, images: torch.Tensor, attack: Mapping[str, Any]) -> torch.Tensor:
-    return alignment(delta, images, attack["parameters"].get("scope", "image")).abs().max()
+def _promise(attack: Mapping[str, Any]) -> tuple[ThreatModel | None, bool]:
+    """What an attack promises to be orthogonal to, as far as it can be told from the manifest, and whether that is not
+    all: of directions that were tensors or functions there is only a description."""
+    if not attack["orthogonal"]:
+        return None, False
+    # Runs of 0.1.0 had the scope among the parameters only, and no directions.
+    scope = attack["scope"] if "scope" in attack else attack["parameters"].get("scope", "image")
+    directions = attack.get("directions", [])
+    named = [direction for direction in directions if direction in ("constant", "channel-constant")]
+    known = ThreatModel("l2", 0.0, scope=scope, directions=named) if scope or named else None
+    return known, len(named) < len(directions)
 
 
 def _both(first: pd.DataFrame, second: pd.DataFrame, one: str, other: str) -> pd.DataFrame:

@@ -15,6 +15,7 @@ import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -122,10 +123,13 @@ class Dataset:
         return -1
 
     def _item(self, position: int) -> Any:
-        if self._lock is None:
-            return self._data[position]
-        with self._lock:
-            return self._data[position]
+        with self._lock or nullcontext():
+            item = self._data[position]
+            # Copied before anyone else is let in: a data set may use its tensors again.
+            if isinstance(item, tuple) and len(item) > 0 and isinstance(item[0], Tensor | np.ndarray):
+                pixels = item[0].detach().clone() if isinstance(item[0], Tensor) else item[0].copy()
+                item = (pixels, *item[1:])
+            return item
 
     def _label(self, position: int) -> int:
         try:

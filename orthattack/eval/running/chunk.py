@@ -3,30 +3,48 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from orthattack.eval.attacks.counter import CallCounter
+from orthattack.eval.attacks.counter import CallCounter, Calls
 from orthattack.eval.attacks.kind import AttackKind, Conditions, Found, Runner
 from orthattack.eval.attacks.seeds import drawing, image_seed, joint_seed
 from orthattack.eval.checks.clean import differentiated
 from orthattack.eval.data.load import Photographs, Unreadable
 from orthattack.eval.errors import FAILURES, first_line
 from orthattack.eval.models.classifier import Classifier
-from orthattack.eval.running.judge import Judge, check_batch, clean_columns, row_columns
+from orthattack.eval.plugin import kept_process
+from orthattack.eval.running.judge import Judge, clean_columns, plain_copy, promised_cosine, row_columns
 from orthattack.eval.storage.run_folder import CLEAN_SCHEMA, ROW_SCHEMA, Kind, RunFolder, Shard
 from orthattack.eval.suite import Entry
+from orthattack.lending import guarded
 from orthattack.threat import Norm
 
-__all__ = ["POOL", "Job", "Part"]
+__all__ = ["POOL", "Bound", "Job", "Part"]
 
 POOL = 4
 """How many batches an attack is given at once that drops what is fooled: those that still stand are packed together."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """An attack bound to a model at a radius, or what went wrong with that.
+
+    Attributes:
+        entry: which.
+        runner: the attack.
+        calls: how often it has asked the model.
+    """
+
+    entry: Entry
+    runner: Runner | BaseException
+    calls: Calls
 
 
 @dataclass
@@ -43,25 +61,39 @@ class Job:
     was_halved: bool = field(init=False, default=False)
     judge: Judge = field(init=False)
     counter: CallCounter = field(init=False)
+    calls: Calls = field(init=False, default_factory=Calls)
     differentiated: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
         model = self.classifier.model.to(self.device)
-        self.counter = CallCounter(model).eval()
+        self.counter = CallCounter(model, self.calls).eval()
         self.judge = Judge(self.counter, self.classifier.preprocessing.crop, self.device, self.batch_size)
         self.differentiated = frozenset(differentiated(len(self.photographs)))
 
-    def runner(self, kind: AttackKind, conditions: Conditions) -> Runner:
-        """An attack on the model; one that cannot be made fails on each batch, where that is recorded."""
+    def bound(self, entry: Entry, conditions: Conditions) -> Bound:
+        """An attack on the model; one that cannot be made fails on each batch, where that is recorded.
+
+        What is not ours has a counter of its own: what it writes to that, or had evaluated by a model that it changed
+        for the while, concerns nobody else.
+        """
+        calls = Calls() if entry.kind.is_foreign else self.calls
+        counter = CallCounter(self.judge.model, calls).eval() if entry.kind.is_foreign else self.counter
         try:
-            return kind.bind(self.counter, conditions)
+            with drawing(0), self.at_work(entry.kind):
+                return Bound(entry, entry.kind.bind(counter, conditions), calls)
         except FAILURES as error:
-            failure = error
+            return Bound(entry, error, calls)
 
-        def fails(images: Tensor, labels: Tensor, seeds: Sequence[int]) -> Found:  # noqa: ARG001
-            raise failure
-
-        return fails
+    @contextmanager
+    def at_work(self, kind: AttackKind, images: Tensor | None = None) -> Iterator[None]:
+        """While an attack is made or runs. If it is not ours, whatever it changes of the model and the process is put
+        back, and a changed model is a ModelChangedError."""
+        if not kind.is_foreign:
+            yield
+            return
+        few = None if images is None else images[:2].clone()
+        with kept_process(), guarded(self.judge.model, few):
+            yield
 
     def load(self, position: int) -> Tensor:
         """One photograph as the model takes it."""
@@ -127,8 +159,9 @@ class Part:
         else:
             self._failed[position] = {"status": row["status"], "message": row["message"]}
 
-    def attack(self, entry: Entry, runner: Runner, attack_misclassified: bool) -> tuple[int, int]:
+    def attack(self, bound: Bound, attack_misclassified: bool) -> tuple[int, int]:
         """Run one attack on the chunk and store what it did; returns how many are robust, of how many scored."""
+        entry = bound.entry
         rows: dict[int, dict[str, Any]] = {
             k: {"status": "misclassified", "clean_prediction": self.predictions[k]}
             for k, right in self.right.items()
@@ -138,7 +171,7 @@ class Part:
         todo = [k for k, right in self.right.items() if right or attack_misclassified]
         pool = POOL if entry.kind.packs and not self.job.was_halved else 1
         for batch in self._batches(todo, pool):
-            measured = partial(self._measured, entry, runner)
+            measured = partial(self._measured, bound)
             for positions, columns, adversarials in self._in_pieces(batch, measured):
                 for row, position in enumerate(positions):
                     rows[position] = {"clean_prediction": self.predictions[position], **_record(columns, row)}
@@ -154,8 +187,9 @@ class Part:
         for batch in self._batches([k for k, right in self.right.items() if right and k in adversarials]):
             images, labels = self._tensors(batch)
             found = Found(torch.stack([adversarials[k] for k in batch]).to(images))
+            clean = [self.predictions[k] for k in batch]
             with drawing(joint_seed(batch)):
-                columns = row_columns(self.job.judge, images, found, labels, [True] * len(batch), norm, eps)
+                columns = row_columns(self.job.judge, images, found, labels, [True] * len(batch), clean, norm, eps)
             for row, position in enumerate(batch):
                 rows[position] = _record(columns, row)
         rest = {k: {"status": "misclassified"} for k in self.right if k not in rows}
@@ -186,21 +220,27 @@ class Part:
         for piece in (batch[:half], batch[half:]):
             yield from self._in_pieces(piece, work)
 
-    def _measured(self, entry: Entry, runner: Runner, batch: list[int]) -> tuple[dict[str, list[Any]], Tensor]:
-        """Attack a batch, and measure what comes back."""
+    def _measured(self, bound: Bound, batch: list[int]) -> tuple[dict[str, list[Any]], Tensor]:
+        """Attack a batch, and measure what comes back. The attack has copies, and what it returns is copied at once."""
+        entry, runner, counted = bound.entry, bound.runner, bound.calls
+        if isinstance(runner, BaseException):
+            raise runner
         images, labels = self._tensors(batch)
         seeds = [image_seed(entry.seed, self.job.photographs.names[k], entry.kind) for k in batch]
-        counter, n = self.job.counter, len(batch)
-        counter.forget()
-        before = counter.forward_calls, counter.gradient_calls
+        n = len(batch)
+        self.job.counter.forget()
         with drawing(joint_seed(seeds)):
-            start = _clock(self.job.device)
-            found = runner(images, labels, seeds)
-            seconds = _clock(self.job.device) - start
-            calls = counter.forward_calls - before[0], counter.gradient_calls - before[1]
-            check_batch(found.adversarials, images)
-            right = [self.right[k] for k in batch]
-            columns = row_columns(self.job.judge, images, found, labels, right, entry.norm, entry.eps)
+            handed = images.clone(), labels.clone(), list(seeds)
+            with self.job.at_work(entry.kind, images):
+                before, start = replace(counted), _clock(self.job.device)
+                found = runner(*handed)
+                seconds = _clock(self.job.device) - start
+                calls = counted.forward - before.forward, counted.gradient - before.gradient
+                found = replace(found, adversarials=plain_copy(found.adversarials, images))
+                promised = promised_cosine(found.adversarials, images, entry.kind.card)
+            right, clean = [self.right[k] for k in batch], [self.predictions[k] for k in batch]
+            columns = row_columns(self.job.judge, images, found, labels, right, clean, entry.norm, entry.eps)
+            columns["promised_cosine"] = promised
         given = found.forward_calls, found.gradient_calls
         for name, own, total in zip(("forward_calls", "gradient_calls"), given, calls, strict=True):
             columns[name] = [total / n] * n if own is None else own.tolist()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orthattack.attacks.attack import Card
 from orthattack.attacks.oracle import input_gradient
 from orthattack.eval.attacks.counter import CallCounter
 from orthattack.eval.attacks.kind import Found
@@ -20,13 +21,18 @@ from orthattack.eval.attacks.seeds import drawing
 from orthattack.eval.errors import FAILURES
 from orthattack.losses import Goal
 from orthattack.projection import alignment
-from orthattack.threat import Norm, perturbation_norm
+from orthattack.threat import Norm, ThreatModel, perturbation_norm
 
-__all__ = ["Judge", "check_batch", "clean_columns", "row_columns"]
+__all__ = ["Judge", "clean_columns", "plain_copy", "promised_cosine", "row_columns"]
 
 Columns = dict[str, list[Any]]
 
 NOT_FINITE = "the model's answer is NaN or infinite"
+CONTRADICTION = (
+    "the model answers otherwise for the same pixels: its answer depends on the other images of the batch (batch "
+    "statistics, as of a BatchNorm without running ones) or on what it was asked before, or two classes are level but "
+    "for rounding"
+)
 
 EVALUATIONS = 10
 """How often a model that answers at random is asked about an image."""
@@ -144,14 +150,24 @@ def clean_columns(judge: Judge, images: Tensor, labels: Tensor, with_gradient: b
     }
 
 
-def check_batch(adversarials: object, images: Tensor) -> None:
-    """Raise ValueError if what an attack returned for a batch cannot be scored at all."""
+def plain_copy(adversarials: object, images: Tensor) -> Tensor:
+    """What an attack returned for a batch, as a tensor of our own, whatever view, subclass or device it was.
+
+    Raises:
+        ValueError: it cannot be scored at all.
+    """
     if not isinstance(adversarials, Tensor):
         raise ValueError(f"returned {type(adversarials).__name__} instead of a tensor")
-    if adversarials.shape != images.shape or adversarials.dtype != images.dtype:
-        raise ValueError(
-            f"returned {tuple(adversarials.shape)} of {adversarials.dtype} for {tuple(images.shape)} of {images.dtype}"
-        )
+    with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():  # a subclass may say anything of itself
+        if adversarials.shape != images.shape or adversarials.dtype != images.dtype:
+            raise ValueError(
+                f"returned {tuple(adversarials.shape)} of {adversarials.dtype} for {tuple(images.shape)} of "
+                f"{images.dtype}"
+            )
+        if adversarials.layout != torch.strided or adversarials.is_meta:
+            kind = "one without values (meta)" if adversarials.is_meta else str(adversarials.layout)
+            raise ValueError(f"returned a tensor that is {kind}, not a dense one")
+        return torch.empty_like(images).copy_(adversarials.detach())
 
 
 def row_columns(
@@ -160,15 +176,27 @@ def row_columns(
     found: Found,
     labels: Tensor,
     clean_right: Sequence[bool],
+    clean: Sequence[int],
     norm: Norm,
     eps: float | None,
 ) -> Columns:
     """What an attack did to a batch, from the images it returned. See `ROW_SCHEMA`; without the columns of the run.
 
     An image that is not finite, leaves the bounds or the ball is ``invalid``: it counts neither for nor against the
-    model. The ball's edge is as wide as float32's rounding of an image.
+    model. The ball's edge is as wide as float32's rounding of an image. Pixels that are those of the clean image have
+    its prediction; where a model that does not answer at random says otherwise, that is an ``error``.
+
+    Args:
+        judge: the model.
+        images: (N, 3, H, W), clean.
+        found: what the attack returned.
+        labels: (N,).
+        clean_right: whether the model is right on each clean image.
+        clean: what it takes each for.
+        norm: of the attack.
+        eps: its radius.
     """
-    adversarials: Tensor = found.adversarials.detach()
+    adversarials: Tensor = found.adversarials
     x = images.double()
     delta = adversarials.double() - x
     sizes: dict[Norm, Tensor] = {name: perturbation_norm(delta, name) for name in ("l1", "l2", "linf")}
@@ -176,6 +204,8 @@ def row_columns(
     right = torch.tensor(clean_right, device=images.device)
     predictions, margins, wrong = _verdict(judge.logits(adversarials.nan_to_num(0)), labels)
     success = right & (wrong > 0.5)
+    before = torch.tensor(clean, device=images.device)
+    contradicts = (~_moved(adversarials, images) & (predictions != before) & (not judge.is_random)).tolist()
     status, message = [], []
     for k, (low, high, length, margin) in enumerate(
         zip(*(values.tolist() for values in (*_range(adversarials), sizes[norm], margins)), strict=True)
@@ -190,10 +220,15 @@ def row_columns(
         state = "invalid" if reason is not None else "ok" if clean_right[k] else "misclassified"
         if reason is None and math.isnan(margin):
             state, reason = "error", NOT_FINITE
+        elif reason is None and contradicts[k]:
+            state, reason = "error", CONTRADICTION
         status.append(state)
         message.append(reason)
     fooled = success.tolist()
     rows = [k for k, state in enumerate(status) if state == "ok" and fooled[k]]
+    rounded, contradicted = _rounded(judge, adversarials, images, labels, rows, norm)
+    for k in contradicted:
+        status[k], message[k] = "error", CONTRADICTION
     per_channel = alignment(delta, x, "channel").flatten(1)
     return {
         "status": status,
@@ -208,25 +243,47 @@ def row_columns(
         "steps": _listed(found.steps, len(images)),
         "wrong_share": wrong.tolist(),
         "evaluations": [judge.evaluations] * len(images),
-        **_rounded(judge, adversarials, images, labels, rows, norm),
+        **rounded,
     }
+
+
+def _moved(adversarials: Tensor, images: Tensor) -> Tensor:
+    """(N,) whether any pixel differs."""
+    return (adversarials != images).flatten(1).any(1)
+
+
+def promised_cosine(adversarials: Tensor, images: Tensor, card: Card) -> list[Any]:
+    """Largest |cos| of each perturbation with all that it should be orthogonal to; None where that is nothing.
+
+    It calls the directions that are functions.
+    """
+    if not (card.is_orthogonal and card.exact):
+        return [None] * len(images)
+    threat = ThreatModel("l2", 0.0, scope=card.scope, directions=card.directions)
+    found: list[Any] = threat.cosine(adversarials.double() - images.double(), images.clone()).tolist()
+    return found
 
 
 def _rounded(
     judge: Judge, adversarials: Tensor, images: Tensor, labels: Tensor, rows: list[int], norm: Norm
-) -> Columns:
-    """What is left of the successes, at `rows`, when they are saved with 8 bits."""
+) -> tuple[Columns, list[int]]:
+    """What is left of the successes, at `rows`, when they are saved with 8 bits, and which of `rows` are then fooled by
+    the pixels of the clean image, which the model was right on."""
+    contradicted: list[int] = []
     columns: Columns = {name: [None] * len(images) for name in ("rounded_success", "rounded_cosine", "rounded_norm")}
     if rows:
         rounded = (adversarials[rows] * 255).round() / 255
         delta = rounded.double() - images[rows].double()
         _, _, wrong = _verdict(judge.logits(rounded), labels[rows])
+        if not judge.is_random:
+            same = (~_moved(rounded, images[rows]) & (wrong > 0.5)).tolist()
+            contradicted = [row for row, is_so in zip(rows, same, strict=True) if is_so]
         values = ((wrong > 0.5).tolist(), alignment(delta, images[rows].double()).tolist())
         for row, success, cosine, size in zip(rows, *values, perturbation_norm(delta, norm).tolist(), strict=True):
             columns["rounded_success"][row] = success
             columns["rounded_cosine"][row] = cosine
             columns["rounded_norm"][row] = size
-    return columns
+    return columns, contradicted
 
 
 def _range(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from orthattack.eval.attacks.kind import described
 from orthattack.eval.data.load import Photographs
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models.classifier import Classifier
@@ -43,7 +44,9 @@ def describe_attacks(entries: Sequence[Entry], baselines: Mapping[str, Sequence[
                 if theirs.attack.label == wanted and theirs.seed == first.seed
             ],
             "orthogonal": first.kind.orthogonal,
-            "minimal": first.kind.minimal,
+            "scope": first.kind.card.scope,
+            "directions": described(first.kind.card.directions),
+            "minimal": first.kind.card.minimal,
         }
         for label, of_label in by_label.items()
         for first in of_label[:1]

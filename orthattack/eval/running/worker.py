@@ -7,13 +7,13 @@ from typing import Protocol
 
 import torch
 
-from orthattack.eval.attacks.kind import Conditions, Runner
+from orthattack.eval.attacks.kind import Conditions
 from orthattack.eval.checks.clean import CLEAN_COLUMNS, clean_suspicions
 from orthattack.eval.checks.probes import TRANSFER
 from orthattack.eval.data.load import Photographs
 from orthattack.eval.data.prefetch import Decoder
 from orthattack.eval.models.classifier import Classifier
-from orthattack.eval.running.chunk import Job, Part
+from orthattack.eval.running.chunk import Bound, Job, Part
 from orthattack.eval.running.plan import Plan, Unit
 from orthattack.eval.storage.run_folder import Shard
 from orthattack.eval.suite import Entry
@@ -48,7 +48,7 @@ class Worker:
         self._plan, self._origin, self._device, self._say = plan, origin, device, say
         self._job: Job | None = None
         self._decoder: Decoder | None = None
-        self._runners: dict[int, Runner] = {}
+        self._bounds: dict[int, Bound] = {}
 
     def do(self, unit: Unit, following: Unit | None = None, attacked: Attacked = lambda *_: None) -> None:
         """Do a unit; what is finished of it is stored at once.
@@ -81,7 +81,7 @@ class Worker:
     def _ready(self, label: str) -> tuple[Job, Decoder]:
         if self._job is None or self._decoder is None or self._job.label != label:
             self.close()
-            self._runners.clear()
+            self._bounds.clear()
             classifier = self._origin.classifier(label)
             photographs = self._origin.photographs(classifier)
             suite, folder = self._plan.suite, self._plan.folder
@@ -95,15 +95,15 @@ class Worker:
             self._doubt(part.job)
         for which in unit.wanted:
             entry = self._plan.entries[which]
-            if which not in self._runners:
-                self._runners[which] = self._bound(part.job, entry)
-            robust = part.attack(entry, self._runners[which], self._plan.suite.attack_misclassified)
+            if which not in self._bounds:
+                self._bounds[which] = self._bound(part.job, entry)
+            robust = part.attack(self._bounds[which], self._plan.suite.attack_misclassified)
             attacked(unit, which, *robust)
 
-    def _bound(self, job: Job, entry: Entry) -> Runner:
+    def _bound(self, job: Job, entry: Entry) -> Bound:
         suite, classes = self._plan.suite, job.classifier.num_classes
         conditions = Conditions(entry.norm, entry.eps, suite.steps, classes, suite.batch_size)
-        return job.runner(entry.kind, conditions)
+        return job.bound(entry, conditions)
 
     def _doubt(self, job: Job) -> None:
         """Say at once, after the first chunk, what looks like a mistake; the whole is judged by the trust checks."""
@@ -118,7 +118,7 @@ class Worker:
         for which in unit.wanted:
             # Kept, to try them on the other models.
             part.keep = frozenset(part.positions if probes[which].label == "PGD" else ())
-            part.attack(probes[which], self._bound(part.job, probes[which]), attack_misclassified=False)
+            part.attack(self._bound(part.job, probes[which]), attack_misclassified=False)
 
     def _transfer(self, unit: Unit, part: Part) -> None:
         """Try a model on the adversarials that the checks made for the others."""

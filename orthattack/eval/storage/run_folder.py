@@ -79,6 +79,7 @@ ROW_SCHEMA = pa.schema(
         ("cosine_red", pa.float64()),
         ("cosine_green", pa.float64()),
         ("cosine_blue", pa.float64()),
+        ("promised_cosine", pa.float64()),  # largest |cos| with all that the attack says it is orthogonal to
         ("steps", pa.int32()),  # that the adversarial took, where the attack says so
         ("forward_calls", pa.float32()),  # of the model on this image; a batch's mean where the attack does not say
         ("gradient_calls", pa.float32()),

@@ -140,5 +140,5 @@ def test_the_ball_is_as_wide_as_eps_and_its_rounding(images, norm, eps, beyond, 
     size = torch.linalg.vector_norm(delta.flatten(1), order, dim=1).view(-1, 1, 1, 1)
     _, judge = judged(Seen().double())
     found = Found(x + delta / size * eps * (1 + beyond))
-    columns = row_columns(judge, x, found, torch.zeros(6, dtype=torch.long), [True] * 6, norm, eps)
+    columns = row_columns(judge, x, found, torch.zeros(6, dtype=torch.long), [True] * 6, [0] * 6, norm, eps)
     assert columns["status"] == [status] * 6
