@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from orthattack import alignment, orthogonalize, orthonormal_basis, remove_directions
-from orthattack.projection import Scope
+from orthattack.projection import Scope, total
 from tests.conftest import gradient_kinds, image_kinds, make_gradient, make_images, scopes, seeds
 
 shapes = st.sampled_from([(3, 4, 5), (1, 3, 8, 8), (2, 3, 16, 16), (2, 2, 1, 6, 7), (4, 1, 5, 5)])
@@ -86,6 +86,31 @@ def test_a_parallel_gradient_becomes_exactly_zero(dtype, seed, scale, scope):
     x = make_images("uniform", (2, 3, 32, 32), seed, dtype)
     assert (orthogonalize(scale * x, x, scope) == 0).all()
     assert (orthogonalize(-scale * x, x, scope) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("length", [1, 1024])
+def test_what_counts_as_round_off(dtype, length):
+    """4 units of a gradient's length against one image, 16 against a basis: what is above is kept as it is."""
+
+    def vectors(units: float) -> tuple[Tensor, Tensor]:
+        image = torch.zeros(1, length, 2, dtype=dtype)
+        image[..., 0] = 1
+        gradient = image.clone()
+        gradient[..., 1] = units * torch.finfo(dtype).eps
+        return gradient, image
+
+    for units, limit in ((3.5, 4), (4.5, 4), (15, 16), (17, 16)):
+        gradient, image = vectors(units)
+        rest = torch.zeros_like(image)
+        if units > limit:
+            rest[..., 1] = gradient[..., 1]
+        if limit == 4:
+            assert torch.equal(orthogonalize(gradient, image), rest)
+        else:
+            basis = orthonormal_basis(torch.stack([image, gradient], dim=-4))
+            assert bool(basis[1].any()) == (units > limit)
+            assert torch.equal(remove_directions(gradient, basis[:1]), rest)
 
 
 @given(seed=seeds, scope=scopes)
@@ -200,6 +225,45 @@ def test_alignment_of_known_vectors():
     assert alignment(a * 1e-30, a.half()).dtype == torch.float32
     assert alignment(a * 1e-30, a * 1e30).item() == pytest.approx(1)
     assert math.isfinite(alignment(torch.full((1, 1, 2), 3e38), a).item())
+
+
+def test_alignment_is_a_cosine_whatever_the_rounding():
+    a = make_images("uniform", (2000, 3, 2, 2), 0, torch.float64)
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        assert alignment(a.to(dtype), a.to(dtype) * 0.7).max() <= 1
+        assert alignment(a.to(dtype), a.to(dtype) * -0.7).min() >= -1
+
+
+def test_alignment_of_two_dtypes_is_computed_in_float64():
+    a = make_images("uniform", (2, 3, 16, 16), 0, torch.float64)
+    for dtype in (torch.float16, torch.float32):
+        b = make_gradient("normal", a, 0).to(dtype)
+        expected = alignment(a, b.double())
+        torch.testing.assert_close(alignment(a, b), expected, rtol=1e-14, atol=0)
+        torch.testing.assert_close(alignment(b, a), expected, rtol=1e-14, atol=0)
+        assert alignment(b, b).dtype == torch.float32
+        torch.testing.assert_close(alignment(a.to(dtype), b), alignment(a.to(dtype).double(), b.double()).float())
+
+
+def test_half_precision_directions_are_computed_in_float32():
+    x = make_images("uniform", (2, 3, 32, 32), 0).half()
+    g = make_gradient("normal", x, 0)
+    basis = orthonormal_basis(torch.stack([x, g], dim=1))
+    assert torch.equal(basis, orthonormal_basis(torch.stack([x, g], dim=1).float()))
+    h = make_gradient("normal", x, 1)
+    assert torch.equal(remove_directions(h, basis), remove_directions(h.float(), basis).half())
+    assert remove_directions(h, basis.double()).dtype == torch.float16
+    assert remove_directions(h.double(), basis.half()).dtype == torch.float64
+
+
+def test_the_sum_of_a_large_image_is_accumulated_in_float64():
+    """A sum of float32 over 2²⁴ entries of 1 would stop at 2²⁴ where it goes one by one, and err by 1e-5 elsewhere."""
+    rows = total(torch.full((2, 3, 512, 512), 0.1), (-3, -2, -1))
+    assert rows.shape == (2, 1, 1, 1)
+    assert rows.dtype == torch.float32
+    assert rows.flatten().tolist() == pytest.approx([78643.2] * 2, rel=2e-7)
+    assert total(torch.arange(24.0).view(1, 2, 3, 4), (-2, -1)).flatten().tolist() == [66, 210]
+    assert total(torch.arange(24.0).view(1, 2, 3, 4), (-3,)).flatten().tolist() == [12 + 2 * k for k in range(12)]
 
 
 @given(st.integers(1, 6), seeds, scales)
