@@ -26,6 +26,8 @@ _IMAGE = scope_dims("image")
 _FEW = 4
 # A dual gap this small, relative to the objective's scale, is below float32's round-off of the objective itself.
 _GAP = 1e-8
+# The same for an L1 step, relative to the objective.
+_SPARSE_GAP = 1e-4
 # How often Newton's method is tried before the search that cannot fail.
 _NEWTON = 8
 
@@ -126,6 +128,83 @@ class Plane:
 
         y = self._mixture(mix, bracket, start)
         return y if not y.is_cuda and bool(moves.all()) else torch.where(moves, y, start)
+
+    def sparse_step(self, start: Tensor, gradient: Tensor, alpha: Tensor, count: int) -> Tensor:
+        """Solve the linear program of the best L1 step that spreads over at least `count` pixels::
+
+            max_y ⟨g, y⟩  subject to  ‖y - s‖₁ <= α,  |y - s| <= α / count,  lower <= y <= upper,  ⟨y - x, x⟩ = 0
+
+        With a multiplier ν >= 0 for the first constraint, y(λ, ν) is at one end of its range where g - λx > ν, at the
+        other where it is < -ν, and s between. For each ν that is a search for λ, and ‖y - s‖₁ falls as ν grows, so ν is
+        searched for around it. Where the second constraint keeps α from being spent, it is left out.
+
+        Args:
+            start: s, (N, C, H, W), in the box and on the plane.
+            gradient: g, the same shape, finite, any scale.
+            alpha: α, (N, 1, 1, 1), in pixel units.
+            count: of pixels, at least 1.
+
+        Returns:
+            y, (N, C, H, W), with a duality gap below 1e-4 of the optimum as a rule. A sample whose gradient is zero, or
+            parallel to the image in every group, stays at s.
+
+        Source: docs/method.md, "The L1 step".
+        """
+        g, size = self._projected(gradient, _IMAGE)
+        g, moves = g.clone(), size.sum(_IMAGE, keepdim=True) > 0
+        down = torch.maximum(self.lower - start, -alpha / count)
+        up = torch.minimum(self.upper - start, alpha / count)
+        largest = g.abs().flatten(1).topk(count, dim=1).values
+        high = largest[:, 0].view_as(alpha)
+        low, guess = torch.zeros_like(high), largest[:, -1].view_as(alpha)
+        many, spent, near = self._beyond(low, g, up, down, None)
+        few, less = torch.zeros_like(many), torch.zeros_like(spent)
+        short = spent <= alpha
+        done, asks = short, not g.is_cuda
+        for attempt in range(40 if asks else 16):
+            share = (alpha - less) * reciprocal(spent - less)  # of the larger move in what is returned
+            done = done | (share * (spent - alpha) * (high - low) <= _SPARSE_GAP * dot(g, few, _IMAGE))
+            if asks and bool(done.all()):
+                break
+            tried = guess if attempt == 0 else high - (high - low) * (share.clamp(0.02, 0.98) if attempt % 3 else 0.5)
+            found, length, near = self._beyond(tried, g, up, down, near)
+            over, under = ~done & (length > alpha), ~done & (length <= alpha)
+            low, high = torch.where(over, tried, low), torch.where(under, tried, high)
+            many, spent = torch.where(over, found, many), torch.where(over, length, spent)
+            few, less = torch.where(under, found, few), torch.where(under, length, less)
+        move = torch.where(short, many, torch.lerp(few, many, share))
+        y = self._settled((start + move * moves).clamp_(self.lower, self.upper), [self._box], start)
+        short = moves & (spent < (1 - 1e-6) * alpha)
+        if count > 1 and bool(short.any()):
+            y = torch.where(short, self.sparse_step(start, gradient, alpha, 1), y)
+        return y
+
+    def _beyond(
+        self, threshold: Tensor, g: Tensor, up: Tensor, down: Tensor, near: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """For one ν, the move on the plane of the pixels whose g - λx is beyond it, its L1 norm, (N, 1, 1, 1), and
+        where to start the search for λ with a similar ν."""
+        dims, normal = self.dims, self.normal
+
+        def move(multiplier: Tensor) -> Tensor:
+            rest = torch.addcmul(g, normal, multiplier, value=-1)
+            return torch.where(rest > threshold, up, torch.where(rest < -threshold, down, 0))
+
+        def residual(multiplier: Tensor) -> Tensor:
+            return dot(move(multiplier), normal, dims)
+
+        scale = total(g.abs(), dims) * reciprocal(self._normal1)
+        scale = torch.where(scale > 0, scale, 1)
+        if self.is_small:
+            jumps = [_by_group(((g + side) / normal).nan_to_num(0), dims) for side in (threshold, -threshold)]
+            at = torch.cat(jumps).sort(dim=0).values
+            bracket = try_all(residual, scale, at[1:] / 2 + at[:-1] / 2)
+        else:
+            ends = [total(pick(up * normal, down * normal), dims) for pick in (torch.maximum, torch.minimum)]
+            bracket = search(residual, scale, 1e-6 * scale * (ends[0] - ends[1]), (ends[0], ends[1]), near)
+        a, fa, b, fb = bracket
+        found = torch.lerp(move(a), move(b), fa * reciprocal(fa - fb))
+        return found, total(found.abs(), _IMAGE), (a / 2 + b / 2, (fb - fa) * reciprocal(b - a))
 
     def unit_tangent(self, gradient: Tensor) -> Tensor:
         """The gradient's projection onto the plane's own directions, at length 1 for the whole image; 0 stays 0.

@@ -25,6 +25,7 @@ from orthattack.projection import (
     remove_directions,
     scaled,
     scope_dims,
+    total,
 )
 from orthattack.subspace import Subspace
 
@@ -205,11 +206,16 @@ class Region:
             self._plane = Subspace(images, lower, upper, vectors)
         elif scope is not None:
             self._plane = Plane(images, lower, upper, scope)
+        # What solves for an L1 step, where each group of pixels has one plane.
+        self._l1_plane: Plane | None = None
+        if self.threat.norm == "l1" and scope is not None and not self.threat.directions:
+            self._l1_plane = self._plane if isinstance(self._plane, Plane) else Plane(images, lower, upper, scope)
 
     def release(self) -> None:
         """Give back the working memory of the steps, four image batches, which the next one takes again."""
-        if isinstance(self._plane, Plane):
-            self._plane.release()
+        for plane in (self._plane, self._l1_plane):
+            if isinstance(plane, Plane):
+                plane.release()
 
     def select(self, index: Tensor) -> Region:
         """The region around the images at `index`, positions in the batch, only."""
@@ -227,9 +233,13 @@ class Region:
             max_y ⟨g, y⟩  subject to  ‖y - x_t‖∞ <= α  and  y in the region
 
         which is ``clip(x_t + alpha * sign(g))`` without orthogonality and ``clip(x_t + alpha * sign(g - λ x))`` with
-        it. L2: `alpha` along the normalised (projected) gradient, then `project`. L1: `alpha`, in equal parts and with
-        the (projected) gradient's signs, on the hundredth of the pixels that gain the most by it before they meet a
-        bound, then `project`. Where the gradient is zero, or parallel to the image, the points stay.
+        it. L2: `alpha` along the normalised (projected) gradient, then `project`. L1: the exact solution of::
+
+            max_y ⟨g, y⟩  subject to  ‖y - x_t‖₁ <= α,  |y - x_t| <= α/k,  bounds,  orthogonality
+
+        with k a hundredth of the pixels, where that lets α be spent, or else without it; then `project`, for the ball.
+        With `directions`, L1 chooses pixels by the projected gradient and leaves orthogonality to `project`. Where the
+        gradient is zero, or parallel to the image, the points stay.
 
         Args:
             points: (N, C, H, W), in the region.
@@ -241,8 +251,8 @@ class Region:
         Returns:
             (N, C, H, W), in the region.
 
-        Source: docs/method.md, "The best step"; for L1, SLIDE (Tramèr & Boneh 2019, arXiv:1904.13000), with the box
-        counted in as Croce & Hein 2021 (arXiv:2103.01208) advise.
+        Source: docs/method.md, "The best step" and "The L1 step"; the latter is that of SLIDE (Tramèr & Boneh 2019,
+        arXiv:1904.13000), with the box counted in as Croce & Hein 2021 (arXiv:2103.01208) advise.
         """
         start, g = points.to(self.images.dtype), gradient.to(self.images.dtype)
         alpha = torch.as_tensor(alpha, dtype=start.dtype, device=start.device).expand(len(start), 1, 1, 1)
@@ -256,10 +266,15 @@ class Region:
             g = through.tangent(g)
         if self.threat.norm == "l2" and avoid is None and isinstance(self._plane, Plane):
             return self.project(torch.addcmul(start, self._plane.unit_tangent(g.contiguous()), alpha))
+        if self.threat.norm == "l1":
+            count = max(1, round(_SPARSITY * start[0].numel()))
+            if self._l1_plane is not None and avoid is None:
+                return self.project(self._l1_plane.sparse_step(start.contiguous(), g.contiguous(), alpha, count))
         if self.threat.norm != "linf":
             g = g if self._plane is None else self._plane.tangent(g)
-            unit = _unit(g) if self.threat.norm == "l2" else _sparse(g, start, self._lower, self._upper, alpha)
-            return self.project(torch.addcmul(start, unit, alpha))
+            if self.threat.norm == "l1":
+                return self.project(start + _sparse(g, start, self._lower, self._upper, alpha, count))
+            return self.project(torch.addcmul(start, _unit(g), alpha))
         if self._plane is not None:
             return self._rounded(self._plane.step(start.contiguous(), g.contiguous(), alpha))
         signs = torch.sign(g)
@@ -459,13 +474,38 @@ def _unit(gradient: Tensor, order: float = 2) -> Tensor:
     return gradient * reciprocal(torch.linalg.vector_norm(gradient, order, dim=_IMAGE, keepdim=True))
 
 
-def _sparse(gradient: Tensor, points: Tensor, lower: Tensor, upper: Tensor, alpha: Tensor) -> Tensor:
-    """±1/k on the k pixels that gain the most by a move of α/k towards their bound, 0 elsewhere."""
+def _sparse(gradient: Tensor, points: Tensor, lower: Tensor, upper: Tensor, alpha: Tensor, count: int) -> Tensor:
+    """The best L1 step that spreads over at least `count` pixels::
+
+        max_s ⟨g, s⟩  subject to  ‖s‖₁ <= α,  |s_i| <= α / count,  lower <= points + s <= upper
+
+    The pixels with the largest gradient take what they may, one after the other, until α is spent; those that tie for
+    the last share what is left. Where the second constraint keeps α from being spent, the rest is spent without it.
+    """
     gradient, _ = scaled(gradient, _IMAGE)
-    k = max(1, round(_SPARSITY * points[0].numel()))
-    room = torch.where(gradient > 0, upper - points, points - lower)
-    gain = (gradient.abs() * torch.minimum(room, alpha / k)).flatten(1)
-    top = gain.topk(k, dim=1)
-    chosen = torch.zeros_like(gain).scatter_(1, top.indices, (top.values > 0).to(gain.dtype))
-    unit: Tensor = chosen.view_as(gradient) * gradient.sign() / k
-    return unit
+    room = torch.where(gradient > 0, upper - points, points - lower) * (gradient != 0)
+    size, limit = gradient.abs() * (room > 0), torch.minimum(room, alpha / count)
+    spent = _filled(size, limit, alpha)
+    left = alpha - total(spent, _IMAGE)
+    if not points.is_cuda and bool((left <= 1e-6 * alpha).all()):
+        return spent.copysign_(gradient)
+    return (spent + _filled(size, room - spent, left)).copysign_(gradient)
+
+
+def _filled(size: Tensor, limit: Tensor, amount: Tensor) -> Tensor:
+    """Amounts of at most `limit`, the pixels of the largest `size` first, that add up to `amount` or all they may."""
+    flat, limits, amount = size.flatten(1), limit.flatten(1), amount.flatten(1).double()
+    count = flat.shape[1]
+    few = count if size.is_cuda else min(count, 4 * max(1, round(_SPARSITY * count)))
+    for number in (few, count):
+        top = flat.topk(number, dim=1)
+        reached = limits.gather(1, top.indices).double().cumsum(1) >= amount
+        if number == count or bool(reached[:, -1].all()):
+            break
+    # The size of the pixel at which the amount is reached; 0 where it never is.
+    last = torch.where(reached.any(1), top.values.gather(1, reached.long().argmax(1, keepdim=True)).squeeze(1), 0)
+    last = last.view(-1, 1, 1, 1)
+    full = limit * (size > last)
+    tied = limit * ((size == last) & (size > 0))
+    rest = (amount.view(-1, 1, 1, 1).to(size.dtype) - total(full, _IMAGE)).clamp(min=0)
+    return full + tied * (rest * reciprocal(total(tied, _IMAGE))).clamp(max=1)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 from torch import Tensor
 
 from orthattack import ThreatModel, alignment
@@ -138,17 +139,79 @@ def test_l1_projection_agrees_with_dykstras_algorithm(seed, scope):
     np.testing.assert_allclose(result, expected, atol=2e-5)
 
 
-def test_l1_steps_are_sparse_and_use_the_room_there_is():
-    images = make_images("mixed", (2, 3, 20, 20), 0)
-    gradient = make_gradient("normal", images, 1)
-    region = ThreatModel("l1", 10.0, scope=None).around(images)
-    moved = region.step(images, gradient, 1.0) != images
-    assert (moved.flatten(1).sum(1) == 12).all()
-    room = torch.where(gradient > 0, 1 - images, images)
-    assert (room[moved] > 0).all()
-    gain = (gradient.abs() * room.clamp(max=1 / 12)).flatten(1)
-    least = torch.where(moved.flatten(1), gain, torch.inf).amin(1)
-    assert (torch.where(moved.flatten(1), 0, gain).amax(1) <= least).all()
+def best_l1_step(g: Tensor, x: Tensor, planes: np.ndarray, alpha: float, limit: float) -> tuple[float, float]:
+    """The most that <g, s> can be for ‖s‖₁ <= alpha, |s| <= limit, s orthogonal to the planes, in the box, by scipy;
+    and ‖s‖₁."""
+    g, x = g.flatten().numpy(), x.flatten().numpy()
+    size = np.abs(g).max()
+    widths = np.concatenate([np.minimum(1 - x, limit), np.minimum(x, limit)])
+    solved = linprog(
+        -np.concatenate([g, -g]) / size,
+        A_ub=np.ones((1, 2 * len(x))),
+        b_ub=[alpha],
+        A_eq=np.concatenate([planes, -planes], axis=1) if len(planes) else None,
+        b_eq=np.zeros(len(planes)) if len(planes) else None,
+        bounds=np.stack([0 * widths, widths], axis=1),
+    )
+    assert solved.status == 0, solved.message
+    return -size * solved.fun, np.abs(solved.x[: len(x)] - solved.x[len(x) :]).sum()
+
+
+def planes_of(x: Tensor, scope: str | None) -> np.ndarray:
+    """The vectors of a scope, (K, n)."""
+    count = x[0].numel()
+    groups = {
+        None: torch.zeros(0, count),
+        "image": torch.ones(1, count),
+        "channel": torch.eye(3).repeat_interleave(count // 3, 1),
+        "pixel": torch.eye(count // 3).repeat(1, 3),
+    }[scope]
+    planes = (groups.double() * x.flatten()).numpy()
+    return planes[np.abs(planes).sum(1) > 0]
+
+
+@pytest.mark.parametrize("scope", [None, "image", "channel", "pixel"])
+@pytest.mark.parametrize("kind", ["8-bit", "saturated", "mixed", "dark"])
+@pytest.mark.parametrize("eps", [1.0, 8.0, 1000.0])
+def test_the_l1_step_is_the_best_one_and_spends_its_radius_up_to_the_box(kind, scope, eps):
+    """Against scipy: a hundredth of the pixels at least, and where they have no room for it, fewer with more each."""
+    for seed in range(2):
+        images = make_images(kind, (1, 3, 12, 12), seed, torch.float64)
+        g = make_gradient("normal", images, seed)
+        points = ThreatModel("l1", eps, scope=scope).around(images).step(images, g, eps)
+        delta = points - images
+        planes = planes_of(images, scope)
+        best, used = best_l1_step(g, images, planes, eps, eps / 4)  # a hundredth of 432 pixels
+        if scope is None:
+            capacity = float(torch.where(g > 0, 1 - images, images).sum())
+            assert float(delta.abs().sum()) == pytest.approx(min(eps, capacity), rel=1e-6)
+        elif used < (1 - 1e-6) * eps:
+            best, used = best_l1_step(g, images, planes, eps, 1.0)
+        assert float((g * delta).sum()) == pytest.approx(best, rel=2e-4)
+
+
+def test_an_l1_step_of_few_pixels_with_room_takes_more_of_each():
+    """3 of 432 pixels are neither white nor black, with room for 0.5 each; a hundredth of the pixels would take 0.3."""
+    images = make_images("saturated", (1, 3, 12, 12), 1, torch.float64)
+    images[0, :, 3, 4] = 0.5
+    g = 2 * images - 1  # out of the box, but for those three
+    g[0, :, 3, 4] = torch.tensor([1.0, -3.0, 2.0])
+    points = ThreatModel("l1", 1.2, scope=None).around(images).step(images, g, 1.2)
+    expected = torch.tensor([0.3, -0.5, 0.4], dtype=torch.float64)  # 0.3 each, then what is left by gain
+    torch.testing.assert_close((points - images)[0, :, 3, 4], expected, rtol=0, atol=1e-9)
+    assert float((points - images).abs().sum()) == pytest.approx(1.2)
+
+
+@pytest.mark.parametrize("scope", [None, "image", "pixel"])
+def test_a_tied_l1_step_is_shared(scope):
+    """A gradient of one size on a grey image: no pixel goes before the others."""
+    images = torch.full((1, 3, 12, 12), 0.5, dtype=torch.float64)
+    g = torch.ones_like(images)
+    g[:, 0] = -1
+    g[:, 2] = 0
+    points = ThreatModel("l1", 3.0, scope=scope).around(images).step(images, g, 3.0)
+    expected = 3.0 / 288 * g
+    torch.testing.assert_close(points - images, expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(

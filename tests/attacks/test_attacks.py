@@ -120,12 +120,12 @@ def test_the_step_reaches_the_optimum_of_a_linear_model(scope, kind):
         assert float(many.loss[i]) == pytest.approx(expected, abs=1e-3 * abs(best) + 1e-9)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.1), ("l2", 0.1), ("l1", 0.1), ("l1", 5.0), ("l1", 5000.0)])
 @pytest.mark.parametrize(("single", "iterated"), [(FGSM, PGD), (OrthoFGSM, OrthoPGD)])
-def test_fgsm_is_one_step_of_pgd_bit_for_bit(norm, single, iterated):
+def test_fgsm_is_one_step_of_pgd_bit_for_bit(norm, eps, single, iterated):
     model, (images, labels) = small_model(), drawn(n=20)
-    a = single(model, norm=norm, eps=0.1).run(images, labels)
-    b = iterated(model, norm=norm, eps=0.1, alpha=0.1, steps=1, random_start=False).run(images, labels)
+    a = single(model, norm=norm, eps=eps).run(images, labels)
+    b = iterated(model, norm=norm, eps=eps, alpha=eps, steps=1, random_start=False).run(images, labels)
     for name in ("adversarials", "success", "loss", "steps"):
         assert torch.equal(getattr(a, name), getattr(b, name))
 

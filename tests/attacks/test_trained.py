@@ -5,6 +5,7 @@ from __future__ import annotations
 import foolbox
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import orthattack
@@ -102,6 +103,38 @@ def test_pgd_is_as_strong_as_foolboxs_from_the_same_start(trained):
     assert last.sum() >= 5
     differing = ((ours.adversarials - theirs)[last].abs() > 1e-5).float().mean()
     assert differing < 0.01  # signs of gradients that are nearly zero
+
+
+@pytest.mark.parametrize("eps", [2.0, 12.0])
+def test_one_l1_step_spends_its_radius(trained, eps):
+    """Also on images that are mostly black and white."""
+    model, images, labels = trained
+    for x in (images, (2 * images - 0.5).clamp(0, 1)):
+        for attack in (FGSM, OrthoFGSM):
+            result = attack(model, norm="l1", eps=eps).run(x, labels)
+            moved = result.steps == 1  # the image itself is returned where the step lowers the loss
+            assert moved.sum() >= 10
+            torch.testing.assert_close(result.norm[moved], torch.full_like(result.norm[moved], eps), rtol=1e-6, atol=0)
+
+
+def test_one_l1_step_fools_more_than_foolboxs_on_digits():
+    """Written in black and white, so that most of a dense step, Foolbox's, is clipped."""
+    digits = load_digits()
+    x, y = torch.tensor(digits.images[:, None] / 16, dtype=torch.float32), torch.tensor(digits.target)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[:1500]), y[:1500]).backward()
+        optimizer.step()
+    images, labels = x[1500:1600], y[1500:1600]
+    for eps in (2.0, 4.0):
+        attack = foolbox.attacks.L1FastGradientAttack()
+        _, theirs, _ = attack(foolbox.PyTorchModel(model.eval(), bounds=(0, 1)), images, labels, epsilons=eps)
+        kept = robust(model, theirs, labels)
+        for ours in (FGSM, OrthoFGSM):
+            assert robust(model, ours(model, norm="l1", eps=eps)(images, labels), labels) <= kept - 0.1
 
 
 def test_restarts_and_steps_never_help_the_model(trained):
