@@ -315,6 +315,9 @@ class NIFGSM(Attack):
         v_{t+1} = decay · v_t + ∇L(y_t) / mean|∇L(y_t)|,   y_t = project(x_t + alpha · decay · v_t)
         x_{t+1} = project(x_t + alpha * sign(v_{t+1}))
 
+    for L-infinity. In L2 and L1 both moves have the size of the norm: x_{t+1} is a step of size alpha from x_t along
+    v_{t+1}, as `PGD` takes it, and y_{t+1} one of size alpha · decay from x_{t+1}.
+
     Arguments as for `MIFGSM`. The points y_t are candidates too.
     """
 

@@ -74,7 +74,9 @@ class ScheduledStep:
 
         v_{t+1} = momentum · v_t + ∇L(y_t) / mean|∇L(y_t)|
         x_{t+1} = step of size α_t from x_t along v_{t+1}
-        y_{t+1} = x_{t+1}, or with Nesterov's momentum the projection of x_{t+1} + α_t · momentum · v_{t+1}
+        y_{t+1} = x_{t+1}, or with Nesterov's momentum
+                  L-infinity: the projection of x_{t+1} + α_t · momentum · v_{t+1}
+                  L2, L1: a step of size α_t · momentum from x_{t+1} along v_{t+1}
 
     with α_t = α (fixed), α (1 - t/T) (linear) or α (1 + cos(π t/T)) / 2 (cosine). What is evaluated and scored are the
     y_t, and at the end x_T.
@@ -85,7 +87,8 @@ class ScheduledStep:
         nesterov: evaluate the gradient where the momentum leads.
 
     Source: Dong et al. 2018, arXiv:1710.06081 (MI); Lin et al. 2020, arXiv:1908.06281 (NI), whose look-ahead leaves the
-    ball, while here it is projected, so that it counts as a candidate too.
+    ball, while here it is projected, so that it counts as a candidate too. It is stated for L-infinity, whose unit is
+    that of v, whose entries are about 1; in another norm so many entries of α are far more than α.
     """
 
     schedule: Schedule = "fixed"
@@ -129,6 +132,8 @@ class ScheduledStep:
         state["base"] = base
         if step + 1 == ascent.steps:
             return base, state
+        if ascent.region.threat.norm != "linf":
+            return ascent.step(base, velocity, self.momentum * alpha, evaluation.avoid), state
         return ascent.region.project(torch.addcmul(base, velocity, alpha.to(base.dtype), value=self.momentum)), state
 
     def _factor(self, progress: float) -> float:

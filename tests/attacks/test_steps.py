@@ -90,6 +90,29 @@ def test_momentum_is_measured_by_the_mean_where_that_decides_signs(attack):
     assert ((recorder.seen[-1] - iterated(torch.amax)[-1]).abs() > 1e-3).double().mean() > 0.03
 
 
+@pytest.mark.parametrize("decay", [0.5, 1.0])
+@pytest.mark.parametrize(("norm", "order"), [("l2", 2), ("l1", 1)])
+def test_ni_fgsm_looks_ahead_by_a_step_of_its_norm(norm, order, decay):
+    """On a linear loss v keeps its direction, so from the middle of the box every move is known."""
+    images = torch.full((2, 3, 6, 6), 0.5, dtype=torch.float64)
+    g = torch.randn(images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    unit = g / g.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    if norm == "l1":  # a hundredth of 108 pixels
+        largest = g.abs() == g.abs().amax((1, 2, 3), keepdim=True)
+        unit = torch.where(largest, g.sign(), 0.0)
+
+    def model(x):
+        return torch.stack([(x * g).flatten(1).sum(1), torch.zeros(2).double()], 1)
+
+    recorder, alpha = Recorder(model), 0.02
+    NIFGSM(recorder, norm=norm, eps=0.2, alpha=alpha, steps=5, decay=decay, targeted=True)(
+        images, torch.zeros(2, dtype=torch.long)
+    )
+    for t, seen in enumerate(recorder.seen):
+        ahead = alpha * decay if 0 < t < 5 else 0.0
+        torch.testing.assert_close(seen, images + (alpha * t + ahead) * unit, rtol=0, atol=1e-7)
+
+
 def test_momentum_survives_gradients_of_any_size():
     """Cross-entropy gradients of 1e-30 and less, whose mean alone would underflow."""
     images, labels = drawn()
