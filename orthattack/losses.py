@@ -44,9 +44,9 @@ class Goal:
         return Goal(*(None if classes is None else classes[index] for classes in (self.labels, self.targets)))
 
     def reached(self, logits: Tensor) -> Tensor:
-        """(N,) bool: whether each prediction is what the attack wants. Logits with a NaN predict nothing."""
+        """(N,) bool: whether each prediction is what the attack wants. Logits that are not finite predict nothing."""
         hit = logits.argmax(dim=1) == self.classes
-        return (hit if self.labels is None else ~hit) & ~logits.isnan().any(dim=1)
+        return (hit if self.labels is None else ~hit) & logits.isfinite().all(dim=1)
 
     def margin(self, logits: Tensor) -> Tensor:
         """(N,) how far the logits are beyond the goal: positive exactly if it is reached."""

@@ -6,6 +6,7 @@ it finds (`Observer`); the evaluation can do as it likes with the `Behaviour`.
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 import warnings
@@ -104,21 +105,22 @@ class Behaviour:
 def observe(lent: Model, images: Tensor, bounds: tuple[float, float] = (0, 1), module: object = None) -> Behaviour:
     """How a model answers about the first of `images`, alone and beside another image that is made from it.
 
-    Random states of torch, NumPy and Python, and the model's buffers, are what they were when it returns. A model that
-    fails, or whose answer is not logits, shows nothing here: its own first pass says why.
+    It leaves no trace: random states of torch, NumPy and Python are what they were, and a module is asked through a
+    twin that shares its weights but not its buffers, counters and lists. A model that fails, or whose answer is not
+    logits, shows nothing here: its own first pass says why.
 
     Args:
         lent: images (N, C, H, W) to logits (N, K), in evaluation mode.
         images: (N, C, H, W), N >= 1.
         bounds: smallest and largest pixel value.
-        module: where to look for batch norms and buffers, if not in `lent`.
+        module: where to look for batch norms, if not in `lent`.
     """
     module = lent if module is None else module
     # What torch.compile made would be compiled anew for each of these batches.
-    ask: Model = getattr(lent, "_orig_mod", lent)
+    ask = _twin(getattr(lent, "_orig_mod", lent))
     image, (low, high) = images[:1].detach(), bounds
     beside = [low + 0.8 * (high - image.flip(-1)), low + 0.8 * (image.flip(-2) - low)]
-    with _untouched(module, image.device), torch.no_grad():
+    with _untouched(image.device), torch.no_grad():
         before = _random_states(image.device)
         alone = _answer(ask, image)
         draws = _random_states(image.device) != before
@@ -126,7 +128,8 @@ def observe(lent: Model, images: Tensor, bounds: tuple[float, float] = (0, 1), m
         if pair is None:
             return Behaviour()
         seen = pair if alone is None else torch.cat([alone, pair])
-        probabilities = are_probabilities(float(seen.amin()), float(seen.amax()), seen.sum(1).tolist())
+        sums, tolerance = seen.double().sum(1).tolist(), max(1e-4, 1.5 * _epsilon(seen))
+        probabilities = are_probabilities(float(seen.amin()), float(seen.amax()), sums, tolerance)
         first = pair[:1] if alone is None else alone
         spread = max(float(first.amax() - first.amin()), 1e-3 * float(first.abs().amax()), 1e-300)
 
@@ -183,9 +186,9 @@ def batch_statistics(model: object) -> list[str]:
     ]
 
 
-def are_probabilities(low: float, high: float, sums: Iterable[float]) -> bool:
-    """Whether logits from `low` to `high`, with these sums per image, are probabilities."""
-    return low >= 0 and high <= 1 and all(abs(total - 1) <= 1e-2 for total in sums)  # half precision, 1000 classes
+def are_probabilities(low: float, high: float, sums: Iterable[float], tolerance: float = 1e-2) -> bool:
+    """Whether logits from `low` to `high`, with these sums per image, are probabilities, in half precision too."""
+    return low >= 0 and high <= 1 and all(abs(total - 1) <= tolerance for total in sums)
 
 
 def warn(message: str) -> None:
@@ -236,10 +239,30 @@ def _random_states(device: torch.device) -> list[Any]:
     return states
 
 
+def _twin(model: Model) -> Model:
+    """A module with the same weights and settings, which remembers for itself what it is asked; or the model itself."""
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        return model
+    made: dict[int, nn.Module] = {}
+
+    def copied(module: nn.Module) -> nn.Module:
+        if id(module) not in made:
+            made[id(module)] = twin = copy.copy(module)
+            state = {k: copy.copy(v) if isinstance(v, list | dict | set) else v for k, v in vars(module).items()}
+            state["_buffers"] = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
+            state["_modules"] = {name: None if m is None else copied(m) for name, m in module._modules.items()}
+            vars(twin).update(state)
+        return made[id(module)]
+
+    try:
+        return copied(model)
+    except Exception:  # a module's own way of being copied may raise anything
+        return model
+
+
 @contextmanager
-def _untouched(module: object, device: torch.device) -> Iterator[None]:
-    """Random states and buffers come back as they were."""
-    buffers = [(b, b.clone()) for b in module.buffers()] if isinstance(module, nn.Module) else []
+def _untouched(device: torch.device) -> Iterator[None]:
+    """Random states come back as they were."""
     python, numpy = random.getstate(), sys.modules.get("numpy.random")
     array = None if numpy is None else numpy.get_state()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -249,7 +272,3 @@ def _untouched(module: object, device: torch.device) -> Iterator[None]:
             random.setstate(python)
             if numpy is not None:
                 numpy.set_state(array)
-            for kept, value in buffers:
-                if not torch.equal(kept, value):
-                    with torch.inference_mode(kept.is_inference()):
-                        kept.copy_(value)

@@ -16,6 +16,7 @@ from typing import ClassVar, Literal, Protocol, TypedDict, get_args
 import torch
 from torch import Tensor, nn
 
+from orthattack.attacks.assumptions import PROBABILITIES, Behaviour, Observer, warn
 from orthattack.attacks.optimize import FastCopy, Optimize
 from orthattack.attacks.oracle import Evaluation, InBatches, LossFunction, Oracle, Precision, Scorer
 from orthattack.attacks.steps import Reference
@@ -108,7 +109,9 @@ class Best:
         self._merit = torch.full(
             (n,), -torch.inf, dtype=torch.promote_types(images.dtype, torch.float32), device=device
         )
-        self._steps, self._zero, self._forwards, self._gradients = torch.zeros(4, n, dtype=torch.long, device=device)
+        self._steps, self._zero, self._forwards, self._gradients, self.stuck = torch.zeros(
+            5, n, dtype=torch.long, device=device
+        )
 
     def offer(self, index: Tensor, points: Tensor, evaluation: Evaluation, step: int) -> None:
         """Keep each of `points`, candidates of the samples at `index`, that beats what there is."""
@@ -117,6 +120,7 @@ class Best:
         # The later of two equals: a confident model's loss is exactly 0 long before its gradient is.
         better |= (success == self.success[index]) & (merit >= self._merit[index])
         self._zero[index] += evaluation.unusable
+        self.stuck[index] += evaluation.stuck
         self._forwards[index] += evaluation.forward_calls
         self._gradients[index] += evaluation.gradient_calls
         if len(index) == len(self.success):  # all samples, in order: one pass, and nothing that stops a GPU
@@ -129,6 +133,11 @@ class Best:
         self.adversarials[rows] = points[better]
         self.success[rows], self._merit[rows], self._steps[rows] = success[better], merit[better], step
         self.exact[rows] = evaluation.exact[better]
+
+    def skip(self, index: Tensor) -> None:
+        """Count a step without a gradient for the samples at `index`, which no step was taken for."""
+        self._zero[index] += 1
+        self.stuck[index] += 1
 
     def judge(self, rows: Tensor, evaluation: Evaluation) -> None:
         """Replace success and loss by those of a final evaluation of the adversarials at `rows`."""
@@ -160,6 +169,7 @@ class Task:
         streams: one generator per sample, for those they do not share; None: the same as `generator`.
         textbook: the threat model to project directions against, for ``enforce="gradient"``.
         reference: against the clean images or the iterates.
+        is_random: whether the model draws, so that a success is confirmed where it is found.
     """
 
     oracle: Scorer
@@ -173,11 +183,12 @@ class Task:
     streams: tuple[torch.Generator, ...] | None = None
     textbook: ThreatModel | None = None
     reference: Reference = "clean"
+    is_random: bool = False
 
     def score(self, points: Tensor, step: int, with_gradient: bool) -> Evaluation:
         """Evaluate `points` of these samples and offer them to `best`."""
         # A sample that leaves the batch must be fooled for certain; the others are judged in the end.
-        solved = self.best.success[self.index] if self.early_stop else None
+        solved = self.best.success[self.index] if self.early_stop or self.is_random else None
         self.region.release()
         evaluation = self.oracle.evaluate(points, self.goal, self.loss, solved, with_gradient, step)
         self.best.offer(self.index, points, evaluation, step)
@@ -299,6 +310,7 @@ class Attack:
         self._loss = attack_loss(loss)
         self._models = [model] if detector is None else [model, detector]
         self._oracle = oracle
+        self._observer = Observer()
         # Its own stream, so that an attack leaves the global one alone; seeded by torch.manual_seed all the same.
         self.generator = torch.Generator().manual_seed(torch.initial_seed()) if generator is None else generator
 
@@ -356,7 +368,9 @@ class Attack:
             ValueError: images or labels of the wrong kind (the message says what and where), or a model whose output
                 is not (N, K) logits, is not finite, or does not depend differentiably on the images.
         """
-        return self._run(images, labels, eps, start, self.search, self.early_stop, seeds, batch_size)
+        result, stuck = self._run(images, labels, eps, start, self.search, self.early_stop, seeds, batch_size)
+        self._warn_of_gradients(result, stuck)
+        return result
 
     def _run(
         self,
@@ -368,7 +382,9 @@ class Attack:
         early_stop: bool,
         seeds: Sequence[int] | None = None,
         batch_size: int | None = None,
-    ) -> AttackResult:
+        is_first: bool = True,
+    ) -> tuple[AttackResult, Tensor]:
+        """The result, and at how many steps no loss had a gradient; not `is_first`: odd logits are no error."""
         if batch_size is not None:
             check_count("batch_size", batch_size)
         with torch.inference_mode(False), torch.no_grad():
@@ -385,23 +401,70 @@ class Attack:
                 goal = Goal(None, labels) if self.targeted else Goal(labels)
                 with ExitStack() as stack:
                     models = [stack.enter_context(borrowed(model, x.device)) for model in self._models]
-                    fast = self._fast.of(models[0], x)
+                    behaviour = self._observed(models[0], x)
+                    fast = None if behaviour.is_random else self._fast.of(models[0], x)
                     if self.precision == "bfloat16" and x.device.type == "cpu":
                         _warn_of_slow_bfloat16()
-                    oracle = self._oracle(*models, self.precision, self.eot_samples, fast)
+                    oracle = self._oracle(
+                        *models, self.precision, self.eot_samples, fast, behaviour.is_random, len(x) if is_first else 0
+                    )
                     if batch_size is not None and batch_size < len(x):
                         oracle = InBatches(oracle, batch_size)
                     index = torch.arange(len(x), device=x.device)
                     task = Task(
                         oracle, self._loss, goal, region, index, best, early_stop, generator, streams, textbook,
-                        self.reference,
+                        self.reference, behaviour.is_random,
                     )  # fmt: skip
                     search(task, None if start is None else region.shrunk(start.detach().to(x)))
                     # The model itself judges what is returned, unless it has already.
                     if len(rows := (~best.exact).nonzero().squeeze(1)) > 0:
-                        kept = oracle.evaluate(best.adversarials[rows], goal.select(rows), self._loss, None, False)
-                        best.judge(rows, kept)
-            return best.result(x, threat)
+                        best.judge(rows, oracle.judge(best.adversarials[rows], goal.select(rows), self._loss))
+            return best.result(x, threat), best.stuck
+
+    def _observed(self, lent: Model, images: Tensor) -> Behaviour:
+        """How the borrowed model behaves; what an attack does not expect is warned of, once."""
+        found = self._observer.of(self.model, lent, images, self.threat.bounds)
+        self._observer.say("batch", found.on_batches())
+        self._observer.say("probabilities", PROBABILITIES if found.probabilities else None)
+        unused = f"; optimize={self.optimize!r} is not used" if self.optimize != "none" else ""
+        if found.is_random and (self.eot_samples == 1 or unused):
+            self._observer.say("random", f"{found.on_randomness()}{unused}")
+        return found
+
+    def _warn_of_gradients(self, result: AttackResult, stuck: Tensor) -> None:
+        """Say, once for a call, for how many samples there was no usable gradient at half of the steps or more."""
+        steps = result.gradient_calls // self.eot_samples
+        flat, counts = result.zero_gradients, [0, 0, 0]
+        if len(flat) > 0:
+            counts = [
+                int(rows.sum())
+                for rows in (
+                    steps > stuck,
+                    ~result.success & (stuck > 0) & (2 * stuck >= steps),
+                    (flat > stuck) & (2 * flat >= steps),
+                )
+            ]
+        moved, left, swapped = counts
+        total = len(flat)
+        if moved == 0 and bool((stuck > 0).any()):
+            warn(
+                "nothing could be climbed: the model's gradient is zero or not finite at every step, for each of "
+                f"{total} image{'s' * (total > 1)}. It is masked, by a rounding or saturated layer, by outputs that "
+                "are probabilities, or by a root, norm or division that meets zero. What no gradient fools may still "
+                "not be robust: use Square, which needs none"
+            )
+            return
+        if left > 0:
+            warn(
+                f"{left} of {total} images had no usable gradient, zero or not finite, at half of the steps or more "
+                "(AttackResult.zero_gradients) and were not fooled: that is no sign of robustness; Square needs none"
+            )
+        if swapped > 0:
+            warn(
+                f"the loss had no usable gradient for {swapped} of {total} images at half of the steps or more "
+                "(AttackResult.zero_gradients): saturated, as a cross-entropy is at large logits. They climbed the "
+                'margin instead; loss="margin" does so throughout'
+            )
 
     def sweep(self, images: Tensor, labels: Tensor, eps: Sequence[float] | Tensor) -> list[AttackResult]:
         """Attack a batch at several radii, the smallest first.
@@ -425,12 +488,12 @@ class Attack:
         found: dict[float, AttackResult] = {}
         last: AttackResult | None = None
         for radius in sorted(radii):
+            rows = slice(None) if last is None else (~last.success).nonzero().squeeze(1)
+            start = None if last is None else last.adversarials[rows]
+            more, stuck = self._run(images[rows], labels[rows], radius, start, self.search, self.early_stop)
             if last is None:
-                last = self.run(images, labels, eps=radius)
-            else:
-                rows = (~last.success).nonzero().squeeze(1)
-                more = self.run(images[rows], labels[rows], eps=radius, start=last.adversarials[rows])
-                last = _merged(last, more, rows)
+                self._warn_of_gradients(more, stuck)
+            last = more if last is None else _merged(last, more, rows)
             found[radius] = last
         return [found[radius] for radius in radii]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from orthattack.attacks.attack import Attack, Options, OrthoOptions, Task, check_count
 from orthattack.attacks.climb import Climb
+from orthattack.attacks.oracle import NoGradientError
 from orthattack.attacks.square import SquareSearch
 from orthattack.attacks.steps import AutoStep
 from orthattack.losses import Goal, attack_loss
@@ -40,14 +41,23 @@ class _Sequence:
 
     def __call__(self, task: Task, start: Tensor | None = None) -> None:
         task = replace(task, early_stop=True)  # a sample that has fallen needs nothing more
-        climb = Climb(AutoStep(), self.steps, rate=2.0, random_start=True)
         images = task.region.images.to(task.region.dtype)
         task.score(images.clone(), 0, with_gradient=False)
         if start is not None:
             task.score(start, 0, with_gradient=False)
         if (left := task.unsolved()) is None:
             return
-        climb(replace(left, loss=attack_loss("ce")), None)
+        try:
+            self._climb(task, left)
+        except NoGradientError:  # a model that autograd does not see through is what the squares are for
+            task.best.skip(left.index)
+        if (left := task.unsolved()) is not None:
+            SquareSearch(self.queries)(left, None)
+
+    def _climb(self, task: Task, standing: Task) -> None:
+        """Both losses, on what is still `standing` of the task."""
+        climb = Climb(AutoStep(), self.steps, rate=2.0, random_start=True)
+        climb(replace(standing, loss=attack_loss("ce")), None)
         if (left := task.unsolved()) is None:
             return
         logits = left.oracle.logits(left.region.images.to(left.region.dtype), left.goal)
@@ -55,14 +65,12 @@ class _Sequence:
         loss = attack_loss("dlr" if classes >= 4 else "margin")
         if left.goal.labels is None:
             climb(replace(left, loss=loss), None)
-        else:
-            others = logits.scatter(1, left.goal.labels.unsqueeze(1), float("-inf"))
-            ranked = others.argsort(dim=1, descending=True, stable=True)
-            for k in range(min(self.targets, classes - 1)):
-                goal = Goal(left.goal.labels, ranked[:, k])
-                climb(replace(left, goal=goal, loss=loss), None)
-        if (left := task.unsolved()) is not None:
-            SquareSearch(self.queries)(left, None)
+            return
+        others = logits.scatter(1, left.goal.labels.unsqueeze(1), float("-inf"))
+        ranked = others.argsort(dim=1, descending=True, stable=True)
+        for k in range(min(self.targets, classes - 1)):
+            goal = Goal(left.goal.labels, ranked[:, k])
+            climb(replace(left, goal=goal, loss=loss), None)
 
 
 @final

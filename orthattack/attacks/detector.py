@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Literal, final, get_args
+from typing import Any, Literal, final, get_args
 
 import torch
 from torch import Tensor
 
 from orthattack.attacks.attack import Attack, Enforce, check_count
 from orthattack.attacks.climb import Climb
-from orthattack.attacks.oracle import Evaluation, LossFunction, Oracle, Precision, input_gradient
+from orthattack.attacks.oracle import Evaluation, LossFunction, Oracle, input_gradient
 from orthattack.attacks.steps import ScheduledStep
 from orthattack.losses import Goal, Loss
 from orthattack.model import Model
@@ -31,16 +32,13 @@ class _DetectorOracle:
         self,
         model: Model,
         detector: Model,
-        precision: Precision,
-        eot_samples: int,
-        fast: Model | None = None,
-        *,
+        *options: Any,
         threshold: float,
         mode: Mode,
         every: int | None,
         enforce: Enforce,
     ) -> None:
-        self._classifier = Oracle(model, precision, eot_samples, fast)
+        self._classifier = Oracle(model, *options)
         self._detector, self._threshold = detector, threshold
         self._mode, self._every, self._enforce = mode, every, enforce
 
@@ -66,6 +64,9 @@ class _DetectorOracle:
             gradient = orthogonalize(gradient, other)
         return self._with_slack(found, slack.detach(), gradient, avoid)
 
+    def judge(self, points: Tensor, goal: Goal, loss: LossFunction) -> Evaluation:
+        return self._with_slack(self._classifier.judge(points, goal, loss), self._slack(points))
+
     def logits(self, points: Tensor, goal: Goal) -> Tensor:
         return self._classifier.logits(points, goal)
 
@@ -73,10 +74,10 @@ class _DetectorOracle:
         self, found: Evaluation, slack: Tensor, gradient: Tensor | None = None, avoid: Tensor | None = None
     ) -> Evaluation:
         merit = torch.minimum(found.margin, slack.to(found.margin.dtype))
-        unusable = found.unusable if gradient is None else (gradient == 0).flatten(1).all(1)
-        return Evaluation(
-            found.success & (slack >= 0), merit, merit, gradient, unusable, found.forward_calls, found.gradient_calls,
-            found.exact, avoid,
+        stuck = found.stuck if gradient is None else (gradient == 0).flatten(1).all(1)
+        return replace(
+            found, success=found.success & (slack >= 0), loss=merit, margin=merit, gradient=gradient, unusable=stuck,
+            stuck=stuck, avoid=avoid,
         )  # fmt: skip
 
     def _slack(self, points: Tensor) -> Tensor:

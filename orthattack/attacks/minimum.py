@@ -10,6 +10,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
+from orthattack.attacks.assumptions import warn
 from orthattack.attacks.attack import Attack, AttackResult, Card, Task, check_count
 
 __all__ = ["MinimumNorm"]
@@ -78,31 +79,41 @@ class MinimumNorm:
         fooled comes back as the last attack left it, with ``success`` false.
         """
         attack = self.attack
-        result = attack._run(images, labels, 0.0, None, _Look(), True)
+        result, stuck = attack._run(images, labels, 0.0, None, _Look(), True)
         eps = torch.as_tensor(attack.threat.eps, dtype=torch.float64, device=images.device)
         eps = eps.expand(len(images)).clamp(max=self.max_eps).clone()
         low, high = torch.zeros_like(eps), torch.full_like(eps, torch.inf)
         high[result.success] = 0.0
-        for _ in range(self.trials):
+        for trial in range(self.trials):
             # An interval that is narrower than 1 in 1000 is not worth a trial, nor one beyond the largest radius.
             rows = ((high > 1.001 * low) & (low < self.max_eps)).nonzero().squeeze(1)
             if len(rows) == 0:
                 break
-            found = attack._run(
-                images[rows],
-                labels[rows],
-                eps[rows],
-                result.adversarials[rows],
-                attack.search,
-                early_stop=True,
-                seeds=None if seeds is None else [seeds[row] for row in rows.tolist()],
-            )
+            try:
+                found, more = attack._run(
+                    images[rows],
+                    labels[rows],
+                    eps[rows],
+                    result.adversarials[rows],
+                    attack.search,
+                    early_stop=True,
+                    seeds=None if seeds is None else [seeds[row] for row in rows.tolist()],
+                    is_first=False,
+                )
+            except Exception as error:
+                if trial == 0:
+                    raise
+                reason = str(error).strip().split("\n")[0] or type(error).__name__
+                warn(f"trial {trial + 1} of {self.trials} failed, and what was found before it is kept: {reason}")
+                break
+            stuck[rows] += more
             fooling = found.success & (found.norm < high[rows])
             low[rows] = torch.where(found.success, low[rows], eps[rows])
             high[rows] = torch.where(fooling, found.norm.double(), high[rows])
             result = _updated(result, found, rows, fooling | ~result.success[rows])
             middle = torch.where(high.isfinite(), (low + high) / 2, 2 * eps)
             eps = middle.clamp(max=self.max_eps)
+        attack._warn_of_gradients(result, stuck)
         return result
 
 

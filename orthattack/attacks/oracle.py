@@ -9,13 +9,29 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from orthattack.losses import Goal
+from orthattack.attacks.assumptions import DRAWS, NEEDED
+from orthattack.losses import Goal, attack_loss
 from orthattack.model import Model, check_finite, checked_logits
 
-__all__ = ["Evaluation", "InBatches", "LossFunction", "Oracle", "Precision", "Scorer", "input_gradient"]
+__all__ = [
+    "Evaluation",
+    "InBatches",
+    "LossFunction",
+    "NoGradientError",
+    "Oracle",
+    "Precision",
+    "Scorer",
+    "input_gradient",
+]
 
 Precision = Literal["float32", "bfloat16"]
 LossFunction = Callable[[Tensor, Goal], Tensor]
+
+_MARGIN = attack_loss("margin")
+
+
+class NoGradientError(ValueError):
+    """A model is not connected to the images by autograd at all."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +43,8 @@ class Evaluation:
         loss: (N,) what the attack climbs.
         margin: (N,) how far beyond the goal the logits are, which compares points whatever the loss.
         gradient: (N, C, H, W) the way up, or None if not asked for.
-        unusable: (N,) whether that was zero or not finite, and is zero now.
+        unusable: (N,) whether the loss had none: zero or not finite. Then it is the margin's.
+        stuck: (N,) whether the margin had none either, and the gradient is zero now.
         forward_calls: (N,) evaluations of the model that this took.
         gradient_calls: (N,) differentiations.
         exact: (N,) whether the model itself, in its own precision, says all that; the rest are claims.
@@ -39,6 +56,7 @@ class Evaluation:
     margin: Tensor
     gradient: Tensor | None
     unusable: Tensor
+    stuck: Tensor
     forward_calls: Tensor
     gradient_calls: Tensor
     exact: Tensor
@@ -67,6 +85,9 @@ class Scorer(Protocol):
     ) -> Evaluation:
         """Score `points`, iterate number `step`, and, if asked, say which way is up."""
 
+    def judge(self, points: Tensor, goal: Goal, loss: LossFunction) -> Evaluation:
+        """Score `points` for good, by the model itself: one that draws at random by several fresh answers."""
+
     def logits(self, points: Tensor, goal: Goal) -> Tensor:
         """The model's logits (N, K)."""
 
@@ -79,8 +100,10 @@ class Oracle:
         precision: of the passes that give gradients.
         fast: a faster copy of the model for the passes that give gradients, or None.
         eot_samples: how many passes are averaged for a model that draws at random: expectation over transformation
-            (Athalye et al. 2018, arXiv:1707.07397). The loss, its gradient and the logits that decide about success
-            are means over them.
+            (Athalye et al. 2018, arXiv:1707.07397). The loss, its gradient and the logits are means over them.
+        is_random: whether the model draws at random. Then a success is only claimed by those logits; what confirms it
+            are `NEEDED` of `DRAWS` fresh answers, single ones, however many are averaged.
+        unchecked: for how many images, the first that are evaluated, labels and logits are checked.
     """
 
     def __init__(
@@ -89,12 +112,13 @@ class Oracle:
         precision: Precision = "float32",
         eot_samples: int = 1,
         fast: Model | None = None,
+        is_random: bool = False,
+        unchecked: int = 0,
     ):
-        self._model, self._samples = model, eot_samples
+        self._model, self._samples, self._is_random, self._unchecked = model, eot_samples, is_random, unchecked
         self._fast = model if fast is None else fast
         self._is_bfloat16 = precision == "bfloat16"
         self._is_rough = self._is_bfloat16 or fast is not None
-        self._is_first = True
 
     def evaluate(
         self,
@@ -107,63 +131,91 @@ class Oracle:
     ) -> Evaluation:
         """Score `points` and, if asked, differentiate the loss there, in one forward pass per EOT sample.
 
-        A rough pass, in reduced precision or by a faster copy, only claims a success. For samples that are not `solved`
-        yet, another pass, of the model itself in full precision, confirms it or not; with None the claim stands, for
+        A rough pass, in reduced precision or by a faster copy, only claims a success, and so does every pass of a model
+        that draws. For samples that are not `solved` yet, `judge` confirms it or not; with None the claim stands, for
         whoever asks to judge in the end. Without a gradient the pass is the model's own in full precision. `step` is
         the number of the iterate, which makes a difference to other oracles.
+
+        Where the loss is flat, a cross-entropy that is saturated for example, and the goal is not reached, the margin
+        is climbed in its place: each sample for itself, in the same passes.
         """
         calls = torch.full_like(goal.classes, self._samples)
-        if not with_gradient:
-            logits, value, _ = self._pass(points, goal, loss, rough=False, with_gradient=False)
-            no = torch.zeros_like(calls)
-            exact = torch.ones_like(calls, dtype=torch.bool)
-            return Evaluation(goal.reached(logits), value, goal.margin(logits), None, no.bool(), calls, no, exact)
-        logits, value, gradient = self._pass(points, goal, loss, self._is_rough, with_gradient=True)
-        assert gradient is not None
+        rough = with_gradient and self._is_rough
+        logits, value, gradient, unusable = self._pass(points, goal, loss, rough, with_gradient)
         success, margin, forward_calls = goal.reached(logits), goal.margin(logits), calls
-        exact = torch.full_like(success, not self._is_rough)
-        if self._is_rough and solved is not None:
+        exact = torch.full_like(success, not rough)
+        if (rough or self._is_random) and solved is not None:
             rows = (success & ~solved).nonzero().squeeze(1)
             success = torch.zeros_like(success)
             if len(rows) > 0:
-                wanted = goal.select(rows)
-                confirmed, loss_there, _ = self._pass(points[rows], wanted, loss, rough=False, with_gradient=False)
-                success[rows], margin[rows] = wanted.reached(confirmed), wanted.margin(confirmed)
-                value[rows], exact[rows] = loss_there, True
-                forward_calls = calls.index_add(0, rows, torch.full_like(rows, self._samples))
+                found = self.judge(points[rows], goal.select(rows), loss)
+                success[rows], margin[rows], value[rows] = found.success, found.margin, found.loss
+                exact[rows], forward_calls = True, calls.index_add(0, rows, found.forward_calls)
+        if self._is_random:  # its successes were picked for having been lucky, so they are judged anew in the end
+            exact = ~success
+        self._unchecked -= len(points)
+        if gradient is None:
+            no = torch.zeros_like(success)
+            return Evaluation(success, value, margin, None, no, no, forward_calls, torch.zeros_like(calls), exact)
         # NaN goes through both of these, and neither needs memory.
         largest = torch.maximum(gradient.amax((1, 2, 3)), -gradient.amin((1, 2, 3)))
-        unusable = ~((largest > 0) & largest.isfinite())
-        if self._is_first and bool(unusable.all()):
-            self._explain_zero(points, goal)
-        if gradient.is_cuda or bool(unusable.any()):  # asking would stop the GPU
-            gradient.masked_fill_(unusable.view(-1, 1, 1, 1), 0)
-        self._is_first = False
-        return Evaluation(success, value, margin, gradient, unusable, forward_calls, calls, exact)
+        stuck = ~((largest > 0) & largest.isfinite())
+        if gradient.is_cuda or bool(stuck.any()):  # asking would stop the GPU
+            gradient = gradient.clone() if 0 in gradient.stride() else gradient  # a sum's is one number, expanded
+            gradient.masked_fill_(stuck.view(-1, 1, 1, 1), 0)
+        return Evaluation(success, value, margin, gradient, unusable | stuck, stuck, forward_calls, calls, exact)
+
+    def judge(self, points: Tensor, goal: Goal, loss: LossFunction) -> Evaluation:
+        """Score `points` by the model itself: a success is one answer, or `NEEDED` of `DRAWS` if the model draws."""
+        no = torch.zeros_like(goal.classes, dtype=torch.bool)
+        if not self._is_random:
+            logits, value, *_ = self._pass(points, goal, loss, rough=False, with_gradient=False)
+            calls = torch.full_like(goal.classes, self._samples)
+            reached, margin = goal.reached(logits), goal.margin(logits)
+            return Evaluation(reached, value, margin, None, no, no, calls, torch.zeros_like(calls), ~no)
+        wrong, values, margins = torch.zeros_like(goal.classes), [], []
+        # As soon as no sample can still have enough of them, the rest of the draws is spared.
+        while len(values) < DRAWS and bool((wrong + DRAWS - len(values) >= NEEDED).any()):
+            logits, value, *_ = self._pass(points, goal, loss, rough=False, with_gradient=False, samples=1)
+            wrong = wrong + goal.reached(logits)
+            values.append(value)
+            margins.append(goal.margin(logits))
+        calls = torch.full_like(wrong, len(values))
+        value, margin = torch.stack(values).mean(0), torch.stack(margins).mean(0)
+        return Evaluation(wrong >= NEEDED, value, margin, None, no, no, calls, torch.zeros_like(calls), ~no)
 
     def logits(self, points: Tensor, goal: Goal) -> Tensor:
         """The logits (N, K) in full precision, the mean over the EOT samples."""
-        return self._pass(points, goal, lambda logits, _: logits[:, 0], rough=False, with_gradient=False)[0]
+        return self._pass(points, goal, _MARGIN, rough=False, with_gradient=False)[0]
 
     def _pass(
-        self, points: Tensor, goal: Goal, loss: LossFunction, rough: bool, with_gradient: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Logits, loss and gradient, each the mean over the EOT samples, one sample in memory at a time."""
+        self,
+        points: Tensor,
+        goal: Goal,
+        loss: LossFunction,
+        rough: bool,
+        with_gradient: bool,
+        samples: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Logits, loss and gradient, each the mean over the EOT samples, one sample in memory at a time; and whether
+        the loss was flat in all of them."""
+        samples = self._samples if samples is None else samples
         total: list[Tensor] = []
-        for _ in range(self._samples):
+        for _ in range(samples):
             if with_gradient:
                 leaf = points.detach().requires_grad_()
                 with torch.enable_grad():
                     logits = self._forward(leaf, goal, rough)
-                    value = loss(logits, goal)
-                    gradient = input_gradient(value.sum(), leaf)
-                parts = [logits.detach(), value.detach(), gradient]
+                value, flat, gradient = _climbed(logits, goal, loss, leaf, True)
+                assert gradient is not None
+                parts = [logits.detach(), value, flat.to(value.dtype), gradient]
             else:
                 logits = self._forward(points, goal, rough)
-                parts = [logits, loss(logits, goal)]
+                value, flat, _ = _climbed(logits, goal, loss, points, False)
+                parts = [logits, value, flat.to(value.dtype)]
             total = parts if not total else [a + b for a, b in zip(total, parts, strict=True)]
-        means = total if self._samples == 1 else [part / self._samples for part in total]
-        return means[0], means[1], means[2] if with_gradient else None
+        means = total if samples == 1 else [part / samples for part in total]
+        return means[0], means[1], means[3] if with_gradient else None, means[2] == 1
 
     def _forward(self, points: Tensor, goal: Goal, rough: bool) -> Tensor:
         written = points._version
@@ -175,7 +227,7 @@ class Oracle:
                 "mean instead of images -= mean"
             )
         logits = checked_logits(logits, len(points))
-        if self._is_first:
+        if self._unchecked > 0:
             check_finite(logits.detach())
             labels = goal.classes
             outside = (labels < 0) | (labels >= logits.shape[1])
@@ -187,23 +239,54 @@ class Oracle:
                 )
         return logits if logits.dtype.itemsize >= 4 else logits.float()
 
-    def _explain_zero(self, points: Tensor, goal: Goal) -> None:
-        """Raise if not only the loss is flat, which a confident model may cause, but the model itself."""
-        leaf = points.detach().requires_grad_()
-        with torch.enable_grad():
-            logits = self._forward(leaf, goal, rough=False)
-            top = Goal(logits.argmax(1))
-            gradient = input_gradient(top.margin(logits).sum(), leaf)
-        if not bool(gradient.isfinite().any()):
-            raise ValueError(
-                "the model's gradient is NaN or infinite for every image of the batch, so nothing can be climbed; look "
-                "for a square root, a norm or a division that meets zero"
-            )
-        if not bool((gradient != 0).any()):
-            raise ValueError(
-                "the model's gradient is zero for every image of the batch: it is masked, by a rounding or saturated "
-                "layer or by outputs that are probabilities; a gradient-based attack would measure nothing"
-            )
+
+def _climbed(
+    logits: Tensor, goal: Goal, loss: LossFunction, points: Tensor, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What is climbed at these logits, whether the loss itself is flat there, and the gradient by `points`.
+
+    All per sample, (N,), (N,) and (N, C, H, W). The loss is differentiated by the logits first, and what comes of it
+    then by the images: where it is nothing, the margin's slope takes its place, for one backward pass through the model
+    in any case. A named loss's value is then the margin too, so that points of a plateau can be told apart. A
+    cross-entropy is above 0 and the margin below where the goal is not reached, so they can be compared.
+    """
+    name = getattr(loss, "loss", None)
+    if not with_gradient and name not in ("ce", "dlr"):
+        value = loss(logits if isinstance(name, str) else logits.clone(), goal)  # which others may write into
+        return value, torch.zeros_like(goal.classes, dtype=torch.bool), None
+    source = logits.detach().requires_grad_()
+    with torch.enable_grad():
+        value = loss(source if isinstance(name, str) else source.clone(), goal)
+        total = value.sum()
+    slope = direct = None
+    if total.requires_grad:
+        # A function may depend on the images by another way than the logits, such as features it has kept.
+        by = [source, points] if with_gradient and not isinstance(name, str) else [source]
+        slope, direct = (*torch.autograd.grad(total, by, retain_graph=len(by) > 1, allow_unused=True), None)[:2]
+    if slope is None and direct is None:
+        raise ValueError("loss has no gradient with respect to the logits: compute it with differentiable functions")
+    value = value.detach()
+    if slope is None:
+        return value, torch.zeros_like(goal.classes, dtype=torch.bool), direct
+    # Below this a backward pass meets numbers that its dtype rounds to 0.
+    limits = torch.finfo(points.dtype)
+    largest = slope.abs().amax(1)
+    flat = ~((largest > limits.tiny * (1e8 if limits.bits > 16 or limits.tiny < 1e-30 else 1)) & largest.isfinite())
+    swap = flat
+    if name == "ce":  # near log K for logits this close, where its digits and its slope hardly tell classes apart
+        swap = swap | (source.detach().amax(1) - source.detach().amin(1) <= 1e-2)
+    if slope.is_cuda or bool(swap.any()):  # asking would stop the GPU
+        open_ = ~goal.reached(logits.detach())
+        flat, swap = flat & open_, swap & open_
+        own = (goal.classes if goal.targets is None else goal.targets).unsqueeze(1)
+        other = source.detach().scatter(1, own, -torch.inf).argmax(1, keepdim=True)
+        up = torch.zeros_like(slope).scatter(1, other, 1).scatter(1, own, -1)
+        slope = torch.where(swap.unsqueeze(1), up if goal.targets is None else -up, slope)
+        if isinstance(name, str):
+            value = torch.where(swap, _MARGIN(source.detach(), goal), value)
+    if not with_gradient:
+        return value, flat, None
+    return value, flat, input_gradient(logits, points, slope=slope, more=direct)
 
 
 class InBatches:
@@ -229,19 +312,30 @@ class InBatches:
             ]
         )
 
+    def judge(self, points: Tensor, goal: Goal, loss: LossFunction) -> Evaluation:
+        rows = torch.split(torch.arange(len(points), device=points.device), self._size)
+        return Evaluation.joined([self._scorer.judge(points[r], goal.select(r), loss) for r in rows])
+
     def logits(self, points: Tensor, goal: Goal) -> Tensor:
         rows = torch.split(torch.arange(len(points), device=points.device), self._size)
         return torch.cat([self._scorer.logits(points[r], goal.select(r)) for r in rows])
 
 
-def input_gradient(value: Tensor, leaf: Tensor, what: str = "the model") -> Tensor:
-    """The gradient of a sum of per-sample values; ValueError if there is none."""
-    gradient = None
+def input_gradient(
+    value: Tensor, leaf: Tensor, what: str = "the model", slope: Tensor | None = None, more: Tensor | None = None
+) -> Tensor:
+    """The gradient by `leaf` of a sum of per-sample values, or of `value` times a `slope`, plus what is known `more`.
+
+    Raises:
+        NoGradientError: there is none.
+    """
+    gradient = more
     if value.requires_grad:
-        (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True)
+        (found,) = torch.autograd.grad(value, leaf, slope, allow_unused=True)
+        gradient = found if more is None or found is None else found + more
     if gradient is None:
-        raise ValueError(
+        raise NoGradientError(
             f"{what} has no gradient with respect to the images: part of it is detached, runs under "
-            "torch.no_grad(), or leaves torch"
+            "torch.no_grad(), or leaves torch; Square needs none"
         )
     return gradient

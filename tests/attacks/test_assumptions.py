@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections import namedtuple
 from types import SimpleNamespace
 
@@ -12,9 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from orthattack import PGD, Square, fooled
+import orthattack
+from orthattack import (
+    APGD,
+    PGD,
+    AttackResult,
+    AutoAttack,
+    MinimumNorm,
+    OrthoAPGD,
+    OrthoAutoAttack,
+    OrthoPGD,
+    OrthoSquare,
+    Square,
+    fooled,
+)
 from orthattack.attacks.assumptions import PROBABILITIES, Behaviour, batch_statistics, observe
 from tests.attacks.test_attacks import Recorder, drawn, linear_model, small_model
+from tests.attacks.test_promises import trained
 
 # --- what a model answers --------------------------------------------------------------------------------------------
 
@@ -206,12 +221,14 @@ def test_a_model_that_draws_is_seen_and_the_streams_are_left_alone(name):
 
 
 def test_it_costs_three_images_and_no_more_where_nothing_differs():
-    model = Recorder(SMALL)
+    asked: list[int] = []
+
+    def model(x: Tensor) -> Tensor:
+        asked.append(len(x))
+        return x.flatten(1)[:, :5]
+
     observe(model, drawn()[0])
-    assert sum(len(x) for x in model.seen) <= 3 + 1 + 2 + 2
-    plain = Recorder(lambda x: x.flatten(1)[:, :5])
-    observe(plain, drawn()[0])
-    assert [len(x) for x in plain.seen] == [1, 2]
+    assert asked == [1, 2]
 
 
 def test_probabilities_are_seen():
@@ -227,3 +244,303 @@ def test_a_model_that_fails_shows_nothing():
         raise RuntimeError("only batches of 8")
 
     assert observe(model, drawn()[0]) == Behaviour()
+
+
+# --- warnings of an attack -------------------------------------------------------------------------------------------
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+MESSAGES = {
+    "random": (RANDOM["noise"], r"draws at random .* at least 8 of 10 fresh answers .* eot_samples"),
+    "batch": (OF_THE_BATCH["batch norm"], r"batch norm without running statistics \('norm'\) uses those of the batch"),
+    "mixed": (OF_THE_BATCH["centred by the batch"], "depends on the rest of its batch"),
+    "probabilities": (lambda x: SMALL(x).softmax(1), "returns probabilities, not logits .* remove the final softmax"),
+}
+
+
+@pytest.mark.parametrize("kind", MESSAGES)
+@pytest.mark.parametrize("make", [
+    lambda m: PGD(m, steps=2),
+    lambda m: OrthoSquare(m, queries=3),
+    lambda m: AutoAttack(m, steps=1, targets=1, queries=2),
+    lambda m: MinimumNorm(PGD(m, steps=1), trials=3),
+])  # fmt: skip
+def test_what_an_attack_does_not_expect_is_warned_of_once_where_it_was_called(kind, make):
+    model, message = MESSAGES[kind]
+    images, labels = drawn()
+    attack = make(model)
+    with pytest.warns(UserWarning, match=message) as caught:
+        attack.run(images, labels)
+    assert [w.filename for w in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attack.run(images[:1], labels[:1])
+
+
+def test_a_single_image_is_enough_and_counts_and_bits_are_those_without_the_look(monkeypatch):
+    images, labels = drawn(n=1)
+    with pytest.warns(UserWarning, match="depends on the rest of its batch"):
+        PGD(OF_THE_BATCH["batch norm"], steps=2).run(images, labels)
+    found = PGD(SMALL, steps=3, generator=seeded()).run(images, labels)
+    assert found.forward_calls.tolist() == [4]
+    monkeypatch.setattr("orthattack.attacks.assumptions.observe", lambda *a: Behaviour())
+    plain = PGD(SMALL, steps=3, generator=seeded()).run(images, labels)
+    for name, value in vars(plain).items():
+        assert torch.equal(value, getattr(found, name)), name
+
+
+def test_a_model_is_looked_at_once_and_again_when_its_parts_change():
+    asked: list[int] = []
+
+    class Asked(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            asked.append(len(x))
+            return super().forward(x)
+
+    model, (images, labels) = Asked(), drawn()
+    attack = PGD(model, steps=1, random_start=False)
+    attack.run(images, labels)
+    first = len(asked)
+    attack.run(images, labels)
+    assert len(asked) - first == 2  # an attack of one step, and nothing else
+    model.norm = nn.BatchNorm2d(8, track_running_stats=False)
+    with pytest.warns(UserWarning, match="batch norm without running statistics"):
+        attack.run(images, labels)
+
+
+def test_a_module_does_not_remember_that_it_was_looked_at():
+    recorder = Recorder(SMALL)
+    PGD(recorder, steps=2)(*drawn())
+    assert [len(x) for x in recorder.seen] == [6, 6, 6]
+
+
+# --- models that draw ------------------------------------------------------------------------------------------------
+
+
+class Drawing(nn.Module):
+    """A trained model behind noise, as a randomised defence has it."""
+
+    def __init__(self, model: nn.Module, size: float) -> None:
+        super().__init__()
+        self.model, self.size = model, size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x + self.size * torch.randn_like(x))
+
+
+@pytest.mark.parametrize(("make", "least"), [
+    (lambda m: PGD(m, eps=2 / 255, steps=5, generator=seeded()), 1),
+    (lambda m: OrthoPGD(m, eps=3 / 255, steps=5, early_stop=True, generator=seeded()), 1),
+    (lambda m: PGD(m, eps=3 / 255, steps=4, eot_samples=3, generator=seeded()), 1),
+    (lambda m: AutoAttack(m, eps=3 / 255, steps=3, targets=1, queries=5, generator=seeded()), 1),
+    (lambda m: Square(m, eps=16 / 255, queries=30, generator=seeded()), 0),
+    (lambda m: MinimumNorm(PGD(m, eps=3 / 255, steps=3, generator=seeded()), trials=6), 4),
+])  # fmt: skip
+def test_what_is_reported_of_a_model_that_draws_holds(make, least):
+    """Fooled in most of 40 draws that nobody has seen: at least 9 of 10 of what is reported."""
+    model, images, labels = trained()
+    drawing = Drawing(model, 0.04)
+    attack = make(drawing)
+    torch.manual_seed(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = attack.run(images, labels)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        share = torch.stack([drawing(result.adversarials).argmax(1) != labels for _ in range(40)]).float().mean(0)
+    assert result.success.sum() >= least
+    assert (share[result.success] > 0.5).float().mean().nan_to_num(1.0) >= 0.9
+
+
+def test_a_coin_is_not_fooled():
+    """Right and wrong alike: a single draw calls half of the images fooled, ten of which eight are wrong hardly any."""
+
+    def coin(x: Tensor) -> Tensor:
+        side = torch.randn(len(x)) + 1e-3 * x.mean((1, 2, 3))
+        return torch.stack([side, -side], 1)
+
+    images, labels = make_pairs(200)
+    for attack in (PGD(coin, steps=3), Square(coin, queries=3), PGD(coin, steps=3, early_stop=True)):
+        with pytest.warns(UserWarning, match="draws at random"):
+            result = attack.run(images, labels)
+        assert result.success.float().mean() < 0.12  # 0.055 by chance
+
+
+def make_pairs(n: int) -> tuple[Tensor, Tensor]:
+    return torch.rand(n, 1, 2, 2, generator=seeded()), torch.zeros(n, dtype=torch.long)
+
+
+# --- gradients that vanish -------------------------------------------------------------------------------------------
+
+
+def quiet(run) -> AttackResult:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return run()
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e6, 1e-4, 1e-8, 1e-30])
+@pytest.mark.parametrize("attack", [OrthoPGD, APGD])
+def test_the_scale_of_the_logits_costs_no_strength(attack, scale):
+    model, images, labels = trained()
+    options = {"eps": 2 / 255, "steps": 5}
+    margin = attack(model, loss="margin", generator=seeded(), **options).run(images, labels)
+    scaled = quiet(lambda: attack(lambda x: scale * model(x), generator=seeded(), **options).run(images, labels))
+    assert margin.success.any()
+    assert scaled.success.sum() >= margin.success.sum()
+    assert (scaled.zero_gradients > 0).any() == (scale > 1)
+
+
+def test_the_smallest_norm_is_found_whatever_the_scale():
+    model, images, labels = trained()
+    plain = MinimumNorm(PGD(model, steps=3, loss="margin", generator=seeded()), trials=6).run(images, labels)
+    attack = MinimumNorm(PGD(lambda x: 1e4 * model(x), steps=3, generator=seeded()), trials=6)
+    with pytest.warns(UserWarning, match="climbed the margin instead") as caught:
+        large = attack.run(images, labels)
+    assert len(caught) == 1
+    assert large.success.all()
+    assert large.norm.median() <= 1.2 * plain.norm.median()
+
+
+def test_a_loss_of_ones_own_is_climbed_by_the_margin_where_it_is_flat_and_not_beyond_the_goal():
+    model, (images, _) = linear_model(classes=3), drawn()
+    labels = model(images).argmax(1)
+
+    def hinge(
+        logits: Tensor, labels: Tensor
+    ) -> Tensor:  # flat while the label leads by more than 1e-3, and at the goal
+        return orthattack.losses.margin(logits, labels).clamp(-1e-3, 1e-3)
+
+    with pytest.warns(UserWarning, match="climbed the margin instead"):
+        result = PGD(model, eps=0.5, steps=20, loss=hinge, random_start=False).run(images, labels)
+    assert result.success.all()
+    further = PGD(model, eps=0.5, steps=20, loss="margin", random_start=False).run(images, labels)
+    with torch.no_grad():  # it stops where the loss does
+        assert (orthattack.losses.margin(model(result.adversarials), labels) < 0.5 * further.loss).all()
+
+
+def test_a_loss_without_a_gradient_is_the_losss_fault():
+    with pytest.raises(ValueError, match="loss has no gradient with respect to the logits"):
+        PGD(SMALL, loss=lambda logits, labels: logits.argmax(1).float())(*drawn())
+
+
+def test_a_loss_of_kept_features_is_climbed():
+    """Its gradient does not come by way of the logits."""
+    kept: list[Tensor] = []
+
+    def model(x: Tensor) -> Tensor:
+        kept[:] = [x.flatten(1).mean(1)]
+        return SMALL(x)
+
+    images, labels = drawn()
+    result = PGD(model, steps=3, eps=0.1, loss=lambda logits, labels: kept[0], random_start=False).run(images, labels)
+    torch.testing.assert_close(result.adversarials, (images + 0.1).clamp(max=1))
+
+
+# --- masked gradients ------------------------------------------------------------------------------------------------
+
+
+def stairs(x: Tensor) -> Tensor:
+    return trained()[0]((x * 32).round() / 32)
+
+
+def partly(x: Tensor) -> Tensor:
+    """No gradient for images whose first pixel is dark, NaN for those where it is bright."""
+    model = trained()[0]
+    first = x[:, :1, :1, :1]
+    x = torch.where(first < 0.3, (x * 32).round() / 32, x)
+    return model(x) + 0 * torch.where(first > 0.7, first - first.detach(), 1).abs().sqrt().flatten(1)
+
+
+def images_for(first: list[float]) -> tuple[Tensor, Tensor]:
+    images = trained()[1][: len(first)].clone()
+    images[:, 0, 0, 0] = torch.tensor(first)
+    with torch.no_grad():
+        return images, trained()[0](images).argmax(1)
+
+
+@pytest.mark.parametrize("attack", [PGD, OrthoAPGD])
+def test_a_sample_without_a_gradient_is_unfooled_alone_or_not(attack):
+    images, labels = images_for([0.1, 0.5, 0.9])
+    options = {"eps": 1e-3, "steps": 3, "generator": seeded()}
+    together = quiet(lambda: attack(partly, **options).run(images, labels, seeds=[1, 2, 3]))
+    assert (together.zero_gradients > 0).tolist() == [True, False, True]
+    for size in (1, 2):
+        parts = quiet(lambda: attack(partly, **options).run(images, labels, seeds=[1, 2, 3], batch_size=size))  # noqa: B023
+        assert torch.equal(parts.zero_gradients, together.zero_gradients)
+    for k, clause in enumerate(["nothing could be climbed.*Square", None, "nothing could be climbed.*Square"]):
+        one = attack(partly, **options)
+        if clause is None:
+            alone = one.run(images[k : k + 1], labels[k : k + 1], seeds=[k + 1])
+        else:
+            with pytest.warns(UserWarning, match=clause) as caught:
+                alone = one.run(images[k : k + 1], labels[k : k + 1], seeds=[k + 1])
+            assert len(caught) == 1
+        assert int(alone.zero_gradients) == int(together.zero_gradients[k])
+        assert bool(alone.success) == bool(together.success[k])
+        torch.testing.assert_close(alone.adversarials[0], together.adversarials[k], rtol=0, atol=1e-6)
+    with pytest.warns(UserWarning, match="2 of 3 images had no usable gradient") as caught:
+        attack(partly, **options).run(images, labels)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("auto", [AutoAttack, OrthoAutoAttack])
+@pytest.mark.parametrize("mask", ["stairs", "detached"])
+def test_autoattack_goes_on_and_lets_the_squares_speak(auto, mask):
+    _, images, labels = trained()
+    model = stairs if mask == "stairs" else lambda x: trained()[0](x.detach())
+    square = (Square if auto is AutoAttack else OrthoSquare)(model, eps=24 / 255, queries=60, generator=seeded())
+    alone = square.run(images, labels)
+    attack = auto(model, eps=24 / 255, steps=2, targets=1, queries=60, generator=seeded())
+    with pytest.warns(UserWarning, match="nothing could be climbed.*Square") as caught:
+        result = attack.run(images, labels)
+    assert len(caught) == 1
+    assert alone.success.any()
+    assert result.success.sum() >= alone.success.sum() - 1
+    with torch.no_grad():
+        assert torch.equal(result.success, model(result.adversarials).argmax(1) != labels)
+    if mask == "detached":
+        with pytest.raises(ValueError, match=r"no gradient with respect to the images.*Square needs none"):
+            PGD(model).run(images, labels)
+
+
+def test_the_smallest_norm_keeps_what_it_found():
+    images, labels = images_for([0.5, 0.1, 0.5, 0.9])
+    labels[2] = (labels[2] + 1) % 10  # misclassified as it is
+    attack = MinimumNorm(PGD(partly, eps=4 / 255, steps=3, random_start=False), trials=6)
+    with pytest.warns(UserWarning, match="2 of 4 images had no usable gradient") as caught:
+        result = attack.run(images, labels)
+    assert len(caught) == 1
+    assert result.success.tolist() == [True, False, True, False]
+    assert float(result.norm[2]) == 0
+    for k in range(4):
+        alone = quiet(lambda: attack.run(images[k : k + 1], labels[k : k + 1]))  # noqa: B023
+        assert bool(alone.success) == bool(result.success[k])
+        torch.testing.assert_close(alone.norm[0], result.norm[k], rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("what", ["raises", "nan", "-inf"])
+def test_what_later_trials_meet_costs_nothing(what):
+    model, (images, _) = linear_model(classes=3), drawn()
+    labels = model(images).argmax(1)
+    calls = 0
+
+    def later(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 30 and what == "raises":
+            raise RuntimeError("out of memory")
+        return model(x) + (0 if calls <= 30 else {"nan": torch.nan, "-inf": MASK}.get(what, 0))
+
+    attack = MinimumNorm(PGD(later, eps=0.5, steps=5, random_start=False), trials=12)
+    match = r"trial \d+ of 12 failed, and what was found before it is kept: out of memory" if what == "raises" else None
+    with pytest.warns(UserWarning, match=match) if match else warnings.catch_warnings():
+        if not match:
+            warnings.simplefilter("ignore")
+        result = attack.run(images, labels)
+    assert calls > 30
+    assert result.success.all()
+    assert not (model(result.adversarials).argmax(1) == labels).any()

@@ -478,7 +478,10 @@ def test_the_smallest_norm_is_below_every_eps_that_works(attack):
 def test_a_norm_that_is_out_of_reach_is_a_failure():
     model, (images, _) = linear_model(scale=1e-3), drawn()
     model[1].bias.data = torch.tensor([1e3, 0.0])
-    result = MinimumNorm(OrthoFGSM(model, eps=1 / 255), max_eps=0.1, trials=6).run(images, torch.zeros(6, dtype=int))
+    with pytest.warns(UserWarning, match="climbed the margin instead"):
+        result = MinimumNorm(OrthoFGSM(model, eps=1 / 255), max_eps=0.1, trials=6).run(
+            images, torch.zeros(6, dtype=int)
+        )
     assert not result.success.any()
     assert result.norm.max() <= 0.1 * (1 + 1e-6)
 
@@ -521,10 +524,12 @@ def test_averaging_over_a_models_draws_gives_a_better_gradient():
     model, (images, labels) = small_model(), drawn(n=40)
     inner = Noisy(model, 0.5)
     torch.manual_seed(3)
-    one = PGD(inner, eps=0.03, steps=5, random_start=False).run(images, labels)
+    with pytest.warns(UserWarning, match="draws at random .* eot_samples"):
+        one = PGD(inner, eps=0.03, steps=5, random_start=False).run(images, labels)
     many = PGD(inner, eps=0.03, steps=5, random_start=False, eot_samples=30).run(images, labels)
-    assert (one.forward_calls == 6).all()
-    assert (many.forward_calls == 180).all()
+    for result, passes in ((one, 6), (many, 180)):  # and what confirms a success, at each iterate and in the end
+        assert ((result.forward_calls >= passes) & (result.forward_calls <= passes + 10 * 7)).all()
+    assert (one.gradient_calls == 5).all()
     assert (many.gradient_calls == 150).all()
 
     def loss(x):
@@ -547,9 +552,10 @@ def test_the_eot_gradient_is_the_mean_over_the_draws():
         leaf = images.clone().requires_grad_()
         nn.functional.cross_entropy(model(leaf), labels, reduction="sum").backward()
         total += leaf.grad
-    step = recorder.seen[4] - images
-    cosine = alignment(step, total)
-    inside = ((recorder.seen[4] > 0) & (recorder.seen[4] < 1)).flatten(1).all(1)
+    # What follows the four draws, but for those that confirm what is misclassified as it is.
+    after = next(x for x in recorder.seen[4:] if len(x) == 3 and not torch.equal(x, images))
+    cosine = alignment(after - images, total)
+    inside = ((after > 0) & (after < 1)).flatten(1).all(1)
     assert (cosine[inside] > 1 - 1e-6).all()
     assert (cosine > 0.9).all()
 
