@@ -85,17 +85,28 @@ def test_the_bracket_holds_the_root_and_its_mixture_the_tolerance(size, starts_n
 
 @pytest.mark.parametrize(
     ("kind", "size", "starts_near", "trials"),
-    [(Falling, 1e-4, False, 488), (Falling, 1e-8, False, 597), (Falling, 1e-8, True, 415), (Stairs, 1e-4, False, 805),
-     (Stairs, 1e-8, False, 1730), (Stairs, 1e-8, True, 1625)],
+    [(Falling, 1e-4, False, 484), (Falling, 1e-8, False, 593), (Falling, 1e-8, True, 411), (Stairs, 1e-4, False, 798),
+     (Stairs, 1e-8, False, 1716), (Stairs, 1e-8, True, 1612)],
 )  # fmt: skip
 def test_the_search_is_short(kind, size, starts_near, trials):
-    """The trials of 60 searches together, 7 to 10 each, or 13 to 29 where f jumps."""
+    """The trials of 60 searches together, 7 to 10 each, or 13 to 29 where f jumps; a few may differ by round-off."""
     f, calls = kind(60, 0), 0
     for i in range(60):
         one = f.rows(slice(i, i + 1))
         search(one, one.scale, tolerances(one, size), one.ends, one.near if starts_near else None)
         calls += one.calls
-    assert calls <= trials
+    assert calls == pytest.approx(trials, abs=2)
+
+
+def test_the_search_gives_up_at_last_and_keeps_the_dtype():
+    f = Stairs(2, 0, torch.float32)
+    a, fa, b, fb = search(f, f.scale, tolerances(f, 0), f.ends, None)
+    assert f.calls == 200 + 1
+    assert a.dtype == fa.dtype == b.dtype == fb.dtype == torch.float32
+    torch.testing.assert_close(a, f.root())
+    torch.testing.assert_close(b, f.root())
+    assert (fa > 0).all()
+    assert (fb < 0).all()
 
 
 def test_a_group_does_not_depend_on_the_others():
@@ -110,19 +121,16 @@ def test_a_group_does_not_depend_on_the_others():
 
 
 def test_a_search_that_starts_at_the_root_asks_once():
-    f = Falling(1, 2)
-    near = f.root(), f.near[1]
-    exact = f.rows(slice(None))
-    exact.p = exact.p.clone()
-    f.calls = 0
-    a, fa, b, fb = search(
-        lambda m: torch.where((m - near[0]).abs() < 1e-9, 0.0, f(m)), f.scale, tolerances(f, 1e-12), f.ends, near
-    )
-    assert f.calls == 1
-    torch.testing.assert_close(a, near[0])
-    assert fa.item() == 0
-    assert b.item() == LARGEST
-    assert fb.item() == f.ends[1].item()
+    one = torch.ones(1, 1, dtype=torch.float64)
+    asked = []
+
+    def residual(multiplier: Tensor) -> Tensor:
+        asked.append(multiplier.item())
+        return 1 - multiplier
+
+    a, fa, b, fb = search(residual, one, 0 * one, (5 * one, -5 * one), (one, -one))
+    assert asked == [1]
+    assert [t.item() for t in (a, fa, b, fb)] == [1, 0, LARGEST, -5]
 
 
 @pytest.mark.parametrize("off", [1.001, 0.999])

@@ -49,7 +49,8 @@ def evaluate(
 
     Args:
         models: names (see `load_classifier`), tables as in a suite (``{"name": "resnet18", "weights": "my.pt"}``), or
-            `Classifier` objects; a mapping gives them labels.
+            `Classifier` objects, whose models are evaluated in evaluation mode and come back as they were; a mapping
+            gives them labels.
         data: a source by name, a table as in a suite, or `Photographs`.
         attacks: names, tables as in a suite (``{"name": "PGD", "steps": 50}``), in which options may also be tensors
             and functions (``directions``, ``loss``, and ``detector`` of ``DetectorEvasion``), or, in a mapping from
@@ -125,7 +126,12 @@ def evaluate(
     if shard is not None and out is None:
         raise EvaluationError("shard needs out, the folder that all shards share")
     folder = run_folder(out)
-    run_suite(suite, source, folder, device=device, part=shard, progress=progress, command=sys.argv)
+    modes = [(module, module.training) for model in classifiers.values() for module in model.model.modules()]
+    try:
+        run_suite(suite, source, folder, device=device, part=shard, progress=progress, command=sys.argv)
+    finally:
+        for module, training in modes:
+            module.training = training
     manifest = folder.manifest()
     if report and (shard is None or manifest["status"] == "complete"):
         return reported(folder)

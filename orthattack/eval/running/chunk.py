@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from orthattack.eval.attacks.counter import CallCounter, Calls
-from orthattack.eval.attacks.kind import AttackKind, Conditions, Found, Runner
+from orthattack.eval.attacks.kind import Conditions, Found, Runner
 from orthattack.eval.attacks.seeds import drawing, image_seed, joint_seed
 from orthattack.eval.checks.clean import differentiated
 from orthattack.eval.data.load import Photographs, Unreadable
@@ -62,6 +63,7 @@ class Job:
     judge: Judge = field(init=False)
     counter: CallCounter = field(init=False)
     calls: Calls = field(init=False, default_factory=Calls)
+    said: set[str] = field(init=False, default_factory=set)
     differentiated: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -79,21 +81,31 @@ class Job:
         calls = Calls() if entry.kind.is_foreign else self.calls
         counter = CallCounter(self.judge.model, calls).eval() if entry.kind.is_foreign else self.counter
         try:
-            with drawing(0), self.at_work(entry.kind):
+            with drawing(0), self.at_work(entry):
                 return Bound(entry, entry.kind.bind(counter, conditions), calls)
         except FAILURES as error:
             return Bound(entry, error, calls)
 
     @contextmanager
-    def at_work(self, kind: AttackKind, images: Tensor | None = None) -> Iterator[None]:
-        """While an attack is made or runs. If it is not ours, whatever it changes of the model and the process is put
-        back, and a changed model is a ModelChangedError."""
-        if not kind.is_foreign:
-            yield
-            return
-        few = None if images is None else images[:2].clone()
-        with kept_process(), guarded(self.judge.model, few):
-            yield
+    def at_work(self, entry: Entry, images: Tensor | None = None, quiet: bool = False) -> Iterator[None]:
+        """While an attack is made or runs: what it warns of is said, once, unless it is to be quiet. If it is not ours,
+        whatever it changes of the model and the process is put back, and a changed model is a ModelChangedError."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+                warnings.simplefilter("ignore", category)
+            try:
+                with ExitStack() as stack:
+                    if entry.kind.is_foreign:
+                        stack.enter_context(kept_process())
+                        few = None if images is None else images[:2].clone()
+                        stack.enter_context(guarded(self.judge.model, few))
+                    yield
+            finally:
+                for text in {str(warning.message): None for warning in caught} if not quiet else ():
+                    if text not in self.said:
+                        self.said.add(text)
+                        self.say(f"{self.label}: {entry.label}: {text}")
 
     def load(self, position: int) -> Tensor:
         """One photograph as the model takes it."""
@@ -231,7 +243,7 @@ class Part:
         self.job.counter.forget()
         with drawing(joint_seed(seeds)):
             handed = images.clone(), labels.clone(), list(seeds)
-            with self.job.at_work(entry.kind, images):
+            with self.job.at_work(entry, images, quiet=self.kind == "checks"):
                 before, start = replace(counted), _clock(self.job.device)
                 found = runner(*handed)
                 seconds = _clock(self.job.device) - start

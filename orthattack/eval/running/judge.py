@@ -13,17 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orthattack.attacks.assumptions import observe
 from orthattack.attacks.attack import Card
 from orthattack.attacks.oracle import input_gradient
 from orthattack.eval.attacks.counter import CallCounter
 from orthattack.eval.attacks.kind import Found
 from orthattack.eval.attacks.seeds import drawing
-from orthattack.eval.errors import FAILURES
+from orthattack.eval.errors import FAILURES, EvaluationError
+from orthattack.eval.models.classifier import Classifier
+from orthattack.lending import borrowed
 from orthattack.losses import Goal
 from orthattack.projection import alignment
 from orthattack.threat import Norm, ThreatModel, perturbation_norm
 
-__all__ = ["Judge", "clean_columns", "plain_copy", "promised_cosine", "row_columns"]
+__all__ = ["Judge", "check_batches", "clean_columns", "plain_copy", "promised_cosine", "row_columns"]
 
 Columns = dict[str, list[Any]]
 
@@ -36,6 +39,28 @@ CONTRADICTION = (
 
 EVALUATIONS = 10
 """How often a model that answers at random is asked about an image."""
+
+
+def check_batches(classifier: Classifier, batch_size: int) -> None:
+    """Raise EvaluationError if a model's answer about an image depends on the images beside it, unless there are none.
+
+    It is asked about one made-up image alone and beside others. One that fails at that fails on the photographs too,
+    where it is recorded.
+    """
+    model, size = classifier.model, classifier.preprocessing.crop
+    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+    # A dark one: beside it are brighter ones, for a model that scales by the brightest pixel of a batch.
+    image = 0.5 * torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    try:
+        with borrowed(model, device) as lent:
+            found = observe(lent, image, module=model).on_batches()
+    except FAILURES:
+        return
+    if found is not None and batch_size > 1:
+        raise EvaluationError(
+            f"{classifier.name}: {found}. Every rate would depend on the batch size; with batch_size = 1 "
+            "(--batch-size 1) an evaluation asks about one image at a time"
+        )
 
 
 class Judge:
@@ -59,14 +84,21 @@ class Judge:
 
     def _varies(self, images: Tensor) -> bool:
         """Whether the answer depends on when one asks, by more than the noise of a parallel sum."""
-        answers = []
-        for seed in (0, 1):
+        first = None
+        for seed in range(EVALUATIONS):
             try:
                 with drawing(seed), torch.inference_mode():
-                    answers.append(self.model(images.clone()))
-            except FAILURES:  # noqa: PERF203 - it will fail on the photographs too, where it is recorded
+                    before = torch.get_rng_state()
+                    answer = self.model(images.clone())
+                    draws = not torch.equal(before, torch.get_rng_state())
+            except FAILURES:  # it will fail on the photographs too, where it is recorded
                 return False
-        return not _alike(answers[0], answers[1], 1e-3)
+            if first is not None and not _alike(first, answer, 1e-3):
+                return True
+            if seed > 0 and not (draws or images.is_cuda):  # what draws may do so rarely
+                return False
+            first = answer if first is None else first
+        return False
 
     def _takes_channels_last(self, images: Tensor) -> bool:
         """Whether the model gives the same answer to another layout; one that calls `view` raises."""

@@ -25,6 +25,7 @@ from orthattack.eval.data.load import Photographs, check_data, load_photographs,
 from orthattack.eval.errors import EvaluationError, printable
 from orthattack.eval.models.classifier import Classifier
 from orthattack.eval.models.load import check_name, load_classifier
+from orthattack.eval.running.judge import check_batches
 from orthattack.eval.running.manifest import bury, describe_attacks, describe_model, new_session, now, to_go_on
 from orthattack.eval.running.plan import Plan, Unit
 from orthattack.eval.running.worker import Attacked, Worker
@@ -192,6 +193,7 @@ def _manifest(
     models = []
     for spec in suite.models:  # all are tried before the first is attacked, but only one at a time is kept
         classifier = source.classifier(spec.label)
+        check_batches(classifier, suite.batch_size)
         models.append(describe_model(spec.label, classifier, source.photographs(classifier)))
     manifest: dict[str, Any] = {
         "orthattack": session["versions"]["orthattack"],

@@ -537,6 +537,21 @@ def test_a_data_set_that_uses_its_tensors_again_spoils_no_image(tmp_path, alone)
     assert all(same(run, alone, label) for label in HONEST)
 
 
+def test_a_model_at_hand_comes_back_in_its_modes(tmp_path):
+    from orthattack.eval import evaluate
+    from tests.eval.tiny import classifier, photographs
+
+    given = classifier()
+    given.model.train()
+    given.model.features[1].eval()
+    run = evaluate(given, photographs(), ["FGSM"], out=tmp_path / "r", eps=EPS, checks=False, progress=False)
+    assert (run.table()["scored"] > 0).all()
+    assert given.model.training
+    assert given.model.head.training
+    assert not given.model.features[1].training
+    assert all(p.requires_grad for p in given.model.parameters())
+
+
 def test_hostile_functions_are_refused_where_they_are_no_functions(tmp_path):
     with pytest.raises(EvaluationError, match="a function needs a label"):
         evaluated(tmp_path / "r", [HARMLESS["mode"]])

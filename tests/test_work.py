@@ -1,0 +1,75 @@
+"""How much work steps and projections are: how often they sum over images, which no clock or load changes.
+
+The numbers were measured. A change that needs fewer lowers them; one that needs more has to say why.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from orthattack import ThreatModel
+from tests.conftest import make_gradient, make_images
+
+
+class Sums(TorchDispatchMode):
+    """Counts the sums and norms inside the `with` block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += func.overloadpacket.__name__ in ("sum", "linalg_vector_norm")
+        return func(*args, **(kwargs or {}))
+
+
+RADII = {"linf": (8 / 255, 2 / 255), "l2": (0.5, 0.125), "l1": (8.0, 2.0)}
+DIRECTIONS = {"none": (), "many": ("channel-constant", lambda x: x.flip(3))}
+EXPECTED: dict[tuple[str, str, str], tuple[int, int, int, int]] = {
+    ("linf", "none", "none"): (0, 0, 0, 0),
+    ("linf", "none", "many"): (40, 154, 4593, 178),
+    ("linf", "image", "none"): (6, 30, 238, 92),
+    ("linf", "image", "many"): (60, 182, 6898, 250),
+    ("linf", "channel", "none"): (6, 34, 334, 86),
+    ("linf", "pixel", "none"): (3, 45, 142, 45),
+    ("l2", "none", "none"): (0, 5, 40, 20),
+    ("l2", "image", "none"): (6, 102, 415, 856),
+    ("l2", "image", "many"): (60, 319, 2966, 3356),
+    ("l2", "channel", "none"): (6, 132, 415, 535),
+    ("l2", "pixel", "none"): (3, 57, 639, 415),
+    ("l1", "none", "none"): (4, 18, 287, 186),
+    ("l1", "image", "none"): (10, 60, 2932, 250),
+    ("l1", "image", "many"): (60, 318, 2268, 2999),
+    ("l1", "channel", "none"): (30, 160, 3954, 1049),
+    ("l1", "pixel", "none"): (3, 58, 3732, 2490),
+}
+
+
+def work(norm: str, scope: str, directions: str) -> tuple[int, int, int, int]:
+    """Of the region, a random start, four steps, and a projection from outside; for images on which searches differ."""
+    eps, alpha = RADII[norm]
+    images = torch.cat([make_images(kind, (1, 3, 12, 12), 0) for kind in ("uniform", "8-bit", "mixed", "dark")])
+    kinds = ("normal", "heavy", "one-sided", "normal")
+    gradients = [torch.cat([make_gradient(kind, images[:1], k) for kind in kinds]) for k in range(4)]
+    threat = ThreatModel(norm, eps, scope=None if scope == "none" else scope, directions=DIRECTIONS[directions])
+    with Sums() as around:
+        region = threat.around(images)
+    with Sums() as start:
+        points: Tensor = region.random_start(torch.Generator().manual_seed(0))
+    with Sums() as steps:
+        for gradient in gradients:
+            points = region.step(points, gradient, alpha)
+    with Sums() as projection:
+        region.project(images + eps * gradients[0])
+    return around.calls, start.calls, steps.calls, projection.calls
+
+
+@pytest.mark.parametrize("case", EXPECTED, ids="-".join)
+def test_steps_are_as_much_work_as_they_were(case):
+    for found, expected in zip(work(*case), EXPECTED[case], strict=True):
+        assert found == pytest.approx(expected, rel=0.01)
