@@ -418,6 +418,146 @@ def test_random_starts_fill_the_ball_and_repeat():
     assert float(spread.std()) == pytest.approx(0.1 / 3**0.5, rel=0.03)  # uniform
 
 
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+@pytest.mark.parametrize("scope", [None, "image"])
+def test_random_starts_are_uniform_in_a_small_ball(norm, scope):
+    """Of three numbers, so that the volume within a radius shows; in the open, where no bound clips."""
+    images = torch.full((4000, 3, 1, 1), 0.5, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    delta = (ThreatModel(norm, 0.1, scope=scope).around(images).random_start(generator) - images).flatten(1) / 0.1
+    size = perturbation_norm(delta.view(-1, 3, 1, 1), norm)
+    assert float(size.mean()) == pytest.approx(3 / 4, abs=0.01)
+    assert float((size < 0.5).double().mean()) == pytest.approx(1 / 8, abs=0.015)
+    assert float(size.max()) <= 1
+    assert (delta.mean(0).abs() <= 0.02).all()
+    spread = delta.square().mean(0)
+    torch.testing.assert_close(spread, spread.mean().expand(3), rtol=0.06, atol=0)
+    if scope is None:  # of the uniform distribution in the ball: 1/5, and for L1 2/20
+        assert float(spread.mean()) == pytest.approx(1 / 5 if norm == "l2" else 1 / 10, rel=0.05)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_with_a_generator_each_a_start_does_not_depend_on_the_others(norm):
+    images = make_images("uniform", (3, 3, 6, 6), 0)
+    region = ThreatModel(norm, 0.3).around(images)
+
+    def generators(seeds):
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    together = region.random_start(generators([1, 2, 3]))
+    for k in range(3):
+        index = torch.tensor([k])
+        torch.testing.assert_close(region.select(index).random_start(generators([k + 1])), together[index])
+    assert not torch.equal(together[:1], region.random_start(generators([2, 2, 3]))[:1])
+
+
+def test_directions_in_whatever_form_they_come():
+    images = make_images("uniform", (2, 3, 4, 4), 0)
+    one, two = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+
+    def vectors(*directions, scope=None):
+        return ThreatModel("linf", 0.1, scope=scope, directions=directions)._vectors(images)
+
+    both = torch.stack([one, two]).expand(2, -1, -1, -1, -1)
+    for form in ((one, two), (torch.stack([one, two]),), (lambda x: torch.stack([one, two])[None],),
+                 (lambda x: one.expand(len(x), -1, -1, -1), two.double()), (both,)):  # fmt: skip
+        assert torch.equal(vectors(*form), both)
+    assert torch.equal(vectors(lambda x: x.flip(3)), images.flip(3)[:, None])
+    assert torch.equal(vectors("constant"), torch.ones(2, 1, 3, 4, 4))
+    channels = torch.zeros(2, 3, 3, 4, 4)
+    for c in range(3):
+        channels[:, c, c] = 1
+    assert torch.equal(vectors("channel-constant"), channels)
+    assert torch.equal(vectors("constant", scope="image"), torch.stack([images, torch.ones_like(images)], 1))
+    assert torch.equal(vectors(one, scope="channel"), torch.cat([images[:, None] * channels, both[:, :1]], 1))
+
+
+def test_the_cosine_is_the_largest_of_all_that_should_be_zero():
+    x = torch.full((1, 3, 2, 2), 0.5)
+    delta = torch.zeros(1, 3, 2, 2)
+    delta[0, 0, 0, 0], delta[0, 1, 0, 0] = 0.3, -0.1
+    length = 0.1**0.5
+    with_image = 0.2 / (length * 12**0.5)
+    assert ThreatModel("linf", 1, scope="image").cosine(delta, x).tolist() == pytest.approx([with_image])
+    assert ThreatModel("linf", 1, scope=None).cosine(delta, x).tolist() == pytest.approx([with_image])
+    assert ThreatModel("linf", 1, scope="channel").cosine(delta, x).tolist() == pytest.approx([0.5])
+    assert ThreatModel("linf", 1, scope="pixel").cosine(delta, x).tolist() == pytest.approx([0.2 / (length * 3**0.5)])
+    first = torch.zeros(3, 2, 2)
+    first[1, 0, 0] = 5
+    for scope in (None, "image"):
+        threat = ThreatModel("linf", 1, scope=scope, directions=(first, "constant"))
+        assert threat.cosine(delta, x).tolist() == pytest.approx([0.1 / length])
+    assert ThreatModel("linf", 1, scope=None, directions=("constant",)).cosine(delta, x).tolist() == pytest.approx(
+        [with_image]
+    )
+    assert ThreatModel("linf", 1).cosine(delta, x).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("options", "is_orthogonal"),
+    [({"scope": None}, False), ({}, True), ({"scope": "pixel"}, True), ({"scope": None, "directions": ["constant"]}, True)],
+)  # fmt: skip
+def test_what_is_orthogonal(options, is_orthogonal):
+    threat = ThreatModel("linf", 0.1, **options)
+    assert threat.is_orthogonal == is_orthogonal
+    x = make_images("uniform", (2, 3, 4, 4), 0)
+    g = make_gradient("normal", x, 0)
+    assert torch.equal(threat.tangent(g, x), g) != is_orthogonal
+    assert (threat.cosine(threat.tangent(g, x), x).abs().max() <= 1e-6) == is_orthogonal
+
+
+def test_norms_of_known_perturbations():
+    delta = torch.zeros(2, 3, 2, 2)
+    delta[0, 0, 0, 0], delta[0, 2, 1, 1] = 3, -4
+    delta[1] = 0.5
+    assert perturbation_norm(delta, "linf").tolist() == [4, 0.5]
+    assert perturbation_norm(delta, "l2").tolist() == pytest.approx([5, 3**0.5])
+    assert perturbation_norm(delta, "l1").tolist() == [7, 6]
+
+
+def test_a_black_pixel_may_be_a_negative_zero():
+    images = make_images("mixed", (1, 3, 8, 8), 0, torch.float64)
+    g = make_gradient("normal", images, 0)
+    negative = torch.where(images == 0, -0.0, images)
+    for scope in ("image", "pixel"):
+        threat = ThreatModel("linf", 0.1, scope=scope)
+        assert torch.equal(threat.around(negative).step(negative, g, 0.1), threat.around(images).step(images, g, 0.1))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("scope", [None, "image", "channel"])
+@pytest.mark.parametrize("directions", [(), ("constant",)])
+def test_a_step_avoids_a_direction(norm, scope, directions):
+    """In the open, where the projection after it moves nothing."""
+    images = 0.4 + 0.2 * make_images("uniform", (2, 3, 8, 8), 0, torch.float64)
+    eps, alpha = {"linf": (0.1, 0.01), "l2": (0.5, 0.05), "l1": (5.0, 0.05)}[norm]
+    region = ThreatModel(norm, eps, scope=scope, directions=directions).around(images)
+    start = region.project(images + alpha * make_gradient("normal", images, 1))
+    g, avoid = make_gradient("normal", images, 2), make_gradient("normal", images, 3)
+    moved = region.step(start, g, alpha, avoid=avoid) - start
+    assert ((g * moved).flatten(1).sum(1) > 0).all()
+    if norm != "l1":  # of which the few pixels that move are chosen after
+        assert alignment(moved, avoid).abs().max() <= 1e-6
+        assert alignment(region.step(start, g, alpha) - start, avoid).abs().min() > 1e-4
+    limit = {"linf": alpha, "l2": alpha, "l1": 2 * alpha}[norm]
+    assert (perturbation_norm(moved, norm) <= limit * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_linf_ball_of_a_coarse_grid_is_inside_the_ball(dtype):
+    """Its ends are numbers of the dtype within eps, and the next ones would be outside."""
+    images = make_images("uniform", (2, 3, 16, 16), 0, dtype)
+    for eps in (8 / 255, 0.01):
+        region = ThreatModel("linf", eps, scope=None).around(images)
+        for sign in (1, -1):
+            points = region.step(images, torch.full_like(images, sign), 1.0)
+            reach = sign * (points.double() - images.double())
+            assert reach.max() <= eps
+            free = (points > 0) & (points < 1)
+            beyond = torch.nextafter(points, torch.full_like(points, sign * torch.inf))
+            assert ((sign * (beyond.double() - images.double()))[free] > eps).all()
+
+
 def test_selected_rows_are_the_same_region():
     images = make_images("uniform", (4, 3, 8, 8), 0)
     region = ThreatModel("linf", 8 / 255).around(images)
