@@ -495,7 +495,8 @@ def test_the_cosine_is_the_largest_of_all_that_should_be_zero():
 
 @pytest.mark.parametrize(
     ("options", "is_orthogonal"),
-    [({"scope": None}, False), ({}, True), ({"scope": "pixel"}, True), ({"scope": None, "directions": ["constant"]}, True)],
+    [({"scope": None}, False), ({}, True), ({"scope": "pixel"}, True),
+     ({"scope": None, "directions": ["constant"]}, True)],
 )  # fmt: skip
 def test_what_is_orthogonal(options, is_orthogonal):
     threat = ThreatModel("linf", 0.1, **options)
@@ -532,14 +533,14 @@ def test_a_step_avoids_a_direction(norm, scope, directions):
     images = 0.4 + 0.2 * make_images("uniform", (2, 3, 8, 8), 0, torch.float64)
     eps, alpha = {"linf": (0.1, 0.01), "l2": (0.5, 0.05), "l1": (5.0, 0.05)}[norm]
     region = ThreatModel(norm, eps, scope=scope, directions=directions).around(images)
-    start = region.project(images + alpha * make_gradient("normal", images, 1))
+    start = region.project(images + 0.1 * alpha * make_gradient("normal", images, 1))
     g, avoid = make_gradient("normal", images, 2), make_gradient("normal", images, 3)
     moved = region.step(start, g, alpha, avoid=avoid) - start
     assert ((g * moved).flatten(1).sum(1) > 0).all()
     if norm != "l1":  # of which the few pixels that move are chosen after
         assert alignment(moved, avoid).abs().max() <= 1e-6
         assert alignment(region.step(start, g, alpha) - start, avoid).abs().min() > 1e-4
-    limit = {"linf": alpha, "l2": alpha, "l1": 2 * alpha}[norm]
+    limit = {"linf": alpha, "l2": alpha, "l1": 3 * alpha}[norm]
     assert (perturbation_norm(moved, norm) <= limit * (1 + 1e-6)).all()
 
 
