@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
+from orthattack.arguments import (
+    FLOATS,
+    check_batch,
+    check_bounds,
+    check_count,
+    check_flag,
+    check_labels,
+    check_model,
+    is_number,
+    plain,
+)
 from orthattack.lending import borrowed
 
-__all__ = ["Ensemble", "Model", "Normalized", "check_finite", "checked_logits", "fooled"]
+__all__ = ["Ensemble", "Model", "Normalized", "check_finite", "checked_logits", "explained", "fooled"]
 
 Model = Callable[[Tensor], Tensor]
 """Images (N, C, H, W) to logits (N, K): an nn.Module or any differentiable function."""
@@ -21,11 +36,11 @@ class Normalized(nn.Module):
 
     Args:
         model: takes normalised images.
-        mean: one number per channel, in units of [0, 1] pixels.
-        std: one number > 0 per channel.
+        mean: one number per channel, in units of [0, 1] pixels, or one for all.
+        std: one number > 0 per channel, or one for all.
 
     Raises:
-        ValueError: the lengths differ, or a std is not positive.
+        ValueError: the lengths differ, or a std is not positive; the call raises it for images with other channels.
 
     >>> model = Normalized(nn.Flatten(), mean=[0.5], std=[0.25])
     >>> model(torch.ones(1, 1, 1, 2))
@@ -35,17 +50,41 @@ class Normalized(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, model: nn.Module, mean: float | Sequence[float], std: float | Sequence[float]) -> None:
         super().__init__()
-        if len(mean) != len(std) or min(std, default=0) <= 0:
+        check_model("model", model)
+        means, stds = _channels(mean), _channels(std)
+        if not 0 < len(means) == len(stds) or not all(map(math.isfinite, means + stds)) or min(stds) <= 0:
             raise ValueError(f"mean and std must have one number per channel, std > 0; got {mean} and {std}")
         self.model = model
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(means).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(stds).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
+        images = _with_channels(images, self.mean)
         logits: Tensor = self.model((images - self.mean.to(images.dtype)) / self.std.to(images.dtype))
         return logits
+
+
+def _channels(values: Any) -> list[float]:
+    """One number, or one per channel in a sequence, array or tensor of any shape, as a list; empty if it is no such."""
+    values = plain(values)
+    if isinstance(values, Iterable) and not isinstance(values, str):
+        values = [plain(value) for value in (values.flatten() if hasattr(values, "flatten") else values)]
+    else:
+        values = [values]
+    return [float(value) for value in values] if all(map(is_number, values)) else []
+
+
+def _with_channels(images: Tensor, mean: Tensor) -> Tensor:
+    if len(mean) > 1 and images.shape[-3] != len(mean):  # three means would make three channels of one
+        raise ValueError(
+            f"images must have {len(mean)} channels, as mean and std have; got shape {tuple(images.shape)}"
+        )
+    return images
+
+
+torch.fx.wrap("_with_channels")  # a leaf, for tracing cannot follow a condition
 
 
 class Ensemble(nn.Module):
@@ -69,6 +108,9 @@ class Ensemble(nn.Module):
         super().__init__()
         if len(models) == 0:
             raise ValueError("models must be at least one model")
+        for model in models:
+            if not isinstance(model, nn.Module):
+                raise ValueError(f"models must be modules; got {type(model).__name__}")
         if average not in ("logits", "loss"):
             raise ValueError(f"average must be 'logits' or 'loss'; got {average!r}")
         self.models, self.average = nn.ModuleList(models), average
@@ -84,28 +126,78 @@ class Ensemble(nn.Module):
         return -logits.gather(1, labels.unsqueeze(1)).squeeze(1)
 
 
-def fooled(model: Model, adversarials: Tensor, labels: Tensor, targeted: bool = False, batch_size: int = 64) -> Tensor:
+def fooled(
+    model: Model,
+    adversarials: Tensor,
+    labels: Tensor,
+    targeted: bool = False,
+    batch_size: int = 64,
+    bounds: tuple[float, float] = (0, 1),
+) -> Tensor:
     """Whether a model, for example one that the adversarials were not made for, is fooled by each of them.
 
     Args:
         model: images (N, C, H, W) to logits (N, K); it is evaluated in evaluation mode and comes back as it was.
-        adversarials: (N, C, H, W).
+        adversarials: (N, C, H, W), floating point, inside the bounds.
         labels: (N,) the true classes or, if targeted, the classes to reach.
         targeted: whether the labels are targets.
         batch_size: images per evaluation.
+        bounds: smallest and largest pixel value.
 
     Returns:
         (N,) bool. An image that was misclassified to begin with counts as fooled.
+
+    Raises:
+        ValueError: adversarials, labels or a model's output of the wrong kind, as for an attack's `run`.
     """
+    check_model("model", model)
+    check_flag("targeted", plain(targeted))
+    check_count("batch_size", batch_size := plain(batch_size))
+    check_batch(adversarials, labels, check_bounds(bounds), [("model", model)], "adversarials")
     found = torch.zeros(len(adversarials), dtype=torch.bool, device=adversarials.device)
-    with borrowed(model, adversarials.device) as lent, torch.no_grad():
+    with (
+        explained([model], adversarials, "adversarials"),
+        borrowed(model, adversarials.device) as lent,
+        torch.no_grad(),
+    ):
         for first in range(0, len(adversarials), batch_size):
             part = slice(first, first + batch_size)
             logits = checked_logits(lent(adversarials[part].clone()), len(adversarials[part]))  # it may write into them
             check_finite(logits.nan_to_num(posinf=torch.inf, neginf=-torch.inf))  # NaN is no answer
+            check_labels(labels, logits.shape[1])
             hit = logits.argmax(1) == labels[part]
             found[part] = (hit if targeted else ~hit) & ~logits.isnan().any(1)
     return found
+
+
+_OF_DTYPE = re.compile(r"dtype|scalar type|data type|[Ii]nput type")
+_OF_SHAPE = re.compile(
+    r"shapes cannot be multiplied|expected input|to have \d+ channels|padded input size|[Kk]ernel size"
+)
+
+
+@contextmanager
+def explained(models: Iterable[Model], images: Tensor, name: str = "images") -> Iterator[None]:
+    """Turn torch's complaint about a dtype or a shape inside a model into a ValueError that says what to pass."""
+    try:
+        yield
+    except RuntimeError as error:
+        modules = [model for model in models if isinstance(model, nn.Module)]
+        weights = {p.dtype for module in modules for p in module.parameters() if p.dtype in FLOATS}
+        shape = tuple(images.shape)
+        if weights and images.dtype not in weights and _OF_DTYPE.search(str(error)):
+            other = min(weights, key=str)
+            ways = [f"pass {name}.{FLOATS[other]}()", f"attack model.{FLOATS[images.dtype]}()"]
+            if other.itemsize == 2:  # orthogonality needs more
+                ways.reverse()
+            mine, theirs = (str(dtype).removeprefix("torch.") for dtype in (images.dtype, other))
+            raise ValueError(f"{name} are {mine}, the model's weights {theirs}: {', or '.join(ways)}") from error
+        if not modules or not _OF_SHAPE.search(str(error)):
+            raise
+        hint = "are these its channels and its image size?"
+        if shape[3] in (1, 3, 4) and shape[1] not in (1, 3, 4):
+            hint = f"they look like (N, H, W, C): pass {name}.permute(0, 3, 1, 2)"
+        raise ValueError(f"the model does not take {name} of shape {shape} ({error}): {hint}") from error
 
 
 def checked_logits(answer: object, count: int) -> Tensor:

@@ -24,6 +24,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from orthattack.arguments import check_choice, check_tensor
+
 __all__ = ["Scope", "alignment", "orthogonalize", "orthonormal_basis", "remove_directions"]
 
 Scope = Literal["image", "channel", "pixel"]
@@ -37,8 +39,7 @@ def scope_dims(scope: Scope) -> tuple[int, ...]:
     Raises:
         ValueError: `scope` is none of "image", "channel" and "pixel".
     """
-    if scope not in _DIMS:
-        raise ValueError(f"scope must be one of {', '.join(map(repr, get_args(Scope)))}; got {scope!r}")
+    check_choice("scope", scope, get_args(Scope))
     return _DIMS[scope]
 
 
@@ -121,6 +122,7 @@ def orthonormal_basis(directions: Tensor) -> Tensor:
 
     Source: Giraud et al. 2005, doi:10.1007/s00211-005-0615-4.
     """
+    check_tensor("directions", directions)
     if directions.ndim < 4 or not directions.dtype.is_floating_point:
         raise ValueError(
             "directions must be a floating-point tensor of shape (..., K, C, H, W); "
@@ -157,6 +159,8 @@ def remove_directions(gradient: Tensor, basis: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes do not match, not floating point, or the devices differ.
     """
+    check_tensor("gradient", gradient)
+    check_tensor("basis", basis)
     if basis.ndim < 4:
         raise ValueError(f"basis must have shape (..., K, C, H, W); got {tuple(basis.shape)}")
     for vector in basis.unbind(-4):
@@ -228,6 +232,7 @@ def times_power(vector: Tensor, exponent: Tensor, out: Tensor | None = None) -> 
 
 def _check_pair(name_a: str, a: Tensor, name_b: str, b: Tensor, same_dtype: bool = True) -> None:
     for name, tensor in ((name_a, a), (name_b, b)):
+        check_tensor(name, tensor)
         if tensor.ndim < 3:
             raise ValueError(f"{name} must have shape (..., C, H, W); got {tuple(tensor.shape)}")
         if not tensor.dtype.is_floating_point:

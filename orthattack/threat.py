@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from orthattack.arguments import check_bounds, check_choice, check_real, is_number, plain
 from orthattack.plane import Plane, soften
 from orthattack.projection import (
     Scope,
@@ -68,21 +69,18 @@ class ThreatModel:
     directions: Sequence[Direction] = ()
 
     def __post_init__(self) -> None:
-        if self.norm not in get_args(Norm):
-            raise ValueError(f"norm must be one of {', '.join(map(repr, get_args(Norm)))}; got {self.norm!r}")
-        _check_eps(self.eps)
-        if len(self.bounds) != 2:
-            raise ValueError(f"bounds must be two numbers (low, high); got {self.bounds!r}")
-        low, high = self.bounds
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise ValueError(f"bounds must be two finite numbers (low, high) with low < high; got {self.bounds!r}")
+        if is_number(self.norm):
+            raise ValueError(f"norm must be a name; got {self.norm!r}: pass a radius as eps={self.norm!r}")
+        check_choice("norm", self.norm, get_args(Norm))
+        object.__setattr__(self, "eps", _radius(self.eps))
+        object.__setattr__(self, "bounds", check_bounds(self.bounds))
         if self.scope is not None:
             scope_dims(self.scope)
-        if isinstance(self.directions, str | Tensor) or callable(self.directions):
+        if not isinstance(self.directions, Sequence) or isinstance(self.directions, str):
             raise ValueError("directions must be a list, such as directions=['constant']")
         for direction in self.directions:
             known = isinstance(direction, Tensor) or callable(direction)
-            if not known and direction not in ("constant", "channel-constant"):
+            if not known and not (isinstance(direction, str) and direction in ("constant", "channel-constant")):
                 raise ValueError(
                     "each of directions must be 'constant', 'channel-constant', a tensor or a function of the images; "
                     f"got {direction!r}"
@@ -94,6 +92,18 @@ class ThreatModel:
     def is_orthogonal(self) -> bool:
         """Whether anything but ball and bounds binds."""
         return self.scope is not None or len(self.directions) > 0
+
+    def diameter(self, shape: Sequence[int]) -> float:
+        """The norm of the largest difference of two images of `shape` (C, H, W) in the bounds."""
+        pixels = math.prod(shape)
+        return float(self.bounds[1] - self.bounds[0]) * {"linf": 1, "l2": math.sqrt(pixels), "l1": pixels}[self.norm]
+
+    def allows_everything(self, shape: Sequence[int]) -> bool:
+        """Whether a radius, of one sample at least, is so large that the ball holds every image of `shape` (C, H, W)
+        in the bounds: the norm then limits nothing."""
+        eps = self.eps
+        largest = eps if not isinstance(eps, Tensor) else float(eps.max()) if len(eps) > 0 else 0.0
+        return largest >= self.diameter(shape) * (1 - 1e-6)
 
     def around(self, images: Tensor) -> Region:
         """The allowed images around each of `images`, (N, C, H, W), floating point, inside the bounds."""
@@ -150,21 +160,26 @@ class ThreatModel:
         return torch.cat(parts, dim=1)
 
 
-def _check_eps(eps: object) -> None:
+def _radius(eps: Any) -> float | Tensor:
+    """One radius as a number, one per sample as a tensor of our own; ValueError for anything else."""
     if isinstance(eps, list | tuple):
         raise ValueError(
             f"eps must be a number, or a tensor with one per sample; got a {type(eps).__name__}: use torch.tensor(eps) "
             "for one per sample, or an attack's sweep(images, labels, eps) for several radii"
         )
-    values = eps if isinstance(eps, Tensor) else torch.as_tensor(eps, dtype=torch.float64) if _is_number(eps) else None
-    if values is None or not bool((values.isfinite() & (values >= 0)).all()):
-        raise ValueError(f"eps must be a finite number >= 0, in pixel units such as 8/255; got {eps!r}")
-    if values.ndim > 1:
-        raise ValueError(f"eps must be a number or one per sample, (N,); got shape {tuple(values.shape)}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    eps, what = plain(eps), "a finite number >= 0, in pixel units such as 8/255"
+    if not isinstance(eps, Tensor) and getattr(eps, "ndim", 0) > 0 and getattr(eps.dtype, "kind", "") in "iuf":
+        eps = torch.as_tensor(eps.copy())  # of NumPy
+    if not isinstance(eps, Tensor):
+        check_real("eps", eps, what, low=0)
+        number: float = eps
+        return number
+    if eps.ndim > 1:
+        raise ValueError(f"eps must be a number or one per sample, (N,); got shape {tuple(eps.shape)}")
+    is_real = not eps.dtype.is_complex and eps.dtype != torch.bool
+    if not is_real or not bool((eps.isfinite() & (eps >= 0)).all()):
+        raise ValueError(f"eps must be {what}; got {eps!r}")
+    return eps.detach().clone()
 
 
 class Region:

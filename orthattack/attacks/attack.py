@@ -11,18 +11,29 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Literal, Protocol, TypedDict, get_args
+from typing import Any, ClassVar, Literal, Protocol, TypedDict, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from orthattack.arguments import (
+    check_batch,
+    check_choice,
+    check_count,
+    check_flag,
+    check_model,
+    check_tensor,
+    is_number,
+    plain,
+)
 from orthattack.attacks.assumptions import PROBABILITIES, Behaviour, Observer, warn
+from orthattack.attacks.configured import Configured
 from orthattack.attacks.optimize import FastCopy, Optimize
 from orthattack.attacks.oracle import Evaluation, InBatches, LossFunction, Oracle, Precision, Scorer
 from orthattack.attacks.steps import Reference
 from orthattack.lending import borrowed
 from orthattack.losses import Goal, Loss, attack_loss
-from orthattack.model import Model
+from orthattack.model import Model, explained
 from orthattack.projection import Scope
 from orthattack.threat import Direction, Norm, Region, ThreatModel, perturbation_norm
 
@@ -36,7 +47,7 @@ __all__ = [
     "OrthoOptions",
     "Search",
     "Task",
-    "check_count",
+    "checked_seeds",
 ]
 
 Enforce = Literal["perturbation", "gradient"]
@@ -63,7 +74,7 @@ class OrthoOptions(Options, total=False):
     reference: Reference
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AttackResult:
     """What an attack found, one entry per sample.
 
@@ -90,6 +101,19 @@ class AttackResult:
     zero_gradients: Tensor
     forward_calls: Tensor
     gradient_calls: Tensor
+
+    def __repr__(self) -> str:
+        n = len(self.success)
+        if n == 0:
+            return "AttackResult: no images"
+        norm, zero = self.norm.double(), self.samples_with_zero_gradient
+        forwards, gradients = int(self.forward_calls.sum()), int(self.gradient_calls.sum())
+        return (
+            f"AttackResult: {int(self.success.sum())} of {n} fooled; norm {float(norm.median()):.4g} (median), "
+            f"{float(norm.max()):.4g} (max); |cos| at most {float(self.cosine.max()):.2g};\n"
+            f"{forwards} forward and {gradients} gradient calls"
+            + (f", no usable gradient at least once for {zero} of {n}" if zero else "")
+        )
 
     @property
     def samples_with_zero_gradient(self) -> int:
@@ -255,11 +279,12 @@ class Card:
         return self.scope is not None or len(self.directions) > 0
 
 
-class Attack:
+class Attack(Configured):
     """A model, a threat model and a search: call it with images and labels.
 
     ``attack(images, labels)`` returns the adversarial images, ``attack.run(images, labels)`` an `AttackResult`.
-    Concrete attacks document their arguments.
+    Concrete attacks document their arguments. All are read as attributes, ``attack.eps``, and none can be set:
+    ``attack.replace(eps=8 / 255)`` makes a new attack that differs in that alone.
     """
 
     family: ClassVar[str | None] = None  # by default the class's name
@@ -286,18 +311,23 @@ class Attack:
         detector: Model | None = None,
         oracle: Callable[..., Scorer] = Oracle,
     ) -> None:
-        if not callable(model):
-            raise ValueError(f"model must be callable on a batch of images; got {type(model).__name__}")
-        _check_choice("enforce", enforce, get_args(Enforce))
-        _check_choice("reference", reference, get_args(Reference))
-        _check_choice("precision", precision, get_args(Precision))
-        _check_choice("optimize", optimize, get_args(Optimize))
+        check_model("model", model)
+        check_choice("enforce", enforce, get_args(Enforce))
+        check_choice("reference", reference, get_args(Reference))
+        check_choice("precision", precision, get_args(Precision))
+        check_choice("optimize", optimize, get_args(Optimize))
+        check_flag("targeted", targeted)
+        check_flag("early_stop", early_stop)
         if reference == "iterate" and enforce == "perturbation":
             raise ValueError(
                 'reference="iterate" needs enforce="gradient": a perturbation is orthogonal to the clean image'
             )
         if generator is not None and not isinstance(generator, torch.Generator):
-            raise ValueError(f"generator must be a torch.Generator; got {generator!r}: seed one with manual_seed")
+            seed = generator if isinstance(generator, int) else 0
+            raise ValueError(
+                f"generator must be a torch.Generator; got {generator!r}: seed one, "
+                f"torch.Generator().manual_seed({seed})"
+            )
         check_count("eot_samples", eot_samples)
         self.model = model
         self.threat = ThreatModel(norm, eps, bounds, scope, tuple(directions) if _is_list(directions) else directions)
@@ -311,6 +341,7 @@ class Attack:
         self._models = [model] if detector is None else [model, detector]
         self._oracle = oracle
         self._observer = Observer()
+        self._knows_radius = False  # whether the caller was warned that it allows every image
         # Its own stream, so that an attack leaves the global one alone; seeded by torch.manual_seed all the same.
         self.generator = torch.Generator().manual_seed(torch.initial_seed()) if generator is None else generator
 
@@ -331,6 +362,12 @@ class Attack:
         if self.targeted:
             options["targeted"] = True
         return f"{type(self).__name__}({', '.join(f'{k}={_shown(v)}' for k, v in options.items())})"
+
+    def _resolved(self) -> dict[str, Any]:
+        return {**vars(self.threat), **self.search.options(self.threat.eps)}
+
+    def _shared_by_copies(self) -> list[object]:
+        return list(self._models)
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """Adversarial images for (N, C, H, W) images and (N,) labels (targeted: the classes to reach)."""
@@ -368,9 +405,27 @@ class Attack:
             ValueError: images or labels of the wrong kind (the message says what and where), or a model whose output
                 is not (N, K) logits, is not finite, or does not depend differentiably on the images.
         """
+        self._warn_of_radius(images, eps)
         result, stuck = self._run(images, labels, eps, start, self.search, self.early_stop, seeds, batch_size)
         self._warn_of_gradients(result, stuck)
         return result
+
+    def _warn_of_radius(self, images: Tensor, eps: float | Tensor | None) -> None:
+        """Warn once of a radius that leaves the norm nothing to limit."""
+        is_unlimited = eps is None and self.eps is None  # as with a Foolbox attack that minimises
+        if self._knows_radius or is_unlimited or not isinstance(images, Tensor) or images.ndim != 4:
+            return
+        threat, shape = self.threat if eps is None else replace(self.threat, eps=eps), images.shape[1:]
+        if not threat.allows_everything(shape):
+            return
+        self._knows_radius = True
+        largest, (low, high) = float(torch.as_tensor(threat.eps).max()), threat.bounds
+        is_byte = largest > 1 and max(abs(low), abs(high)) <= 1 and largest / 255 < threat.diameter(shape)
+        hint = f"did you mean eps={largest:g}/255?" if is_byte else "choose a smaller radius"
+        warn(
+            f"eps={largest:g} allows every image: in {threat.norm}, images of shape {tuple(shape)} in bounds ({low:g}, "
+            f"{high:g}) are at most {threat.diameter(shape):.4g} apart; {hint}"
+        )
 
     def _run(
         self,
@@ -385,13 +440,14 @@ class Attack:
         is_first: bool = True,
     ) -> tuple[AttackResult, Tensor]:
         """The result, and at how many steps no loss had a gradient; not `is_first`: odd logits are no error."""
+        batch_size = plain(batch_size)
         if batch_size is not None:
             check_count("batch_size", batch_size)
         with torch.inference_mode(False), torch.no_grad():
             x, labels = self._checked(images, labels)
             threat = self.threat if eps is None else replace(self.threat, eps=eps)
-            if start is not None and start.shape != x.shape:
-                raise ValueError(f"start must have the shape of images, {tuple(x.shape)}; got {tuple(start.shape)}")
+            if start is not None:
+                _check_start(start, x)
             generator, streams = self._streams(seeds, len(x))
             best = Best(x, search.merit)
             if len(x) > 0:
@@ -400,6 +456,7 @@ class Attack:
                 region = (threat if textbook is None else replace(threat, scope=None, directions=())).around(x)
                 goal = Goal(None, labels) if self.targeted else Goal(labels)
                 with ExitStack() as stack:
+                    stack.enter_context(explained(self._models, x))
                     models = [stack.enter_context(borrowed(model, x.device)) for model in self._models]
                     behaviour = self._observed(models[0], x)
                     fast = None if behaviour.is_random else self._fast.of(models[0], x)
@@ -485,11 +542,14 @@ class Attack:
             ValueError: as for `run`, or no radius, or one twice.
         """
         radii = _radii(eps)
+        check_tensor("images", images)
+        check_tensor("labels", labels)
         found: dict[float, AttackResult] = {}
         last: AttackResult | None = None
         for radius in sorted(radii):
             rows = slice(None) if last is None else (~last.success).nonzero().squeeze(1)
             start = None if last is None else last.adversarials[rows]
+            self._warn_of_radius(images, radius)
             more, stuck = self._run(images[rows], labels[rows], radius, start, self.search, self.early_stop)
             if last is None:
                 self._warn_of_gradients(more, stuck)
@@ -503,64 +563,48 @@ class Attack:
         """The generator that all samples share, and those of the single samples, if they have seeds."""
         if seeds is None:
             return self.generator, None
-        if len(seeds) != count:
-            raise ValueError(f"seeds must be one per image, {count}; got {len(seeds)}")
+        numbers = checked_seeds(seeds, count)
         device = self.generator.device
         shared = torch.Generator(device).manual_seed(self.generator.initial_seed())
-        return shared, tuple(torch.Generator(device).manual_seed(int(seed)) for seed in seeds)
+        return shared, tuple(torch.Generator(device).manual_seed(seed) for seed in numbers)
 
     def _checked(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of images and labels, the images clamped to the bounds; ValueError if they are not what is needed."""
-        if not all(isinstance(value, Tensor) for value in (images, labels)):
-            kinds = f"{type(images).__name__} and {type(labels).__name__}"
-            raise ValueError(f"images and labels must be tensors; got {kinds}: convert them with torch.as_tensor")
-        if images.ndim != 4:
-            raise ValueError(f"images must have shape (N, C, H, W); got {tuple(images.shape)}")
-        if 0 in images.shape[1:]:
-            raise ValueError(f"images must have pixels; got shape {tuple(images.shape)}")
-        if not images.dtype.is_floating_point:
-            raise ValueError(f"images must be floating point; got {images.dtype}: divide 8-bit images by 255")
-        if labels.shape != images.shape[:1]:
-            raise ValueError(f"labels must have shape ({len(images)},), one per image; got {tuple(labels.shape)}")
-        if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
-            raise ValueError(f"labels must be integers; got {labels.dtype}")
-        if labels.device != images.device:
-            raise ValueError(f"images ({images.device}) and labels ({labels.device}) must be on the same device")
-        for name, model in zip(("model", "detector"), self._models, strict=False):
-            devices = {parameter.device for parameter in model.parameters()} if isinstance(model, nn.Module) else set()
-            if devices and images.device not in devices:
-                raise ValueError(f"images ({images.device}) and {name} ({devices.pop()}) must be on the same device")
-        if len(images) > 0:
-            self._check_values(images)
+        check_batch(images, labels, self.threat.bounds, zip(("model", "detector"), self._models, strict=False))
         return images.detach().clamp(*self.threat.bounds).contiguous(), labels.detach().long().clone()
 
-    def _check_values(self, images: Tensor) -> None:
-        low, high = self.threat.bounds
-        finite = images.isfinite().flatten(1).all(1)
-        if not bool(finite.all()):
-            raise ValueError(f"images must be finite; found NaN or infinity (sample {int(finite.long().argmin())})")
-        # Round-off of a normalisation and its inverse is a few units in the last place; in half precision one of them
-        # is as much as a perturbation may be.
-        slack = max(torch.finfo(images.dtype).eps, 8e-7) * max(abs(low), abs(high))
-        smallest, largest = images.flatten(1).amin(1), images.flatten(1).amax(1)
-        outside = (smallest < low - slack) | (largest > high + slack)
-        if bool(outside.any()):
-            sample = int(outside.long().argmax())
-            hint = "they look normalised; pass them unnormalised and put the normalisation inside the model"
-            if float(smallest.min()) >= 0 and 2 < float(largest.max()) <= 255:
-                hint = "they look 8-bit; divide them by 255, or pass bounds=(0, 255) if the model takes them so"
-            raise ValueError(
-                f"images must lie in bounds ({low:g}, {high:g}); found min {float(smallest[sample]):.4g}, "
-                f"max {float(largest[sample]):.4g} (sample {sample}): {hint}"
-            )
+
+def _check_start(start: Tensor, images: Tensor) -> None:
+    check_tensor("start", start)
+    if start.shape != images.shape:
+        raise ValueError(f"start must have the shape of images, {tuple(images.shape)}; got {tuple(start.shape)}")
+    if not start.dtype.is_floating_point:
+        raise ValueError(f"start must be floating point, like images; got {start.dtype}: divide 8-bit images by 255")
+    if not bool(start.isfinite().all()):
+        raise ValueError("start must be finite; found NaN or infinity")
+
+
+def checked_seeds(seeds: object, count: int) -> list[int]:
+    """The seeds as numbers; ValueError if they are not one integer per image."""
+    if isinstance(seeds, str) or not isinstance(seeds, Iterable) or getattr(seeds, "shape", None) == ():
+        raise ValueError(f"seeds must be one integer per image, such as range({count}); got {seeds!r}")
+    numbers = [plain(seed) for seed in seeds]
+    if len(numbers) != count:
+        raise ValueError(f"seeds must be one per image, {count}; got {len(numbers)}")
+    for seed in numbers:
+        if not isinstance(seed, int) or isinstance(seed, bool) or abs(seed) >= 2**63:
+            raise ValueError(f"seeds must be integers, each below 2**63 in size; found {seed!r}")
+    return numbers
 
 
 def _radii(eps: object) -> list[float]:
     """Several radii as a list; ValueError if they are none, or one comes twice."""
-    radii: object = eps.tolist() if isinstance(eps, Tensor) else list(eps) if isinstance(eps, Iterable) else eps
-    if not isinstance(radii, list) or len(radii) == 0 or len(set(radii)) < len(radii):
+    is_list = isinstance(eps, Iterable) and not isinstance(eps, str) and getattr(eps, "shape", None) != ()
+    radii: Any = [plain(radius) for radius in eps] if is_list else eps  # type: ignore[attr-defined]
+    if not is_list or len(radii) == 0 or not all(map(is_number, radii)) or len(set(radii)) < len(radii):
         raise ValueError(f"eps must be a list of one or more different radii; got {radii!r}")
-    return radii
+    numbers: list[float] = radii
+    return numbers
 
 
 def _merged(before: AttackResult, more: AttackResult, rows: Tensor) -> AttackResult:
@@ -590,16 +634,3 @@ def _warn_of_slow_bfloat16() -> None:
             "float32",
             stacklevel=5,
         )
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
-
-
-def check_count(name: str, value: int) -> None:
-    """ValueError unless `value` is an integer from 1 to 2^31 - 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1; got {value!r}")
-    if value >= 2**31:
-        raise ValueError(f"{name} must be below 2**31; got {value!r}")

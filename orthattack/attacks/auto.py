@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Literal, final
 
 from torch import Tensor
 
-from orthattack.attacks.attack import Attack, Options, OrthoOptions, Task, check_count
+from orthattack.arguments import check_count
+from orthattack.attacks.attack import Attack, Options, OrthoOptions, Task
 from orthattack.attacks.climb import Climb
 from orthattack.attacks.oracle import NoGradientError
 from orthattack.attacks.square import SquareSearch

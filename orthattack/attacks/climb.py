@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from orthattack.attacks.attack import Task, check_count
+from orthattack.arguments import check_count, check_flag, check_real
+from orthattack.attacks.attack import Task
 from orthattack.attacks.steps import Ascent, StepRule
 
-__all__ = ["Climb"]
+__all__ = ["Climb", "rate"]
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,9 @@ class Climb:
     def __post_init__(self) -> None:
         check_count("steps", self.steps)
         check_count("restarts", self.restarts)
-        alpha = self.alpha
-        if alpha is not None and not (
-            isinstance(alpha, int | float) and not isinstance(alpha, bool) and 0 <= alpha < math.inf
-        ):
-            raise ValueError(f"alpha must be a finite step size >= 0, in pixel units such as 2/255; got {alpha!r}")
+        if self.alpha is not None:
+            check_real("alpha", self.alpha, "a finite step size >= 0, in pixel units such as 2/255", low=0)
+        check_flag("random_start", self.random_start)
         if self.restarts > 1 and not self.random_start:
             raise ValueError(f"restarts={self.restarts} needs random_start=True: every restart would be the same")
 
@@ -93,3 +91,8 @@ class Climb:
                 evaluation = evaluation.select(left)
             points, state = self.rule.update(ascent, state, points, evaluation, step)
             del evaluation  # its gradient is as large as the images
+
+
+def rate(total: float, steps: int) -> float:
+    """`total` over the steps; a wrong number of steps is left to `Climb` to refuse."""
+    return total / steps if isinstance(steps, int) and steps > 0 else total

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,8 +10,9 @@ from typing import Any, Literal, final, get_args
 import torch
 from torch import Tensor
 
-from orthattack.attacks.attack import Attack, Enforce, check_count
-from orthattack.attacks.climb import Climb
+from orthattack.arguments import check_choice, check_count, check_model, check_real
+from orthattack.attacks.attack import Attack, Enforce
+from orthattack.attacks.climb import Climb, rate
 from orthattack.attacks.oracle import Evaluation, LossFunction, Oracle, input_gradient
 from orthattack.attacks.steps import ScheduledStep
 from orthattack.losses import Goal, Loss
@@ -155,12 +155,9 @@ class DetectorEvasion(Attack):
         bounds: tuple[float, float] = (0, 1),
         generator: torch.Generator | None = None,
     ) -> None:
-        if not callable(detector):
-            raise ValueError(f"detector must be callable on a batch of images; got {type(detector).__name__}")
-        if mode not in get_args(Mode):
-            raise ValueError(f"mode must be one of {', '.join(map(repr, get_args(Mode)))}; got {mode!r}")
-        if not math.isfinite(threshold):
-            raise ValueError(f"threshold must be a finite score; got {threshold!r}")
+        check_model("detector", detector)
+        check_choice("mode", mode, get_args(Mode))
+        check_real("threshold", threshold, "a finite score")
         if every is not None:
             check_count("every", every)
         if scope == "pixel":
@@ -171,7 +168,7 @@ class DetectorEvasion(Attack):
             model,
             norm,
             eps,
-            Climb(ScheduledStep(), steps, 2.5 / max(1, steps), alpha, random_start, restarts),
+            Climb(ScheduledStep(), steps, rate(2.5, steps), alpha, random_start, restarts),
             scope=scope,
             directions=directions,
             enforce=enforce,

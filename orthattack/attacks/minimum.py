@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, final
@@ -10,14 +9,16 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
+from orthattack.arguments import check_count, check_real
 from orthattack.attacks.assumptions import warn
-from orthattack.attacks.attack import Attack, AttackResult, Card, Task, check_count
+from orthattack.attacks.attack import Attack, AttackResult, Card, Task, checked_seeds
+from orthattack.attacks.configured import Configured
 
 __all__ = ["MinimumNorm"]
 
 
 @final
-class MinimumNorm:
+class MinimumNorm(Configured):
     """Per sample, the smallest eps at which an attack succeeds::
 
         min ‖x_adv - x‖   subject to   the attack's goal, its bounds and its orthogonality
@@ -56,8 +57,7 @@ class MinimumNorm:
         if max_eps is None:
             low, high = attack.threat.bounds
             max_eps = high - low if attack.threat.norm == "linf" else 16 * largest
-        if not (math.isfinite(max_eps) and max_eps > 0):
-            raise ValueError(f"max_eps must be a finite radius > 0, in pixel units; got {max_eps!r}")
+        check_real("max_eps", max_eps, "a finite radius > 0, in pixel units", low=0, above=True)
         self.attack, self.max_eps, self.trials = attack, max_eps, trials
 
     @property
@@ -67,6 +67,9 @@ class MinimumNorm:
 
     def __repr__(self) -> str:
         return f"MinimumNorm({self.attack!r}, max_eps={self.max_eps:.6g}, trials={self.trials})"
+
+    def _shared_by_copies(self) -> list[object]:
+        return self.attack._shared_by_copies()
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """Adversarial images for (N, C, H, W) images and (N,) labels (targeted: the classes to reach)."""
@@ -79,6 +82,7 @@ class MinimumNorm:
         fooled comes back as the last attack left it, with ``success`` false.
         """
         attack = self.attack
+        each = None if seeds is None or not isinstance(images, Tensor) else checked_seeds(seeds, len(images))
         result, stuck = attack._run(images, labels, 0.0, None, _Look(), True)
         eps = torch.as_tensor(attack.threat.eps, dtype=torch.float64, device=images.device)
         eps = eps.expand(len(images)).clamp(max=self.max_eps).clone()
@@ -97,7 +101,7 @@ class MinimumNorm:
                     result.adversarials[rows],
                     attack.search,
                     early_stop=True,
-                    seeds=None if seeds is None else [seeds[row] for row in rows.tolist()],
+                    seeds=None if each is None else [each[row] for row in rows.tolist()],
                     is_first=False,
                 )
             except Exception as error:

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from orthattack.arguments import check_labels
 from orthattack.attacks.assumptions import DRAWS, NEEDED
 from orthattack.losses import Goal, attack_loss
 from orthattack.model import Model, check_finite, checked_logits
@@ -229,14 +230,7 @@ class Oracle:
         logits = checked_logits(logits, len(points))
         if self._unchecked > 0:
             check_finite(logits.detach())
-            labels = goal.classes
-            outside = (labels < 0) | (labels >= logits.shape[1])
-            if bool(outside.any()):
-                sample = int(outside.long().argmax())
-                raise ValueError(
-                    f"labels must lie in [0, {logits.shape[1] - 1}], the model has {logits.shape[1]} classes; "
-                    f"found {int(labels[sample])} (sample {sample})"
-                )
+            check_labels(goal.classes, logits.shape[1])
         return logits if logits.dtype.itemsize >= 4 else logits.float()
 
 

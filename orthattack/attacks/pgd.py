@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from orthattack.attacks.attack import Attack, Enforce, Options, OrthoOptions
-from orthattack.attacks.climb import Climb
+from orthattack.attacks.climb import Climb, rate
 from orthattack.attacks.optimize import Optimize
 from orthattack.attacks.oracle import Precision
 from orthattack.attacks.steps import Reference, Schedule, ScheduledStep
@@ -355,13 +355,8 @@ class OrthoNIFGSM(Attack):
 
 
 def _scheduled(rule: ScheduledStep, alpha: float | None, steps: int, random_start: bool, restarts: int) -> Climb:
-    return Climb(rule, steps, _rate(2.5, steps), alpha, random_start, restarts)
+    return Climb(rule, steps, rate(2.5, steps), alpha, random_start, restarts)
 
 
 def _momentum(alpha: float | None, steps: int, decay: float, nesterov: bool) -> Climb:
-    return Climb(ScheduledStep("fixed", decay, nesterov), steps, _rate(1.0, steps), alpha)
-
-
-def _rate(total: float, steps: int) -> float:
-    """`total` over the steps; a wrong number of steps is left to `Climb` to refuse."""
-    return total / steps if isinstance(steps, int) and steps > 0 else total
+    return Climb(ScheduledStep("fixed", decay, nesterov), steps, rate(1.0, steps), alpha)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal, final
 import torch
 from torch import Tensor
 
-from orthattack.attacks.attack import Attack, Options, Task, check_count
+from orthattack.arguments import check_count, is_number
+from orthattack.attacks.attack import Attack, Options, Task
 from orthattack.losses import attack_loss
 from orthattack.model import Model
 from orthattack.projection import Scope, reciprocal
@@ -43,7 +44,7 @@ class SquareSearch:
 
     def __post_init__(self) -> None:
         check_count("queries", self.queries)
-        if not 0 < self.share <= 1:
+        if not is_number(self.share) or not 0 < self.share <= 1:
             raise ValueError(f"share must lie in (0, 1]; got {self.share!r}")
 
     def options(self, eps: float | Tensor) -> dict[str, object]:  # noqa: ARG002

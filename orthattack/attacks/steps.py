@@ -13,6 +13,7 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
+from orthattack.arguments import check_choice, check_flag, check_real, is_number
 from orthattack.attacks.oracle import Evaluation
 from orthattack.threat import Region, ThreatModel
 
@@ -96,11 +97,9 @@ class ScheduledStep:
     nesterov: bool = False
 
     def __post_init__(self) -> None:
-        if self.schedule not in get_args(Schedule):
-            names = ", ".join(map(repr, get_args(Schedule)))
-            raise ValueError(f"schedule must be one of {names}; got {self.schedule!r}")
-        if not (math.isfinite(self.momentum) and self.momentum >= 0):
-            raise ValueError(f"momentum must be a finite number >= 0; got {self.momentum!r}")
+        check_choice("schedule", self.schedule, get_args(Schedule))
+        check_real("momentum", self.momentum, "a finite number >= 0", low=0)
+        check_flag("nesterov", self.nesterov)
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov=True needs a momentum > 0")
 
@@ -162,7 +161,7 @@ class AutoStep:
     rho: float = 0.75
 
     def __post_init__(self) -> None:
-        if not 0 < self.rho < 1:
+        if not is_number(self.rho) or not 0 < self.rho < 1:
             raise ValueError(f"rho must lie in (0, 1); got {self.rho!r}")
 
     def init(self, ascent: Ascent, points: Tensor) -> State:

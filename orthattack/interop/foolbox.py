@@ -21,7 +21,9 @@ from foolbox.criteria import Misclassification, TargetedMisclassification
 from foolbox.distances import LpDistance
 from torch import Tensor, nn
 
+from orthattack.arguments import plain
 from orthattack.attacks.attack import Attack, Task
+from orthattack.attacks.configured import Configured, options_of
 from orthattack.attacks.minimum import MinimumNorm
 from orthattack.attacks.oracle import Scorer
 from orthattack.losses import Goal
@@ -36,7 +38,7 @@ _ORDER: dict[Norm, float] = {"linf": math.inf, "l2": 2, "l1": 1}
 _UNLIMITED = 1e30
 
 
-class _Ours:
+class _Ours(Configured):
     """One of our attack classes with its options, to be made anew for each model, criterion and radius."""
 
     def __init__(self, attack: Any, options: dict[str, Any]) -> None:
@@ -94,12 +96,10 @@ class _Ours:
                 f"{type(criterion).__name__}"
             )
         labels = criterion.target_classes if targeted else criterion.labels
-        attack = self._attack(
-            model,
-            **{**self._options, "targeted": targeted, "bounds": tuple(model.bounds), **more},
-        )
-        attack.generator = self._generator
-        return attack, inputs.raw, labels.raw
+        options = {**self._options, "targeted": targeted, "bounds": tuple(model.bounds), **more}
+        if "generator" in options_of(self._attack):
+            options["generator"] = self._generator
+        return self._attack(model, **options), inputs.raw, labels.raw
 
 
 def _short(value: object) -> str:
@@ -161,6 +161,7 @@ class FoolboxAttack(_Ours, FixedEpsilonAttack):  # type: ignore[misc]
         """Foolbox's entry for one epsilon: adversarial images for `inputs`, of their type."""
         raise_if_kwargs(kwargs)
         x, restore_type = ep.astensor_(inputs)
+        epsilon = plain(epsilon)
         step = {} if self._rel_stepsize is None else {"alpha": self._rel_stepsize * epsilon}
         attack, images, labels = self._made(model, x, get_criterion(criterion), eps=epsilon, **step)
         found: T = restore_type(ep.astensor(attack(images, labels)))
@@ -285,7 +286,7 @@ class FromFoolbox(Attack):
             raise ValueError(f"model must be an nn.Module, as Foolbox asks; got {type(model).__name__}")
         if not isinstance(attack, foolbox.Attack):
             raise ValueError(f"attack must be an attack of Foolbox, such as foolbox.attacks.LinfPGD(); got {attack!r}")
-        if isinstance(eps, Tensor):
+        if getattr(eps, "ndim", 0) > 0:
             raise ValueError("eps must be one number for all images, or None: Foolbox takes no other")
         once = attack.attack if isinstance(attack, foolbox.attacks.base.Repeated) else attack
         if eps is None and isinstance(once, FixedEpsilonAttack):

@@ -25,6 +25,7 @@ from typing import Any, Literal, NoReturn, final
 import torch
 from torch import Tensor, nn
 
+from orthattack.arguments import plain
 from orthattack.attacks.apgd import OrthoAPGD
 from orthattack.attacks.attack import Attack
 from orthattack.attacks.pgd import OrthoFGSM, OrthoMIFGSM, OrthoNIFGSM, OrthoPGD
@@ -40,16 +41,19 @@ _NORMS: dict[str, Norm] = {"Linf": "linf", "L2": "l2"}
 class _Compatible(ABC):
     """What the attacks share: the modes, the normalisation, and the way from a call to one of our attacks.
 
-    The attack is made anew for each call, so that attributes such as ``eps`` can be set at any time.
+    The attack is made anew for each call, so that attributes such as ``eps`` can be set at any time; what the
+    constructor refuses is refused there too.
     """
 
     def __init__(self, model: nn.Module, scope: Scope | None) -> None:
         self.model, self.scope = model, scope
-        self.set_mode_default()
+        self.attack_mode, self.targeted = "default", False
+        self._targets: Callable[[Tensor, Tensor], Tensor] | None = None
         self.normalization_used: dict[str, list[float]] | None = None
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         self.device = None if parameter is None else parameter.device
         self._made(model, None)  # refuses a wrong option now, not at the first call
+        self._is_made = True
 
     @abstractmethod
     def _made(self, model: nn.Module, generator: torch.Generator | None) -> Attack:
@@ -98,6 +102,28 @@ class _Compatible(ABC):
             "and set_normalization_used"
         )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name[:1] == "_" or "_is_made" not in vars(self):
+            super().__setattr__(name, value)
+            return
+        if name not in vars(self):
+            options = ", ".join(known for known in vars(self) if known[:1] != "_")
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r} to set; it has {options}")
+        how = {
+            "attack_mode": "set_mode_default, set_mode_targeted_by_label or set_mode_targeted_by_function",
+            "targeted": "set_mode_targeted_by_label or set_mode_default",
+            "normalization_used": "set_normalization_used",
+        }
+        if name in how:
+            raise AttributeError(f"{name} cannot be set as an attribute: call {how[name]}")
+        before = vars(self)[name]
+        super().__setattr__(name, value)
+        try:
+            self._made(self.model, None)
+        except BaseException:
+            super().__setattr__(name, before)
+            raise
+
     @property
     def _shared(self) -> dict[str, Any]:
         return {"scope": self.scope, "targeted": self.targeted}
@@ -108,12 +134,11 @@ class _Compatible(ABC):
 
     def set_mode_default(self) -> None:
         """Labels are the true classes."""
-        self.attack_mode, self.targeted = "default", False
-        self._targets: Callable[[Tensor, Tensor], Tensor] | None = None
+        self._set_mode("default", None)
 
     def set_mode_targeted_by_label(self, quiet: bool = False) -> None:  # noqa: ARG002
         """Labels are the classes to reach. `quiet` makes no difference."""
-        self.attack_mode, self.targeted, self._targets = "targeted(label)", True, None
+        self._set_mode("targeted(label)", None)
 
     def set_mode_targeted_by_function(
         self,
@@ -121,11 +146,16 @@ class _Compatible(ABC):
         quiet: bool = False,  # noqa: ARG002
     ) -> None:
         """The classes to reach are a function of the images, in [0, 1], and the labels."""
-        self.attack_mode, self.targeted, self._targets = "targeted(custom)", True, target_map_function
+        if not callable(target_map_function):
+            raise ValueError(f"target_map_function must be a function of (images, labels); got {target_map_function!r}")
+        self._set_mode("targeted(custom)", target_map_function)
+
+    def _set_mode(self, mode: str, targets: Callable[[Tensor, Tensor], Tensor] | None) -> None:
+        vars(self).update(attack_mode=mode, targeted=mode != "default", _targets=targets)
 
     def set_device(self, device: torch.device | str) -> None:
         """Where images and labels are moved to; by default where the model is."""
-        self.device = torch.device(device)
+        vars(self)["device"] = torch.device(device)
 
     def set_normalization_used(self, mean: Iterable[float], std: Iterable[float]) -> None:
         """Images come and go normalised, ``(pixels - mean) / std``, as the model takes them; eps is in pixels.
@@ -139,7 +169,7 @@ class _Compatible(ABC):
         """
         used = {"mean": [float(value) for value in mean], "std": [float(value) for value in std]}
         Normalized(nn.Identity(), **used)
-        self.normalization_used = used
+        vars(self)["normalization_used"] = used
 
 
 @final
@@ -317,9 +347,12 @@ class APGD(_Compatible):
         super().__init__(model, scope)
 
     def _generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed)
+        seed = plain(self.seed)
+        if not isinstance(seed, int) or isinstance(seed, bool) or abs(seed) >= 2**63:
+            raise ValueError(f"seed must be an integer below 2**63 in size; got {seed!r}")
+        return torch.Generator().manual_seed(seed)
 
-    def _made(self, model: nn.Module, generator: torch.Generator | None) -> Attack:
+    def _made(self, model: nn.Module, generator: torch.Generator | None) -> Attack:  # noqa: ARG002
         for name, value, choices in (("norm", self.norm, tuple(_NORMS)), ("loss", self.loss, ("ce", "dlr"))):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
@@ -332,6 +365,6 @@ class APGD(_Compatible):
             self.rho,
             loss=self.loss,
             eot_samples=self.eot_iter,
-            generator=generator,
+            generator=self._generator(),
             **self._shared,
         )

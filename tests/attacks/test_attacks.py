@@ -462,8 +462,8 @@ BROKEN[1, 0, 0, 0] = float("nan")
         (IMAGES, LABELS.float(), "labels must be integers; got torch.float32"),
         (IMAGES, LABELS + 4, r"labels must lie in \[0, 4\], the model has 5 classes; found 5 \(sample 1\)"),
         (IMAGES, LABELS - 1, r"labels must lie in \[0, 4\], the model has 5 classes; found -1 \(sample 0\)"),
-        (IMAGES.numpy(), LABELS, "images and labels must be tensors; got ndarray and Tensor"),
-        (IMAGES, [0, 1], "images and labels must be tensors; got Tensor and list"),
+        (IMAGES.numpy(), LABELS, "images must be a tensor; got ndarray: convert it"),
+        (IMAGES, [0, 1], "labels must be a tensor; got list: convert it"),
         (IMAGES, LABELS.to("meta"), r"images \(cpu\) and labels \(meta\) must be on the same device"),
     ],
 )

@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import orthattack
-from orthattack import DetectorEvasion, MinimumNorm, OrthoPGD
+from orthattack import DetectorEvasion, MinimumNorm, OrthoPGD, ThreatModel
+from orthattack.attacks.configured import options_of
 
 NAMES = [name for name in orthattack.attacks.__all__ if name not in ("AttackResult", "DetectorEvasion", "MinimumNorm")]
 IMAGES = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -26,9 +30,9 @@ def classifier(outputs: int = 3) -> nn.Module:
 def make(name: str, **options: object) -> object:
     """An attack of every sort, quick, and one that draws if it can."""
     if name == "MinimumNorm":
-        return MinimumNorm(OrthoPGD(classifier(), eps=8 / 255, steps=2), trials=4, **options)
+        return MinimumNorm(OrthoPGD(classifier(), eps=8 / 255, steps=2), **{"trials": 4, **options})
     if name == "DetectorEvasion":
-        return DetectorEvasion(classifier(), classifier(1), steps=3, random_start=True, **options)
+        return DetectorEvasion(classifier(), classifier(1), **{"steps": 3, "random_start": True, **options})
     quick = {"FGSM": {}, "Square": {"queries": 5}, "AutoAttack": {"steps": 2, "queries": 5}}
     return getattr(orthattack, name)(classifier(), **{**quick.get(name.removeprefix("Ortho"), {"steps": 2}), **options})
 
@@ -71,3 +75,207 @@ def test_a_loss_of_ones_own_and_a_faster_copy_are_no_obstacle(optimize):
     assert same(pickle.loads(pickle.dumps(attack)).run(IMAGES, LABELS), attack.run(IMAGES, LABELS))
     with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
         pickle.dumps(OrthoPGD(classifier(), loss=lambda logits, labels: own_loss(logits, labels)))
+
+
+def signature_of(name: str) -> list[str]:
+    return options_of(getattr(orthattack, name))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_option_is_read_and_none_can_be_set(name):
+    attack = make(name)
+    before = repr(attack)
+    for option in signature_of(name):
+        value = getattr(attack, option)
+        assert option in dir(attack)
+        with pytest.raises(AttributeError, match=rf"^{name} cannot be changed: .*, \.replace\({option}=\.\.\.\)$"):
+            setattr(attack, option, value)
+        with pytest.raises(AttributeError, match=f"{name} cannot be changed"):
+            delattr(attack, option)
+    for typo in ("epsilon", "step", "threat_model"):
+        with pytest.raises(AttributeError, match=f"{name} has no option '{typo}'.* has "):
+            setattr(attack, typo, 3)
+        assert not hasattr(attack, typo)
+    assert repr(attack) == before
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_wrong_option_is_blamed_on_the_class_that_was_called(name):
+    kind, given = getattr(orthattack, name), signature_of(name)
+    arguments = {"attack": make("PGD")} if name == "MinimumNorm" else {"model": classifier()}
+    if name == "DetectorEvasion":
+        arguments["detector"] = classifier(1)
+    for wrong in ("oracle", "search", *({"detector"} - set(given))):
+        with pytest.raises(
+            TypeError, match=rf"^{name} got an unexpected keyword argument '{wrong}'; .* has .*{given[-1]}"
+        ):
+            kind(**arguments, **{wrong: None})
+    with pytest.raises(TypeError, match=rf"^{name}: missing a required argument: '{given[0]}'"):
+        kind()
+    if "eps" in given:
+        with pytest.raises(
+            TypeError, match=rf"^{name} got an unexpected keyword argument 'epsilon'; did you mean eps\? "
+        ):
+            kind(**arguments, epsilon=0.1)
+
+
+def test_options_read_as_they_are_in_force():
+    attack = OrthoPGD(classifier(), "l2", 2, steps=5, bounds=(0, 1))
+    assert (attack.norm, attack.eps, attack.alpha, attack.steps, attack.bounds) == ("l2", 2, 1.0, 5, (0, 1))
+    assert (attack.loss, attack.targeted, attack.scope, attack.restarts) == ("ce", False, "image", 1)
+    assert orthattack.FGSM(classifier(), eps=0.1).alpha == pytest.approx(0.1)
+    assert orthattack.MIFGSM(classifier(), early_stop=True).early_stop is True
+    assert make("DetectorEvasion").threshold == 0.0
+    assert make("MinimumNorm").trials == 4
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_replace_makes_an_attack_that_differs_in_that_alone(name):
+    attack = make(name)
+    option, value = ("trials", 2) if name == "MinimumNorm" else ("eps", 0.5)
+    other = attack.replace(**{option: value})
+    assert type(other) is type(attack)
+    assert getattr(other, option) == value != getattr(attack, option)
+    for same_as_before in set(signature_of(name)) - {option, "alpha", "generator"}:
+        assert getattr(other, same_as_before) == getattr(attack, same_as_before), same_as_before
+    with pytest.raises(TypeError, match=f"{name} got an unexpected keyword argument 'nothing'"):
+        attack.replace(nothing=1)
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if "FGSM" not in name])
+def test_a_shallow_copy_attacks_the_same_model_and_draws_its_own_numbers(name):
+    attack = make(name)
+    twin = copy.copy(attack)
+    inner, twins = (attack.attack, twin.attack) if name == "MinimumNorm" else (attack, twin)
+    assert twins.model is inner.model
+    assert twins.generator is not inner.generator
+    assert same(attack.run(IMAGES, LABELS), twin.run(IMAGES, LABELS))
+
+
+def numbers(value: int | float) -> list[object]:
+    """The same number by other hands."""
+    if isinstance(value, int):
+        return [np.int64(value), np.uint8(value), np.array(value), torch.tensor(value)]
+    return [np.float64(value), np.array(value), torch.tensor(value, dtype=torch.float64)]
+
+
+NUMBERS = {
+    "eps": 0.05, "alpha": 0.01, "steps": 2, "restarts": 2, "eot_samples": 2, "queries": 4, "targets": 1, "decay": 0.5,
+    "momentum": 0.5, "rho": 0.5, "threshold": 0.25, "every": 2, "trials": 3, "max_eps": 0.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_numbers_of_numpy_and_torch_are_numbers(name):
+    for option in set(NUMBERS) & set(signature_of(name)):
+        more = {"random_start": True} if option == "restarts" and name in ("PGD", "OrthoPGD") else {}
+        expected = make(name, **{option: NUMBERS[option]}, **more)
+        found = expected.run(IMAGES, LABELS)
+        for number in numbers(NUMBERS[option]):
+            attack = make(name, **{option: number}, **more)
+            assert repr(attack) == repr(expected)
+            assert type(getattr(attack, option)) is type(NUMBERS[option])
+            assert same(attack.run(IMAGES, LABELS), found)
+
+
+def test_numbers_of_a_call_may_come_from_numpy_and_torch():
+    attack = OrthoPGD(classifier(), steps=2, bounds=np.array([0, 1]))
+    found = attack.run(IMAGES, LABELS, eps=0.25, seeds=list(range(6)), batch_size=4)
+    for seeds in (np.arange(6), torch.arange(6), range(6), tuple(np.arange(6, dtype="uint8"))):
+        assert same(attack.run(IMAGES, LABELS, eps=np.float32(0.25), seeds=seeds, batch_size=np.int64(4)), found)
+    each = np.linspace(0.1, 0.3, 6)
+    assert same(
+        attack.replace(eps=each).run(IMAGES, LABELS, seeds=range(6)),
+        attack.run(IMAGES, LABELS, eps=torch.as_tensor(each), seeds=range(6)),
+    )
+    radii = np.array([0.25, 0.125], "float32")
+    for ours, theirs in zip(
+        attack.sweep(IMAGES, LABELS, radii), attack.sweep(IMAGES, LABELS, [0.25, 0.125]), strict=True
+    ):
+        assert torch.equal(ours.norm, theirs.norm)
+    threat = ThreatModel("linf", np.float32(0.5), np.array([0.0, 1.0]))
+    assert repr(threat) == "ThreatModel(norm='linf', eps=0.5, bounds=(0.0, 1.0), scope='image', directions=())"
+
+
+def test_a_radius_of_the_callers_array_is_a_copy():
+    eps = torch.tensor([0.1] * 6)
+    attack = orthattack.PGD(classifier(), eps=eps, steps=1)
+    eps.fill_(0.9)
+    assert attack.run(IMAGES, LABELS).norm.max() <= 0.1 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 5.0}, r"steps must be an integer >= 1; got 5\.0: write 5"),
+        ({"steps": np.float64(5)}, r"steps must be an integer >= 1; got 5\.0: write 5"),
+        ({"steps": np.True_}, "steps must be an integer >= 1; got True"),
+        ({"steps": np.array([5])}, r"steps must be an integer >= 1; got array\(\[5\]\)"),
+        ({"eps": np.True_}, "eps must be a finite number >= 0, in pixel units such as 8/255; got True"),
+        ({"eps": np.ones((2, 2))}, r"eps must be a number or one per sample, \(N,\); got shape \(2, 2\)"),
+        ({"eps": torch.tensor([True])}, r"eps must be a finite number >= 0.*tensor\(\[True\]\)"),
+        ({"alpha": "0.1"}, "alpha must be a finite step size >= 0, in pixel units such as 2/255; got '0.1'"),
+        ({"momentum": None}, "momentum must be a finite number >= 0; got None"),
+        ({"targeted": "no"}, "targeted must be True or False; got 'no'"),
+        ({"random_start": "False"}, "random_start must be True or False; got 'False'"),
+        ({"bounds": ([0, 0, 0], [1, 1, 1])}, r"the same for all channels; got .*orthattack\.Normalized"),
+        ({"bounds": 1}, r"bounds must be two numbers \(low, high\); got 1"),
+        ({"bounds": ("0", "1")}, r"two finite numbers \(low, high\) with low < high; got"),
+        ({"generator": 3}, r"must be a torch\.Generator; got 3: seed one, torch\.Generator\(\)\.manual_seed\(3\)"),
+        ({"norm": 8 / 255}, r"norm must be a name; got 0\.0313\d+: pass a radius as eps=0\.0313"),
+        ({"model": [nn.Flatten()]}, r"got list: several models are one as orthattack\.Ensemble\(models\)"),
+        ({"model": nn.Linear}, r"it is a class, so make one first, Linear\(\.\.\.\)"),
+        ({"model": nn.Linear(1, 1).state_dict()}, "load the weights into a module first"),
+        ({"directions": torch.ones(3, 4, 4)}, r"directions must be a list, such as directions=\['constant'\]"),
+        ({"scope": ["image"]}, r"scope must be one of 'image', 'channel', 'pixel'; got \['image'\]"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_named_with_a_remedy(options, message):
+    with pytest.raises(ValueError, match=message):
+        OrthoPGD(**{"model": classifier(), **options})
+
+
+def test_a_radius_that_allows_every_image_is_warned_of_once():
+    box = {"linf": 1.0, "l2": 48**0.5, "l1": 48.0}
+    for norm, diameter in box.items():
+        attack = orthattack.PGD(classifier(), norm, diameter, steps=1)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            attack(IMAGES, LABELS)
+            attack.run(IMAGES, LABELS)
+        assert len(seen) == 1
+        assert seen[0].filename == __file__
+        assert re.match(rf"eps=.* allows every image: in {norm}, images of shape \(3, 4, 4\)", str(seen[0].message))
+        orthattack.PGD(classifier(), norm, 0.99 * diameter, steps=1)(IMAGES, LABELS)
+    with pytest.warns(
+        UserWarning, match=r"eps=8 allows .* bounds \(0, 1\) are at most 1 apart; did you mean eps=8/255\?"
+    ):
+        OrthoPGD(classifier(), eps=8, steps=1)(IMAGES, LABELS)
+    with pytest.warns(UserWarning, match="eps=255 allows every image: .* choose a smaller radius"):
+        OrthoPGD(classifier(), eps=255, steps=1, bounds=(0, 255))(IMAGES, LABELS)
+    OrthoPGD(classifier(), eps=8, steps=1, bounds=(0, 255))(IMAGES, LABELS)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        orthattack.PGD(classifier(), steps=1).sweep(IMAGES, LABELS, [0.1, 2.0, 3.0, 0.2])
+        orthattack.PGD(classifier(), eps=torch.tensor([0.1] * 5 + [3.0]), steps=1)(IMAGES, LABELS)
+    assert [str(warning.message)[:5] for warning in seen] == ["eps=2", "eps=3"]
+    MinimumNorm(orthattack.PGD(classifier(), eps=1.0, steps=1), max_eps=3.0, trials=3).run(IMAGES, LABELS)
+
+
+def test_the_radius_of_everything_depends_on_norm_bounds_and_shape():
+    assert ThreatModel("l2", 1.0, (-1, 1)).diameter((3, 5, 7)) == pytest.approx(2 * 105**0.5)
+    assert ThreatModel("l1", 30.0).allows_everything((3, 2, 5))
+    assert not ThreatModel("l1", 30.0).allows_everything((3, 2, 6))
+    assert ThreatModel("linf", torch.tensor([0.5, 2.0])).allows_everything((3, 2, 6))
+
+
+def test_a_result_prints_in_two_lines():
+    result = OrthoPGD(classifier(), eps=0.1, steps=3, random_start=False).run(IMAGES, LABELS)
+    fooled = int(result.success.sum())
+    text = str(result)
+    assert text == repr(result)
+    assert text.startswith(f"AttackResult: {fooled} of 6 fooled; norm ")
+    assert f"{result.norm.max():.4g} (max)" in text
+    assert "24 forward and 18 gradient calls" in text
+    assert text.count("\n") == 1
+    assert repr(OrthoPGD(classifier()).run(IMAGES[:0], LABELS[:0])) == "AttackResult: no images"

@@ -154,7 +154,7 @@ def test_bad_input_is_explained_and_leaves_the_model_alone(name):
         (images, labels[:2], r"labels must have shape \(5,\), one per image; got \(2,\)"),
         (images, labels.float(), "labels must be integers; got torch.float32"),
         (images, labels + 10, r"labels must lie in \[0, 9\], the model has 10 classes; found 1\d \(sample 0\)"),
-        (images.numpy(), labels, "images and labels must be tensors; got ndarray and Tensor"),
+        (images.numpy(), labels, "images must be a tensor; got ndarray: convert it"),
     ]:
         with pytest.raises(ValueError, match=message):
             attack(x, y)

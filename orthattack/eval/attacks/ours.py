@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import orthattack.attacks as ours
-from orthattack.attacks.attack import Attack, Options, OrthoOptions
+from orthattack.attacks.attack import Attack
+from orthattack.attacks.configured import options_of
 from orthattack.eval import plugin
 from orthattack.eval.attacks.foolbox import foolbox_attack, foolbox_attacks
 from orthattack.eval.attacks.kind import (
@@ -79,15 +80,9 @@ def list_attacks() -> list[dict[str, Any]]:
 
 
 def _accepted(kind: Any) -> list[str]:
-    names = []
-    for parameter in inspect.signature(kind).parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:  # Unpack[Options] or Unpack[OrthoOptions]
-            options: Any = OrthoOptions if OrthoOptions.__name__ in str(parameter.annotation) else Options
-            names += list(inspect.get_annotations(Options)) + list(inspect.get_annotations(options))
-        else:
-            names.append(parameter.name)
+    names = options_of(kind)
     given = GIVEN - {"detector"} if "detector" in names else GIVEN
-    return [name for name in dict.fromkeys(names) if name not in given]
+    return [name for name in names if name not in given]
 
 
 def _ours(name: str, options: dict[str, Any]) -> AttackKind:
@@ -143,6 +138,7 @@ def _own(kind: Any, options: Mapping[str, Any], model: nn.Module, conditions: Co
     if _takes_generator(kind):
         more["generator"] = torch.Generator().manual_seed(0)
     attack: Attack = kind(model, norm=conditions.norm, eps=conditions.eps, **more)
+    attack._knows_radius = True  # which the suite has chosen, for all attacks, or a trust check on purpose
     return attack
 
 
