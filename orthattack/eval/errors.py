@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["FAILURES", "EvaluationError", "first_line", "printable"]
+__all__ = ["FAILURES", "EvaluationError", "first_line", "printable", "told"]
 
 FAILURES = (Exception, SystemExit)
 """What the code of other people may raise. A model that calls ``sys.exit`` does not end the run."""
@@ -15,6 +15,17 @@ class EvaluationError(Exception):
 def first_line(error: BaseException) -> str:
     """What a foreign error says, short enough to be quoted in ours."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def told(error: BaseException) -> str:
+    """The kind of a foreign error and what it says; where its first line only announces what follows, that too."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    text = ""
+    for line in lines:
+        text = f"{text} {line}".strip()
+        if not line.endswith(":"):
+            break
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def printable(text: str) -> str:

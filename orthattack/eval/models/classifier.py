@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orthattack.eval.errors import FAILURES, EvaluationError, first_line
+from orthattack.eval.errors import FAILURES, EvaluationError, told
 from orthattack.eval.models.preprocessing import Preprocessing
-from orthattack.eval.models.weights import Checkpoint, load_strictly, state_sha256
+from orthattack.eval.models.weights import Checkpoint, few, load_strictly, state_sha256
 from orthattack.model import Normalized
 
-__all__ = ["Builder", "Classifier", "checked", "from_checkpoint"]
+__all__ = ["Builder", "Classifier", "checked", "from_checkpoint", "shapes"]
 
 Builder = Callable[[int], nn.Module]
 """An architecture, for a number of classes."""
@@ -30,22 +31,24 @@ class Classifier:
             `orthattack.Normalized` makes such a model from one that does not.
         preprocessing: how photographs become its input; its mean and std say what `model` does, and are not applied.
         classes: names of the K classes, where they are known.
-        num_classes: K.
+        num_classes: K; 0 to have the model asked.
         source: where the weights came from.
         architecture: the network's name; without it, its class.
         file_sha256: of the weights file, where there is one.
         published_accuracy: on ImageNet's validation set, as a share, where the weights' authors state it.
+        notes: what a person should know of how it was made; printed, and kept with the run's warnings.
     """
 
     name: str
     model: nn.Module
     preprocessing: Preprocessing
-    classes: tuple[str, ...] | None
-    num_classes: int
-    source: str
+    classes: tuple[str, ...] | None = None
+    num_classes: int = 0
+    source: str = "at hand"
     architecture: str | None = None
     file_sha256: str | None = None
     published_accuracy: float | None = None
+    notes: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
         """What a reader needs to tell which model it was, as JSON.
@@ -68,27 +71,39 @@ class Classifier:
 
 
 def checked(classifier: Classifier) -> Classifier:
-    """The same, in evaluation mode, without weight gradients, and tried on a grey image.
+    """The same, in evaluation mode, and tried on a grey image.
 
     A `num_classes` of 0 is filled in from the model's logits.
 
     Raises:
-        EvaluationError: a model that does not take its input's size, or whose logits have another shape than (1, K),
-            are not finite, or are not as many as its classes.
+        EvaluationError: a model that does not take its input, or whose logits have another shape than (1, K), are not
+            finite, or are not as many as its classes.
     """
     name, size, model = classifier.name, classifier.preprocessing.crop, classifier.model
-    model.eval().requires_grad_(False)
-    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+    model.eval()
     try:
-        with torch.inference_mode():
-            logits = model(torch.full((1, 3, size, size), 0.5, device=device))
-    except FAILURES as error:  # what an architecture says of a size that it cannot take
+        logits = _answer(model, 3, size, size)
+    except FAILURES as error:  # what an architecture says of an image that it cannot take
         raise EvaluationError(
-            f"{name} does not take images of {size}x{size} ({first_line(error)}): see --image-size"
+            f"{name} does not take images of {size}x{size}: {_cause(model, size, error) or told(error)}"
         ) from error
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1 or logits.shape[1] < 2:
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise EvaluationError(f"{name} must return logits of shape (N, classes), at least 2; for one image got {found}")
+    if not isinstance(logits, Tensor):
+        raise EvaluationError(f"{name} must return a tensor of logits, (N, classes): {_wrapped(logits)}")
+    if logits.ndim != 2 or len(logits) != 1 or logits.shape[1] < 2:
+        raise EvaluationError(
+            f"{name} must return logits of shape (N, classes), at least 2; for one image got {tuple(logits.shape)}"
+            + _shape_remedy(logits)
+        )
+    if not logits.is_floating_point():
+        raise EvaluationError(
+            f"{name} returns {_plain(logits.dtype)}, which has no gradient: logits must be floating-point numbers, not "
+            "classes or votes; let a module around it return model(x).float() to have it attacked without gradients"
+        )
+    if not bool(logits.isnan().any()) and bool((logits == -torch.inf).any()):
+        raise EvaluationError(
+            f"{name} returns logits of -inf for a grey image, from which no loss can be computed: let a module around "
+            "it return model(x).clamp(min=-1e4)"
+        )
     if not bool(logits.isfinite().all()):
         raise EvaluationError(
             f"{name} returns NaN or infinite logits for a grey image: are the weights from {classifier.source} whole?"
@@ -99,6 +114,103 @@ def checked(classifier: Classifier) -> Classifier:
     if classifier.classes is not None and len(classifier.classes) != count:
         raise EvaluationError(f"{name} names {len(classifier.classes)} classes but returns {count} logits")
     return replace(classifier, num_classes=count)
+
+
+def _answer(model: nn.Module, channels: int, height: int, width: int, dtype: torch.dtype = torch.float32) -> object:
+    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+    with torch.inference_mode():
+        return model(torch.full((1, channels, height, width), 0.5, device=device, dtype=dtype))
+
+
+def _takes(model: nn.Module, channels: int, height: int, width: int, dtype: torch.dtype = torch.float32) -> bool:
+    try:
+        return isinstance(_answer(model, channels, height, width, dtype), Tensor)
+    except FAILURES:
+        return False
+
+
+_SIZES = (224, 32, 28, 64, 96, 128, 160, 192, 256, 288, 299, 320, 331, 384, 448, 512, 16, 48, 80, 112, 144, 176, 240)
+
+
+def _cause(model: nn.Module, size: int, error: BaseException) -> str:
+    """What of the input keeps a model from taking it, and the remedy, found by trying others; "" if none is taken."""
+    if not isinstance(error, RuntimeError | ValueError | AssertionError | IndexError):
+        return ""  # the fault of the code, not of the image
+    dtypes = [torch.float32]
+    kinds = {tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()} - {torch.float32}
+    dtypes += sorted(kinds, key=str)
+    first = next((layer.in_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
+    counts = list(dict.fromkeys((3, first or 1, 1, 4)))
+    until = time.monotonic() + _PATIENCE
+    shapes = [(size, size), *((other, other) for other in _SIZES if other != size)]
+    shapes += [(h, w) for h in sorted(_SIZES) for w in sorted(_SIZES) if h != w]
+    for height, width in shapes:
+        for dtype in dtypes:
+            for channels in counts:
+                if time.monotonic() > until:
+                    return ""
+                if _takes(model, channels, height, width, dtype):
+                    return _remedy(size, height, width, channels, dtype)
+    return ""
+
+
+_PATIENCE = 20.0  # seconds that are spent on finding out what a model takes instead
+
+
+def _remedy(size: int, height: int, width: int, channels: int, dtype: torch.dtype) -> str:
+    found: list[str] = []
+    if dtype != torch.float32:
+        found.append(
+            f"its weights are {_plain(dtype)}, and images come in float32: let it be model.float(), or, to attack it "
+            f"as it is, a module that returns model(x.to(torch.{_plain(dtype)}))"
+        )
+    if channels == 1:
+        found.append(
+            "it takes one channel, and photographs have three: let it be "
+            "nn.Sequential(torchvision.transforms.Grayscale(), model)"
+        )
+    elif channels != 3:
+        found.append(f"it takes {channels} channels, and photographs have three: add a layer that makes them")
+    if height != width:
+        found.append(
+            f"it takes {height}x{width} pixels, and input is square here: put a layer in front that resizes, a module "
+            f"that returns model(nn.functional.interpolate(x, ({height}, {width}), mode='bilinear'))"
+        )
+    elif height != size:
+        found.append(f"it takes {height}x{height}: pass --image-size {height}, or Preprocessing(crop={height})")
+    return "; and ".join(found)
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _wrapped(output: object) -> str:
+    """What a model returned that is no tensor, and how to get at the logits in it."""
+    kind = type(output).__name__
+    if isinstance(getattr(output, "logits", None), Tensor):
+        return f"it returned {kind}; let a module around it return model(x).logits"
+    if isinstance(output, Mapping):
+        key = next((key for key in ("logits", "out", "output", "pred") if key in output), next(iter(output), "logits"))
+        return f"it returned {kind}; let a module around it return model(x)[{key!r}]"
+    if isinstance(output, tuple | list):
+        return f"it returned {kind} of {len(output)}; let a module around it return model(x)[0]"
+    return f"it returned {kind}"
+
+
+def _shape_remedy(logits: Tensor) -> str:
+    if logits.numel() == 1:
+        return (
+            ": one number, as of a sigmoid, is two logits if a module around it returns "
+            "torch.cat([torch.zeros_like(z), z], 1) of z = model(x).reshape(-1, 1), the number before the sigmoid"
+        )
+    if logits.ndim == 4 and logits.shape[2:] == (1, 1):
+        return ": let a module around it return model(x).flatten(1)"
+    if logits.ndim > 2:
+        return ": one row of logits for the whole image, not for its parts"
+    if logits.ndim == 1:
+        return ": the first dimension is that of the images, which the model must keep"
+    return ""
 
 
 def from_checkpoint(
@@ -131,6 +243,7 @@ def from_checkpoint(
         str(file.path),
         architecture,
         file.sha256,
+        notes=file.notes,
     )
 
 
@@ -149,20 +262,30 @@ def _normalisation(key: str, file: Checkpoint, default: tuple[float, ...]) -> tu
 def _num_classes(name: str, build: Builder, file: Checkpoint) -> int:
     """The size of what in the file are the weights of the architecture's last layer: those that differ in size between
     two builds with different numbers of classes."""
-    few, more = _shapes(build, 2), _shapes(build, 3)
-    head = [key for key in few if few[key] != more[key]]
+    two, three = shapes(build, 2), shapes(build, 3)
+    head = [key for key in two if two[key] != three[key]]
     # With the right shape but for the count, which is then no larger than the file.
     counts = {
         file.tensors[key].shape[0]
         for key in head
-        if key in file.tensors and file.tensors[key].ndim > 0 and file.tensors[key].shape[1:] == few[key][1:]
+        if key in file.tensors and file.tensors[key].ndim > 0 and file.tensors[key].shape[1:] == two[key][1:]
     }
     if len(counts) != 1:
-        raise EvaluationError(f"{file.path} does not look like weights of {name}: it has no {' or '.join(head)}")
+        there = [key for key in two if key in file.tensors]
+        if len(there) * 2 < len(two):
+            hint = f"its names are such as {few(sorted(file.tensors))}, the model's {few(list(two))}"
+        elif not counts:
+            hint = "are they a network without its last layer?"
+        else:
+            hint = "they disagree on the number of classes"
+        raise EvaluationError(
+            f"{file.path} does not look like weights of {name}: it has no {' or '.join(head)} of its shape; {hint}"
+        )
     return counts.pop()
 
 
-def _shapes(build: Builder, count: int) -> Mapping[str, torch.Size]:
+def shapes(build: Builder, count: int) -> Mapping[str, torch.Size]:
+    """Of the state dict of an architecture with so many classes."""
     try:
         with torch.device("meta"):  # nothing is allocated or initialised
             model = build(count)

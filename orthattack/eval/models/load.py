@@ -20,9 +20,10 @@ from torchvision.transforms import InterpolationMode
 
 from orthattack.eval import plugin
 from orthattack.eval.errors import EvaluationError, first_line
-from orthattack.eval.models.classifier import Builder, Classifier, checked, from_checkpoint
+from orthattack.eval.models.classifier import Builder, Classifier, checked, from_checkpoint, shapes
+from orthattack.eval.models.fitting import fitted
 from orthattack.eval.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from orthattack.eval.models.weights import load_strictly, read_checkpoint
+from orthattack.eval.models.weights import Checkpoint, load_strictly, read_checkpoint
 from orthattack.model import Normalized
 
 __all__ = [
@@ -123,6 +124,7 @@ def load_classifier(name: str, weights: str | Path | None = None, image_size: in
         classifier = _from_torchvision(name, weights)
     if image_size is not None:
         classifier = replace(classifier, preprocessing=classifier.preprocessing.at_size(image_size))
+    classifier.model.requires_grad_(False)
     return checked(classifier)
 
 
@@ -136,12 +138,17 @@ def _from_torchvision(name: str, weights: str | Path | None) -> Classifier:
     chosen = available.DEFAULT if weights is None else _named_weights(name, available, str(weights))
     if chosen is not None:
         return _downloaded(name, chosen)
-    file = read_checkpoint(Path(str(weights)))
+    file = _read(name, str(weights), _architecture(name, {}))
     preprocessing = _preset(available.DEFAULT)
     size = _vit_image_size(name, file.tensors)
     if size is not None and size != preprocessing.crop:
         preprocessing = preprocessing.at_size(size)
     return from_checkpoint(name, name, _architecture(name, file.tensors), preprocessing, file)
+
+
+def _read(name: str, weights: str | Path, build: Builder) -> Checkpoint:
+    """A weights file, with its names as the architecture has them."""
+    return fitted(read_checkpoint(Path(weights)), name, shapes(build, 2))
 
 
 def _named_weights(name: str, available: Any, text: str) -> Any:
@@ -217,15 +224,14 @@ def _from_timm(name: str, weights: str | Path | None) -> Classifier:
     timm = _import_timm(name)
     architecture = name.removeprefix(_TIMM)
     if weights is not None:
-        file = read_checkpoint(Path(weights))
         default = timm.create_model(architecture, pretrained=False)
-        return from_checkpoint(
-            name,
-            architecture,
-            lambda num_classes: timm.create_model(architecture, pretrained=False, num_classes=num_classes),
-            _timm_preprocessing(name, default),
-            file,
-        )
+
+        def build(num_classes: int) -> nn.Module:
+            model: nn.Module = timm.create_model(architecture, pretrained=False, num_classes=num_classes)
+            return model
+
+        file = _read(name, weights, build)
+        return from_checkpoint(name, architecture, build, _timm_preprocessing(name, default), file)
     try:
         model = timm.create_model(architecture, pretrained=True)  # timm itself loads with weights_only=True
     except Exception as error:  # of the network, of the hub, of names without weights
@@ -283,11 +289,23 @@ def _from_plugin(name: str, weights: str | Path | None, image_size: int | None) 
             f"it returned {type(made).__name__}"
         )
     if weights is not None:
-        file = read_checkpoint(Path(weights))
         model = classifier.model
         inner = model.model if isinstance(model, Normalized) else model
+        file = fitted(read_checkpoint(Path(weights)), name, inner.state_dict())
+        own = {"mean": classifier.preprocessing.mean, "std": classifier.preprocessing.std}
+        for key in own if any("normalisation" in note for note in file.notes) else ():
+            if tuple(file.listed(key) or ()) != own[key]:
+                raise EvaluationError(
+                    f"{file.path} brings its own normalisation, {key} {file.metadata[key]}, but {name} has "
+                    f"{key} {list(own[key])}: let the function return Normalized(model, mean, std) with the file's"
+                )
         load_strictly(name, inner, file.tensors, file.path)
-        classifier = replace(classifier, source=f"{name} with {file.path}", file_sha256=file.sha256)
+        classifier = replace(
+            classifier,
+            source=f"{name} with {file.path}",
+            file_sha256=file.sha256,
+            notes=(*classifier.notes, *file.notes),
+        )
     return classifier
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+import operator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -74,18 +76,35 @@ class Preprocessing:
     Attributes:
         resize: pixels of the shorter side before the crop; of both sides if `aspect` is "squash".
         crop: pixels of the model's square input. A photograph of that size already is used as it is.
-        interpolation: how the weights were trained to be resized.
+        interpolation: how the weights were trained to be resized, one of torchvision's modes or its name, "bicubic".
         mean: normalisation, one number per channel, in units of [0, 1] pixels.
         std: the same.
         aspect: "keep" the photograph's proportions, or "squash" it to a square.
+
+    Raises:
+        ValueError: any of these out of its range; the message says which, and what is accepted.
     """
 
     resize: int
     crop: int
-    interpolation: InterpolationMode = InterpolationMode.BILINEAR
+    interpolation: InterpolationMode | str = InterpolationMode.BILINEAR
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     aspect: Literal["keep", "squash"] = "keep"
+
+    def __post_init__(self) -> None:
+        for name in ("resize", "crop"):
+            object.__setattr__(self, name, _side(name, getattr(self, name)))
+        if self.crop > self.resize:
+            raise ValueError(
+                f"crop {self.crop} is larger than resize {self.resize}, which would leave black borders: resize to at "
+                f"least {self.crop}"
+            )
+        object.__setattr__(self, "interpolation", _mode(self.interpolation))
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, _per_channel(name, getattr(self, name)))
+        if self.aspect not in ("keep", "squash"):
+            raise ValueError(f"aspect must be 'keep' or 'squash'; got {self.aspect!r}")
 
     def __call__(self, image: Image.Image) -> Tensor:
         """(3, crop, crop), float32, in [0, 1].
@@ -103,7 +122,7 @@ class Preprocessing:
                 raise DecodeError(
                     f"{image.width}x{image.height} pixels: its sides differ too much to make the shorter {self.resize}"
                 )
-            image = transforms.resize(image, shape, interpolation=self.interpolation, antialias=True)
+            image = transforms.resize(image, shape, interpolation=_mode(self.interpolation), antialias=True)
             image = transforms.center_crop(image, [self.crop, self.crop])
         pixels: Tensor = transforms.convert_image_dtype(transforms.pil_to_tensor(image), torch.float32)
         return pixels
@@ -118,7 +137,7 @@ class Preprocessing:
             "resize": self.resize,
             "crop": self.crop,
             "aspect": self.aspect,
-            "interpolation": self.interpolation.value,
+            "interpolation": _mode(self.interpolation).value,
             "antialias": True,
             "mean": list(self.mean),
             "std": list(self.std),
@@ -136,3 +155,37 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # as Pillow asks for, with a warning, where a palette is transparent
     return image.convert("RGB")
+
+
+def _side(name: str, value: object) -> int:
+    try:
+        side = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        side = -1
+    if side < 1:
+        hint = ": input is square, so one number" if isinstance(value, list | tuple) else ""
+        raise ValueError(f"{name} must be a whole number of pixels, at least 1; got {value!r}{hint}")
+    return side
+
+
+def _mode(value: InterpolationMode | str) -> InterpolationMode:
+    try:
+        return InterpolationMode(value.lower() if isinstance(value, str) else value)
+    except ValueError:
+        names = ", ".join(mode.value for mode in InterpolationMode)
+        raise ValueError(f"interpolation must be one of {names}; got {value!r}") from None
+
+
+def _per_channel(name: str, values: object) -> tuple[float, ...]:
+    try:
+        found = tuple(map(float, values))  # type: ignore[call-overload]
+    except (TypeError, ValueError):
+        found = ()
+    if len(found) != 3 or not all(map(math.isfinite, found)):
+        raise ValueError(f"{name} must be three finite numbers, for red, green and blue; got {values!r}")
+    if name == "std" and min(found) <= 0:
+        raise ValueError(f"std must be > 0 in every channel; got {values!r}: 1 leaves a channel as it is")
+    if max(map(abs, found)) > 2:
+        shown = ", ".join(f"{value / 255:.4g}" for value in found)
+        raise ValueError(f"{name} is in units of [0, 1] pixels; got {values!r}: did you mean {shown}, divided by 255?")
+    return found

@@ -66,12 +66,15 @@ def test_whole_weights_are_evaluated(state, photographs, evaluated, tmp_path):
 
 
 SAFETENSORS = {
-    "missing": (lambda s: save({k: v for k, v in s.items() if k != "features.0.bias"}), "1 missing (such as"),
-    "extra": (lambda s: save({**s, "more": torch.ones(1)}), "1 unexpected (such as more)"),
-    "shape": (lambda s: save({**s, "features.0.bias": torch.ones(7)}), "1 of another shape (such as features.0.bias)"),
+    "missing": (lambda s: save({k: v for k, v in s.items() if k != "features.0.bias"}), "1 missing (features.0.bias)"),
+    "extra": (lambda s: save({**s, "more": torch.ones(1)}), "1 unexpected (more)"),
+    "shape": (
+        lambda s: save({**s, "features.0.bias": torch.ones(7)}),
+        "1 of another shape (features.0.bias is (7,) in the file, (64,) in the model)",
+    ),
     "nan": (lambda s: save({**s, "features.0.bias": torch.full((64,), torch.nan)}), "has NaN or infinite weights"),
     "infinite": (lambda s: save({**s, "features.0.bias": torch.full((64,), torch.inf)}), "has NaN or infinite"),
-    "empty": (lambda s: b"", "is not a whole safetensors file"),
+    "empty": (lambda s: b"", "is empty: fetch it again"),
     "truncated": (lambda s: save(s)[:-1000], "is not a whole safetensors file"),
     "header cut": (lambda s: save(s)[:100], "is not a whole safetensors file"),
     "huge header": (lambda s: claiming(b'{"a":1}', 2**62), "is not a whole safetensors file"),
@@ -133,13 +136,13 @@ def bombed() -> bytes:
 
 
 PYTORCH = {
-    "empty": (lambda s: b"", "is neither a safetensors nor a PyTorch file"),
-    "truncated": (lambda s: saved(s)[:-1000], "is neither a safetensors nor a PyTorch file"),
+    "empty": (lambda s: b"", "is empty: fetch it again"),
+    "truncated": (lambda s: saved(s)[:-1000], "is cut off, or damaged"),
     "legacy, truncated": (
         lambda s: saved(s, _use_new_zipfile_serialization=False)[:-1000],
         "is neither a safetensors nor a PyTorch file",
     ),
-    "text": (lambda s: b"hello", "is "),
+    "text": (lambda s: b"hello", "is text ('hello'), not weights"),
     "list": (lambda s: saved([1, 2]), "is not a state dict"),
     "numbers": (lambda s: saved({"a": 1}), "is not a state dict"),
     "sparse": (lambda s: saved({HEAD: torch.eye(3).to_sparse()}), "is no plain tensor"),
@@ -174,10 +177,7 @@ def test_code_in_a_weights_file_is_refused_and_not_run(form, state, photographs,
     }[form]()
     path = tmp_path / ("w.safetensors" if form == "called safetensors" else "w.pt")
     path.write_bytes(data)
-    message = (
-        "is not a whole safetensors file" if form == "called safetensors" else "is refused: it holds more than tensors"
-    )
-    refused(evaluated, photographs, path, message)
+    refused(evaluated, photographs, path, "is refused: it holds more than tensors, and loading it could run code")
     assert not trace.exists()
     if form.startswith("pickle"):  # the file is what it is meant to be
         pickle.loads(data).close()
