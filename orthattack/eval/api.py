@@ -83,7 +83,7 @@ def evaluate(
         elif isinstance(model, nn.Module):
             raise EvaluationError(
                 "a model at hand must be an orthattack.eval.models.Classifier, which says what its input is: "
-                "Classifier(name, model, Preprocessing(resize=256, crop=224), None, num_classes=1000, source='mine')"
+                "Classifier('mine', model, Preprocessing(resize=256, crop=224))"
             )
         else:
             listed.append(_labelled(label, model))

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from contextlib import ExitStack, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,13 +97,16 @@ def _add_eval(commands: Any) -> None:
     evaluate.set_defaults(run=_evaluate)
     evaluate.add_argument("suite", nargs="?", type=Path, metavar="SUITE.toml", help="a benchmark, instead of the flags")
     add = evaluate.add_argument_group("what to run").add_argument
-    add("--model", action="append", metavar="NAME", help="see `orthattack models`, timm:NAME, or module:function")
+    add(
+        "--model", action="extend", nargs="+", metavar="NAME",
+        help="one or several: see `orthattack models`, timm:NAME, or module:function",
+    )  # fmt: skip
     add("--weights", metavar="FILE", help="state dict, or name of torchvision weights (default: the model's own)")
     add(
         "--data", metavar="SOURCE", help="folder of class folders, Parquet files, imagenet-samples, cifar10-samples ..."
     )
     add("--labels", metavar="CSV", help="columns file and label, for folders that are not the class list")
-    add("--classes", metavar="CSV", help="columns folder and label: which folder is which of the model's classes")
+    add("--classes", metavar="CSV", help="columns folder and label; or text or numbers, what sorts class folders")
     add("--subset", metavar="FILE", help="names of photographs, one a line: only these, in that order")
     add("--limit", type=_count, metavar="N", help="only N photographs, evenly spaced")
     add("--image-size", type=_count, metavar="N", help="pixels of the model's input, if not the weights' own")
@@ -225,12 +229,26 @@ def _from_flags(options: argparse.Namespace) -> Suite | None:
     if options.suite is not None:
         if given:
             flag = next(iter(given)).replace("_", "-")
+            if options.suite.suffix != ".toml" and not options.suite.is_file():
+                raise EvaluationError(
+                    f"{options.suite} stands alone, so it was taken for a suite, and there is no such file: what it "
+                    "belongs to takes one value; a name with spaces needs quotes"
+                )
             raise EvaluationError(f"--{flag} goes into the suite: beside {options.suite} only --out and --device")
         return None
     names = list(dict.fromkeys(given.pop("model", BUNDLED)))
+    suites = [name for name in names if name.endswith(".toml")]
+    if suites:
+        raise EvaluationError(
+            f"{suites[0]} is a suite, not a model: put the models into it, as [[models]] with a name each, and run "
+            f"orthattack eval {suites[0]}"
+        )
     weights, size = given.pop("weights", None), given.pop("image_size", None)
     if weights is not None and len(names) != 1:
-        raise EvaluationError("--weights goes with one --model, the architecture of the weights")
+        raise EvaluationError(
+            f"--weights goes with one --model, the architecture of the weights; got {len(names)}: for several put them "
+            "into a suite, each as [[models]] with name and weights"
+        )
     others = [name for name in names if name not in BUNDLED]
     data: dict[str, Any] = {key: given.pop(key) for key in ("labels", "classes", "subset", "limit") if key in given}
     data["source"] = given.pop("data", None if others else "cifar10-samples")
@@ -354,11 +372,18 @@ def _attacks(options: argparse.Namespace) -> int:
     from orthattack.eval.attacks.ours import list_attacks
 
     rows = [
-        [attack["name"], ", ".join(f"{key}={value}" for key, value in attack["parameters"].items())]
+        [
+            attack["name"],
+            " ".join(attack["norms"]),
+            ", ".join(f"{key}={value}" for key, value in attack["parameters"].items()),
+        ]
         for attack in list_attacks()
         if options.pattern.casefold() in attack["name"].casefold()
     ]
-    print(tabulate(rows, ["attack", "parameters and defaults"], "simple", maxcolwidths=[None, 80]))
+    print(tabulate(rows, ["attack", "norms", "parameters and defaults"], "simple", maxcolwidths=[None, None, 80]))
+    if not rows and options.pattern.casefold().startswith("torchattacks") and not find_spec("torchattacks"):
+        print("orthattack: torchattacks is not installed: pip install 'orthattack[torchattacks]'", file=sys.stderr)
+        return 2
     return 0 if rows else _nothing(options.pattern)
 
 

@@ -48,13 +48,20 @@ def parse_fraction(value: object) -> object:
     return value
 
 
+def _number(value: object) -> object:
+    """A radius from a fraction; true and false are no numbers."""
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number >= 0 or a fraction such as 4/255; got {value}")
+    return parse_fraction(value)
+
+
 def _radius(value: float) -> float:
     if not (math.isfinite(value) and value >= 0):
         raise ValueError("must be a finite radius >= 0, such as 4/255")
     return value
 
 
-Radius = Annotated[float, BeforeValidator(parse_fraction), AfterValidator(_radius)]
+Radius = Annotated[float, BeforeValidator(_number), AfterValidator(_radius)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 Whole = Annotated[int, Field(strict=True, gt=-(2**63), lt=2**63)]
 
@@ -109,7 +116,7 @@ class DataSpec(_Strict):
         source: a folder of class folders, Parquet files, imagenet-samples, cifar10-samples, ``torchvision:NAME``, or
             ``package.module:function``.
         labels: CSV file with columns file and label.
-        classes: CSV file that maps folders to class indices.
+        classes: CSV file that maps folders to class indices; or "text" or "numbers", what sorts numbered folders.
         subset: file with a name per line: only these photographs, in that order.
         limit: only so many, evenly spaced.
     """
@@ -234,7 +241,7 @@ class Suite(_Strict):
         value = dict(value)
         if "seed" in value and "seeds" not in value:
             value["seeds"] = [value.pop("seed")]
-        for key in ("eps", "models", "attacks"):
+        for key in ("eps", "models", "attacks", "seeds"):
             if isinstance(value.get(key), str | int | float):
                 value[key] = [value[key]]
         if "eps" not in value:
@@ -330,7 +337,8 @@ def read_suite(path: Path) -> Suite:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise EvaluationError(f"could not read the suite {path} ({error.strerror or error})") from error
+        hint = "" if path.suffix == ".toml" else ": models are passed with --model, and images with --data"
+        raise EvaluationError(f"could not read the suite {path} ({error.strerror or error}){hint}") from error
     except ValueError as error:  # TOML's own, not text, or a number of more digits than Python reads
         raise EvaluationError(f"{path} is not TOML ({first_line(error)})") from error
     except RecursionError as error:
@@ -354,9 +362,53 @@ def make_suite(content: Mapping[str, Any], origin: str) -> Suite:
             message = (
                 f"unknown key; did you mean {close[0]}?" if close else f"unknown key; there are {', '.join(known)}"
             )
-        elif first["type"] not in ("value_error", "missing"):
-            message = f"{message}; got {first['input']!r}"
+        elif first["type"] != "value_error":
+            message = _expected(first)
         raise EvaluationError(f"{origin}: {where}: {message}") from error
+
+
+_ACCEPTED = {
+    "models": "a list of one model or more, each a name or a table with a name: leave no empty list",
+    "name": "text: see orthattack models and orthattack attacks",
+    "label": "text",
+    "weights": "text: a file, or the name of torchvision weights",
+    "image_size": "a whole number of pixels, at least 1",
+    "data": "a source by name, such as a folder, or a table with a source",
+    "source": "text: a folder, imagenet-samples, cifar10-samples, Parquet files, torchvision:NAME or module:function",
+    "labels": "text: a CSV file with columns file and label",
+    "classes": "text: a CSV file with columns folder and label, or text or numbers, the order of class folders",
+    "subset": "text: a file with names of photographs, one a line",
+    "limit": "a whole number of photographs, at least 1",
+    "attacks": "a list of one attack or more, each a name or a table with a name: leave it out for the default ones",
+    "norm": "linf, l2 or l1",
+    "eps": "one radius or more, each a number >= 0 or a fraction such as 4/255: leave it out for the default one",
+    "baselines": "a list of other attacks' labels",
+    "steps": "a whole number, at least 1",
+    "seeds": "one whole number or more, below 2**63: leave it out for 0",
+    "batch_size": "a whole number of images, at least 1",
+    "shard_size": "a whole number of images, at least 1",
+    "save_images": "gallery, all or none",
+    "attack_misclassified": "true or false",
+    "checks": "true or false",
+    "check_images": "a whole number of images, at least 1",
+}  # fmt: skip
+"""What each key of a suite may be."""
+
+
+def _expected(error: Any) -> str:
+    """What is accepted where pydantic found something else."""
+    key = next((part for part in reversed(error["loc"]) if isinstance(part, str)), "")
+    accepted = _ACCEPTED.get(key, "a table of the keys " + ", ".join(Suite.model_fields))
+    if error["type"] == "missing":
+        return f"is missing: it must be {accepted}"
+    value = error["input"]
+    shown = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:77]}..."
+    table = (
+        f": each is a table of its own, [[{key}]] in two brackets"
+        if isinstance(value, dict) and "list" in accepted
+        else ""
+    )
+    return f"must be {accepted}; got {shown}{table}"
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:

@@ -142,7 +142,7 @@ def test_weights_that_cannot_be_used_at_that_size(capsys, tmp_path):
     (tmp_path / "data").mkdir()
     arguments = ["--model", "vit_b_16", "--weights", tmp_path / "w.safetensors", "--image-size", 32]
     message = refused(capsys, "eval", *arguments, "--data", tmp_path / "data", "--out", tmp_path / "r")
-    assert "vit_b_16 does not take images of 32x32 (Wrong image height" in message
+    assert "vit_b_16 does not take images of 32x32: it takes 224x224: pass --image-size 224" in message
 
 
 @pytest.mark.parametrize(

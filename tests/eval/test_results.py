@@ -10,6 +10,7 @@ from scipy.stats import binomtest
 
 from orthattack.eval.models.load import EvaluationError
 from orthattack.eval.results.comparison import CLEAN, compared, differences
+from orthattack.eval.results.outcomes import by_cause, cause
 from orthattack.eval.results.stored_run import COSINE_EDGES, WORST, Run
 from tests.eval.synthetic import ATTACKS, EPS, make_run
 
@@ -329,3 +330,18 @@ def test_two_runs_of_one_model_each_are_compared_whatever_it_is_called(tmp_path)
     table = compared(one, two)
     assert set(table["model"]) == {"a / b"}
     assert "model a: only in the first run" in differences(one, two)
+
+
+def test_reasons_are_counted_by_their_cause():
+    """200 images whose pixels have other ranges were left out for one reason."""
+    hint = "not in [0, 1]: they look normalised; return them in [0, 1]"
+    texts = [(f"unreadable: pixels lie in [-{k / 100:.3g}, {2 + k / 100:.3g}], {hint}", 1) for k in range(200)]
+    found = by_cause([*texts, ("error: ValueError: no", 3), ("unreadable: 'a/1.png' is lost", 1)])
+    assert found == {
+        f"for example, unreadable: pixels lie in [-0, 2], {hint}": 200,
+        "error: ValueError: no": 3,
+        "unreadable: 'a/1.png' is lost": 1,
+    }
+    assert by_cause(found.items()) == found
+    assert cause("unreadable: KeyError: 'x1'") == cause("for example, unreadable: KeyError: 'y22'")
+    assert cause("error: 0x7f3a") != cause("error: none")

@@ -120,14 +120,23 @@ def test_several_seeds_are_runs_of_their_own():
         ("image_size", "img_size", "models[1].img_size: unknown key; did you mean image_size?"),
         ("seed = 3", "sede = 3", "sede: unknown key; did you mean seeds?"),
         ("[data]", "[dta]", "dta: unknown key; did you mean data?"),
-        ('"4/255"', '"four"', "eps[2]: Input should be a valid number, unable to parse string as a number; got 'four'"),
+        (
+            '"4/255"',
+            '"four"',
+            "eps[2]: must be one radius or more, each a number >= 0 or a fraction such as 4/255: leave it out for "
+            "the default one; got 'four'",
+        ),
         ('"4/255"', "4", "suite: eps is in units of [0, 1] pixels; got 4: did you mean 4/255?"),
         ('"4/255"', '"-4/255"', "eps[2]: must be a finite radius >= 0, such as 4/255"),
         ('"4/255"', '"0.5/255"', "suite: eps has a value twice"),
-        ("steps = 20", "steps = 0", "steps: Input should be greater than or equal to 1; got 0"),
-        ("steps = 20", 'steps = "20"', "steps: Input should be a valid integer; got '20'"),
+        ("steps = 20", "steps = 0", "steps: must be a whole number, at least 1; got 0"),
+        ("steps = 20", 'steps = "20"', "steps: must be a whole number, at least 1; got '20'"),
         ('label = "big"', 'label = "resnet18"', "suite: two models are called 'resnet18': give one of them another"),
-        ('name = "OrthoPGD"\nlabel', 'label = "OrthoPGD"\nlabl', "attacks[3].name: Field required"),
+        (
+            'name = "OrthoPGD"\nlabel',
+            'label = "OrthoPGD"\nlabl',
+            "attacks[3].name: is missing: it must be text: see orthattack models and",
+        ),
         ('norm = "l2"\neps = 0.5', 'norm = "l2"', "attacks[4]: an attack with its own norm needs its own eps"),
         ('attack = "OrthoPGD"', 'baselines = ["nobody"]', "MinimumNorm has a baseline 'nobody', which is not another"),
         ('name = "PGD"', 'name = "PGD"\nlabel = "clean"', 'an attack cannot be called "clean"'),
@@ -141,6 +150,43 @@ def test_what_does_not_fit_is_refused_in_one_line(path, old, new, message):
     assert message in str(caught.value)
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
+
+
+WRONG = {
+    "models": [[], [3], {"name": "resnet18"}, None, [[]]],
+    "data": [3, [], None, {"source": 3}, {}],
+    "attacks": [[], [3], {"name": "PGD"}, None, True],
+    "norm": ["l3", 2, None, []],
+    "eps": [[], "x", None, [None], [[0.1]], True, [True], {"a": 1}],
+    "steps": [0, -1, 1.5, "10", True, None, []],
+    "seeds": [[], ["a"], [1.5], None, True],
+    "batch_size": [0, "a", 2.5, None],
+    "shard_size": [0, "a", None],
+    "save_images": ["some", True, 1, None],
+    "attack_misclassified": ["maybe", 3, None, []],
+    "checks": ["maybe", 2, None],
+    "check_images": [0, "a", None],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in WRONG.items() for value in values])
+def test_every_wrong_value_is_refused_in_our_words(key, value):
+    """Which name the key, what it may be, and what it is; nobody else's are passed on."""
+    with pytest.raises(EvaluationError) as caught:
+        make_suite({**BASE, key: value}, "suite.toml").entries()
+    message = str(caught.value)
+    assert key in message or message.startswith("unknown"), message
+    assert "Input should" not in message
+    assert "pydantic" not in message
+    assert "Field required" not in message
+    assert "Tuple" not in message
+    assert "\n" not in message
+
+
+def test_a_table_in_one_bracket_is_explained():
+    with pytest.raises(EvaluationError) as caught:
+        make_suite({**BASE, "models": {"name": "resnet18"}}, "x")
+    assert "got {'name': 'resnet18'}: each is a table of its own, [[models]] in two brackets" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import foolbox
 import torch
 from foolbox.attacks.base import FixedEpsilonAttack, MinimizationAttack
+from foolbox.distances import LpDistance
 from torch import Tensor, nn
 
 from orthattack.attacks.attack import Card
@@ -28,7 +30,7 @@ from orthattack.eval.errors import EvaluationError
 from orthattack.interop.foolbox import FromFoolbox
 from orthattack.threat import Norm
 
-__all__ = ["foolbox_attack", "foolbox_attacks"]
+__all__ = ["foolbox_attack", "foolbox_attacks", "foolbox_norms"]
 
 
 def foolbox_attacks() -> dict[str, Any]:
@@ -36,7 +38,7 @@ def foolbox_attacks() -> dict[str, Any]:
     kinds = {
         name: kind
         for name, kind in vars(foolbox.attacks).items()
-        if inspect.isclass(kind) and issubclass(kind, FixedEpsilonAttack | MinimizationAttack)
+        if inspect.isclass(kind) and issubclass(kind, FixedEpsilonAttack | MinimizationAttack) and name not in _NOT_RUN
     }
     # What people call it, as Foolbox's own short names are those of L-infinity.
     return kinds | {"BIM": foolbox.attacks.LinfBasicIterativeAttack}
@@ -44,13 +46,15 @@ def foolbox_attacks() -> dict[str, Any]:
 
 def foolbox_attack(name: str, rest: str, options: dict[str, Any]) -> AttackKind:
     known = foolbox_attacks()
+    if rest in _NOT_RUN:
+        raise EvaluationError(f"{name} cannot be run here: {_NOT_RUN[rest]}")
     if rest not in known:
         raise EvaluationError(f"Foolbox has no attack {rest!r} that can be run here; {nearest(rest, sorted(known))}")
     kind = known[rest]
     parameters = inspect.signature(kind).parameters
-    check_options(name, options, [key for key in parameters if key not in GIVEN])
+    check_options(name, options, [key for key in parameters if key not in {*GIVEN, "distance"}])
     minimal = issubclass(kind, MinimizationAttack)
-    order = next((norm for prefix, norm in _FOOLBOX_NORMS if kind.__name__.startswith(prefix)), None)
+    takes_any = "distance" in parameters
 
     def make(model: nn.Module, conditions: Conditions) -> Runner:
         more = dict(options)
@@ -58,6 +62,10 @@ def foolbox_attack(name: str, rest: str, options: dict[str, Any]) -> AttackKind:
             more.setdefault("steps", conditions.steps)
             if "abs_stepsize" not in more:
                 more.setdefault("rel_stepsize", STEP / more["steps"])
+        if "steps" in parameters and parameters["steps"].default is inspect.Parameter.empty:
+            more.setdefault("steps", conditions.steps)
+        if takes_any:
+            more["distance"] = LpDistance({"linf": math.inf, "l2": 2, "l1": 1}[conditions.norm])
         attack = kind(**more)
 
         def run(images: Tensor, labels: Tensor, seeds: Sequence[int]) -> Found:
@@ -68,12 +76,34 @@ def foolbox_attack(name: str, rest: str, options: dict[str, Any]) -> AttackKind:
 
         return run
 
-    norms: tuple[Norm, ...] = (order,) if order is not None else ("linf", "l2", "l1")
+    norms = foolbox_norms(kind, options)
     card = Card(family(kind.__name__), minimal=minimal)
     return AttackKind(name, "foolbox", options, card, norms, make)
 
 
-_FOOLBOX_NORMS: tuple[tuple[str, Norm], ...] = (
-    ("Linf", "linf"), ("LInf", "linf"), ("L2", "l2"), ("L1", "l1"), ("DDN", "l2"), ("NewtonFool", "l2"),
-    ("SparseL1", "l1"), ("VirtualAdv", "l2"), ("EAD", "l1"), ("GenAttack", "linf"),
-)  # fmt: skip
+def foolbox_norms(kind: Any, options: Mapping[str, Any] | None = None) -> tuple[Norm, ...]:
+    """The norms that an attack can be run in."""
+    if "distance" in inspect.signature(kind).parameters:
+        return ("linf", "l2", "l1")
+    constraint = (options or {}).get("constraint", "l2" if kind is foolbox.attacks.HopSkipJumpAttack else None)
+    if constraint in ("linf", "l2"):
+        return (constraint,)
+    distance = inspect.getattr_static(kind, "distance", None)
+    if isinstance(distance, LpDistance):
+        return (_BY_ORDER[distance.p],)
+    return ("linf",) if kind.__name__.startswith("Linf") else ("l2",)
+
+
+_BY_ORDER: dict[float, Norm] = {math.inf: "linf", 2: "l2", 1: "l1"}
+
+_L0 = "it changes few pixels by any amount (L0), which is no norm of an evaluation: it would be ranked by another"
+_NOT_RUN = {
+    "L0FMNAttack": _L0, "L0BrendelBethgeAttack": _L0,
+    "PointwiseAttack": _L0,
+    "GenAttack": "it only reaches a given class, and an evaluation gives none",
+    "BinarizationRefinementAttack": "it only improves what another attack has found",
+    "DatasetAttack": "it chooses among other images, which have to be fed to it first",
+    "SpatialAttack": "it is limited by an angle and a shift, not by a norm, so no radius says whether it succeeded; "
+    "run it in Python, or as a function of your own, whose images are then judged by their norm",
+}  # fmt: skip
+"""Why some of Foolbox's classes are no attacks of an evaluation."""

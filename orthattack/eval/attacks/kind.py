@@ -112,13 +112,18 @@ class AttackKind:
     def check(self, norm: Norm, steps: int) -> None:
         """Raise EvaluationError if the attack cannot be run in a norm or refuses one of its parameters."""
         if norm not in self.norms:
-            raise EvaluationError(f"{self.name} works in {' or '.join(self.norms)}, not in {norm}")
+            raise EvaluationError(
+                f"{self.name} works in {' or '.join(self.norms)}, not in {norm}: choose --norm {self.norms[0]}, or "
+                "give it a norm and eps of its own in a suite"
+            )
         if self.source == "user":  # whose function may do anything with the model
             return
         try:
             self.bind(Probe(), Conditions(norm, None if self.card.minimal else 0.01, steps))
         except EvaluationError:
             raise
+        except ModuleNotFoundError as error:
+            raise EvaluationError(f"{self.name} needs {error.name}: pip install {error.name}") from error
         except Exception as error:  # whatever a foreign constructor says of its arguments
             raise EvaluationError(f"attack {self.name} cannot be made: {error}") from error
 

@@ -19,7 +19,7 @@ import orthattack.attacks as ours
 from orthattack.attacks.attack import Attack
 from orthattack.attacks.configured import options_of
 from orthattack.eval import plugin
-from orthattack.eval.attacks.foolbox import foolbox_attack, foolbox_attacks
+from orthattack.eval.attacks.foolbox import foolbox_attack, foolbox_attacks, foolbox_norms
 from orthattack.eval.attacks.kind import (
     GIVEN,
     AttackKind,
@@ -31,7 +31,7 @@ from orthattack.eval.attacks.kind import (
     defaults,
     nearest,
 )
-from orthattack.eval.attacks.torchattacks import torchattacks_attack
+from orthattack.eval.attacks.torchattacks import torchattacks_attack, torchattacks_attacks, torchattacks_norms
 from orthattack.eval.attacks.user import user_attack
 from orthattack.eval.errors import EvaluationError
 from orthattack.threat import Norm
@@ -73,10 +73,27 @@ def attack_kind(name: str, parameters: Mapping[str, Any] | None = None) -> Attac
 
 
 def list_attacks() -> list[dict[str, Any]]:
-    """Every attack that can be named, with its parameters and their defaults."""
-    own = {name: defaults(getattr(ours, name), GIVEN | {"options"}) for name in OURS}
-    theirs = {f"foolbox:{name}": defaults(kind, GIVEN) for name, kind in sorted(foolbox_attacks().items())}
-    return [{"name": name, "parameters": parameters} for name, parameters in (own | theirs).items()]
+    """Every attack that can be named, with its parameters and their defaults, and ``norms``, those it can be run in."""
+    every: tuple[Norm, ...] = ("linf", "l2", "l1")
+    listed: list[tuple[str, Any, set[str], tuple[Norm, ...]]] = [
+        *((name, getattr(ours, name), GIVEN | {"options"}, every) for name in OURS),
+        *(
+            (f"foolbox:{name}", kind, GIVEN | {"distance"}, foolbox_norms(kind))
+            for name, kind in _sorted(foolbox_attacks())
+        ),
+        *(
+            (f"torchattacks:{name}", kind, GIVEN | {"max_epsilon"}, torchattacks_norms(name, kind))
+            for name, kind in _sorted(torchattacks_attacks())
+        ),
+    ]
+    return [
+        {"name": name, "parameters": defaults(kind, without), "norms": list(norms)}
+        for name, kind, without, norms in listed
+    ]
+
+
+def _sorted(attacks: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return sorted(attacks.items())
 
 
 def _accepted(kind: Any) -> list[str]:

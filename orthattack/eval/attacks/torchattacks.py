@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from orthattack.attacks.attack import Card
@@ -25,7 +28,7 @@ from orthattack.eval.attacks.seeds import drawing, joint_seed
 from orthattack.eval.errors import EvaluationError
 from orthattack.threat import Norm
 
-__all__ = ["torchattacks_attack"]
+__all__ = ["torchattacks_attack", "torchattacks_attacks", "torchattacks_norms"]
 
 
 def torchattacks_attack(name: str, rest: str, options: dict[str, Any]) -> AttackKind:
@@ -33,19 +36,18 @@ def torchattacks_attack(name: str, rest: str, options: dict[str, Any]) -> Attack
         package = import_module("torchattacks")
     except ImportError as error:
         raise EvaluationError(f"{name} needs torchattacks: pip install 'orthattack[torchattacks]'") from error
-    known = [
-        key
-        for key, kind in vars(package).items()
-        if inspect.isclass(kind) and key not in ("Attack", "MultiAttack", "LGV", "VANILA")
-    ]
+    known = torchattacks_attacks()
+    if rest in _NOT_RUN and hasattr(package, rest):
+        raise EvaluationError(f"{name} cannot be run here: {_NOT_RUN[rest]}")
     if rest not in known:
         raise EvaluationError(
             f"torchattacks has no attack {rest!r} that can be run here; {nearest(rest, sorted(known))}"
         )
-    kind = getattr(package, rest)
+    kind = known[rest]
     parameters = inspect.signature(kind).parameters
     check_options(name, options, [key for key in parameters if key not in GIVEN])
-    minimal = "eps" not in parameters
+    radius = next((key for key in ("eps", "max_epsilon") if key in parameters), None)
+    minimal = radius is None
 
     def make(model: nn.Module, conditions: Conditions) -> Runner:
         more = dict(options)
@@ -53,13 +55,19 @@ def torchattacks_attack(name: str, rest: str, options: dict[str, Any]) -> Attack
             more["norm"] = {"linf": "Linf", "l2": "L2", "l1": "L1"}[conditions.norm]
         if "n_classes" in parameters:
             more.setdefault("n_classes", conditions.classes)
-        if not minimal:
-            more["eps"] = conditions.eps
+        if radius is not None:
+            more[radius] = conditions.eps
+            if "num_iter_set" in parameters:
+                more.setdefault("num_iter_set", conditions.steps)
             if "steps" in parameters:
                 more.setdefault("steps", conditions.steps)
                 if "alpha" in parameters and conditions.eps is not None:
                     more.setdefault("alpha", STEP * conditions.eps / more["steps"])
         attack = kind(model, **more)
+        if rest == "FAB" and conditions.norm == "l1":
+            if more.get("multi_targeted"):
+                raise EvaluationError(f"{name} has no multi_targeted in l1: leave it out")
+            attack = partial(_fab_l1, attack)
 
         def run(images: Tensor, labels: Tensor, seeds: Sequence[int]) -> Found:
             with drawing(joint_seed(seeds)):
@@ -67,9 +75,65 @@ def torchattacks_attack(name: str, rest: str, options: dict[str, Any]) -> Attack
 
         return run
 
-    norms: tuple[Norm, ...] = ("linf", "l2") if "norm" in parameters else ("l2",) if _is_l2(rest) else ("linf",)
-    return AttackKind(name, "torchattacks", options, Card(family(rest), minimal=minimal), norms, make)
+    card, norms = Card(family(rest), minimal=minimal), torchattacks_norms(rest, kind)
+    return AttackKind(name, "torchattacks", options, card, norms, make)
 
 
-def _is_l2(name: str) -> bool:
-    return name.endswith("L2") or name in ("CW", "DeepFool")
+def _fab_l1(attack: Any, images: Tensor, labels: Tensor) -> Tensor:
+    """FAB in L1: torchattacks 3.5 has the steps, but what calls them measures no L1 norm, and fails."""
+    found = images.clone()
+    torch.manual_seed(attack.seed)
+    with torch.no_grad():
+        left = attack.get_logits(images).argmax(1) == labels
+        for restart in range(attack.n_restarts):
+            rows = left.nonzero().squeeze(1)
+            if len(rows) == 0:
+                break
+            tried = attack.attack_single_run(images[rows].clone(), labels[rows].clone(), use_rand_start=restart > 0)
+            near = (tried - images[rows]).abs().flatten(1).sum(1) <= attack.eps
+            fooled = near & (attack.get_logits(tried).argmax(1) != labels[rows])
+            found[rows[fooled]] = tried[fooled]
+            left[rows[fooled]] = False
+    return found
+
+
+def torchattacks_attacks() -> dict[str, Any]:
+    """torchattacks' attacks by name, those that can be run here; none if it is not installed."""
+    try:
+        package = import_module("torchattacks")
+    except ImportError:
+        return {}
+    return {
+        key: kind
+        for key, kind in vars(package).items()
+        if inspect.isclass(kind) and key not in _NOT_RUN and torchattacks_norms(key, kind)
+    }
+
+
+def torchattacks_norms(name: str, kind: Any) -> tuple[Norm, ...]:
+    """The norms that an attack perturbs in: as known, or as its documentation says."""
+    if name in _NORMS:
+        return _NORMS[name]
+    said = re.search(r"Distance Measure\s*:\s*(.*)", kind.__doc__ or "")
+    words = said[1].lower() if said else ""
+    return tuple(norm for norm in _ALL if norm in words)
+
+
+_ALL: tuple[Norm, ...] = ("linf", "l2", "l1")
+
+_NORMS: dict[str, tuple[Norm, ...]] = {
+    **dict.fromkeys(("APGD", "APGDT", "AutoAttack", "Square"), ("linf", "l2")),
+    **dict.fromkeys(("CW", "DeepFool", "PGDL2", "PGDRSL2"), ("l2",)),
+    "FAB": _ALL, "EADL1": ("l1",), "EADEN": ("l1", "l2"),
+}  # fmt: skip
+
+_L0 = "it changes few pixels by any amount (L0), which is no norm of an evaluation: it would be ranked by another"
+_NOT_RUN = {
+    "SparseFool": _L0, "OnePixel": _L0, "Pixle": _L0, "JSMA": _L0,
+    "GN": "it adds noise of one size (std) whatever the radius",
+    "VANILA": "it returns the images as they are",
+    "LGV": "it trains models first, on a training set",
+    "MultiAttack": "it is made of other attacks: name these",
+    "Attack": "it is what the others are made of",
+}  # fmt: skip
+"""Why some of torchattacks' classes are no attacks of an evaluation."""

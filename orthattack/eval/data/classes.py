@@ -8,11 +8,12 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models.classifier import Classifier
 
-__all__ = ["ClassMap", "map_from_file", "match_folders", "match_names", "read_table"]
+__all__ = ["ClassMap", "Order", "map_from_file", "match_folders", "match_names", "read_table"]
 
 _KEYS, _VALUES = ("folder", "wnid", "class"), ("label", "index")
 
@@ -32,37 +33,76 @@ class ClassMap:
     names: tuple[str, ...] | None = None
 
 
-def match_folders(folders: Sequence[str], classifier: Classifier, where: Path) -> ClassMap:
+def match_folders(
+    folders: Sequence[str], classifier: Classifier, where: Path, order: Order | None = None, empty: Sequence[str] = ()
+) -> ClassMap:
     """Folder names, sorted: by the model's class names; or, where none is named so, by number if they are called 0 to
     K - 1, or else in sorted order, if there are as many.
+
+    Args:
+        folders: with images.
+        classifier: whose classes they are.
+        where: they lie, for messages.
+        order: what sorts them, "text" or "numbers", where the two differ.
+        empty: further folders, without an image.
 
     Raises:
         EvaluationError: some folders have the name of exactly one class and others do not, or nothing says which is
             which.
     """
+    count = classifier.num_classes
     known = [_plain(name) for name in classifier.classes or ()]
     strange = [name for name in folders if known.count(_plain(name)) != 1]
-    if folders and not strange:
+    if folders and not strange and order is None:
         labels = tuple(known.index(_plain(name)) for name in folders)
         return ClassMap(labels, "folders matched with the model's classes by name")
-    if len(strange) < len(folders):
+    if len(strange) < len(folders) and order is None:
         raise EvaluationError(
             f"{where} has a folder {strange[0]!r} that is not, or not the only, class of that name in "
             f"{classifier.name}, though others are: rename it, or pass --classes FILE.csv with columns folder and label"
         )
-    if set(folders) == {str(k) for k in range(classifier.num_classes)}:
+    every = sorted([*folders, *empty])
+    if order is None and set(every) == {str(k) for k in range(count)}:
         return ClassMap(tuple(map(int, folders)), "folders called by the model's class indices")
-    if len(folders) in (0, classifier.num_classes):
+    if len(every) in (0, count):
+        by_number = sorted(every, key=_by_number)
+        if order is None and by_number != every:
+            raise EvaluationError(
+                f"{where} has class folders in another order as text ({_start(every)}) than by their numbers "
+                f"({_start(by_number)}), and which one {classifier.name} was trained with is not known: pass --classes "
+                "text (torchvision's ImageFolder sorts so) or --classes numbers"
+            )
+        chosen = by_number if order == "numbers" else every
+        how = {None: "sorted order", "text": "the order of text", "numbers": "the order of their numbers"}[order]
         return ClassMap(
-            tuple(range(len(folders))),
-            "folders in sorted order taken as the model's classes, since there are as many",
-            tuple(folders),
+            tuple(chosen.index(name) for name in folders),
+            f"folders in {how} taken as the model's classes, since there are as many",
+            tuple(chosen),
+        )
+    if len(folders) == count:
+        raise EvaluationError(
+            f"{where} has {count} class folders with images, as many as {classifier.name} has classes, but also "
+            f"{len(empty)} without any ({_start(empty)}): remove them, or pass --classes FILE.csv with columns folder "
+            "and label"
         )
     raise EvaluationError(
-        f"{where} has {len(folders)} class folders and {classifier.name} {classifier.num_classes} classes, so which "
+        f"{where} has {len(folders)} class folders and {classifier.name} {count} classes, so which "
         "is which is not known: pass --classes FILE.csv with columns folder and label, or --labels FILE.csv with "
         "columns file and label"
     )
+
+
+Order = Literal["text", "numbers"]
+"""What sorts class folders, where the two differ: 1, 10, 2 or 1, 2, 10."""
+
+
+def _by_number(name: str) -> list[str | int]:
+    """A key that sorts 2 before 10."""
+    return [int(part) if k % 2 else part for k, part in enumerate(re.split(r"([0-9]+)", name))]
+
+
+def _start(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
 
 
 def match_names(names: Sequence[Sequence[str]], classifier: Classifier, where: str) -> ClassMap:

@@ -58,6 +58,7 @@ class Photographs:
         classes: names of the model's classes as the data has them, where they are the whole class list and the model
             has none of its own.
         mapping: how the data's classes were matched with the model's.
+        notes: what a person should know of how they were found; printed, and kept with the run's warnings.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Photographs:
     mapping: str
     _source: Source = field(repr=False)
     _positions: Sequence[int] = field(repr=False)  # of each photograph, in the source
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -179,11 +181,35 @@ def _as_input(pixels: Tensor, size: int) -> Tensor:
             "Pillow image to have it resized"
         )
     image = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
+    if not bool(image.isfinite().all()):
+        raise DecodeError("some pixels are NaN or infinite: look at what made them")
     low, high = float(image.min()), float(image.max())
-    if not (low >= 0 and high <= 1):
-        look = "normalised; return them in [0, 1]" if low < 0 else "8-bit; divide them by 255"
-        raise DecodeError(f"pixels lie in [{low:.3g}, {high:.3g}], not in [0, 1]: they look {look}")
+    if low < 0 or high > 1:
+        if low < -_ROUND_OFF or high > 1 + _ROUND_OFF:
+            raise DecodeError(f"pixels lie in [{low:.5g}, {high:.5g}], not in [0, 1]: {_why_outside(image)}")
+        image = image.clamp(0, 1)
     return image
+
+
+_ROUND_OFF = 8e-7  # of a normalisation and its inverse, as the attacks take it
+
+
+def _why_outside(image: Tensor) -> str:
+    """The likeliest cause of finite pixels outside [0, 1], and what to do."""
+    low, high = float(image.min()), float(image.max())
+    share = float(((image < 0) | (image > 1)).float().mean())
+    beyond = max(-low, high - 1)
+    if beyond <= 0.35 and (share <= 0.25 or beyond <= 0.03 or high - low > 1.2):
+        return "they overshoot a little, as rounding or bicubic resizing makes them; clamp them, image.clamp(0, 1)"
+    if low >= 0 and bool((image == image.round()).all()):
+        return f"they look {'8' if high <= 255 else '16'}-bit; divide them by {255 if high <= 255 else 65535}"
+    if low >= -1 and high <= 1:
+        return "they look scaled to [-1, 1]; return (image + 1) / 2"
+    if (low < -0.25 and max(-low, high) <= 20) or high <= 3:
+        return "they look normalised; return them in [0, 1]: the model normalises"
+    if high <= 320:
+        return "they look 8-bit, and resized or shifted; divide them by 255, and clamp them"
+    return "scale them to [0, 1]"
 
 
 def evenly(count: int, among: int) -> list[int]:

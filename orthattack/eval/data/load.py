@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 
 from orthattack.eval import plugin
-from orthattack.eval.data.classes import ClassMap, map_from_file, match_folders, match_names, read_table
+from orthattack.eval.data.classes import ClassMap, Order, map_from_file, match_folders, match_names, read_table
 from orthattack.eval.data.dataset import Batch, Photographs, Unreadable, read_names
 from orthattack.eval.data.readers import Dataset, Files, Shards, Source, find_shards
 from orthattack.eval.data.torchvision import PREFIX as TORCHVISION
@@ -22,7 +23,9 @@ __all__ = ["SAMPLES", "Batch", "Photographs", "Unreadable", "check_data", "load_
 SAMPLES = {"imagenet-samples": "imagenet", "cifar10-samples": "cifar10"}
 """The photographs in Foolbox's package, 20 of each, and their names there."""
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif",
+             ".tiff"}  # fmt: skip
+_UNSAID = {"thumbs.db", "desktop.ini"}  # which file managers leave behind
 _AS_THEY_ARE = "labels taken as the model's class indices"
 
 
@@ -40,7 +43,7 @@ def check_data(data: str) -> None:
 
 
 def load_photographs(
-    data: str, classifier: Classifier, labels: Path | None = None, classes: Path | None = None
+    data: str, classifier: Classifier, labels: Path | None = None, classes: Path | str | None = None
 ) -> Photographs:
     """Find the photographs and their classes among the classifier's.
 
@@ -60,7 +63,8 @@ def load_photographs(
             Of the last three, the classes are matched by name if their names are known, or else by number.
         labels: a CSV file with columns ``file``, relative to the folder, and ``label``, an index among the model's
             classes; other columns are ignored. The folder's own structure then does not matter.
-        classes: a CSV file that says which class is which, see `map_from_file`.
+        classes: a CSV file that says which class is which, see `map_from_file`; or "text" or "numbers", the order of
+            class folders of which the numbers are in another order than the text.
 
     Raises:
         EvaluationError: nothing there, or labels that do not fit the model.
@@ -69,9 +73,16 @@ def load_photographs(
     is_folder = data not in SAMPLES and Path(data).is_dir() and not find_shards(data)
     if labels is not None and not is_folder:
         raise EvaluationError(f"--labels goes with a folder; {data} has labels of its own")
+    order: Order | None = None
+    if str(classes) in ("text", "numbers") and not os.path.exists(str(classes)):  # noqa: PTH110
+        order, classes = ("text" if str(classes) == "text" else "numbers"), None
+        if not is_folder or labels is not None:
+            raise EvaluationError(f"--classes {order} is the order of class folders; {labels or data} has none")
     if classes is not None and (labels is not None or data in SAMPLES):
         raise EvaluationError(f"--classes matches classes by name; {labels or data} has the model's class indices")
+    table = None if classes is None else Path(classes)
     source: Source
+    notes: tuple[str, ...] = ()
     if data in SAMPLES:
         names, indices, source = _foolbox_samples(data)
         found = ClassMap((), _AS_THEY_ARE)
@@ -79,18 +90,20 @@ def load_photographs(
         names, indices, source = _labelled(Path(data), labels)
         found = ClassMap((), f"labels from {labels.name}, {_AS_THEY_ARE}")
     elif is_folder:
-        names, indices, source, found = _class_folders(Path(data), classifier, classes)
+        names, indices, source, found, notes = _class_folders(Path(data), classifier, table, order)
     else:
-        names, indices, source, found = _data_set(data, classifier, classes)
+        names, indices, source, found = _data_set(data, classifier, table)
     if not names:
-        raise EvaluationError(f"{labels or data} names no photographs ({' '.join(sorted(_SUFFIXES))})")
+        skipped = f"; {notes[0]}" if notes else ""
+        raise EvaluationError(f"{labels or data} names no photographs ({' '.join(sorted(_SUFFIXES))}){skipped}")
     worst = max(range(len(names)), key=indices.__getitem__)
     if indices[worst] >= classifier.num_classes:
         raise EvaluationError(
             f"{names[worst]} has label {indices[worst]}, but {classifier.name} has {classifier.num_classes} classes, 0 "
             f"to {classifier.num_classes - 1}: is this the right model for {data}?"
         )
-    return Photographs(data, tuple(names), tuple(indices), found.names, found.mapping, source, range(len(names)))
+    about = (data, tuple(names), tuple(indices), found.names, found.mapping)
+    return Photographs(*about, source, range(len(names)), notes)
 
 
 def _foolbox_samples(data: str) -> tuple[list[str], list[int], Files]:
@@ -102,27 +115,74 @@ def _foolbox_samples(data: str) -> tuple[list[str], list[int], Files]:
 
 
 def _class_folders(
-    folder: Path, classifier: Classifier, classes: Path | None
-) -> tuple[list[str], list[int], Files, ClassMap]:
+    folder: Path, classifier: Classifier, classes: Path | None, order: Order | None
+) -> tuple[list[str], list[int], Files, ClassMap, tuple[str, ...]]:
+    skipped: Counter[str] = Counter()
     try:
-        found = {name: files for name, files in _files_by_folder(folder).items() if files}
+        everything = _files_by_folder(folder, skipped)
     except OSError as error:
         raise EvaluationError(f"could not read data folder {folder} ({error})") from error
-    if classes is None:
-        matched = match_folders(tuple(found), classifier, folder)
+    found = {name: files for name, files in everything.items() if files}
+    empty = [name for name in everything if name not in found]
+    if not found and skipped[_LOOSE]:
+        raise EvaluationError(
+            f"{folder} has {skipped[_LOOSE]} images, but no class folders: put those of a class into a folder, or pass "
+            "--labels FILE.csv with columns file and label"
+        )
+    if not found:
+        matched = ClassMap((), _AS_THEY_ARE)
+    elif classes is None:
+        matched = match_folders(tuple(found), classifier, folder, order, empty)
     else:
         matched = map_from_file([(name,) for name in found], range(len(found)), classes, folder)
     paths = [(path, k) for k, files in enumerate(found.values()) for path in files]
     names = [path.relative_to(folder).as_posix() for path, _ in paths]
-    return names, _relabelled([k for _, k in paths], matched), Files([path for path, _ in paths]), matched
+    labels = _relabelled([k for _, k in paths], matched)
+    return names, labels, Files([path for path, _ in paths]), matched, _not_read(folder, skipped)
 
 
-def _files_by_folder(folder: Path) -> dict[str, list[Path]]:
-    return {
-        path.name: sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES and not file.is_dir())
-        for path in sorted(folder.iterdir())
-        if path.is_dir() and not path.name.startswith(".")
-    }
+_LOOSE = "images beside the class folders"
+
+
+def _files_by_folder(folder: Path, skipped: Counter[str]) -> dict[str, list[Path]]:
+    """The images of each class folder; what else lies there is counted by its kind."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            found[path.name] = sorted(_images(path, skipped))
+        elif path.suffix.lower() in _SUFFIXES:
+            skipped[_LOOSE] += 1
+    return found
+
+
+def _images(folder: Path, skipped: Counter[str]) -> Iterator[Path]:
+    def unreadable(_: OSError) -> None:
+        skipped["folders that may not be read"] += 1
+
+    for place, folders, files in os.walk(folder, onerror=unreadable):
+        skipped["linked folders inside"] += sum((Path(place) / name).is_symlink() for name in folders)
+        skipped["hidden folders inside"] += sum(name.startswith(".") for name in folders)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 - fast, for there may be millions
+            if suffix in _SUFFIXES:
+                yield Path(place) / name
+            elif not name.startswith(".") and name.lower() not in _UNSAID:
+                skipped[suffix or "without an ending"] += 1
+
+
+def _not_read(folder: Path, skipped: Counter[str]) -> tuple[str, ...]:
+    """What of a folder was not read, in a sentence, if there is anything."""
+    kinds = [f"{count} {kind}" for kind, count in skipped.most_common() if count]
+    if not kinds:
+        return ()
+    endings = ", ".join(sorted(suffix.removeprefix(".") for suffix in _SUFFIXES))
+    return (
+        f"not read in {folder}: {', '.join(kinds)}. Images are told by their ending ({endings}): convert or rename "
+        "what is one",
+    )
 
 
 def _data_set(data: str, classifier: Classifier, classes: Path | None) -> tuple[list[str], list[int], Source, ClassMap]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from orthattack.eval.errors import FAILURES, EvaluationError, told
 from orthattack.eval.models.preprocessing import Preprocessing
 from orthattack.eval.models.weights import Checkpoint, few, load_strictly, state_sha256
-from orthattack.model import Normalized
+from orthattack.model import Normalized, check_finite, checked_logits
 
 __all__ = ["Builder", "Classifier", "checked", "from_checkpoint", "shapes"]
 
@@ -82,32 +82,17 @@ def checked(classifier: Classifier) -> Classifier:
     name, size, model = classifier.name, classifier.preprocessing.crop, classifier.model
     model.eval()
     try:
-        logits = _answer(model, 3, size, size)
+        answer = _answer(model, 3, size, size)
     except FAILURES as error:  # what an architecture says of an image that it cannot take
         raise EvaluationError(
             f"{name} does not take images of {size}x{size}: {_cause(model, size, error) or told(error)}"
         ) from error
-    if not isinstance(logits, Tensor):
-        raise EvaluationError(f"{name} must return a tensor of logits, (N, classes): {_wrapped(logits)}")
-    if logits.ndim != 2 or len(logits) != 1 or logits.shape[1] < 2:
-        raise EvaluationError(
-            f"{name} must return logits of shape (N, classes), at least 2; for one image got {tuple(logits.shape)}"
-            + _shape_remedy(logits)
-        )
-    if not logits.is_floating_point():
-        raise EvaluationError(
-            f"{name} returns {_plain(logits.dtype)}, which has no gradient: logits must be floating-point numbers, not "
-            "classes or votes; let a module around it return model(x).float() to have it attacked without gradients"
-        )
-    if not bool(logits.isnan().any()) and bool((logits == -torch.inf).any()):
-        raise EvaluationError(
-            f"{name} returns logits of -inf for a grey image, from which no loss can be computed: let a module around "
-            "it return model(x).clamp(min=-1e4)"
-        )
-    if not bool(logits.isfinite().all()):
-        raise EvaluationError(
-            f"{name} returns NaN or infinite logits for a grey image: are the weights from {classifier.source} whole?"
-        )
+    try:
+        logits = checked_logits(answer, 1)
+        check_finite(logits)
+    except ValueError as error:
+        module = "; here a module takes the place of a lambda" if "lambda" in str(error) else ""
+        raise EvaluationError(f"{name} on a grey image: {error}{module}") from error
     count = logits.shape[1]
     if classifier.num_classes not in (0, count):
         raise EvaluationError(f"{name} says it has {classifier.num_classes} classes but returns {count} logits")
@@ -183,34 +168,6 @@ def _remedy(size: int, height: int, width: int, channels: int, dtype: torch.dtyp
 
 def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _wrapped(output: object) -> str:
-    """What a model returned that is no tensor, and how to get at the logits in it."""
-    kind = type(output).__name__
-    if isinstance(getattr(output, "logits", None), Tensor):
-        return f"it returned {kind}; let a module around it return model(x).logits"
-    if isinstance(output, Mapping):
-        key = next((key for key in ("logits", "out", "output", "pred") if key in output), next(iter(output), "logits"))
-        return f"it returned {kind}; let a module around it return model(x)[{key!r}]"
-    if isinstance(output, tuple | list):
-        return f"it returned {kind} of {len(output)}; let a module around it return model(x)[0]"
-    return f"it returned {kind}"
-
-
-def _shape_remedy(logits: Tensor) -> str:
-    if logits.numel() == 1:
-        return (
-            ": one number, as of a sigmoid, is two logits if a module around it returns "
-            "torch.cat([torch.zeros_like(z), z], 1) of z = model(x).reshape(-1, 1), the number before the sigmoid"
-        )
-    if logits.ndim == 4 and logits.shape[2:] == (1, 1):
-        return ": let a module around it return model(x).flatten(1)"
-    if logits.ndim > 2:
-        return ": one row of logits for the whole image, not for its parts"
-    if logits.ndim == 1:
-        return ": the first dimension is that of the images, which the model must keep"
-    return ""
 
 
 def from_checkpoint(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections import Counter
+import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tabulate import tabulate
 
 from orthattack.eval.report.html import NORMS, number, page, percent, points
 from orthattack.eval.results.comparison import CLEAN, compared, differences
-from orthattack.eval.results.outcomes import defined, records
+from orthattack.eval.results.outcomes import cause, defined, records
 from orthattack.eval.results.rates import DEFINITIONS
 from orthattack.eval.results.stored_run import WORST, Run
 from orthattack.eval.storage.run_folder import RunFolder, shown_eps
@@ -28,6 +29,7 @@ NOTES = (
     "cos: between perturbation and image; grads: gradient calls per image; s: the attack's own time, in all",
 )
 _WIDTH = 22
+_COLUMNS = 132
 
 
 def write_report(run: Run, folder: RunFolder | None = None) -> list[Path | str]:
@@ -69,7 +71,7 @@ def leaderboard_table(run: Run) -> str:
         parts.append(f"\n{_cut(model, 60)}: {right}")
         rows = table[table["model"] == model] if len(table) else table
         parts.append(_block(run, rows))
-    parts += ["", *NOTES, *_beware(run, table)]
+    parts += ["", *NOTES, *(line for text in _beware(run, table) for line in _wrapped(text))]
     return "\n".join(parts)
 
 
@@ -108,26 +110,33 @@ def _block(run: Run, rows: pd.DataFrame) -> str:
 
 
 def _beware(run: Run, table: pd.DataFrame) -> list[str]:
-    """Images left out and why, warnings, and trust checks that did not pass."""
-    who: dict[tuple[str, str, int], list[str]] = {}  # the attacks that left out so many for that reason
+    """Images left out and why, by cause; warnings; and trust checks that did not pass. Nothing of it is cut off."""
+    # The attacks that left out so many for that cause, and the cause in full.
+    who: dict[tuple[str, str, int], tuple[str, list[str]]] = {}
     for (model, attack), rows in table.groupby(["model", "attack"], sort=False) if len(table) else []:
-        most: Counter[str] = Counter()
+        most: dict[str, tuple[int, str]] = {}
         for text in rows["reasons"].dropna():
-            most |= Counter(json.loads(text))  # the most at any radius
-        for reason, count in most.items():
-            who.setdefault((str(model), reason, count), []).append(str(attack))
+            for reason, count in json.loads(text).items():  # the most at any radius
+                most[cause(reason)] = max(most.get(cause(reason), (0, "")), (count, reason), key=lambda found: found[0])
+        for key, (count, reason) in most.items():
+            who.setdefault((str(model), key, count), (reason, []))[1].append(str(attack))
     lines = []
-    for (model, reason, count), attacks in who.items():
-        some = _cut(attacks[0]) + (f" and {len(attacks) - 1} more" if len(attacks) > 1 else "")
+    for (model, _, count), (reason, attacks) in who.items():
+        some = attacks[0] + (f" and {len(attacks) - 1} more" if len(attacks) > 1 else "")
         by = "every attack" if len(attacks) == len(run.attacks) else some
-        lines.append(f"left out of {_cut(model)} by {by}: {count} x {_cut(reason, 60)}")
-    lines = lines[:12] + [f"and {len(lines) - 12} more reasons for leaving out, see results.json"] * (len(lines) > 12)
-    lines += [f"warning: {_cut(str(text), 120)}" for text in run.manifest.get("warnings") or []]
+        lines.append(f"left out of {model} by {by}: {count} x {reason}")
+    lines += [f"warning: {text}" for text in run.manifest.get("warnings") or []]
     for check in run.checks() if run.norm == run.manifest["config"]["norm"] else ():  # once, not for every norm
         if check["status"] == "warned":
-            head = f"trust check warned, {_cut(check['model'])}: {_cut(check['check'], 50)}: "
-            lines.append(head + _cut(check["figures"] or check["why"], 132 - len(head)))
+            found = ": ".join(text for text in (check["figures"], check["why"]) if text)
+            lines.append(f"trust check warned, {check['model']}: {check['check']}: {found}")
     return lines
+
+
+def _wrapped(text: str) -> list[str]:
+    """A line for the terminal, as several if it is wider."""
+    columns = min(_COLUMNS, max(60, shutil.get_terminal_size((_COLUMNS, 24)).columns))
+    return textwrap.wrap(_ascii(text), columns, subsequent_indent="    ", break_on_hyphens=False) or [""]
 
 
 def as_json(run: Run) -> dict[str, Any]:
@@ -260,7 +269,8 @@ def compare(first: Run, second: Run, *, as_markdown: bool = False) -> str:
         rows = [[_cut(cell, _WIDTH) if k < 2 else _ascii(cell) for k, cell in enumerate(line)] for line in body]
         align = ("left", "left", *["right"] * 8)
         parts = [tabulate(rows, head, tablefmt="simple", disable_numparse=True, colalign=align), ""]
-        parts += [*map(wrap, texts), "", "what differs:", *(f"  {_cut(text, 128)}" for text in alike or ["nothing"])]
+        parts += [*map(wrap, texts), "", "what differs:"]
+        parts += [f"  {line}" for text in alike or ["nothing"] for line in textwrap.wrap(_ascii(text), 128)]
     return "\n".join(parts) + ("\n" if as_markdown else "")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,8 @@ __all__ = [
     "WRONG",
     "Outcomes",
     "bools",
+    "by_cause",
+    "cause",
     "compare",
     "defined",
     "floats",
@@ -98,6 +102,7 @@ def measures(table: pd.DataFrame, norm_name: str, minimal: bool, outcome: NDArra
     rounded = table["rounded_success"][outcome == FOOLED].dropna()
     left_out = outcome == UNSCORED
     why = table["status"][left_out].str.cat(table["message"][left_out].fillna("no reason given"), sep=": ")
+    reasons = by_cause((str(text), int(count)) for text, count in why.value_counts(sort=False).items())
     return {
         **{status: int(is_(table["status"], status).sum()) for status in ("error", "unreadable", "invalid")},
         "mean_norm": _mean(norm),
@@ -108,8 +113,34 @@ def measures(table: pd.DataFrame, norm_name: str, minimal: bool, outcome: NDArra
         "gradient_calls": _mean(floats(table["gradient_calls"])[attacked]),
         "seconds": float(np.nansum(floats(table["seconds"]))),
         "rounded_success": float(rounded.mean()) if len(rounded) else None,
-        "reasons": json.dumps({str(k): int(v) for k, v in why.value_counts().head(20).items()}),
+        "reasons": json.dumps(reasons),
     }
+
+
+def cause(text: str) -> str:
+    """What is left of a reason without the numbers and names that differ from image to image.
+
+    >>> cause("unreadable: pixels lie in [-2.1, 2.6]") == cause("unreadable: pixels lie in [-1.9, 2]")
+    True
+    """
+    plain = re.sub(r"'[^']*'|\"[^\"]*\"", "''", text.removeprefix(EXAMPLE))
+    return re.sub(r"0x[0-9a-fA-F]+|[-+]?\d+(\.\d+)?(e[-+]?\d+)?", "0", plain)
+
+
+def by_cause(reasons: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Reasons with their counts, those of one `cause` as one, of which the first is the example."""
+    groups: dict[str, tuple[str, int]] = {}
+    for text, count in reasons:
+        key = cause(text)
+        first, before = groups.get(key, (text, 0))
+        if before and first != text:
+            first = EXAMPLE + first.removeprefix(EXAMPLE)
+        groups[key] = first, before + count
+    return dict(sorted(groups.values(), key=lambda group: -group[1]))
+
+
+EXAMPLE = "for example, "
+"""What a reason begins with that is one of several alike."""
 
 
 def per_class(attack: str, labels: NDArray[np.int32], outcome: NDArray[np.int8]) -> list[dict[str, Any]]:

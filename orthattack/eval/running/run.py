@@ -23,7 +23,7 @@ from orthattack.eval.attacks.seeds import drawing
 from orthattack.eval.checks.probes import planned_probes
 from orthattack.eval.data.load import Photographs, check_data, load_photographs, read_names
 from orthattack.eval.errors import EvaluationError, printable
-from orthattack.eval.models.classifier import Classifier
+from orthattack.eval.models.classifier import Classifier, checked
 from orthattack.eval.models.load import check_name, load_classifier
 from orthattack.eval.running.judge import check_batches
 from orthattack.eval.running.manifest import bury, describe_attacks, describe_model, new_session, now, to_go_on
@@ -66,11 +66,14 @@ def suite_source(
     specs = {spec.label: spec for spec in suite.models}
     # One model at a time is kept, or many would fill the memory, with its photographs, which may take long to list.
     last: dict[str, Classifier] = {}
+    asked: dict[str, Classifier] = {}
     last_opened: list[tuple[Classifier, Photographs]] = []
 
     def classifier(label: str) -> Classifier:
         if classifiers is not None and label in classifiers:
-            return classifiers[label]
+            if label not in asked:  # once: it takes a pass of the model
+                asked[label] = checked(classifiers[label])
+            return asked[label]
         if label not in last:
             last.clear()
             spec = specs[label]
@@ -194,7 +197,12 @@ def _manifest(
     for spec in suite.models:  # all are tried before the first is attacked, but only one at a time is kept
         classifier = source.classifier(spec.label)
         check_batches(classifier, suite.batch_size)
-        models.append(describe_model(spec.label, classifier, source.photographs(classifier)))
+        photographs = source.photographs(classifier)
+        models.append(describe_model(spec.label, classifier, photographs))
+        for note in (*(f"{spec.label}: {note}" for note in classifier.notes), *photographs.notes):
+            if note not in session["warnings"]:
+                say(note)
+                session["warnings"].append(note)
     manifest: dict[str, Any] = {
         "orthattack": session["versions"]["orthattack"],
         "status": "running",

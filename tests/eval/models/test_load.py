@@ -490,9 +490,9 @@ def test_a_users_function_that_is_no_use_is_explained(user, function, message):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("maps", r"must return logits of shape \(N, classes\), at least 2; for one image got \(1, 3, 8, 8\)"),
-        ("single", r"for one image got \(1, 1\)"),
-        ("broken", "returns NaN or infinite logits for a grey image"),
+        ("maps", r"must return logits of shape \(1, classes\); got \(1, 3, 8, 8\)"),
+        ("single", r"at least two logits per image, shape \(1, classes\); got \(1, 1\)"),
+        ("broken", "on a grey image: model returned NaN or infinite logits"),
     ],
 )
 def test_a_users_module_that_is_no_classifier_is_explained(user, function, message):

@@ -141,11 +141,14 @@ def of(run, attack):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nan", "bad:nan returns NaN or infinite logits for a grey image"),
-        ("one", "must return logits of shape (N, classes), at least 2; for one image got (1, 1)"),
-        ("flat", "must return logits of shape (N, classes), at least 2; for one image got (10,)"),
-        ("pair", "it returned tuple of 2; let a module around it return model(x)[0]"),
-        ("whole", "returns int64, which has no gradient"),
+        ("nan", "bad:nan on a grey image: model returned NaN or infinite logits (sample 0): NaN: look for"),
+        (
+            "one",
+            "bad:one on a grey image: model must return at least two logits per image, shape (1, classes); got (1, 1)",
+        ),
+        ("flat", "must return logits of shape (1, classes); got (10,)"),
+        ("pair", "got tuple: attack lambda x: model(x)[0] instead, after model.eval(); here a module takes the place"),
+        ("whole", "must return floating point logits; got torch.int64: attack lambda x: model(x).float()"),
         ("exits_when_built", "bad:exits_when_built() failed (SystemExit: enough)"),
     ],
 )

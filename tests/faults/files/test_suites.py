@@ -29,13 +29,13 @@ BASE = 'models = ["cifar10-robust"]\ndata = "cifar10-samples"\n'
 HUGE = "9" * 400
 
 BAD = {
-    "empty": ("", "models: Field required"),
-    "nothing": ("\n# only this\n", "models: Field required"),
+    "empty": ("", "models: is missing: it must be a list of one model or more"),
+    "nothing": ("\n# only this\n", "models: is missing: it must be a list of one model or more"),
     "deep": ("models = " + "[" * 50_000, "is nested too deeply to be read"),
     "deep tables": (BASE + "[" + ".".join("a" * 2000) + "]", "unknown key"),
     "many digits": (BASE + "steps = " + "9" * 5000, "is not TOML (Exceeds the limit"),
     "huge steps": (BASE + f"steps = {HUGE}", "attack PGD cannot be made: int too large"),
-    "huge batch": (BASE + "batch_size = 0", "batch_size: Input should be greater than or equal to 1"),
+    "huge batch": (BASE + "batch_size = 0", "batch_size: must be a whole number of images, at least 1; got 0"),
     "huge eps": (BASE + "eps = [1e308]", "eps is in units of [0, 1] pixels"),
     "infinite eps": (BASE + "eps = [inf]", "must be a finite radius"),
     "eps not a number": (BASE + "eps = [nan]", "must be a finite radius"),
@@ -47,15 +47,18 @@ BAD = {
     "eps alike": (BASE + "eps = [0.1, 0.1000000000001]", "eps has a value twice"),  # they would share their files
     "no eps": (
         BASE + 'attacks = [{name = "PGD", norm = "l2", eps = []}]',
-        "attacks[1].eps: Tuple should have at least 1",
+        "attacks[1].eps: must be one radius or more",
     ),
     "huge seed": (BASE + f"seeds = [{2**63}]", "seeds[1]"),
-    "no models": ('models = []\ndata = "cifar10-samples"', "models: Tuple should have at least 1 item"),
+    "no models": ('models = []\ndata = "cifar10-samples"', "models: must be a list of one model or more"),
     "types": ("models = {a = 1}\ndata = [1]\neps = true", ""),
-    "a date for models": ('models = 1979-05-27\ndata = "cifar10-samples"', "models: Input should be a valid tuple"),
+    "a date for models": (
+        'models = 1979-05-27\ndata = "cifar10-samples"',
+        "models: must be a list of one model or more",
+    ),
     "a list for a name": (
         'models = [{name = []}]\ndata = "cifar10-samples"',
-        "models[1].name: Input should be a valid string",
+        "models[1].name: must be text",
     ),
     "dates": (BASE + 'attacks = [{name = "PGD", alpha = 1979-05-27}]', "alpha must be text, a finite number"),
     "nan option": (BASE + 'attacks = [{name = "PGD", alpha = nan}]', "alpha must be text, a finite number"),

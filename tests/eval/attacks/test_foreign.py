@@ -1,0 +1,123 @@
+"""What each of Foolbox's and torchattacks' attacks can be run in, and that it can."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from orthattack.eval.attacks.kind import Conditions
+from orthattack.eval.attacks.ours import attack_kind, list_attacks
+from orthattack.eval.errors import EvaluationError
+from orthattack.eval.suite import make_suite
+
+pytest.importorskip("torchattacks")
+
+RADII = {"linf": 0.05, "l2": 1.0, "l1": 20.0}
+# So that an attack ends soon.
+SHORT = {
+    "steps": 3, "max_iterations": 10, "n_queries": 20, "binary_search_steps": 2, "initial_gradient_eval_steps": 4,
+    "max_gradient_eval_steps": 6, "repeats": 3, "directions": 3,
+}  # fmt: skip
+LISTED = {
+    (attack["name"], norm): {key: value for key, value in SHORT.items() if key in attack["parameters"]}
+    | ({"initial_const": 10.0, "max_iterations": 50} if "torchattacks:EAD" in attack["name"] else {})
+    for attack in list_attacks()
+    for norm in attack["norms"]
+    if attack["name"].startswith(("foolbox:", "torchattacks:"))
+}
+SAMPLE = [
+    ("foolbox:FGM", "l2"), ("foolbox:InversionAttack", "l1"), ("foolbox:VirtualAdversarialAttack", "l2"),
+    ("foolbox:HopSkipJumpAttack", "l2"), ("foolbox:LInfFMNAttack", "linf"), ("torchattacks:EADL1", "l1"),
+    ("torchattacks:FAB", "l1"), ("torchattacks:PIFGSM", "linf"), ("torchattacks:AutoAttack", "l2"),
+]  # fmt: skip
+
+
+def run(name, norm):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 5)).eval()
+    images = torch.rand(3, 3, 16, 16)
+    kind = attack_kind(name, LISTED[name, norm])
+    with warnings.catch_warnings():  # others' own
+        warnings.simplefilter("ignore")
+        try:
+            kind.check(norm, 3)
+        except EvaluationError as error:
+            if "needs numba: pip install numba" in str(error):
+                pytest.skip(str(error))
+            raise
+        runner = kind.bind(model, Conditions(norm, None if kind.minimal else RADII[norm], 3, 5))
+        adversarials = runner(images, model(images).argmax(1), [0, 1, 2]).adversarials
+    delta = (adversarials - images).flatten(1)
+    length = {"linf": delta.abs().amax(1), "l2": delta.norm(dim=1), "l1": delta.abs().sum(1)}[norm]
+    assert adversarials.shape == images.shape
+    assert adversarials.min() >= 0
+    assert adversarials.max() <= 1
+    assert length.max() > 0
+    if not kind.minimal:
+        assert length.max() <= RADII[norm] * 1.001
+
+
+@pytest.mark.parametrize(("name", "norm"), SAMPLE)
+def test_some_listed_attacks_run(name, norm):
+    run(name, norm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "norm"), sorted(LISTED))
+def test_every_listed_attack_runs_in_every_norm_that_it_names(name, norm):
+    run(name, norm)
+
+
+@pytest.mark.parametrize(
+    ("name", "norms"),
+    [
+        ("torchattacks:EADL1", ("l1",)),
+        ("torchattacks:EADEN", ("l1", "l2")),
+        ("torchattacks:FAB", ("linf", "l2", "l1")),
+        ("torchattacks:CW", ("l2",)),
+        ("torchattacks:PGD", ("linf",)),
+        ("torchattacks:Square", ("linf", "l2")),
+        ("foolbox:HopSkipJumpAttack", ("l2",)),
+        ("foolbox:SaltAndPepperNoiseAttack", ("l2",)),
+        ("foolbox:FGM", ("l2",)),
+        ("foolbox:EADAttack", ("l1",)),
+        ("foolbox:LinfinityBrendelBethgeAttack", ("linf",)),
+        ("foolbox:InversionAttack", ("linf", "l2", "l1")),
+    ],
+)
+def test_an_attack_is_accepted_in_its_norms_and_refused_in_others(name, norms):
+    kind = attack_kind(name)
+    assert kind.norms == norms
+    for norm in {"linf", "l2", "l1"} - set(norms):
+        with pytest.raises(
+            EvaluationError, match=f"{name} works in {' or '.join(norms)}, not in {norm}: choose --norm"
+        ):
+            kind.check(norm, 3)
+
+
+def test_the_constraint_of_hopskipjump_is_its_norm():
+    assert attack_kind("foolbox:HopSkipJumpAttack", {"constraint": "linf"}).norms == ("linf",)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        *((f"torchattacks:{name}", "few pixels by any") for name in ("SparseFool", "OnePixel", "Pixle", "JSMA")),
+        *((f"foolbox:{name}", "few pixels by any") for name in ("L0FMNAttack", "L0BrendelBethgeAttack")),
+        ("torchattacks:LGV", "trains models first"),
+        ("torchattacks:VANILA", "returns the images as they are"),
+        ("torchattacks:GN", "adds noise of one size"),
+        ("torchattacks:MultiAttack", "made of other attacks"),
+        ("foolbox:GenAttack", "only reaches a given class"),
+        ("foolbox:DatasetAttack", "have to be fed to it first"),
+        ("foolbox:BinarizationRefinementAttack", "only improves what another attack has found"),
+        ("foolbox:SpatialAttack", "limited by an angle and a shift, not by a norm"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_run_is_not_listed_and_refused_with_its_reason(name, reason):
+    assert name not in {attack["name"] for attack in list_attacks()}
+    suite = make_suite({"models": ["cifar10-robust"], "data": "cifar10-samples", "attacks": [name]}, "x")
+    with pytest.raises(EvaluationError, match=f"{name} cannot be run here: .*{reason}"):
+        suite.entries()
