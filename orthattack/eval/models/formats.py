@@ -162,7 +162,7 @@ _HINT = "where it was saved, save the weights alone, with safetensors.torch.save
 
 def refused_pickle(path: Path, error: BaseException) -> str:
     """Why ``torch.load(weights_only=True)`` refused a file, and what to do."""
-    name = next(iter(re.findall(r"(?:GLOBAL|class|instantiate) ([A-Za-z_][\w.]*\.\w+)", str(error))), None)
+    name = next(iter(re.findall(r"GLOBAL ([A-Za-z_][\w.]*)", str(error))), None)
     if name is not None and _holds_module(path):
         return f"is refused: it holds a whole module ({name}), not weights, and loading it could run code: {_HINT}"
     with path.open("rb") as stream:
@@ -172,7 +172,7 @@ def refused_pickle(path: Path, error: BaseException) -> str:
             "is a pickle, but not of weights as torch.save writes them, or it is cut off: save the state dict with "
             "torch.save(model.state_dict(), FILE)"
         )
-    if name is not None or head[:1] in (b"\x80", b"c"):
+    if name is not None or head[:1] in (b"\x80", b"c", b"P"):
         holds = "" if name is None else f" ({name})"
         return f"is refused: it holds more than tensors, and loading it could run code{holds}; {_HINT}"
     return "is neither a safetensors nor a PyTorch file, nor any other kind that is known here"

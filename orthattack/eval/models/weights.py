@@ -199,12 +199,8 @@ def _differences(
     ]
     if wrong:
         problems.append(f"{len(wrong)} of another shape ({'; '.join(shown)}{'; ...' if len(wrong) > 3 else ''})")
-    if (
-        len(wrong) <= 2
-        and not missing
-        and not extra
-        and all(own[key].shape[1:] == tensors[key].shape[1:] for key in wrong)
-    ):
+    is_last_layer = set(wrong) <= set(list(own)[-2:])
+    if is_last_layer and not missing and not extra and all(tensors[key].ndim > 0 for key in wrong):
         count = len(tensors[wrong[0]])
         return f"of its weights, {', '.join(problems)}: build the model with {count} classes"
     return f"of its weights, {', '.join(problems)}: is the architecture the one that they were trained as?"

@@ -22,7 +22,11 @@ SHORT = {
 }  # fmt: skip
 LISTED = {
     (attack["name"], norm): {key: value for key, value in SHORT.items() if key in attack["parameters"]}
-    | ({"initial_const": 10.0, "max_iterations": 50} if "torchattacks:EAD" in attack["name"] else {})
+    | (
+        {"initial_const": 10.0, "max_iterations": 50, "abort_early": False}
+        if "torchattacks:EAD" in attack["name"]
+        else {}
+    )
     for attack in list_attacks()
     for norm in attack["norms"]
     if attack["name"].startswith(("foolbox:", "torchattacks:"))
