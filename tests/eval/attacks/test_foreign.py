@@ -51,15 +51,16 @@ def run(name, norm):
             if "needs numba: pip install numba" in str(error):
                 pytest.skip(str(error))
             raise
-        runner = kind.bind(model, Conditions(norm, None if kind.minimal else RADII[norm], 3, 5))
+        runner = kind.bind(model, Conditions(norm, None if kind.card.minimal else RADII[norm], 3, 5))
         adversarials = runner(images, model(images).argmax(1), [0, 1, 2]).adversarials
     delta = (adversarials - images).flatten(1)
     length = {"linf": delta.abs().amax(1), "l2": delta.norm(dim=1), "l1": delta.abs().sum(1)}[norm]
     assert adversarials.shape == images.shape
-    assert adversarials.min() >= 0
-    assert adversarials.max() <= 1
+    if "torchattacks:EAD" not in name:  # which lets pixels leave [0, 1]; an evaluation calls such images invalid
+        assert adversarials.min() >= 0
+        assert adversarials.max() <= 1
     assert length.max() > 0
-    if not kind.minimal:
+    if not kind.card.minimal:
         assert length.max() <= RADII[norm] * 1.001
 
 
