@@ -51,7 +51,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "Ensemble": {"average": "logits"},
     "alignment": {"scope": "image"},
     "orthogonalize": {"scope": "image"},
-    "fooled": {"targeted": False, "batch_size": 64},
+    "fooled": {"targeted": False, "batch_size": 64, "bounds": (0, 1)},
 }  # fmt: skip
 
 
