@@ -1,27 +1,41 @@
-# Each target does its own set-up in a virtual environment; PYTHON and VENV may be given.
+# Each target does its own set-up in a virtual environment; PYTHON and VENV may be given, and ARGS for the program it runs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist worksteal --durations 10
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test test-all test-oldest coverage surface lint docs clean
 
-demo: $(VENV)/demo.installed  ## attack the bundled models on 20 photographs and print the table
+demo: $(VENV)/demo.installed  ## attack the bundled models on 20 images and print the table
 	$(BIN)/orthattack eval $(ARGS)
 
-test: $(VENV)/test.installed  ## run all tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/test.installed  ## the fast lane: every promise at least once, in at most five minutes on two cores
+	$(PYTEST) $(ARGS)
 
-lint: $(VENV)/dev.installed  ## formatting, lint and types
+test-all: $(VENV)/all.installed  ## all tests, those of the extras too
+	$(PYTEST) --runslow $(ARGS)
+
+test-oldest:  ## the fast lane with the oldest releases of what the package needs; PYTHON=python3.10, say
+	$(MAKE) test VENV=$(VENV)-oldest PIP_CONSTRAINT=$(CURDIR)/tests/oldest.txt
+
+coverage: $(VENV)/dev.installed  ## which lines the fast lane runs
+	$(PYTEST) --cov --cov-report term:skip-covered $(ARGS)
+
+surface: $(VENV)/test.installed  ## write down the public names and signatures that a test compares
+	$(BIN)/python -m tests.test_surface
+
+lint: $(VENV)/dev.installed  ## formatting, lint, types, imports and spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/typos
 
 docs: $(VENV)/docs.installed  ## the documentation as a site, build/site/index.html
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -c docs . build/site $(ARGS)
 
 clean:
-	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -34,4 +48,10 @@ $(VENV)/demo.installed: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/%.installed: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	@touch $@
+
+# torchattacks by itself, as it asks for a release of requests that Sphinx refuses.
+$(VENV)/all.installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable ".[dev,docs,ray,timm,study]"
+	$(BIN)/python -m pip install --quiet --no-deps "torchattacks>=3.5"
 	@touch $@

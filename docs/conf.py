@@ -39,7 +39,7 @@ NAVIGATION: dict[str, dict[str, list[str]]] = {
         "Evaluation": ["docs/evaluation", "docs/reliability", "docs/strength", "docs/performance", "docs/study"],
         "Understand": ["docs/method", "docs/architecture", "orthattack/eval/weights/MODEL_CARD"],
         "Reference": ["docs/reference/attacks", "docs/reference/core", "docs/reference/evaluation"],
-        "Project": ["CONTRIBUTING", "CHANGELOG"],
+        "Project": ["CONTRIBUTING", "SECURITY", "CHANGELOG"],
     },
     "docs/api/README": {
         "": [

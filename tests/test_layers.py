@@ -55,7 +55,7 @@ def sources() -> list[Path]:
 
 def test_imports_point_one_way():
     """The contracts are in pyproject.toml."""
-    importlinter = pytest.importorskip("importlinter.cli", reason="import-linter comes with the extra dev")
+    importlinter = pytest.importorskip("importlinter.cli", reason="needs the extra dev")
     assert importlinter.lint_imports(config_filename=str(ROOT.parent / "pyproject.toml"), no_cache=True) == 0
 
 

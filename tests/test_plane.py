@@ -5,14 +5,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import brentq, linprog, minimize
 from torch import Tensor
 
 from orthattack import alignment
 from orthattack.plane import Plane
-from tests.conftest import gradient_kinds, image_kinds, make_gradient, make_images, scopes, seeds
+from tests.conftest import examples, gradient_kinds, image_kinds, make_gradient, make_images, scopes, seeds
 
 epsilons = st.sampled_from([0.5 / 255, 4 / 255, 8 / 255, 0.3])
 
@@ -81,7 +81,7 @@ def assert_feasible(x, start, low, high, alpha, y):
     assert (along <= 1e-6 * np.linalg.norm(delta, axis=1) * np.linalg.norm(x, axis=1)).all()
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(image_kinds, gradient_kinds, scopes, seeds, epsilons, st.booleans())
 def test_step_is_feasible_and_within_1e5_of_linprog(image, gradient, scope, seed, eps, moved):
     dtype = grid_free(scope, torch.float32)
@@ -186,7 +186,7 @@ def test_nearest_agrees_with_a_float64_root_find(image, scope, seed, eps, spread
         assert np.linalg.norm(result[row] - expected) <= 2e-5 * np.linalg.norm(pi - xi) + 1e-5
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(image_kinds, seeds)
 def test_nearest_agrees_with_a_quadratic_program_solver(image, seed):
     x = make_images(image, (1, 3, 2, 2), seed, torch.float64)
@@ -227,7 +227,7 @@ def shrunken_nearest(p, x, low, high, shrink):
     return x + solved.x[:n] - solved.x[n:]
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(image_kinds, scopes, seeds, st.sampled_from([0.005, 0.02, 0.1]))
 def test_nearest_with_a_threshold_agrees_with_a_quadratic_program_solver(image, scope, seed, shrink):
     x = make_images(image, (1, 3, 2, 2), seed, torch.float64)

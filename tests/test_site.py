@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     for package in ("sphinx", "myst_parser", "furo"):
-        pytest.importorskip(package, reason="needs the extra `docs`")
+        pytest.importorskip(package, reason="needs the extra docs")
     out = tmp_path_factory.mktemp("site")
     command = ["-m", "sphinx", "--quiet", "--fail-on-warning", "--keep-going", "-c", "docs", ".", str(out)]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linprog, minimize
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from orthattack import alignment
 from orthattack.plane import Plane
 from orthattack.subspace import Subspace
-from tests.conftest import gradient_kinds, image_kinds, make_gradient, make_images, seeds
+from tests.conftest import examples, gradient_kinds, image_kinds, make_gradient, make_images, seeds
 
 epsilons = st.sampled_from([0.5 / 255, 4 / 255, 8 / 255, 0.3])
 dtypes = st.sampled_from([torch.float32, torch.float64])
@@ -74,7 +74,7 @@ def assert_feasible(subspace: Subspace, directions: Tensor, points: Tensor) -> N
         assert alignment(delta, direction).abs().max() <= (1e-6 if points.dtype == torch.float32 else 1e-12)
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(
     image_kinds,
     gradient_kinds,
@@ -125,7 +125,7 @@ def solve_linear_program(g, b, start, low, high, alpha):
     return -alpha * size * solved.fun
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(image_kinds, gradient_kinds, direction_kinds, seeds, epsilons, dtypes, st.booleans())
 def test_step_agrees_with_linprog(image, gradient, directions, seed, eps, dtype, moved):
     if image == "sparse" or gradient == "sparse":

@@ -3,14 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 from torch import Tensor
 
 from orthattack import ThreatModel, alignment
 from orthattack.threat import Region, perturbation_norm
-from tests.conftest import gradient_kinds, image_kinds, make_gradient, make_images, seeds
+from tests.conftest import examples, gradient_kinds, image_kinds, make_gradient, make_images, seeds
 
 threats = st.builds(
     ThreatModel,
@@ -333,7 +333,7 @@ def test_the_l2_step_in_the_open_is_the_normalised_projection(seed, gradient):
     torch.testing.assert_close((points - images).flatten(1), expected, rtol=0, atol=1e-6)
 
 
-@settings(max_examples=12)  # of sixty steps each
+@examples(12)  # of sixty steps each
 @given(seeds, st.sampled_from(["linf", "l2"]), st.sampled_from([None, "image", "pixel"]))
 def test_steps_gain_until_the_optimum_of_a_linear_loss(seed, norm, scope):
     """On a linear loss the ascent is monotone and ends where no feasible point is better."""

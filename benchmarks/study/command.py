@@ -57,10 +57,15 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 shared = Path(os.environ.get("ORTHATTACK_SHARED", ROOT.parent / "shared"))
                 study = shared_study(shared, work, args.quick)
-            study.check()
+            wanted = {
+                name: stage
+                for name, stage in stages(study).items()
+                if not args.only or any(name.startswith(kind) for kind in args.only)
+            }
+            study.check(wanted)
             store.begin(study.settings())
-            for name, stage in stages(study).items():
-                if name in store or (args.only and not any(name.startswith(wanted) for wanted in args.only)):
+            for name, stage in wanted.items():
+                if name in store:
                     continue
                 start, busy = time.perf_counter(), time.process_time()
                 table = stage()

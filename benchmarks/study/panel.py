@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -93,9 +93,9 @@ class Study:
         ]
         return {"groups": groups, "budget": asdict(self.budget), "trains": self.train is not None}
 
-    def check(self) -> None:
-        """Raise EvaluationError, before anything is computed, for what a later stage would fail at."""
-        if find_spec("piq") is None:
+    def check(self, stages: Iterable[str]) -> None:
+        """Raise EvaluationError, before anything is computed, for what a later one of these stages would fail at."""
+        if find_spec("piq") is None and any(name.startswith("likeness") for name in stages):
             raise EvaluationError("the study measures how alike images look with piq: pip install 'orthattack[study]'")
         for group in self.groups:
             shapes = {

@@ -6,13 +6,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 from torch import nn
 
 from orthattack import FGSM, PGD, AttackResult, OrthoFGSM, OrthoPGD, alignment, orthogonalize
-from tests.conftest import image_kinds, make_images, scopes, seeds
+from tests.conftest import examples, image_kinds, make_images, scopes, seeds
 
 SIZE = (3, 6, 6)
 
@@ -69,7 +69,7 @@ def test_tensors_in_tensors_out(attack, norm, dtype):
     assert type(attack(model)(images, labels)) is torch.Tensor
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(image_kinds, scopes, seeds, st.sampled_from(["linf", "l2"]), st.sampled_from(["ce", "margin", "dlr"]))
 def test_results_satisfy_every_constraint_and_report_what_they_are(image, scope, seed, norm, loss):
     model, (images, labels) = small_model(seed), drawn(seed, 4, image)

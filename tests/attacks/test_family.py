@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -30,7 +30,7 @@ from orthattack import (
 from orthattack.attacks.oracle import Oracle
 from orthattack.losses import Goal, attack_loss
 from tests.attacks.test_attacks import SIZE, Recorder, drawn, linear_model, small_model
-from tests.conftest import image_kinds, seeds
+from tests.conftest import examples, image_kinds, seeds
 
 # Small settings for each attack; random_start=False where an attack has the choice.
 PLAIN = {
@@ -296,7 +296,7 @@ def test_a_model_that_writes_into_its_input_is_refused():
             make(name, centred)(images, labels)
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(image_kinds, seeds, st.sampled_from(list(RADII)), st.sampled_from(["OrthoAPGD", "OrthoSquare", "OrthoMIFGSM"]))
 def test_odd_images_are_attacked_without_nan(kind, seed, norm, name):
     model, (images, labels) = small_model(seed), drawn(seed, 3, kind)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ import orthattack
 from orthattack import MinimumNorm, OrthoPGD, alignment
 from orthattack.eval.attacks.ours import _accepted
 from tests.attacks.test_family import PLAIN, sizes
-from tests.conftest import IMAGE_KINDS, make_images
+from tests.conftest import IMAGE_KINDS, examples, make_images
 
 NAMES = [*PLAIN, *(f"Ortho{name}" for name in PLAIN), "MinimumNorm"]
 CLASSES = 3
@@ -144,7 +144,7 @@ def attacked(name: str, norm: Any, eps: Any, options: dict[str, Any], images: Te
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=12)
+@examples(12)
 @given(st.data())
 def test_whatever_is_valid_keeps_every_promise(name, data):
     norm, eps, options, images, labels, kind = data.draw(cases(name))
@@ -154,7 +154,7 @@ def test_whatever_is_valid_keeps_every_promise(name, data):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=12)
+@examples(12)
 @given(st.data())
 def test_whatever_is_odd_is_refused_or_keeps_every_promise(name, data):
     norm, eps, options, images, labels, kind = data.draw(cases(name))

@@ -77,6 +77,7 @@ def assert_feasible(name: str, norm: str, images: Tensor, found: Tensor, cosine:
         assert alignment(delta, images.double()).abs().max() <= cosine
 
 
+@pytest.mark.heavy
 @norms
 @names
 def test_it_fools_the_model_and_says_so(name, norm):
@@ -90,6 +91,7 @@ def test_it_fools_the_model_and_says_so(name, norm):
     assert int(result.success.sum()) >= (1 if few else COUNT - 1)
 
 
+@pytest.mark.heavy
 @norms
 @names
 def test_it_stays_inside_the_threat_model(name, norm):
@@ -117,6 +119,7 @@ def test_a_sample_with_a_seed_does_not_depend_on_its_batch(name):
         assert torch.equal(value[0], getattr(together, field)[1]), field
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("dtype", "cosine"), [(torch.float64, 1e-12), (torch.bfloat16, 5e-2)])
 @names

@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import nn
 
 from orthattack import APGD, MIFGSM, NIFGSM, PGD, OrthoAPGD, OrthoMIFGSM, ThreatModel
 from orthattack.attacks.steps import AutoStep, ScheduledStep
 from tests.attacks.test_attacks import Recorder, drawn, small_model
-from tests.conftest import seeds
+from tests.conftest import examples, seeds
 
 EPS = 8 / 255
 
@@ -154,7 +154,7 @@ def next_of_apgd(seen, losses, gradients, image, eps, steps):
         before = x
 
 
-@settings(max_examples=10)
+@examples(10)
 @given(seeds)
 def test_apgd_is_the_published_algorithm(seed):
     model, images, labels = prepared(4, seed % 1000)

@@ -26,6 +26,7 @@ from orthattack.eval.data.load import load_photographs
 from orthattack.eval.models.load import load_classifier
 
 EPS = 8 / 255
+pytestmark = pytest.mark.heavy
 
 
 @pytest.fixture(scope="module", params=["cifar10-standard", "cifar10-robust"])

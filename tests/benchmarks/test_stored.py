@@ -72,7 +72,7 @@ def test_candidates_are_timed_in_turn():
 
 
 def test_the_candidates_run_and_leave_the_model_trainable():
-    pytest.importorskip("torchattacks", reason="the extra torchattacks is not installed")
+    pytest.importorskip("torchattacks", reason="needs the extra torchattacks")
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten(), torch.nn.Linear(48, 5)).eval()
     images = steps.pictures(2, 32)

@@ -156,8 +156,11 @@ def test_the_page_says_what_the_stored_results_say():
     assert (ROOT / "docs" / "study.md").read_text(encoding="utf-8") == render(Store(PUBLISHED))
 
 
-def test_a_model_of_ones_own(tmp_path, capsys):
+def test_a_model_of_ones_own_and_what_needs_no_extra_does_without(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("benchmarks.study.panel.find_spec", lambda name: None)
     command = ["--model", "cifar10-standard", "--data", "cifar10-samples", "--limit", "10", "--out", str(tmp_path)]
+    assert main(command) == 2
+    assert "pip install 'orthattack[study]'" in capsys.readouterr().err
     assert main([*command, "--only", "gradients", "depth"]) == 0
     assert "gradients-own: 10 rows" in capsys.readouterr().out
     page = (tmp_path / "study.md").read_text(encoding="utf-8")
@@ -170,7 +173,7 @@ def test_a_model_of_ones_own(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_quick_study_of_everything_goes_on_where_it_was_stopped(shared, tmp_path, capsys, monkeypatch):
-    pytest.importorskip("piq")
+    pytest.importorskip("piq", reason="needs the extra study")
     monkeypatch.setenv("ORTHATTACK_SHARED", str(shared))
     command = ["--quick", "--out", str(tmp_path)]
     assert main([*command, "--only", "gradients-cifar10"]) == 0

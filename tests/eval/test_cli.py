@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -17,8 +19,17 @@ from orthattack.eval.results.stored_run import WORST, Run
 
 
 def orthattack(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
     command = [sys.executable, "-m", "orthattack", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=cwd)
+
+
+def here(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command in this process, which has loaded what it needs."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.main([*map(str, arguments)])
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -32,6 +43,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return line.removeprefix("orthattack: ")
 
 
+@pytest.mark.slow
 def test_with_no_arguments_it_attacks_the_bundled_models_offline(tmp_path):
     done = orthattack("eval", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -62,6 +74,20 @@ def test_with_no_arguments_it_attacks_the_bundled_models_offline(tmp_path):
     assert sorted(path.suffix for path in (run / "sessions").iterdir()) == [".json", ".lock"]
 
 
+def test_what_is_not_said_is_the_bundled_models_and_every_attack(tmp_path, monkeypatch):
+    """The test above in small."""
+    monkeypatch.chdir(tmp_path)
+    done = here("eval", "--limit", 2, "--steps", 2, "--no-checks")
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    assert done.stdout.rstrip().endswith(f"report: runs/{run.name}/report.html")
+    table = Run.open(run).table()
+    assert len(table) == 2 * 7
+    assert set(table["model"]) == {"cifar10-standard", "cifar10-robust"}
+    assert table["max_abs_cosine"][table["attack"].str.startswith("Ortho")].max() <= 1e-6
+    assert Run.open(run).manifest["config"]["eps"] == [8 / 255]
+
+
 def test_a_folder_with_labels_and_a_weights_file_and_the_same_command_again(tmp_path):
     torch.manual_seed(0)
     save_file(torchvision.models.resnet18(num_classes=6).state_dict(), tmp_path / "w.safetensors")
@@ -78,7 +104,7 @@ def test_a_folder_with_labels_and_a_weights_file_and_the_same_command_again(tmp_
         *("--attacks", "orthopgd", "foolbox:LinfPGD,steps=3", "OrthoPGD,enforce=gradient", "--attack-misclassified"),
         *("--steps", 2, "--batch-size", 3, "--device", "cpu", "--seed", 1, "--out", tmp_path / "run", "--no-checks"),
     ]
-    done = orthattack(*command)
+    done = here(*command)
     assert done.returncode == 0, done.stderr
     assert "left out of resnet18 by every attack: 1 x unreadable: " in done.stdout
     run = Run.open(tmp_path / "run")
@@ -90,11 +116,11 @@ def test_a_folder_with_labels_and_a_weights_file_and_the_same_command_again(tmp_
     assert run.attacks["foolbox:LinfPGD,steps=3"]["parameters"] == {"steps": 3}
     assert run.rows("resnet18", "foolbox:LinfPGD,steps=3", 2 / 255)["gradient_calls"].max() == 3
     assert run.models["resnet18"]["preprocessing"]["crop"] == 64
-    again = orthattack(*command)
+    again = here(*command)
     assert again.returncode == 0
     assert again.stdout == done.stdout
     assert len(Run.open(tmp_path / "run").manifest["sessions"]) == 2
-    other = orthattack(*command, "--steps", 3)
+    other = here(*command, "--steps", 3)
     assert other.returncode == 2
     assert "steps: 2 there, 3 now" in other.stderr
 
@@ -109,12 +135,13 @@ def test_l2(tmp_path):
     assert (table["max_norm"].dropna() <= 0.5 * (1 + 1e-5)).all()
 
 
-def test_a_suite_file_names_its_folder(tmp_path):
+def test_a_suite_file_names_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "small.toml").write_text(
         'models = ["cifar10-robust"]\nattacks = ["FGSM", {name = "foolbox:L2PGD", norm = "l2", eps = [0.5]}]\n'
         'checks = false\nsteps = 2\n[data]\nsource = "cifar10-samples"\nlimit = 3\n'
     )
-    done = orthattack("eval", "small.toml", cwd=tmp_path)
+    done = here("eval", "small.toml")
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "small"
     assert {"report.html", "report-l2.html", "results.csv", "results-l2.csv"} <= {path.name for path in run.iterdir()}

@@ -31,7 +31,7 @@ def kept(model, images, labels) -> int:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_arguments_are_torchattacks_own(name):
-    theirs = pytest.importorskip("torchattacks", reason="compares with torchattacks, which is not installed")
+    theirs = pytest.importorskip("torchattacks", reason="needs the extra torchattacks")
     expected = inspect.signature(getattr(theirs, name)).parameters
     found = inspect.signature(getattr(ours, name)).parameters
     assert list(found)[: len(expected)] == list(expected)
@@ -42,7 +42,7 @@ def test_arguments_are_torchattacks_own(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_attacks_are_no_weaker_than_torchattacks(trained, name):
-    theirs = pytest.importorskip("torchattacks", reason="compares with torchattacks, which is not installed")
+    theirs = pytest.importorskip("torchattacks", reason="needs the extra torchattacks")
     model, images, labels = trained
     torch.manual_seed(0)
     expected = kept(model, getattr(theirs, name)(model)(images, labels), labels)

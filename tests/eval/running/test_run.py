@@ -268,6 +268,7 @@ def test_a_chunk_whose_clean_rows_are_gone_is_looked_at_again(tmp_path):
     assert_same(contents(folder.path), before)
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not(tmp_path):
     """Real processes, real SIGKILL. The whole suite of the acceptance test, killed 20 times, is scripts/kill_run.py."""
     names = ["FGSM", "OrthoPGD", "foolbox:LinfPGD"]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -23,6 +23,7 @@ from orthattack.eval.errors import EvaluationError
 from orthattack.eval.results.stored_run import Run
 from orthattack.eval.storage.run_folder import Shard
 from orthattack.eval.suite import make_suite, read_suite
+from tests.conftest import examples
 from tests.faults.files.conftest import rows
 
 BASE = 'models = ["cifar10-robust"]\ndata = "cifar10-samples"\n'
@@ -243,7 +244,7 @@ names = st.one_of(
 
 
 @given(names, names)
-def test_no_label_leads_out_of_the_folder_or_into_anothers(model, attack):
+def test_no_label_leads_out_of_its_folder(model, attack):
     for kind in ("clean", "shards", "checks"):
         shard = Shard(model, attack, 0.1, 0, kind)
         for path in (shard.path, shard.image_path):
@@ -275,7 +276,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(
     st.dictionaries(
         st.sampled_from(
