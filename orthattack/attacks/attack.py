@@ -322,11 +322,11 @@ class Attack(Configured):
             raise ValueError(
                 'reference="iterate" needs enforce="gradient": a perturbation is orthogonal to the clean image'
             )
-        if generator is not None and not isinstance(generator, torch.Generator):
-            seed = generator if isinstance(generator, int) else 0
+        given: object = generator
+        if given is not None and not isinstance(given, torch.Generator):
+            seed = given if isinstance(given, int) else 0
             raise ValueError(
-                f"generator must be a torch.Generator; got {generator!r}: seed one, "
-                f"torch.Generator().manual_seed({seed})"
+                f"generator must be a torch.Generator; got {given!r}: seed one, torch.Generator().manual_seed({seed})"
             )
         check_count("eot_samples", eot_samples)
         self.model = model

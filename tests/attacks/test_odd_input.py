@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import orthattack
-from orthattack import MinimumNorm, OrthoPGD, alignment
+from orthattack import MinimumNorm, OrthoPGD, alignment, fooled
 from orthattack.eval.attacks.ours import _accepted
 from tests.attacks.test_family import PLAIN, sizes
 from tests.conftest import IMAGE_KINDS, examples, make_images
@@ -176,3 +176,119 @@ def test_whatever_is_odd_is_refused_or_keeps_every_promise(name, data):
         attacked(name, norm, eps, options, layout(images, kind), labels)
     except ValueError as error:
         assert len(str(error)) > 12
+
+
+MODEL = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 4 * 4, CLASSES))
+IMAGES = torch.rand(4, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+LABELS = torch.tensor([0, 1, 2, 0])
+ONE_PIXEL = IMAGES.clone().index_put_((torch.tensor(2), *torch.tensor([0, 3, 3])), torch.tensor(1.0001))
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (
+            ONE_PIXEL,
+            LABELS,
+            r"found min .*, max 1\.0001 \(sample 2\): they overshoot a little, .* images\.clamp\(0, 1\)$",
+        ),
+        (1.0001 * IMAGES.clamp(min=1), LABELS, r"they overshoot a little"),
+        (
+            1.27 * IMAGES - 0.14,
+            LABELS,
+            r"max 1\.1.*: they overshoot a little, as bicubic resizing makes them; clamp them",
+        ),
+        (2 * IMAGES - 1, LABELS, "they look normalised; pass them unnormalised"),
+        ((IMAGES - 0.45) / 0.22, LABELS, "they look normalised; pass them unnormalised"),
+        (255 * IMAGES, LABELS, r"they look 8-bit; divide them by 255, or pass bounds=\(0, 255\)"),
+        (300 * IMAGES - 20, LABELS, "they look 8-bit"),
+        (65535 * IMAGES, LABELS, "scale them to these bounds, or pass the bounds that the model takes"),
+        ((255 * IMAGES).byte(), LABELS, "floating point; got torch.uint8: divide 8-bit images by 255"),
+        (IMAGES + 0j, LABELS, "floating point; got torch.complex64: convert them to float32"),
+        (IMAGES.numpy(), LABELS, "images must be a tensor; got ndarray: convert it with torch.as_tensor"),
+        (list(IMAGES), LABELS, r"images must be a tensor; got list: join its tensors with torch\.stack"),
+        (None, LABELS, "images must be a tensor; got NoneType"),
+        (IMAGES[0], LABELS, r"a single image becomes a batch by images\.unsqueeze\(0\)"),
+        (IMAGES.to_sparse(), LABELS, r"images must be dense; .*use \.to_dense\(\)"),
+        (IMAGES.to("meta"), LABELS, r"images \(meta\) and labels \(cpu\) must be on the same device"),
+        (torch.rand(4, 9, 9, 3), LABELS, r"which looks like \(N, H, W, C\): pass images\.permute\(0, 3, 1, 2\)"),
+        (torch.rand(4, 9, 8, 3), LABELS, r"they look like \(N, H, W, C\): pass images\.permute\(0, 3, 1, 2\)"),
+        (IMAGES[:, :1], LABELS, r"does not take images of shape \(4, 1, 6, 6\) .*are these its channels"),
+        (torch.rand(4, 3, 9, 9), LABELS, r"does not take images of shape \(4, 3, 9, 9\) .*its image size"),
+        (
+            IMAGES.double(),
+            LABELS,
+            r"images are float64, the model's weights float32: pass images\.float\(\), or attack ",
+        ),
+        (IMAGES.half(), LABELS, r"images are float16, the model's weights float32: pass images\.float\(\)"),
+        (
+            IMAGES,
+            LABELS - 1,
+            r"labels must lie in \[0, 2\], .* found -1 \(sample 0\): leave out images without a label",
+        ),
+        (IMAGES, LABELS - 100, "found -100 .*leave out images without a label"),
+        (IMAGES, LABELS[:1], r"labels must have shape \(4,\), one per image; got \(1,\)$"),
+        (IMAGES, LABELS[:, None], r"got \(4, 1\): pass labels\.squeeze\(1\)"),
+        (IMAGES, torch.eye(4, 3), r"got \(4, 3\): pass labels\.argmax\(1\) if they are one-hot"),
+        (IMAGES, LABELS.float(), r"labels must be integers; got torch\.float32: pass labels\.long\(\)"),
+        (IMAGES, LABELS.tolist(), "labels must be a tensor; got list"),
+    ],
+)
+@pytest.mark.parametrize("ask", ["run", "fooled", "sweep", "Square"])
+def test_odd_input_is_named_with_its_cause_and_a_remedy(images, labels, message, ask):
+    def asked():
+        if ask == "fooled":
+            return fooled(MODEL, images, labels)
+        if ask == "Square":
+            return orthattack.Square(MODEL, queries=2)(images, labels)
+        attack = OrthoPGD(MODEL, steps=1)
+        return attack.run(images, labels) if ask == "run" else attack.sweep(images, labels, [0.1, 0.2])
+
+    with pytest.raises(ValueError, match=message.replace("images", "(images|adversarials)")):
+        asked()
+
+
+def test_half_precision_models_are_told_from_their_images():
+    half = network(3, torch.float16)
+    with pytest.raises(
+        ValueError, match=r"images are float32, the model's weights float16: attack model\.float\(\), or pa"
+    ):
+        orthattack.PGD(half, steps=1)(IMAGES, LABELS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seeds": 0}, r"seeds must be one integer per image, such as range\(4\); got 0"),
+        ({"seeds": [1, 2]}, "seeds must be one per image, 4; got 2"),
+        ({"seeds": [1.0, 2.0, 3.0, 4.0]}, r"integers, each below 2\*\*63 in size; found 1\.0"),
+        ({"seeds": [2**63] * 4}, "found 9223372036854775808"),
+        ({"start": IMAGES.numpy()}, "start must be a tensor; got ndarray"),
+        ({"start": IMAGES[:1]}, r"start must have the shape of images, \(4, 3, 6, 6\); got \(1, 3, 6, 6\)"),
+        ({"start": (255 * IMAGES).byte()}, "start must be floating point, like images; got torch.uint8"),
+        ({"start": IMAGES / 0}, "start must be finite"),
+        ({"batch_size": 2.0}, "batch_size must be an integer >= 1; got 2.0: write 2"),
+        ({"eps": [0.1] * 4}, r"use torch\.tensor\(eps\)"),
+    ],
+)
+def test_odd_arguments_of_a_call_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        OrthoPGD(MODEL, steps=1).run(IMAGES, LABELS, **options)
+
+
+def test_integers_of_a_model_that_casts_are_none_of_our_business():
+    def casts(images: Tensor) -> Tensor:
+        return MODEL(images.float())
+
+    assert OrthoPGD(casts, steps=1)(IMAGES.double(), LABELS).dtype == torch.float64
+
+
+@pytest.mark.parametrize("odd", [None, [1.0], IMAGES.numpy(), 3])
+def test_the_core_takes_tensors_only(odd):
+    for function in (orthattack.orthogonalize, alignment, orthattack.remove_directions):
+        with pytest.raises(ValueError, match="must be a tensor; got "):
+            function(IMAGES, odd)
+        with pytest.raises(ValueError, match="must be a tensor; got "):
+            function(odd, IMAGES[:, None])
+    with pytest.raises(ValueError, match="directions must be a tensor; got "):
+        orthattack.orthonormal_basis(odd)

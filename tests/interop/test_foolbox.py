@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import eagerpy as ep
 import foolbox
 import numpy as np
@@ -515,3 +518,55 @@ def test_autoattack_takes_what_foolbox_gives(standard):
     )
     theirs = FromFoolbox(model, foolbox.attacks.LinfPGD(steps=5), "linf", 2 / 255, generator=seeded())
     assert ours.sum() >= theirs.run(images, labels).success.sum()
+
+
+# --- as objects ---
+
+
+def test_radii_may_come_from_numpy():
+    fmodel, images, labels = tiny()
+
+    def attack() -> FoolboxAttack:
+        return FoolboxAttack(OrthoPGD, steps=np.int64(3), rel_stepsize=np.float32(0.5), generator=seeded())
+
+    raw, _, _ = attack()(fmodel, images, labels, epsilons=[float(np.float32(0.1)), 0.25])
+    found, _, _ = attack()(fmodel, images, labels, epsilons=np.array([0.1, 0.25], "float32"))
+    assert all(torch.equal(a, b) for a, b in zip(raw, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: FoolboxAttack(OrthoPGD, steps=2), lambda: FoolboxMinimum(PGD, eps=0.1, steps=2)]
+)
+def test_ours_in_foolbox_pickle_and_stay_as_they_are(make):
+    fmodel, images, labels = tiny()
+    attack = make()
+    attack(fmodel, images, labels, epsilons=[0.1])
+    for copied in (lambda a: pickle.loads(pickle.dumps(a)), copy.deepcopy, copy.copy):
+        twin = copied(attack)
+        assert repr(twin) == repr(attack)
+        expected = attack(fmodel, images, labels, epsilons=[0.1])
+        assert torch.equal(twin(fmodel, images, labels, epsilons=[0.1])[0][0], expected[0][0])
+    assert attack.steps == 2
+    with pytest.raises(AttributeError, match=r"cannot be changed: .*\.replace\(steps=\.\.\.\)"):
+        attack.steps = 3
+    with pytest.raises(AttributeError, match="has no option 'epsilon'"):
+        attack.epsilon = 3
+    with pytest.raises(TypeError, match="PGD got an unexpected keyword argument 'epsilon'; did you mean eps"):
+        attack.replace(epsilon=3)
+
+
+def test_foolboxs_attacks_as_ours_pickle_with_their_streams():
+    _, images, labels = tiny()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    attack = FromFoolbox(model, foolbox.attacks.LinfAdditiveUniformNoiseAttack(), "linf", np.float32(0.1))
+    attack.run(images, labels)
+    for copied in (lambda a: pickle.loads(pickle.dumps(a)), copy.deepcopy, copy.copy):
+        twin = copied(attack)
+        assert torch.equal(attack(images, labels), twin(images, labels))
+    assert attack.eps == float(np.float32(0.1))
+    assert FromFoolbox(model, foolbox.attacks.L2DeepFoolAttack(), "l2", None).eps is None
+    with pytest.raises(AttributeError, match="FromFoolbox cannot be changed"):
+        attack.eps = 0.2
+    with pytest.warns(UserWarning, match="eps=2 allows every image"):
+        attack.replace(eps=2)(images, labels)
+    FromFoolbox(model, foolbox.attacks.L2DeepFoolAttack(steps=2), "l2", None).run(images, labels)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -104,3 +107,43 @@ def test_what_is_not_there_is_said():
         ours.APGD(small_model(), loss="margin")
     with pytest.raises(AttributeError, match=r"FGSM of orthattack.interop.torchattacks has no 'save'"):
         ours.FGSM(nn.Identity()).save()
+
+
+def test_attributes_are_set_and_used_or_refused():
+    model, (images, labels) = small_model(), drawn(n=4)
+    attack = ours.PGD(model, eps=0.2, alpha=0.05, steps=3, random_start=False)
+    for name, value in {"eps": np.float32(0.05), "alpha": 0.02, "steps": np.int64(5), "scope": "image"}.items():
+        setattr(attack, name, value)
+    expected = ours.PGD(model, float(np.float32(0.05)), 0.02, 5, random_start=False, scope="image")(images, labels)
+    assert torch.equal(attack(images, labels), expected)
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():
+        parameter.data.neg_()
+    attack.model = other
+    assert torch.equal(
+        attack(images, labels), ours.PGD(other, float(np.float32(0.05)), 0.02, 5, False, scope="image")(images, labels)
+    )
+    with pytest.raises(ValueError, match="steps must be an integer >= 1; got 0"):
+        attack.steps = 0
+    assert attack.steps == 5
+    with pytest.raises(AttributeError, match=r"PGD has no attribute 'epsilon' to set; it has .*eps, alpha"):
+        attack.epsilon = 0.1
+    with pytest.raises(AttributeError, match="targeted cannot be set as an attribute: call set_mode_targeted_by_label"):
+        attack.targeted = True
+    with pytest.raises(AttributeError, match="normalization_used cannot be set as an attribute: call set_norm"):
+        attack.normalization_used = None
+    with pytest.raises(ValueError, match=r"target_map_function must be a function of \(images, labels\); got 3"):
+        attack.set_mode_targeted_by_function(3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_attacks_pickle_in_the_mode_they_are_in(name):
+    model, (images, labels) = small_model(), drawn(n=4)
+    attack = getattr(ours, name)(model)
+    attack.set_mode_targeted_by_label()
+    for twin in (pickle.loads(pickle.dumps(attack)), copy.deepcopy(attack), copy.copy(attack)):
+        assert repr(twin) == repr(attack)
+        torch.manual_seed(1)
+        expected = attack(images, labels)
+        torch.manual_seed(1)
+        assert torch.equal(twin(images, labels), expected)
