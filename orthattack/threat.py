@@ -39,6 +39,8 @@ Direction = Literal["constant", "channel-constant"] | Tensor | Callable[[Tensor]
 _IMAGE = scope_dims("image")
 # The share of the pixels that one L1 step changes: SLIDE's (Tramèr & Boneh 2019).
 _SPARSITY = 0.01
+# A group whose values are all below this many times the smallest normal number is not perturbed.
+_DARK = 2.0**46
 
 
 @dataclass(frozen=True)
@@ -187,27 +189,38 @@ class Region:
 
     Points of the region are tensors (N, C, H, W) in the images' dtype. For float32 images they satisfy, recomputed in
     float64: inside the bounds, ‖δ‖ <= eps (1 + 1e-6), and ``|cos(δ, x)|`` <= 1e-6 in every group of the scope, and so
-    with every direction. float16 and bfloat16 images keep the bounds and the ball, and orthogonality as far as the
-    coarse grid allows.
+    with every direction. A group of nothing but values below some 1e-24, not all zero, stays as it is: denormal numbers
+    are too coarse for more, and to some processors zero. float16 and bfloat16 images keep the bounds and the ball, and
+    orthogonality as far as the coarse grid allows.
     """
 
     def __init__(self, threat: ThreatModel, images: Tensor) -> None:
         self.threat, self.dtype = threat, images.dtype
         low, high = threat.bounds
         x = images.detach().to(torch.promote_types(images.dtype, torch.float32)).contiguous()
-        if bool(((x == 0) & x.signbit()).any()):
-            x = x + 0.0  # which makes a zero of -0: the side of a ratio g / x is read off its sign
+        bits = x.view(torch.int64 if x.dtype == torch.float64 else torch.int32)
+        zero = bits << 1 == 0
+        if bool((zero & (bits != 0)).any()):
+            x = torch.where(zero, 0.0, x)  # not -0: the side of a ratio g / x is read off its sign
         eps = torch.as_tensor(threat.eps, dtype=torch.float64, device=x.device)
         if eps.shape not in ((), (len(x),)):
             raise ValueError(
                 f"eps has {eps.numel()} values for {len(x)} images: it must have one per sample, or be one"
             )
         self.eps = eps.expand(len(x)).view(-1, 1, 1, 1)
+        fixed = self.eps == 0
+        if threat.scope is not None:
+            dims = scope_dims(threat.scope)
+            dark = x.abs().amax(dims, keepdim=True) < _DARK * torch.finfo(x.dtype).tiny
+            fixed = fixed | (dark & ~zero.amin(dims, keepdim=True))
+        self._fixed = fixed.expand_as(x) if bool(fixed.any()) else None
         if threat.norm == "linf":
             lower = self._within_eps((x.double() - self.eps).to(x.dtype), x).clamp_(min=low)
             upper = self._within_eps((x.double() + self.eps).to(x.dtype), x).clamp_(max=high)
         else:
             lower, upper = torch.full_like(x, low), torch.full_like(x, high)
+        if self._fixed is not None:
+            lower, upper = torch.where(self._fixed, x, lower), torch.where(self._fixed, x, upper)
         self._set(x, lower, upper, threat._vectors(x) if threat.directions else None)
 
     def _set(self, images: Tensor, lower: Tensor, upper: Tensor, vectors: Tensor | None) -> None:
@@ -236,6 +249,7 @@ class Region:
         """The region around the images at `index`, positions in the batch, only."""
         region = object.__new__(Region)
         region.threat, region.dtype, region.eps = self.threat, self.dtype, self.eps[index]
+        region._fixed = None if self._fixed is None else self._fixed[index]
         vectors = None if self._vectors is None else self._vectors[index]
         region._set(self.images[index], self._lower[index], self._upper[index], vectors)
         return region
@@ -368,11 +382,15 @@ class Region:
 
     def _store(self, points: Tensor) -> Tensor:
         """`points` in the images' dtype, still in the box and, if that dtype is fine enough, still on the plane."""
-        points = points if self._plane is None or self.dtype != points.dtype else self._plane.settle(points)
+        # Per group if it can be: a channel may have so little of the perturbation that the whole says nothing of it.
+        plane = self._plane if self._l1_plane is None else self._l1_plane
+        points = points if plane is None or self.dtype != points.dtype else plane.settle(points)
         return self._rounded(points)
 
     def _rounded(self, points: Tensor) -> Tensor:
         """Points that box and plane hold, in the images' dtype."""
+        if self._fixed is not None:  # arithmetic may have made zeros of denormal numbers
+            points = torch.where(self._fixed, self.images, points)
         if self.dtype != points.dtype:  # half precision: a grid too coarse to aim on
             return points.to(self.dtype).clamp(self._lower.to(self.dtype), self._upper.to(self.dtype))
         return points

@@ -48,6 +48,62 @@ def test_start_and_steps_stay_inside(threat, image, gradient, seed, scale):
         assert_inside(threat, images, points)
 
 
+def make_dark(kind: str, seed: int) -> Tensor:
+    """Images (2, 3, 8, 8) with values down to 1e-45, the smallest that float32 can hold."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(2, 3, 8, 8, generator=generator, dtype=torch.float64)
+    tiny = x * 10.0 ** torch.randint(-45, -30, x.shape, generator=generator).double()
+    half = torch.rand(x.shape, generator=generator) < 0.5
+    dark = {
+        "all": tiny,
+        "half": torch.where(half, tiny, x),
+        "half of the colours": torch.where(half[:, :1], tiny, x),
+        "one channel": torch.cat([x[:, :1], tiny[:, 1:2], 1e-15 * x[:, 2:]], 1),
+        "or zero": torch.where(half, tiny, 0 * x),
+        "all scales": x * 10.0 ** torch.randint(-45, 0, x.shape, generator=generator).double(),
+    }
+    return dark[kind].float()
+
+
+@given(
+    threats,
+    st.sampled_from(["all", "half", "half of the colours", "one channel", "or zero", "all scales"]),
+    seeds,
+    st.booleans(),
+)
+def test_denormal_pixels_keep_every_promise(threat, kind, seed, flushed):
+    """Also where the processor takes denormal numbers for zero; what is promised is measured where it does not."""
+    images = make_dark(kind, seed)
+
+    def measured(points):
+        torch.set_flush_denormal(False)
+        assert_inside(threat, images, points)
+        torch.set_flush_denormal(flushed)
+
+    try:
+        torch.set_flush_denormal(flushed)
+        region = threat.around(images)
+        points = region.random_start(torch.Generator().manual_seed(seed))
+        measured(points)
+        for k in range(2):
+            points = region.step(points, make_gradient("normal", images, seed + k), threat.eps / 2)
+            measured(points)
+        measured(region.project(images + make_gradient("normal", images, seed)))
+        measured(region.select(torch.tensor([1, 0])).project(points)[[1, 0]])
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_a_colour_of_denormals_stays_and_the_others_are_perturbed(norm):
+    images = make_images("uniform", (1, 3, 8, 8), 0)
+    images[0, :, 2, 3] = torch.tensor([1e-40, 3e-39, 0.0])
+    eps = {"linf": 8 / 255, "l2": 0.5, "l1": 5.0}[norm]
+    points = ThreatModel(norm, eps, scope="pixel").around(images).step(images, make_gradient("normal", images, 0), eps)
+    assert torch.equal(points[0, :, 2, 3], images[0, :, 2, 3])
+    assert float(perturbation_norm(points.double() - images.double(), norm)) >= 0.9 * eps
+
+
 @given(threats, image_kinds, seeds, st.floats(0, 3))
 def test_projection_lands_inside_and_keeps_what_is_inside(threat, image, seed, spread):
     images = make_images(image, (2, 3, 8, 8), seed)

@@ -571,7 +571,9 @@ class Attack(Configured):
     def _checked(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of images and labels, the images clamped to the bounds; ValueError if they are not what is needed."""
         check_batch(images, labels, self.threat.bounds, zip(("model", "detector"), self._models, strict=False))
-        return images.detach().clamp(*self.threat.bounds).contiguous(), labels.detach().long().clone()
+        (low, high), x = self.threat.bounds, images.detach()
+        x = torch.where(x < low, low, torch.where(x > high, high, x))  # `clamp` may make zeros of denormal numbers
+        return x.contiguous(), labels.detach().long().clone()
 
 
 def _check_start(start: Tensor, images: Tensor) -> None:

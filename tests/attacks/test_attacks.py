@@ -416,6 +416,19 @@ def test_eps_zero_returns_the_images():
             assert torch.equal(attack(small_model(), norm=norm, eps=0)(images, labels), images)
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_denormal_pixels_are_those_of_the_caller_where_the_processor_takes_them_for_zero(norm):
+    model, (images, labels) = small_model(), drawn()
+    images[:, :, 2, 3] = torch.tensor([1e-40, 3e-39, 0.0])
+    try:
+        torch.set_flush_denormal(True)
+        found = OrthoPGD(model, norm, eps=0.1, steps=3, scope="pixel")(images, labels)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(found[:, :, 2, 3], images[:, :, 2, 3])
+    assert alignment(found.double() - images.double(), images.double(), "pixel").abs().max() <= 1e-6
+
+
 def test_round_off_beyond_the_bounds_is_clamped():
     images, labels = drawn()
     clean = images.clone()
