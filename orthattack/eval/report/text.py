@@ -254,7 +254,7 @@ def compare(first: Run, second: Run, *, as_markdown: bool = False) -> str:
     alike = differences(first, second)
     notes = [
         "right images of n that both scored, matched by name and label; only: right in this run and not in the other",
-        "difference: first less second, in points, paired bootstrap; p: McNemar's exact test",
+        "difference: first less second, in points, Tango's score interval, 95 %; p: McNemar's exact test",
     ]
     unmatched = [
         f"{row['model']}: the runs scored {row['first_images']} and {row['second_images']} images, {row['n']} the same"

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binom, bootstrap
+from scipy.optimize import minimize_scalar
+from scipy.special import xlogy
+from scipy.stats import binom, multinomial
 
 from orthattack.eval.results.paired import Paired, optimality
+from orthattack.eval.results.rates import Rate
 
 outcomes = st.lists(st.tuples(st.booleans(), st.booleans()), max_size=60)
 
@@ -28,7 +29,8 @@ def test_a_comparison_counts_what_it_says(pairs):
     if pairs:
         assert paired.difference == pytest.approx(np.mean([a for a, _ in pairs]) - np.mean([b for _, b in pairs]))
         low, high = paired.interval()
-        assert -1 <= low <= paired.difference <= high <= 1 or np.isclose([low, high], paired.difference).any()
+        assert -1 <= low <= paired.difference <= high <= 1
+        assert low < high
 
 
 @given(outcomes)
@@ -38,6 +40,7 @@ def test_swapping_the_two_turns_the_sign_and_keeps_p(pairs):
     assert one.p == other.p
     if pairs:
         assert one.difference == pytest.approx(-other.difference)
+        assert one.interval() == pytest.approx(tuple(-end for end in reversed(other.interval())))
 
 
 def test_nothing_compared_is_undefined_and_columns_must_agree_in_length():
@@ -56,33 +59,73 @@ def test_p_is_the_exact_two_sided_binomial(first_only, second_only):
     assert Paired(40, 40 - n, first_only, second_only).p == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("n", "first_only", "second_only"), [(200, 30, 12), (1000, 5, 9), (50, 20, 1), (400, 60, 60)])
-def test_the_interval_is_that_of_resampling_the_images(n, first_only, second_only):
-    """SciPy resamples the images themselves, which says nothing of counts or multinomials."""
-    d = np.repeat([1, -1, 0], [first_only, second_only, n - first_only - second_only])
-    reference = bootstrap(
-        (d,), np.mean, n_resamples=9_999, method="percentile", vectorized=True, rng=np.random.default_rng(1)
-    ).confidence_interval
-    found = Paired(n, 0, first_only, second_only).interval()
-    # Of two draws of 9,999 from the same distribution: an end moves by about a fortieth of the interval, or one count.
-    slack = max(0.05 * (reference.high - reference.low), 1.01 / n)
-    assert found == pytest.approx((reference.low, reference.high), abs=slack)
-    assert found == Paired(n, 0, first_only, second_only).interval()
+@pytest.mark.parametrize(
+    ("n", "first_only", "second_only", "expected"),
+    [
+        # Airway hyper-responsiveness before and after stem cell transplantation, and complete response before and after
+        # consolidation, in Fagerland, Lydersen & Laake 2014, doi:10.1002/sim.6148.
+        (21, 1, 7, (-0.517, -0.026)),
+        (161, 6, 16, (-0.124, -0.005)),
+    ],
+)
+def test_the_interval_is_that_of_published_examples(n, first_only, second_only, expected):
+    assert Paired(n, 0, first_only, second_only).interval() == pytest.approx(expected, abs=5.1e-4)
 
 
-def test_the_interval_is_that_of_all_resamples_of_a_few_images():
-    d = np.array([1, 1, -1, 0, 0, 0])
-    means = np.sort([np.mean(resample) for resample in itertools.product(d, repeat=6)])
-    expected = np.quantile(means, [0.025, 0.975], method="inverted_cdf")
-    assert Paired(6, 0, 2, 1).interval() == pytest.approx(expected, abs=1e-9)
+def score(n, first_only, second_only, delta):
+    """The statistic of a test that the difference is delta, its nuisance parameter by numerical maximum likelihood."""
+    rest = n - first_only - second_only
+
+    def minus_log_likelihood(q):
+        return -(xlogy(first_only, q + delta) + xlogy(second_only, q) + xlogy(rest, 1 - delta - 2 * q))
+
+    ends = max(0.0, -delta), (1 - delta) / 2
+    inside = minimize_scalar(minus_log_likelihood, bounds=ends, method="bounded", options={"xatol": 1e-12}).x
+    q = min((*ends, inside), key=minus_log_likelihood)
+    variance = n * (2 * q + delta - delta**2)
+    return (first_only - second_only - n * delta) / variance**0.5 if variance > 1e-15 else np.inf
 
 
-def test_the_interval_covers_the_truth_as_often_as_it_says():
-    rng = np.random.default_rng(3)
-    counts = rng.multinomial(300, [0.2, 0.12, 0.68], size=400)
-    intervals = [Paired(300, 0, int(a), int(b)).interval() for a, b, _ in counts]
-    covered = np.mean([low <= 0.08 <= high for low, high in intervals])
-    assert 0.92 <= covered <= 0.98  # 0.95 ± 2.7 standard deviations of 400 trials
+@pytest.mark.parametrize(
+    ("n", "first_only", "second_only"),
+    [(4, 0, 0), (4, 1, 0), (4, 0, 3), (10, 3, 2), (10, 0, 0), (21, 1, 7), (50, 20, 1), (200, 30, 12), (1000, 5, 9)],
+)
+def test_the_interval_is_what_a_score_test_does_not_reject(n, first_only, second_only):
+    low, high = Paired(n, 0, first_only, second_only).interval()
+    for end, inward in ((low, 1e-4), (high, -1e-4)):
+        assert abs(score(n, first_only, second_only, end + inward)) < 1.959964
+        assert abs(score(n, first_only, second_only, end - inward)) > 1.959964
+
+
+@pytest.mark.parametrize("n", [1, 4, 40])
+def test_no_difference_on_few_images_says_little(n):
+    """Like Wilson's interval of 0 of n, and never a point."""
+    low, high = Paired(n, n, 0, 0).interval()
+    assert high == pytest.approx(-low)
+    assert high == pytest.approx(Rate(0, n).interval()[1])
+
+
+def test_a_difference_on_every_image_reaches_the_end_and_is_no_point():
+    for n in (1, 4, 30):
+        low, high = Paired(n, 0, n, 0).interval()
+        assert high == 1
+        assert low < 1
+        assert Paired(n, 0, 0, n).interval() == pytest.approx((-high, -low))
+
+
+@pytest.mark.parametrize("n", [4, 10, 30])
+def test_the_interval_covers_the_truth_as_often_as_it_says(n):
+    """Exactly, over all tables of n images; of the bootstrap, in a tenth of the cases at the worst."""
+    tables = [(a, b) for a in range(n + 1) for b in range(n + 1 - a)]
+    intervals = np.array([Paired(n, 0, a, b).interval() for a, b in tables])
+    counts = np.array([(a, b, n - a - b) for a, b in tables])
+    covered = []
+    for p, q in [(0.01, 0.01), (0.02, 0.0), (0.05, 0.02), (0.1, 0.0), (0.1, 0.1), (0.2, 0.1), (0.4, 0.3), (0.5, 0.0)]:
+        chances = multinomial.pmf(counts, n, [p, q, 1 - p - q])
+        inside = (intervals[:, 0] <= p - q + 1e-12) & (p - q - 1e-12 <= intervals[:, 1])
+        covered.append(chances[inside].sum())
+    assert min(covered) >= 0.93
+    assert np.mean(covered) >= 0.95
 
 
 distance = st.one_of(st.just(0.0), st.just(np.inf), st.floats(1e-3, 10))
