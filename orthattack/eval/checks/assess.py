@@ -43,6 +43,9 @@ class Check:
     why: str = ""
 
 
+NOTHING_LEFT = "no image was left: none was right to begin with and scored by both"
+
+
 def assess(folder: RunFolder, manifest: Mapping[str, Any]) -> list[Check]:
     """Every check of every model, from what is stored."""
     found: list[Check] = []
@@ -144,8 +147,10 @@ class _Model:
         weak, strong = self._probe(weaker), self._probe(stronger)
         both = _both(weak, strong, "weak", "strong")
         if both.empty:
-            return self._not_run(name, "no probe could be scored")
+            return self._not_run(name, NOTHING_LEFT)
         before, after, n = int((~both["success_weak"]).sum()), int((~both["success_strong"]).sum()), len(both)
+        if n - before <= _slack(n):  # whatever the other does, it could not lose more than means nothing
+            return self._not_run(name, f"too few images to lose: {weaker!r} fooled {n - before} of {n}, {self.at}")
         return self._check(
             name, after <= before + _slack(n), f"{before} of {n} robust, then {after}, {self.at}",
             "the attack does not use what it is given: its loss or gradient is broken, or its steps are too large",
@@ -155,19 +160,22 @@ class _Model:
         gradient, rival = self._probe("PGD, 4 times the steps"), self._probe(other)
         both = _both(gradient, rival, "gradient", "other")
         if both.empty:
-            return self._not_run(name, "no probe could be scored")
+            return self._not_run(name, NOTHING_LEFT)
+        left, n = int((~both["success_gradient"]).sum()), len(both)
+        if left <= _slack(n):
+            return self._not_run(name, f"too few images were left: gradients fooled {n - left} of {n}, {self.at}")
         alone = int((both["success_other"] & ~both["success_gradient"]).sum())
         return self._check(
-            name, alone <= _slack(len(both)),
-            f"{alone} of {len(both)} fooled by it alone, {self.at}",
+            name, alone <= _slack(n),
+            f"{alone} of {n} fooled by it alone, {self.at}",
             "the gradients are masked: gradient attacks overestimate this model's robustness",
         )  # fmt: skip
 
     def _any_image(self) -> Check:
         name = "a radius that allows any image leaves nothing robust"
         rows = self._probe("PGD, any image")
-        if rows.empty:
-            return self._not_run(name, "no probe could be scored")
+        if len(rows) <= 1:
+            return self._not_run(name, NOTHING_LEFT if rows.empty else "one image says too little")
         robust = int((~rows["success"]).sum())
         return self._check(
             name, robust <= _slack(len(rows)), f"{robust} of {len(rows)} robust",
@@ -184,25 +192,27 @@ class _Model:
         if not rivals:
             return self._not_run(name, "it needs a second model with the same classes and input size")
         worst = [self._no_stronger(name, rival) for rival in rivals]
-        return next((check for check in worst if check.status == "warned"), worst[0])
+        return min(worst, key=lambda check: ("warned", "passed", "not run").index(check.status))
 
     def _larger_eps(self) -> Check:
         """Of every attack of the run with several radii: a larger one never leaves more robust."""
         name = "robust accuracy falls as eps grows"
         found: list[tuple[int, str, list[int], int]] = []
+        several = False
         for attack in self.manifest["attacks"]:
             radii = sorted(eps for eps in attack["eps"] if eps is not None)
             if len(radii) < 2:
                 continue
             rows = [self._read("shards", attack["label"], eps) for eps in radii]
             counts = [int((~frame["success"]).sum()) for frame in rows]
-            n = min(map(len, rows))
-            if n == 0:
+            n, several = min(map(len, rows)), True
+            if n - min(counts[:-1]) <= _slack(n):  # so few fell below the largest radius that none can be lost again
                 continue
             rises = [b - a for a, b in pairwise(counts)]
             found.append((max(rises), attack["label"], counts, n))
         if not found:
-            return self._not_run(name, "it needs several radii")
+            few = "too few images were fooled below the largest radius" if several else "it needs several radii"
+            return self._not_run(name, few)
         rise, label, counts, n = max(found)
         return self._check(
             name,
@@ -222,13 +232,14 @@ class _Model:
                 both = kept.setdefault((attack["norm"], eps), [0, 0])
                 both[0] += int(rows["rounded_success"].sum())
                 both[1] += len(rows)
-        shares = {key: (a, b) for key, (a, b) in kept.items() if b > 0}
+        shares = {key: (a, b) for key, (a, b) in kept.items() if b > 1}
         if not shares:
-            return self._not_run(name, "no attack with a radius succeeded")
+            most = max((b for _, b in kept.values()), default=0)
+            return self._not_run(name, "one success says too little" if most else "no attack with a radius succeeded")
         figures = ", ".join(f"{100 * a / b:.1f} % at {shown_eps(eps, norm)}" for (norm, eps), (a, b) in shares.items())
         return self._check(
             name,
-            all(a >= 0.9 * b for a, b in shares.values()),
+            all(b - a <= max(1, 0.1 * b) for a, b in shares.values()),
             figures,
             "an 8-bit file cannot hold these adversarials; what it holds fools less often",
         )
@@ -239,7 +250,7 @@ class _Model:
         clean = dict(self.folder.images(self.label, "clean", None))
         if not clean:
             return self._not_run(name, "no images were saved")
-        count, worst, cosine, rounded, others = 0, 0.0, 0.0, 0.0, False
+        count, orthogonal, worst, cosine, rounded, others = 0, 0, 0.0, 0.0, 0.0, False
         for attack in self.manifest["attacks"]:
             threat, unnamed = _promise(attack)
             for eps in attack["eps"]:
@@ -253,15 +264,18 @@ class _Model:
                     if eps:
                         worst = max(worst, float(perturbation_norm(delta, attack["norm"])) / eps)
                     if threat is not None:
+                        orthogonal += 1
                         cosine = max(cosine, float(threat.cosine(delta, x)))
                         rounded = max(rounded, float(threat.cosine((adversarial * 255).round() / 255 - x, x)))
+        if count == 0:
+            return self._not_run(name, "no adversarial image was saved")
+        promised = f"|cos| at most {cosine:.1e} where promised, {rounded:.1e} after rounding to 8 bits"
         return self._check(
             name,
             worst <= 1 + 1e-4 and cosine <= 1e-6,
-            f"{count} images: norm at most {worst:.7g} eps, |cos| at most {cosine:.1e} where promised, "
-            f"{rounded:.1e} after rounding to 8 bits"
-            + others
-            * "; directions that are tensors or functions as measured during the run",
+            f"{count} images: norm at most {worst:.7g} eps, "
+            + (promised if orthogonal or others else "none of an attack that promises orthogonality")
+            + others * "; directions that are tensors or functions as measured during the run",
             "what was saved is not what the attack promised",
         )
 

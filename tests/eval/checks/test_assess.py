@@ -55,14 +55,28 @@ SOUND = {
 }  # fmt: skip
 
 
+RADIUS = {"PGD, twice the radius": 8 / 255, "PGD, any image": BIG}
+
+
+def manifest_of(attacks, orthogonal=True, published=None, probes=tuple(SOUND)):
+    return {
+        "config": {"norm": "linf", "eps": EPS},
+        "models": [{"label": "a", "num_classes": 10, "data": {"images": N}, "published_accuracy": published}],
+        "probes": [{"model": "a", "label": label, "eps": RADIUS.get(label, 4 / 255)} for label in probes],
+        "attacks": [
+            {"label": label, "norm": "linf", "eps": EPS, "orthogonal": orthogonal, "parameters": {}}
+            for label in attacks
+        ],
+    }
+
+
 def run(tmp_path, fooled=None, clean=None, attacks=None, images=None, published=None):
     """A stored run whose probes fool as many images as said, and the statuses of its checks."""
     folder = RunFolder(tmp_path / "run")
     folder.create()
-    radius = {"PGD, twice the radius": 8 / 255, "PGD, any image": BIG}
     counts = SOUND | (fooled or {})
-    planned = [{"model": "a", "label": label, "eps": radius.get(label, 4 / 255)} for label in counts]
-    for probe in planned:
+    manifest = manifest_of(list(attacks or {"PGD": []}), published=published, probes=list(counts))
+    for probe in manifest["probes"]:
         shard = Shard("a", probe["label"], probe["eps"], 0, "checks")
         folder.write(shard, rows(counts[probe["label"]]), {})
     folder.write(Shard("a", "clean", None, 0, "clean"), clean or clean_rows(), {} if images is None else images[0])
@@ -71,14 +85,6 @@ def run(tmp_path, fooled=None, clean=None, attacks=None, images=None, published=
         for eps, value in zip(EPS, values, strict=True):
             content = value if isinstance(value, dict) else rows(value)
             folder.write(Shard("a", label, eps, 0), content, {} if images is None else images[1])
-    manifest = {
-        "config": {"norm": "linf", "eps": EPS},
-        "models": [{"label": "a", "num_classes": 10, "data": {"images": N}, "published_accuracy": published}],
-        "probes": planned,
-        "attacks": [
-            {"label": label, "norm": "linf", "eps": EPS, "orthogonal": True, "parameters": {}} for label in found
-        ],
-    }
     return {check.check: check for check in assess(folder, manifest)}
 
 
@@ -208,3 +214,72 @@ def test_nothing_scored_is_not_passed(tmp_path):
     ):
         assert checks[name].status == "not run", name
     assert clean_suspicions(RunFolder(tmp_path / "run").read("clean", "a"), 10) == []
+
+
+@pytest.mark.parametrize(
+    ("fooled", "name", "why"),
+    [
+        (
+            {"PGD": 0},
+            "more steps never help the defender",
+            "too few images to lose: 'PGD' fooled 0 of 40, at eps 4/255",
+        ),
+        ({"PGD": 2}, "more restarts never help the defender", "too few images to lose: 'PGD' fooled 2 of 40"),
+        ({"PGD": 0}, "a larger radius never helps the defender", "too few images to lose: 'PGD' fooled 0 of 40"),
+        ({"one step": 1}, "iterating is no weaker than a single step", "too few images to lose: 'one step' fooled 1"),
+        (
+            {"PGD, 4 times the steps": 40},
+            "queries are no stronger than gradients",
+            "too few images were left: gradients fooled 40 of 40, at eps 4/255",
+        ),
+        ({"PGD, 4 times the steps": 38}, "transfer is no stronger than gradients", "too few images were left"),
+    ],
+)
+def test_what_could_not_have_warned_was_not_run(tmp_path, fooled, name, why):
+    check = run(tmp_path, fooled)[name]
+    assert (check.status, check.figures) == ("not run", "")
+    assert check.why.startswith(why)
+
+
+def test_probes_that_scored_no_image_in_common_have_not_been_run(tmp_path):
+    """As of a model that is wrong on all of the images that the checks look at."""
+    checks = run(tmp_path)
+    folder = RunFolder(tmp_path / "run")
+    wrong = rows(0, status=["misclassified"] * N, success=[None] * N)
+    for label in SOUND:
+        folder.write(Shard("a", label, RADIUS.get(label, 4 / 255), 0, "checks"), wrong, {})
+    again = {check.check: check for check in assess(folder, manifest_of(["PGD"]))}
+    for name in checks:
+        if "defender" in name or "stronger" in name or "weaker" in name or "any image" in name:
+            assert again[name].status == "not run", name
+            assert again[name].why.startswith("no image was left")
+
+
+@pytest.mark.parametrize(
+    ("successes", "status", "why"),
+    [
+        ([0, 0, 0], "not run", "no attack with a radius succeeded"),
+        ([0, 1, 1], "not run", "one success says too little"),
+        ([0, 1, 2], "passed", ""),
+    ],
+)
+def test_rounding_is_judged_by_more_than_one_success(tmp_path, successes, status, why):
+    check = run(tmp_path, attacks={"PGD": successes})["success survives rounding to 8 bits"]
+    assert (check.status, check.why) == (status, why)
+
+
+def test_radii_that_fool_next_to_nothing_show_no_fall(tmp_path):
+    name = "robust accuracy falls as eps grows"
+    assert run(tmp_path / "a", attacks={"PGD": [0, 2, 30]})[name].why == (
+        "too few images were fooled below the largest radius"
+    )
+    assert run(tmp_path / "b", attacks={"PGD": [0, 10, 3]})[name].status == "warned"
+
+
+def test_saved_images_without_an_adversarial_or_a_promise_are_said_to_be(tmp_path):
+    name, clean = "saved images keep budget and orthogonality", torch.rand(3, 8, 8)
+    assert run(tmp_path / "a", images=({0: clean}, {}))[name].why == "no adversarial image was saved"
+    run(tmp_path / "b", images=({0: clean}, {0: clean}))
+    plain = {check.check: check for check in assess(RunFolder(tmp_path / "b" / "run"), manifest_of(["PGD"], False))}
+    assert plain[name].status == "passed"
+    assert plain[name].figures == "3 images: norm at most 0 eps, none of an attack that promises orthogonality"
