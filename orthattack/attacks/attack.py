@@ -212,7 +212,10 @@ class Task:
     def score(self, points: Tensor, step: int, with_gradient: bool) -> Evaluation:
         """Evaluate `points` of these samples and offer them to `best`."""
         # A sample that leaves the batch must be fooled for certain; the others are judged in the end.
-        solved = self.best.success[self.index] if self.early_stop or self.is_random else None
+        # Every claim about a model that draws is confirmed, so that points are compared by means over draws.
+        solved = self.best.success[self.index] if self.early_stop else None
+        if self.is_random and solved is None:
+            solved = torch.zeros_like(self.index, dtype=torch.bool)
         self.region.release()
         evaluation = self.oracle.evaluate(points, self.goal, self.loss, solved, with_gradient, step)
         self.best.offer(self.index, points, evaluation, step)
@@ -547,13 +550,15 @@ class Attack(Configured):
         found: dict[float, AttackResult] = {}
         last: AttackResult | None = None
         for radius in sorted(radii):
-            rows = slice(None) if last is None else (~last.success).nonzero().squeeze(1)
-            start = None if last is None else last.adversarials[rows]
             self._warn_of_radius(images, radius)
-            more, stuck = self._run(images[rows], labels[rows], radius, start, self.search, self.early_stop)
             if last is None:
-                self._warn_of_gradients(more, stuck)
-            last = more if last is None else _merged(last, more, rows)
+                last, stuck = self._run(images, labels, radius, None, self.search, self.early_stop)
+                self._warn_of_gradients(last, stuck)
+            else:
+                rows = (~last.success).nonzero().squeeze(1)
+                start = last.adversarials[rows]
+                more, _ = self._run(images[rows], labels[rows], radius, start, self.search, self.early_stop)
+                last = _merged(last, more, rows)
             found[radius] = last
         return [found[radius] for radius in radii]
 

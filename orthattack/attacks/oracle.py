@@ -174,7 +174,9 @@ class Oracle:
             calls = torch.full_like(goal.classes, self._samples)
             reached, margin = goal.reached(logits), goal.margin(logits)
             return Evaluation(reached, value, margin, None, no, no, calls, torch.zeros_like(calls), ~no)
-        wrong, values, margins = torch.zeros_like(goal.classes), [], []
+        wrong = torch.zeros_like(goal.classes)
+        values: list[Tensor] = []
+        margins: list[Tensor] = []
         # As soon as no sample can still have enough of them, the rest of the draws is spared.
         while len(values) < DRAWS and bool((wrong + DRAWS - len(values) >= NEEDED).any()):
             logits, value, *_ = self._pass(points, goal, loss, rough=False, with_gradient=False, samples=1)

@@ -521,23 +521,26 @@ class Noisy(nn.Module):
 
 
 def test_averaging_over_a_models_draws_gives_a_better_gradient():
-    model, (images, labels) = small_model(), drawn(n=40)
-    inner = Noisy(model, 0.5)
+    model, (images, _) = small_model(), drawn(n=120)
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    inner = Noisy(model, 1.0)
+    options = {"eps": 0.1, "alpha": 0.1, "steps": 1, "loss": "margin", "random_start": False}
     torch.manual_seed(3)
     with pytest.warns(UserWarning, match="draws at random .* eot_samples"):
-        one = PGD(inner, eps=0.03, steps=5, random_start=False).run(images, labels)
-    many = PGD(inner, eps=0.03, steps=5, random_start=False, eot_samples=30).run(images, labels)
-    for result, passes in ((one, 6), (many, 180)):  # and what confirms a success, at each iterate and in the end
-        assert ((result.forward_calls >= passes) & (result.forward_calls <= passes + 10 * 7)).all()
-    assert (one.gradient_calls == 5).all()
-    assert (many.gradient_calls == 150).all()
+        one = PGD(inner, **options).run(images, labels)
+    many = PGD(inner, **options, eot_samples=30).run(images, labels)
+    for result, samples in ((one, 1), (many, 30)):
+        assert (result.gradient_calls == samples).all()
+        # Both iterates, and what confirms them: ten answers at each, and in the end.
+        assert ((result.forward_calls >= 2 * samples) & (result.forward_calls <= 2 * samples + 30)).all()
 
     def loss(x):
-        return nn.functional.cross_entropy(model(x), labels, reduction="none")
+        return nn.functional.cross_entropy(model(x), labels)
 
-    with torch.no_grad():
-        # What the clean model thinks of the last iterates' direction: more draws climb higher.
-        assert (loss(many.adversarials) - loss(one.adversarials)).mean() > 0.01
+    with torch.no_grad():  # what the model thinks of it without its noise
+        assert loss(many.adversarials) - loss(one.adversarials) > 0.05  # 0.07 to 0.08 with three seeds
+    assert many.success.sum() > one.success.sum() + 10
 
 
 def test_the_eot_gradient_is_the_mean_over_the_draws():
