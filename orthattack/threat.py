@@ -191,10 +191,16 @@ class Region:
     float64: inside the bounds, ‖δ‖ <= eps (1 + 1e-6), and ``|cos(δ, x)|`` <= 1e-6 in every group of the scope, and so
     with every direction. A group of nothing but values below some 1e-24, not all zero, stays as it is: denormal numbers
     are too coarse for more, and to some processors zero. float16 and bfloat16 images keep the bounds and the ball, and
-    orthogonality as far as the coarse grid allows.
+    orthogonality as far as their grid allows: docs/api/threat-models.md says how far. Scope "pixel" is refused there.
     """
 
     def __init__(self, threat: ThreatModel, images: Tensor) -> None:
+        if threat.scope == "pixel" and torch.finfo(images.dtype).bits < 32:
+            raise ValueError(
+                f'scope="pixel" needs images of float32 or float64; got {images.dtype}, where a colour has next to no '
+                "orthogonal neighbours (|cos| up to 0.7): pass images.float(), to a model that takes float32; "
+                'precision="bfloat16" computes its gradients in bfloat16'
+            )
         self.threat, self.dtype = threat, images.dtype
         low, high = threat.bounds
         x = images.detach().to(torch.promote_types(images.dtype, torch.float32)).contiguous()

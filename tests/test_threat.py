@@ -360,6 +360,41 @@ def test_half_precision_keeps_bounds_and_ball(dtype, norm, scope):
     assert delta.abs().mean() > 0.2 * threat.eps / (1 if norm == "linf" else 55)
 
 
+HALF = {  # docs/api/threat-models.md: the largest |cos| by norm
+    torch.float16: {"linf": 5e-4, "l2": 4e-3, "l1": 1e-2},
+    torch.bfloat16: {"linf": 2e-3, "l2": 2e-2, "l1": 8e-2},
+}
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (-1.0, 1.0), (0.0, 255.0)])
+@pytest.mark.parametrize("scope", ["image", "channel"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_as_orthogonal_as_the_documentation_says(dtype, norm, scope, bounds):
+    width = bounds[1] - bounds[0]
+    images = (bounds[0] + width * make_images("8-bit", (4, 3, 32, 32), 0)).to(dtype)
+    threat = ThreatModel(norm, {"linf": 8 / 255, "l2": 0.5, "l1": 12.0}[norm] * width, bounds, scope)
+    region = threat.around(images)
+    points = region.random_start(torch.Generator().manual_seed(0))
+    for k in range(3):
+        points = region.step(
+            points, torch.randn(images.shape, generator=torch.Generator().manual_seed(k)), threat.eps / 4
+        )
+        cosine = threat.cosine(points.double() - images.double(), images.double()).max()
+        assert cosine <= HALF[dtype][norm]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_a_pixels_colour_in_half_precision_is_refused(dtype, norm):
+    images = make_images("uniform", (2, 3, 8, 8), 0, dtype)
+    with pytest.raises(
+        ValueError, match=f'scope="pixel" needs images of float32 or float64; got {dtype}.*images.float'
+    ):
+        ThreatModel(norm, 0.1, scope="pixel").around(images)
+    ThreatModel(norm, 0.1, scope=None).around(images)
+
+
 def test_float64_is_orthogonal_to_float64():
     images = make_images("8-bit", (2, 3, 32, 32), 0, torch.float64)
     for scope in ("image", "channel", "pixel"):
