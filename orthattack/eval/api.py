@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from orthattack.attacks.attack import Attack
 from orthattack.attacks.minimum import MinimumNorm
@@ -20,7 +21,7 @@ from orthattack.eval.attacks.ours import attack_kind
 from orthattack.eval.attacks.user import user_attack
 from orthattack.eval.checks.assess import assess
 from orthattack.eval.data.load import Photographs
-from orthattack.eval.errors import EvaluationError
+from orthattack.eval.errors import EvaluationError, printable
 from orthattack.eval.models.load import Classifier
 from orthattack.eval.report.text import write_report
 from orthattack.eval.results.stored_run import Run
@@ -61,7 +62,7 @@ def evaluate(
         device: where to compute.
         shard: (i, n), 1 <= i <= n: do every n-th unit of work from the i-th on, while other processes do the others
             with the same `out`. The last one writes the report.
-        progress: show a bar on standard error.
+        progress: show a bar on standard error, where what a person should know at once is written in any case.
         report: write the report at the end.
         **options: `eps` (a radius or several, in pixel units), `norm`, `steps`, `seeds`, `batch_size`, `shard_size`,
             `save_images`, `attack_misclassified`, `checks`, `check_images`: see `orthattack.eval.suite.Suite`.
@@ -128,7 +129,7 @@ def evaluate(
     folder = run_folder(out)
     modes = [(module, module.training) for model in classifiers.values() for module in model.model.modules()]
     try:
-        run_suite(suite, source, folder, device=device, part=shard, progress=progress, command=sys.argv)
+        run_suite(suite, source, folder, device=device, part=shard, progress=progress, command=sys.argv, say=_say)
     finally:
         for module, training in modes:
             module.training = training
@@ -166,6 +167,10 @@ def run_folder(
     while path.exists():  # another run has started in the same second
         path = path.with_name(path.name + "-2")
     return RunFolder(path, say)
+
+
+def _say(text: str) -> None:
+    tqdm.write(f"orthattack: {printable(text)}", file=sys.stderr)
 
 
 def _sequence(models: Any) -> Sequence[Any]:

@@ -11,11 +11,29 @@ from orthattack.eval.data.dataset import evenly
 from orthattack.eval.storage.lock import Part
 from orthattack.eval.storage.run_folder import RunFolder, Shard
 from orthattack.eval.suite import AttackSpec, Entry, Suite
+from orthattack.threat import ThreatModel
 
-__all__ = ["GALLERY", "Plan", "Todo", "Unit"]
+__all__ = ["GALLERY", "Plan", "Todo", "Unit", "boundless"]
 
 GALLERY = 24
 """How many photographs' adversarials are kept for the report."""
+
+
+def boundless(entries: Sequence[Entry], models: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What to say of radii that allow every image, which makes an evaluation of them meaningless."""
+    found: dict[str, None] = {}
+    for size in dict.fromkeys(int(model["preprocessing"]["crop"]) for model in models):
+        for entry in entries:
+            threat, shape = ThreatModel(entry.norm, entry.eps or 0.0, scope=None), (3, size, size)
+            if not threat.allows_everything(shape):
+                continue
+            diameter = threat.diameter(shape)
+            hint = f"did you mean {entry.eps:g}/255?" if 1 < threat.eps < 255 * diameter else "choose a smaller radius"
+            found[
+                f"eps {entry.eps:g} allows every image: in {entry.norm}, images of {size}x{size} pixels are at most "
+                f"{diameter:.4g} apart; {hint}"
+            ] = None
+    return list(found)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from orthattack.eval.models.classifier import Classifier, checked
 from orthattack.eval.models.load import check_name, load_classifier
 from orthattack.eval.running.judge import check_batches
 from orthattack.eval.running.manifest import bury, describe_attacks, describe_model, new_session, now, to_go_on
-from orthattack.eval.running.plan import Plan, Unit
+from orthattack.eval.running.plan import Plan, Unit, boundless
 from orthattack.eval.running.worker import Attacked, Worker
 from orthattack.eval.storage.lock import Part, working_in
 from orthattack.eval.storage.run_folder import RunFolder, shown_eps
@@ -203,11 +203,15 @@ def _manifest(
             if note not in session["warnings"]:
                 say(note)
                 session["warnings"].append(note)
+    entries = suite.entries(source.kinds)
+    for warning in boundless(entries, models):
+        say(warning)
+        session["warnings"].append(warning)
     manifest: dict[str, Any] = {
         "orthattack": session["versions"]["orthattack"],
         "status": "running",
         "config": suite.config(),
-        "attacks": describe_attacks(suite.entries(source.kinds), suite.baselines(source.kinds)),
+        "attacks": describe_attacks(entries, suite.baselines(source.kinds)),
         "models": models,
         "probes": planned_probes(suite, models) if suite.checks else [],
         "warnings": [],
