@@ -160,7 +160,8 @@ def _fraction(text: str) -> float:
     except (ValueError, ZeroDivisionError):
         value = math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be a number or a fraction such as 4/255; got {text!r}")
+        several = ": several stand apart, with spaces" if "," in text else ""
+        raise argparse.ArgumentTypeError(f"must be a number or a fraction such as 4/255; got {text!r}{several}")
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0; got {text}")
     return value
@@ -272,6 +273,10 @@ def _attack(text: str) -> dict[str, Any]:
     from orthattack.eval.errors import EvaluationError
 
     name, *pairs = text.split(",")
+    if "=" in name:
+        raise EvaluationError(
+            f"--attacks: {text} stands alone; options follow their attack's name and a comma: PGD,{text}"
+        )
     table: dict[str, Any] = {"name": name, "label": text}
     for pair in pairs:
         key, equals, value = pair.partition("=")

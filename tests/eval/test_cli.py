@@ -190,6 +190,22 @@ def test_weights_that_cannot_be_used_at_that_size(capsys, tmp_path):
         (["--model", "resnet18", "--weights", "none.pt", "--data", "."], "weights file none.pt does not exist"),
         (["--data", "imagenet-samples"], "has 10 classes, 0 to 9: is this the right model for imagenet-samples?"),
         (["none.toml"], "could not read the suite none.toml (No such file or directory)"),
+        (["resnet50"], "could not read the suite resnet50 (No such file or directory): models are passed with --model"),
+        (["--data", ".", "extra"], "extra stands alone, so it was taken for a suite, and there is no such file"),
+        (["--model", "resnet18", "b.toml"], "b.toml is a suite, not a model: put the models into it, as [[models]]"),
+        (["--model", "resnet18", "resnet50"], "--model resnet18 needs --data"),
+        (["--model", "w.pt", "--data", "."], "'w.pt' is a weights file: pass --model ARCHITECTURE --weights w.pt"),
+        (["--model", "my/net.py:f", "--data", "."], "is a Python file: name a function of it, --model my.net:f"),
+        (
+            ["--attacks", "PGD", "steps=3"],
+            "steps=3 stands alone; options follow an attack's name and a comma: PGD,steps=3",
+        ),
+        (["--attacks", "foolbox:PGD,steps=x"], "attack foolbox:PGD: steps must be a whole number, at least 1; got 'x'"),
+        (["--attacks", "torchattacks:EADL1"], "torchattacks:EADL1 works in l1, not in linf: choose --norm l1"),
+        (
+            ["--attacks", "torchattacks:JSMA"],
+            "torchattacks:JSMA cannot be run here: it changes few pixels by any amount",
+        ),
         (["none.toml", "--steps", "3"], "--steps goes into the suite: beside none.toml only --out and --device"),
     ],
 )
@@ -218,6 +234,47 @@ def test_photographs_none_of_which_can_be_read(capsys, tmp_path):
     captured = capsys.readouterr()
     assert "orthattack: no attack returned anything that could be scored" in captured.err
     assert "left out of cifar10-robust by every attack: 10 x unreadable" in captured.out
+
+
+def test_what_is_left_out_is_told_once_and_in_full(capsys, tmp_path, monkeypatch):
+    """On the terminal, in the page and in the table, and what was found on the way in the manifest."""
+    (tmp_path / "normal.py").write_text(
+        "import torch\nimages = torch.rand(30, 3, 32, 32, generator=torch.Generator().manual_seed(0))\n"
+        "def data(): return [((image - 0.45) / 0.225, k % 10) for k, image in enumerate(images)]"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = ["--model", "cifar10-robust", "--data", "normal:data", "--attacks", "FGSM", "PGD", "--no-checks"]
+    assert cli.main(["eval", *arguments, "--out", str(tmp_path / "run")]) == 1
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.count("left out of") == 1
+    reason = "they look normalised; return them in [0, 1]: the model normalises"
+    assert text.count(reason) == 1
+    assert "left out of cifar10-robust by every attack: 30 x for example, unreadable: pixels lie in [-" in text
+    table = json.loads((tmp_path / "run" / "results.json").read_text())["table"]
+    for row in table[:2]:
+        ((example, count),) = row["reasons"].items()
+        assert (count, reason in example) == (30, True)
+    assert "30 × for example, unreadable" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_what_was_found_on_the_way_is_said_and_kept(capsys, tmp_path):
+    torch.manual_seed(0)
+    state = torchvision.models.get_model("squeezenet1_1", num_classes=2).state_dict()
+    torch.save({"state_dict": state, "state_dict_ema": {k: v + 1 for k, v in state.items()}}, tmp_path / "w.pt")
+    for name in "ab":
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.effect_noise((40, 40), 60).convert("RGB").save(tmp_path / "data" / name / "x.jfif", "JPEG")
+    (tmp_path / "data" / "b" / "y.npy").touch()
+    arguments = ["--model", "squeezenet1_1", "--weights", tmp_path / "w.pt", "--data", tmp_path / "data"]
+    more = ["--image-size", "32", "--attacks", "FGSM", "--no-checks", "--out", tmp_path / "run"]
+    assert cli.main(["eval", *map(str, arguments + more)]) == 0
+    told = capsys.readouterr()
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    for note in ("has averaged weights too, at 'state_dict_ema'", f"not read in {tmp_path / 'data'}: 1 .npy."):
+        assert note in told.err
+        assert note in " ".join(told.out.split())
+        assert any(note in warning for warning in manifest["warnings"])
 
 
 @pytest.mark.parametrize("eps", ["four", "1/0", "-1/255", "nan", "1e999999999", "1/2/3"])

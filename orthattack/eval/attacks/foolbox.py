@@ -22,6 +22,7 @@ from orthattack.eval.attacks.kind import (
     Found,
     Runner,
     check_options,
+    check_steps,
     family,
     nearest,
 )
@@ -53,6 +54,7 @@ def foolbox_attack(name: str, rest: str, options: dict[str, Any]) -> AttackKind:
     kind = known[rest]
     parameters = inspect.signature(kind).parameters
     check_options(name, options, [key for key in parameters if key not in {*GIVEN, "distance"}])
+    check_steps(name, options)
     minimal = issubclass(kind, MinimizationAttack)
     takes_any = "distance" in parameters
 

@@ -19,7 +19,7 @@ from orthattack.eval.errors import EvaluationError
 from orthattack.threat import Norm
 
 __all__ = [
-    "GIVEN", "STEP", "AttackKind", "Conditions", "Found", "Probe", "Runner", "check_options", "defaults", "described",
+    "GIVEN", "STEP", "AttackKind", "Conditions", "Found", "Probe", "Runner", "check_options", "check_steps", "defaults", "described",
     "family", "nearest",
 ]  # fmt: skip
 
@@ -168,6 +168,13 @@ def check_options(name: str, options: Mapping[str, Any], accepted: Sequence[str]
     for option in options:
         if option not in accepted:
             raise EvaluationError(f"attack {name} has no option {option!r}; {nearest(option, sorted(accepted))}")
+
+
+def check_steps(name: str, options: Mapping[str, Any]) -> None:
+    """Raise EvaluationError if the steps that a person wants of a foreign attack are no number of steps."""
+    steps = options.get("steps", 1)
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise EvaluationError(f"attack {name}: steps must be a whole number, at least 1; got {steps!r}")
 
 
 class Probe(nn.Module):

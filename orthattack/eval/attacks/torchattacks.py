@@ -21,6 +21,7 @@ from orthattack.eval.attacks.kind import (
     Found,
     Runner,
     check_options,
+    check_steps,
     family,
     nearest,
 )
@@ -46,6 +47,7 @@ def torchattacks_attack(name: str, rest: str, options: dict[str, Any]) -> Attack
     kind = known[rest]
     parameters = inspect.signature(kind).parameters
     check_options(name, options, [key for key in parameters if key not in GIVEN])
+    check_steps(name, options)
     radius = next((key for key in ("eps", "max_epsilon") if key in parameters), None)
     minimal = radius is None
 

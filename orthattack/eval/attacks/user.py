@@ -37,6 +37,8 @@ def user_attack(name: str, factory: Any, given: Mapping[str, Any] | None = None)
         shared = {"norm": conditions.norm, "eps": conditions.eps, "steps": conditions.steps}
         more = {key: value for key, value in shared.items() if key in parameters}
         attack = factory(model, **{**more, **options})
+        if not callable(attack):
+            raise TypeError(f"{name} must return a function of images and labels; it returned {type(attack).__name__}")
 
         def run(images: Tensor, labels: Tensor, seeds: Sequence[int]) -> Found:
             with drawing(joint_seed(seeds)):

@@ -176,10 +176,15 @@ class Photographs:
 def _as_input(pixels: Tensor, size: int) -> Tensor:
     """A tensor that is said to be the model's input already."""
     if pixels.shape != (3, size, size):
-        raise DecodeError(
-            f"a tensor must have the model's input size (3, {size}, {size}); got {tuple(pixels.shape)}: return a "
-            "Pillow image to have it resized"
-        )
+        shape = tuple(pixels.shape)
+        hint = {
+            (1, 3, size, size): "return image.squeeze(0)",
+            (size, size, 3): "return image.permute(2, 0, 1)",
+            (1, size, size): "return image.expand(3, -1, -1)",
+            (size, size): "return image.expand(3, -1, -1)",
+            (4, size, size): "return image[:3], without transparency",
+        }.get(shape, "return a Pillow image to have it resized")
+        raise DecodeError(f"a tensor must have the model's input size (3, {size}, {size}); got {shape}: {hint}")
     image = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
     if not bool(image.isfinite().all()):
         raise DecodeError("some pixels are NaN or infinite: look at what made them")

@@ -36,8 +36,9 @@ def check_data(data: str) -> None:
     if data.startswith(TORCHVISION):
         check_torchvision(data)
     elif not find_shards(data) and not os.path.isdir(data):  # noqa: PTH112 - pathlib's raises where a name is too long
+        problem = "is a file, not a folder" if os.path.isfile(data) else "does not exist"  # noqa: PTH113
         raise EvaluationError(
-            f"data folder {data} does not exist; it must be a folder or {' or '.join(SAMPLES)}, Parquet files, "
+            f"data folder {data} {problem}; it must be a folder or {' or '.join(SAMPLES)}, Parquet files, "
             f"{TORCHVISION}NAME,root=FOLDER, or your own package.module:function"
         )
 

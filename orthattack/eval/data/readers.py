@@ -108,7 +108,10 @@ class Dataset:
         found = self._item(position)[0]
         if isinstance(found, np.ndarray):
             if found.dtype != np.uint8 or found.ndim not in (2, 3):
-                raise DecodeError(f"an array must be (H, W, 3) of uint8; got {found.shape} of {found.dtype}")
+                raise DecodeError(
+                    f"an array must be (H, W, 3) of uint8; got {found.shape} of {found.dtype}: return one of floats as "
+                    "a tensor (3, H, W) in [0, 1], torch.from_numpy(array)"
+                )
             return Image.fromarray(found)
         if not isinstance(found, Image.Image | Tensor):
             raise DecodeError(f"must be a Pillow image, an array or a tensor; got {type(found).__name__}")

@@ -42,6 +42,7 @@ BUNDLED = {"cifar10-standard": "standard.safetensors", "cifar10-robust": "robust
 """The models that come with the package, see weights/MODEL_CARD.md, and their files."""
 
 _TIMM = "timm:"
+_WEIGHTS = (".pt", ".pth", ".safetensors", ".bin", ".ckpt", ".tar")
 
 
 def list_models() -> list[dict[str, Any]]:
@@ -71,7 +72,7 @@ def list_models() -> list[dict[str, Any]]:
 
 def check_name(name: str) -> None:
     """Raise EvaluationError if there is no classifier of that name; a user's function is not called yet."""
-    if plugin.is_plugin(name) and not name.startswith(_TIMM):
+    if plugin.is_plugin(name) and not name.startswith(_TIMM) and not name.partition(":")[0].endswith(".py"):
         return
     if name.startswith(_TIMM):
         timm = _import_timm(name)
@@ -82,6 +83,15 @@ def check_name(name: str) -> None:
         return
     known = [*_torchvision_names(), *BUNDLED]
     if name not in known:
+        suffix = Path(name.partition(":")[0]).suffix
+        if suffix in _WEIGHTS:
+            raise EvaluationError(f"{name!r} is a weights file: pass --model ARCHITECTURE --weights {name}")
+        if suffix == ".py":
+            path, _, function = name.partition(":")
+            module = path.removeprefix("./").removesuffix(".py").replace("/", ".")
+            raise EvaluationError(
+                f"{name!r} is a Python file: name a function of it, --model {module}:{function or 'FUNCTION'}"
+            )
         close = difflib.get_close_matches(name, known, n=3) or ["resnet50", *BUNDLED]
         raise EvaluationError(
             f"unknown model {name!r}; did you mean {' or '.join(close)}? There are also timm:NAME and your own "
