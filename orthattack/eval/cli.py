@@ -275,7 +275,7 @@ def _attack(text: str) -> dict[str, Any]:
     name, *pairs = text.split(",")
     if "=" in name:
         raise EvaluationError(
-            f"--attacks: {text} stands alone; options follow their attack's name and a comma: PGD,{text}"
+            f"--attacks: {text} stands alone; options follow an attack's name and a comma: PGD,{text}"
         )
     table: dict[str, Any] = {"name": name, "label": text}
     for pair in pairs:

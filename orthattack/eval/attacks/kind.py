@@ -19,8 +19,8 @@ from orthattack.eval.errors import EvaluationError
 from orthattack.threat import Norm
 
 __all__ = [
-    "GIVEN", "STEP", "AttackKind", "Conditions", "Found", "Probe", "Runner", "check_options", "check_steps", "defaults", "described",
-    "family", "nearest",
+    "GIVEN", "STEP", "AttackKind", "Conditions", "Found", "Probe", "Runner", "check_options", "check_steps", "defaults",
+    "described", "family", "nearest",
 ]  # fmt: skip
 
 Source = Literal["orthattack", "foolbox", "torchattacks", "user"]

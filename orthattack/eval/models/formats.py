@@ -90,7 +90,7 @@ def _text(head: bytes, whole: bool) -> str | None:
         )
     if lower.startswith("<"):
         return (
-            f"is XML ({_quoted(re.sub('<[^>]*>', ' ', text))}), probably a server's error message that was saved in "
+            f"is XML{_error(re.sub('<[^>]*>', ' ', text))}, probably a server's error message that was saved in "
             "place of the weights: fetch the file itself"
         )
     if '"weight_map"' in text:
@@ -100,17 +100,24 @@ def _text(head: bytes, whole: bool) -> str | None:
         )
     if lower.startswith(("{", "[")):
         return (
-            f"is JSON ({_quoted(text)}), not weights: a configuration, or a server's error message that was saved in "
+            f"is JSON{_error(text)}, not weights: a configuration, or a server's error message that was saved in "
             "place of them"
         )
     if re.match(r"c\w+\n\w+\n|\(dp?\d|\(lp?\d|\(i\w", text):  # a pickle of protocol 0, which torch.load refuses
         return None
     if all(c.isprintable() or c.isspace() for c in text):
         return (
-            f"is text ({_quoted(text)}), not weights: a server's error message that was saved in place of them, or "
+            f"is text{_error(text)}, not weights: a server's error message that was saved in place of them, or "
             "another file than was meant"
         )
     return None
+
+
+def _error(text: str) -> str:
+    """A server's error message, quoted; nothing of other files, which may be private."""
+    known = r"[45]\d\d\b|not found|no ?such|denied|forbidden|unauthori[sz]ed|invalid username|rate limit|expired"
+    words = " ".join(text.split())
+    return f" ({words!r})" if len(words) <= 200 and re.search(known, words, re.IGNORECASE) else ""
 
 
 def _quoted(text: str) -> str:

@@ -142,7 +142,7 @@ PYTORCH = {
         lambda s: saved(s, _use_new_zipfile_serialization=False)[:-1000],
         "is neither a safetensors nor a PyTorch file",
     ),
-    "text": (lambda s: b"hello", "is text ('hello'), not weights"),
+    "text": (lambda s: b"hello", "is text, not weights"),
     "list": (lambda s: saved([1, 2]), "is not a state dict"),
     "numbers": (lambda s: saved({"a": 1}), "is not a state dict"),
     "sparse": (lambda s: saved({HEAD: torch.eye(3).to_sparse()}), "is no plain tensor"),
