@@ -88,7 +88,7 @@ def test_what_the_model_makes_of_each_image_is_stored_and_recalled(job):
     for k in readable:
         logits = Net().eval()(images_of()[k][None])[0]
         assert part.predictions[k] == rows.loc[k, "prediction"] == int(logits.argmax())
-        assert rows.loc[k, "logit_max"] == pytest.approx(float(logits.max()), abs=1e-5)
+        assert rows.loc[k, "logit_max"] == pytest.approx(float(logits.detach().max()), abs=1e-5)
     assert sorted(dict(job.folder.images("net", "clean", None))) == [2, 5]
     job.judge.model.sizes.clear()
     again = part_of(job, broken=[(4, Unreadable("04", "a pipe")), (6, ValueError("odd"))])
