@@ -13,7 +13,7 @@ import random
 import sys
 import threading
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
@@ -21,12 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["ModelChangedError", "borrowed", "guarded"]
+__all__ = ["ModelChangedError", "borrowed", "global_random_numbers", "guarded", "in_evaluation", "is_foreign"]
 
 Model = Callable[[Tensor], Tensor]
 
 # Held while something is lent, compared or put back, not while an attack runs.
 _LOCK = threading.RLock()
+global_random_numbers = threading.RLock()
+"""Held by whoever needs the process's random numbers for itself: other threads draw from them too."""
 
 
 class ModelChangedError(RuntimeError):
@@ -73,7 +75,9 @@ def borrowed(model: Model, device: torch.device) -> Iterator[Model]:
 
 
 @contextmanager
-def guarded(model: Model, images: Tensor | None = None, who: str = "the attack") -> Iterator[None]:
+def guarded(
+    model: Model, images: Tensor | None = None, who: str = "the attack", may_draw: bool = False
+) -> Iterator[None]:
     """Watch a model while code that is not ours runs, which may change whatever it can reach.
 
     On the way out, also after an exception, everything is as it was: each module's training mode, the parameters'
@@ -91,6 +95,7 @@ def guarded(model: Model, images: Tensor | None = None, who: str = "the attack")
             evaluation mode: what its own forward pass changes, such as a counter or a cache, is not held against the
             code. Buffers are put back all the same.
         who: the culprit in the message.
+        may_draw: let the random states go on, as where each call is to draw anew.
 
     Raises:
         ModelChangedError: anything but training mode, requires_grad and ``.grad`` was changed, and the code itself
@@ -102,6 +107,8 @@ def guarded(model: Model, images: Tensor | None = None, who: str = "the attack")
         try:
             with _LOCK, torch.inference_mode(False), torch.no_grad():
                 borrower.take(_PROCESS, "process")
+                if not may_draw:
+                    borrower.take(_NUMBERS, "numbers")
                 if isinstance(model, nn.Module) and images is not None and any(map(is_lazy, model.parameters())):
                     model(images[:1])  # which makes its parameters
                 watched = _watched(borrower, model)
@@ -114,6 +121,21 @@ def guarded(model: Model, images: Tensor | None = None, who: str = "the attack")
                 finally:
                     borrower.give_back()
     borrower.complain()
+
+
+def in_evaluation(models: Sequence[Model]) -> bool:
+    """Put borrowed models back into evaluation mode; whether they all were."""
+    modules = [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
+    left = [module for module in modules if module.training]
+    for module in left:
+        module.training = False
+    return not left
+
+
+def is_foreign(code: object) -> bool:
+    """Whether something can be called and is of neither this package nor torch, as far as its module's name says."""
+    home = getattr(code, "__module__", None) or type(code).__module__
+    return callable(code) and home.partition(".")[0] not in ("orthattack", "torch")
 
 
 def _differentiable(model: Model) -> Model:
@@ -140,7 +162,7 @@ class _Aspect(NamedTuple):
     """Something about an object that is remembered, and how it is put back."""
 
     read: Callable[[Any], Any]
-    write: Callable[[Any, Any], None]
+    write: Callable[[Any, Any], None] | None
 
 
 class _Loan:
@@ -185,7 +207,7 @@ class _Borrower:
                 loan.threads.remove(self.thread)
                 if not loan.threads:
                     del _LOANS[key]
-                if not self._is_shared(loan):
+                if aspect.write is not None and not self._is_shared(loan):
                     stack.callback(aspect.write, thing, state if loan.threads else loan.before)
         self.taken.clear()
 
@@ -297,10 +319,12 @@ _GLOBAL: _Settings = {
     "cuDNN": _flag(torch.backends.cudnn, "enabled"),
     "cuDNN deterministic": _flag(torch.backends.cudnn, "deterministic"),
     "cuDNN benchmark": _flag(torch.backends.cudnn, "benchmark"),
-    "random numbers of Python": (random.getstate, random.setstate),
-    "random numbers of NumPy": (_numpy_state, lambda state: state and sys.modules["numpy"].random.set_state(state)),
-    "random numbers of torch": (torch.get_rng_state, torch.set_rng_state),
-    "random numbers of CUDA": (
+}
+_DRAWN: _Settings = {
+    "Python": (random.getstate, random.setstate),
+    "NumPy": (_numpy_state, lambda state: state and sys.modules["numpy"].random.set_state(state)),
+    "torch": (torch.get_rng_state, torch.set_rng_state),
+    "CUDA": (
         lambda: torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
         torch.cuda.set_rng_state_all,
     ),
@@ -313,11 +337,12 @@ def _read(settings: _Settings) -> dict[str, Any]:
 
 def _write(settings: _Settings, values: dict[str, Any]) -> None:
     for name, (read, write) in settings.items():
-        if name.startswith("random") or read() != values[name]:
+        if settings is _DRAWN or read() != values[name]:
             write(values[name])
 
 
 _PROCESS = _Aspect(lambda _: _read(_GLOBAL), lambda _, values: _write(_GLOBAL, values))
+_NUMBERS = _Aspect(lambda _: _read(_DRAWN), lambda _, values: _write(_DRAWN, values))
 
 
 # --- What others may change in a model ------------------------------------------------------------------------------
@@ -343,7 +368,7 @@ class _Was:
             self.grad_values = None if self.grad is None else _copy(self.grad)
 
 
-_PICTURE = _Aspect(_Was, lambda _thing, _was: None)  # _mend puts it back
+_PICTURE = _Aspect(_Was, None)  # _mend puts it back
 
 
 class _Watched(NamedTuple):
@@ -379,8 +404,8 @@ def _watched(borrower: _Borrower, model: Any) -> dict[int, _Watched]:
         for key, held in was.holds.items():
             if isinstance(held, Tensor | nn.Module) or type(held) in _CONTAINERS or _is_array(held):
                 queue.append((held, *_place(thing, name, kind, key, held)))
-            elif kind == _REACHED and (_is_fixed(held) and _is_near(thing, held)):
-                queue.append((held, name, kind))
+            elif not isinstance(thing, nn.Module) and (kind == _REACHED or thing is model) and _is_near(thing, held):
+                queue.append((held, name, _REACHED))
     return found
 
 
@@ -397,10 +422,10 @@ def _is_fixed(thing: Any) -> bool:
     return isinstance(thing, functools.partial) or hasattr(thing, "__code__") or hasattr(thing, "__func__")
 
 
-def _is_near(function: Any, other: Any) -> bool:
-    """Whether a function's reference to another is not one to a library's."""
-    home = getattr(function, "__globals__", None)
-    return home is None or getattr(other, "__globals__", home) is home
+def _is_near(thing: Any, other: Any) -> bool:
+    """Whether `other` is a function that `thing` refers to, and not one of a library that a function refers to."""
+    home = getattr(thing, "__globals__", None)
+    return _is_fixed(other) and (home is None or getattr(other, "__globals__", home) is home)
 
 
 def _holdings(thing: Any) -> dict[Any, Any]:

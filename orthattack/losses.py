@@ -95,7 +95,7 @@ class _Ascended:
     loss: Loss
 
     def __call__(self, logits: Tensor, goal: Goal) -> Tensor:
-        chosen = _NAMED[self.loss] if isinstance(self.loss, str) else self.loss
+        chosen = _NAMED[self.loss] if isinstance(self.loss, str) else self._of_copies
         if goal.targets is None:
             values = chosen(logits, goal.classes)
         elif self.loss == "dlr":
@@ -106,6 +106,12 @@ class _Ascended:
             found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(f"loss must return one value per sample, {tuple(goal.classes.shape)}; got {found}")
         return values
+
+    def _of_copies(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """A function's values: it may write into logits and labels, which judge, and into what it has returned."""
+        assert not isinstance(self.loss, str)
+        values = self.loss(logits.clone(), labels.clone())
+        return values.clone() if isinstance(values, Tensor) else values
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ class Ensemble(nn.Module):
         self.models, self.average = nn.ModuleList(models), average
 
     def forward(self, images: Tensor) -> Tensor:
-        logits = torch.stack([model(images) for model in self.models])
+        logits = torch.stack([model(images.clone()) for model in self.models])  # one may write into its input
         mean: Tensor = (logits.log_softmax(2) if self.average == "loss" else logits).mean(0)
         return mean
 

@@ -146,7 +146,11 @@ class ThreatModel:
                 ones = torch.ones_like(images).unsqueeze(1)
                 parts.append(ones if direction == "constant" else ones * eye)
                 continue
-            given = direction if isinstance(direction, Tensor) else direction(images)
+            # A function may write into what it is given, and into what it has returned.
+            given = direction if isinstance(direction, Tensor) else direction(images.clone())
+            if not isinstance(given, Tensor):
+                raise ValueError(f"a direction must return a tensor; got {type(given).__name__}")
+            given = given.detach().clone()
             vector = given.to(images)
             if isinstance(direction, Tensor) and vector.ndim < 5:
                 vector = vector.unsqueeze(0) if vector.ndim == 4 else vector.unsqueeze(0).unsqueeze(0)

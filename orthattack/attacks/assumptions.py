@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orthattack.lending import global_random_numbers
 from orthattack.model import Model
 
 __all__ = [
@@ -263,9 +264,9 @@ def _twin(model: Model) -> Model:
 @contextmanager
 def _untouched(device: torch.device) -> Iterator[None]:
     """Random states come back as they were."""
-    python, numpy = random.getstate(), sys.modules.get("numpy.random")
-    array = None if numpy is None else numpy.get_state()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    numpy = sys.modules.get("numpy.random")
+    with global_random_numbers, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        python, array = random.getstate(), None if numpy is None else numpy.get_state()
         try:
             yield
         finally:

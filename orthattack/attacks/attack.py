@@ -31,7 +31,7 @@ from orthattack.attacks.configured import Configured
 from orthattack.attacks.optimize import FastCopy, Optimize
 from orthattack.attacks.oracle import Evaluation, InBatches, LossFunction, Oracle, Precision, Scorer
 from orthattack.attacks.steps import Reference
-from orthattack.lending import borrowed
+from orthattack.lending import borrowed, guarded, in_evaluation, is_foreign
 from orthattack.losses import Goal, Loss, attack_loss
 from orthattack.model import Model, explained
 from orthattack.projection import Scope
@@ -446,8 +446,13 @@ class Attack(Configured):
         batch_size = plain(batch_size)
         if batch_size is not None:
             check_count("batch_size", batch_size)
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
             x, labels = self._checked(images, labels)
+            stack.enter_context(explained(self._models, x))
+            models = [stack.enter_context(borrowed(model, x.device)) for model in self._models]
+            if strangers := self._strangers(search):
+                for model in reversed(self._models):  # the detector may reach the model, which is looked at first
+                    stack.enter_context(guarded(model, x[:batch_size], strangers))
             threat = self.threat if eps is None else replace(self.threat, eps=eps)
             if start is not None:
                 _check_start(start, x)
@@ -458,27 +463,26 @@ class Attack(Configured):
                 textbook = threat if self.enforce == "gradient" and threat.is_orthogonal else None
                 region = (threat if textbook is None else replace(threat, scope=None, directions=())).around(x)
                 goal = Goal(None, labels) if self.targeted else Goal(labels)
-                with ExitStack() as stack:
-                    stack.enter_context(explained(self._models, x))
-                    models = [stack.enter_context(borrowed(model, x.device)) for model in self._models]
-                    behaviour = self._observed(models[0], x)
-                    fast = None if behaviour.is_random else self._fast.of(models[0], x)
-                    if self.precision == "bfloat16" and x.device.type == "cpu":
-                        _warn_of_slow_bfloat16()
-                    oracle = self._oracle(
-                        *models, self.precision, self.eot_samples, fast, behaviour.is_random, len(x) if is_first else 0
-                    )
-                    if batch_size is not None and batch_size < len(x):
-                        oracle = InBatches(oracle, batch_size)
-                    index = torch.arange(len(x), device=x.device)
-                    task = Task(
-                        oracle, self._loss, goal, region, index, best, early_stop, generator, streams, textbook,
-                        self.reference, behaviour.is_random,
-                    )  # fmt: skip
-                    search(task, None if start is None else region.shrunk(start.detach().to(x)))
-                    # The model itself judges what is returned, unless it has already.
-                    if len(rows := (~best.exact).nonzero().squeeze(1)) > 0:
-                        best.judge(rows, oracle.judge(best.adversarials[rows], goal.select(rows), self._loss))
+                behaviour = self._observed(models[0], x)
+                fast = None if behaviour.is_random else self._fast.of(models[0], x)
+                if self.precision == "bfloat16" and x.device.type == "cpu":
+                    _warn_of_slow_bfloat16()
+                oracle = self._oracle(
+                    *models, self.precision, self.eot_samples, fast, behaviour.is_random, len(x) if is_first else 0
+                )
+                if batch_size is not None and batch_size < len(x):
+                    oracle = InBatches(oracle, batch_size)
+                index = torch.arange(len(x), device=x.device)
+                task = Task(
+                    oracle, self._loss, goal.select(index), region, index, best, early_stop, generator, streams,
+                    textbook, self.reference, behaviour.is_random,
+                )  # fmt: skip
+                search(task, None if start is None else region.shrunk(start.detach().to(x)))
+                if strangers and (not in_evaluation(self._models) or is_foreign(search)):
+                    best.exact[:] = False
+                # The model itself judges what is returned, unless it has already.
+                if len(rows := (~best.exact).nonzero().squeeze(1)) > 0:
+                    best.judge(rows, oracle.judge(best.adversarials[rows], goal.select(rows), self._loss))
             return best.result(x, threat), best.stuck
 
     def _observed(self, lent: Model, images: Tensor) -> Behaviour:
@@ -561,6 +565,16 @@ class Attack(Configured):
                 last = _merged(last, more, rows)
             found[radius] = last
         return [found[radius] for radius in radii]
+
+    def _strangers(self, search: Search) -> str:
+        """What takes part in an attack and is not code of this package, in words; "" if nothing is."""
+        strangers = {
+            "the loss": is_foreign(self.loss),
+            "a direction": any(is_foreign(direction) for direction in self.threat.directions),
+            "the detector": len(self._models) > 1,
+            getattr(search, "stranger", "the search"): hasattr(search, "stranger") or is_foreign(search),
+        }
+        return " or ".join(name for name, is_there in strangers.items() if is_there)
 
     def _streams(
         self, seeds: Sequence[int] | None, count: int

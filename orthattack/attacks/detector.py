@@ -82,7 +82,7 @@ class _DetectorOracle:
 
     def _slack(self, points: Tensor) -> Tensor:
         """(N,) how far each score is below the threshold: not detected if at least 0."""
-        scores = self._detector(points)
+        scores = self._detector(points.clone())  # which it may write into
         if not isinstance(scores, Tensor) or scores.shape not in ((len(points),), (len(points), 1)):
             found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(f"detector must return one score per sample, ({len(points)},); got {found}")

@@ -6,8 +6,9 @@ The model itself is left alone and goes on deciding about success. A copy is use
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,6 +22,8 @@ Optimize = Literal["none", "auto", "compile"]
 
 # Folding reorders float32 arithmetic, which moves logits by 1e-5 of their spread at most; anything more is a mistake.
 _AGREES = 1e-3
+# Threads may share an attack. Of the module, so that attacks can be copied and pickled.
+_LOCK = threading.RLock()
 
 
 class FastCopy:
@@ -47,7 +50,8 @@ class FastCopy:
         if self._how == "none":
             return None
         try:
-            return self._checked(lent, images)
+            with _LOCK:
+                return self._checked(lent, images)
         except Exception as error:  # a model's own code may raise anything
             if not self._has_warned:
                 reason = str(error).strip().split("\n")[0] or type(error).__name__
@@ -89,13 +93,33 @@ class FastCopy:
         return fast
 
 
+class _Tracer(fx.Tracer):
+    """A tracer that lets the other threads be: while it traces, every module's call in the process goes through it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
 def _folded(model: nn.Module) -> nn.Module:
     """A module in evaluation mode with its batch norms folded into the convolutions that they follow.
 
     The module itself if its forward pass cannot be traced.
     """
     try:
-        graph = fx.symbolic_trace(model)
+        tracer = _Tracer()
+        traced = tracer.trace(model)
+        graph = fx.GraphModule(tracer.root, traced, type(model).__name__)
     except Exception:  # control flow that depends on data, or anything else in a model's own code
         return model
     modules = dict(graph.named_modules())

@@ -120,6 +120,7 @@ class Oracle:
         self._fast = model if fast is None else fast
         self._is_bfloat16 = precision == "bfloat16"
         self._is_rough = self._is_bfloat16 or fast is not None
+        self._is_unwatched = True
 
     def evaluate(
         self,
@@ -222,13 +223,16 @@ class Oracle:
 
     def _forward(self, points: Tensor, goal: Goal, rough: bool) -> Tensor:
         written = points._version
+        kept = points.detach().clone() if self._is_unwatched else None
         with torch.autocast(points.device.type, dtype=torch.bfloat16, enabled=rough and self._is_bfloat16):
             logits = (self._fast if rough else self._model)(points)
-        if points._version != written:  # with a gradient torch itself refuses that
+        # With a gradient torch itself refuses that; through `.data` or NumPy it goes uncounted.
+        if points._version != written or (kept is not None and not torch.equal(points, kept)):
             raise ValueError(
                 "the model changes its input in place, and with it the adversarials: let it write images = images - "
                 "mean instead of images -= mean"
             )
+        self._is_unwatched = False
         logits = checked_logits(logits, len(points))
         if self._unchecked > 0:
             check_finite(logits.detach())
@@ -248,11 +252,11 @@ def _climbed(
     """
     name = getattr(loss, "loss", None)
     if not with_gradient and name not in ("ce", "dlr"):
-        value = loss(logits if isinstance(name, str) else logits.clone(), goal)  # which others may write into
+        value = loss(logits, goal)
         return value, torch.zeros_like(goal.classes, dtype=torch.bool), None
     source = logits.detach().requires_grad_()
     with torch.enable_grad():
-        value = loss(source if isinstance(name, str) else source.clone(), goal)
+        value = loss(source, goal)
         total = value.sum()
     slope = direct = None
     if total.requires_grad:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,6 +27,7 @@ from orthattack.attacks.attack import Attack, Task
 from orthattack.attacks.configured import Configured, options_of
 from orthattack.attacks.minimum import MinimumNorm
 from orthattack.attacks.oracle import Scorer
+from orthattack.lending import global_random_numbers
 from orthattack.losses import Goal
 from orthattack.threat import Norm, ThreatModel, perturbation_norm
 
@@ -313,10 +315,11 @@ class _Delegate:
     """The search that leaves everything to a Foolbox attack and scores what comes back."""
 
     merit: Literal["loss", "margin"] = "margin"
+    stranger = "the Foolbox attack"
 
     def __init__(self, attack: Any) -> None:
         self.attack = attack
-        self._numpy: np.random.RandomState | None = None
+        self._others: tuple[Any, Any] | None = None  # where NumPy's and Python's random numbers go on
 
     def options(self, eps: float | Tensor) -> dict[str, object]:
         limit: dict[str, object] = {"eps": None} if isinstance(eps, float) and eps >= _UNLIMITED else {}
@@ -327,15 +330,18 @@ class _Delegate:
         if isinstance(threat.eps, Tensor) and threat.eps.ndim > 0:
             raise ValueError("a Foolbox attack takes one eps for all images, not one per sample")
         images = task.region.images.to(task.region.dtype)
-        model = _Counted(task.oracle, goal).eval()
+        # All that it is handed it may write into, and into what it returns.
+        handed, classes = images.clone(), goal.classes.clone()
+        model = _Counted(task.oracle, goal.select(torch.arange(len(images), device=images.device))).eval()
         fmodel = foolbox.PyTorchModel(model, bounds=threat.bounds, device=images.device)
-        criterion = (
-            Misclassification(goal.labels) if goal.labels is not None else TargetedMisclassification(goal.targets)
-        )
+        criterion = TargetedMisclassification(classes) if goal.labels is None else Misclassification(classes)
         epsilon = None if threat.eps >= _UNLIMITED else float(threat.eps)
         with torch.enable_grad(), self._lent_streams(task.generator, images.device):
-            _, clipped, _ = self.attack(fmodel, images, criterion, epsilons=epsilon)
-        clipped = clipped.detach()
+            _, clipped, _ = self.attack(fmodel, handed, criterion, epsilons=epsilon)
+        if not isinstance(clipped, Tensor) or clipped.shape != images.shape:
+            found = tuple(clipped.shape) if isinstance(clipped, Tensor) else type(clipped).__name__
+            raise ValueError(f"a Foolbox attack must return images {tuple(images.shape)}; got {found}")
+        clipped = clipped.detach().to(images, copy=True)
         finite = clipped.isfinite().flatten(1).all(1).view(-1, 1, 1, 1)
         points = torch.where(finite, clipped, images)
         evaluation = task.oracle.evaluate(points, goal, task.loss, task.best.success[task.index], with_gradient=False)
@@ -348,21 +354,22 @@ class _Delegate:
 
     @contextmanager
     def _lent_streams(self, generator: torch.Generator, device: torch.device) -> Iterator[None]:
-        """The global random numbers continue ours. Torch's are put back by whoever borrowed the model, NumPy's here."""
-        if self._numpy is None:
-            self._numpy = np.random.RandomState(generator.initial_seed() % 2**32)
-        torch.set_rng_state(generator.get_state())
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(int(torch.randint(2**31, ())))
-        before = np.random.get_state()
-        np.random.set_state(self._numpy.get_state())
-        try:
-            yield
-        finally:
-            self._numpy.set_state(np.random.get_state())
-            np.random.set_state(before)
-            generator.set_state(torch.get_rng_state())
+        """The global random numbers continue ours, for one thread at a time; the model's guard puts them back."""
+        with global_random_numbers:
+            if self._others is None:
+                seed = generator.initial_seed() % 2**32
+                self._others = np.random.RandomState(seed).get_state(), random.Random(seed).getstate()  # noqa: S311
+            torch.set_rng_state(generator.get_state())
+            if device.type == "cuda":
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(int(torch.randint(2**31, ())))
+            np.random.set_state(self._others[0])
+            random.setstate(self._others[1])
+            try:
+                yield
+            finally:
+                self._others = np.random.get_state(), random.getstate()
+                generator.set_state(torch.get_rng_state())
 
 
 class _Counted(nn.Module):

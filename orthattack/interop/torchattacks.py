@@ -29,6 +29,7 @@ from orthattack.arguments import plain
 from orthattack.attacks.apgd import OrthoAPGD
 from orthattack.attacks.attack import Attack
 from orthattack.attacks.pgd import OrthoFGSM, OrthoMIFGSM, OrthoNIFGSM, OrthoPGD
+from orthattack.lending import global_random_numbers, guarded
 from orthattack.model import Normalized
 from orthattack.projection import Scope
 from orthattack.threat import Norm
@@ -64,7 +65,8 @@ class _Compatible(ABC):
         is expected to make a call repeatable and two calls differ."""
         if not vars(self).get("random_start", False):
             return None
-        return torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        with global_random_numbers:
+            return torch.Generator().manual_seed(int(torch.randint(2**62, ())))
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """Adversarial images (N, C, H, W), on the model's device; normalised if `set_normalization_used` says so.
@@ -86,7 +88,10 @@ class _Compatible(ABC):
         return (self._attacked(model, images * std + mean, labels) - mean) / std
 
     def _attacked(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        goal = labels if self._targets is None else self._targets(images, labels)
+        goal = labels
+        if self._targets is not None:
+            with guarded(model, images, "the target function", may_draw=True):  # which may write into what it is given
+                goal = self._targets(images.clone(), labels.clone())
         return self._made(model, self._generator())(images, goal)
 
     def __repr__(self) -> str:
@@ -145,7 +150,10 @@ class _Compatible(ABC):
         target_map_function: Callable[[Tensor, Tensor], Tensor],
         quiet: bool = False,  # noqa: ARG002
     ) -> None:
-        """The classes to reach are a function of the images, in [0, 1], and the labels."""
+        """The classes to reach are a function of the images, in [0, 1], and the labels, of which it gets copies.
+
+        Should it change the model, the call raises `orthattack.ModelChangedError`.
+        """
         if not callable(target_map_function):
             raise ValueError(f"target_map_function must be a function of (images, labels); got {target_map_function!r}")
         self._set_mode("targeted(custom)", target_map_function)
