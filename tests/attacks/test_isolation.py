@@ -468,7 +468,7 @@ class OwnSearch:
 
 def test_a_users_search_is_judged_by_labels_it_never_saw(model, images, labels):
     attack = PGD(model, eps=EPS)
-    result = attack._run(images, labels, None, None, OwnSearch(), False)
+    result, _ = attack._run(images, labels, None, None, OwnSearch(), False)
     assert not bool(result.success.any())
     assert_true(result, model, images, labels)
 
