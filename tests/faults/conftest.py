@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +12,9 @@ from .runs import ended, manifest, start, workplace
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def whole(once: Callable[[str, Callable[[Path], object]], Path]) -> dict[str, Any]:
     """What one process that nothing happens to stores."""
-    place = workplace(tmp_path_factory.mktemp("whole"))
-    ended(start(place))
+    place = once("whole", lambda folder: ended(start(workplace(folder))))
     assert manifest(place)["status"] == "complete"
     found = contents(place / "run")
     assert len(found) > 40

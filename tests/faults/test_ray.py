@@ -9,6 +9,7 @@ import sys
 from importlib.util import find_spec
 
 import pytest
+from filelock import FileLock
 
 from orthattack.eval.running.plan import Unit
 from orthattack.eval.running.ray import Queue
@@ -30,6 +31,15 @@ from .runs import (
 )
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra ray")
+
+
+@pytest.fixture(autouse=True)
+def one_at_a_time(tmp_path_factory):
+    """Each cluster takes all the cores, and ports that another may want."""
+    with FileLock(tmp_path_factory.getbasetemp().parent / "ray.lock"):
+        yield
+
+
 RAY = ("--engine", "ray", "--workers", "2")
 
 
