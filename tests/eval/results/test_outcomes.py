@@ -15,6 +15,8 @@ from orthattack.eval.results.outcomes import (
     WRONG,
     Outcomes,
     bools,
+    by_cause,
+    cause,
     compare,
     defined,
     floats,
@@ -110,13 +112,21 @@ def test_measures_of_a_minimal_attack_have_the_norm_of_the_fooled_alone():
     assert measures(TABLE, "linf", True, held)["rounded_success"] is None
 
 
-def test_the_twenty_commonest_reasons_are_kept():
-    messages = [f"reason {k}" for k in range(25) for _ in range(k + 1)]
+def test_reasons_of_one_cause_are_one_with_an_example_the_commonest_first():
+    messages = ["at 0x1f", "seldom", "pixel -1.5e-3 of 'a'", 'pixel 7 of "b"', "at 0xAB", "at 0xAB", "often"] + [
+        "often"
+    ] * 9
     n = len(messages)
     columns = {name: pd.array([None] * n, TABLE[name].dtype) for name in TABLE}
     table = pd.DataFrame(columns).assign(status=pd.array(["error"] * n, "string"), message=messages)
     found = json.loads(measures(table, "linf", False, np.full(n, UNSCORED, np.int8))["reasons"])
-    assert found == {f"error: reason {k}": k + 1 for k in range(5, 25)}
+    assert list(found.items())[:2] == [("error: often", 10), ("for example, error: at 0x1f", 3)]
+    assert found["error: seldom"] == 1
+    assert sum(found.values()) == n
+    assert by_cause([("a 1", 1), ("b", 5), ("a 2", 2)]) == {"b": 5, "for example, a 1": 3}
+    assert by_cause([("for example, a 1", 2), ("a 1", 1)]) == {"for example, a 1": 3}
+    assert by_cause([("a 1", 2), ("a 1", 3)]) == {"a 1": 5}
+    assert cause("for example, x -2.5") == cause("x +3") != cause("y 3")
 
 
 def test_classes_are_counted_by_those_scored():
