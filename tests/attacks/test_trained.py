@@ -24,6 +24,7 @@ from orthattack import (
 )
 from orthattack.eval.data.load import load_photographs
 from orthattack.eval.models.load import load_classifier
+from scripts.measure_rounding import measure
 
 EPS = 8 / 255
 pytestmark = pytest.mark.heavy
@@ -82,6 +83,19 @@ def test_constraints_hold_on_photographs(trained, norm, scope):
         assert adversarials.max() <= 1
         assert size.max() <= eps * (1 + 1e-6)
         assert alignment(delta, images.double(), scope).abs().max() <= 1e-6
+
+
+def test_rounding_costs_what_the_documentation_says():
+    """docs/faq.md: next to nothing of the image's orthogonality, all of a pixel's."""
+    classifier = load_classifier("cifar10-standard")
+    (batch,) = load_photographs("cifar10-samples", classifier).batches(20, classifier.preprocessing)
+    image = measure(classifier.model, batch.images, batch.labels, "linf", "image")
+    pixel = measure(classifier.model, batch.images, batch.labels, "l2", "pixel")
+    assert 1e-6 < image["cosine"].mean() <= 1e-3
+    assert image["norm"].max() <= 1 + 1e-6
+    assert (image["before"], image["after"]) == (20, 20)
+    assert pixel["cosine"].mean() >= 0.5
+    assert 1 < pixel["norm"].max() <= 1.02
 
 
 def test_projecting_only_the_gradient_does_not_make_the_perturbation_orthogonal(trained):
