@@ -70,14 +70,14 @@ MODULES = [
 TESTS = [
     "orthattack", "tests/attacks", "tests/eval/attacks", "tests/eval/results", "tests/eval/running",
     "tests/eval/storage",
-    "tests/test_defaults.py", "tests/test_grid.py", "tests/test_lending.py", "tests/test_losses.py",
+    "tests/test_grid.py", "tests/test_lending.py", "tests/test_losses.py",
     "tests/test_model.py", "tests/test_multiplier.py", "tests/test_plane.py", "tests/test_projection.py",
-    "tests/test_subspace.py", "tests/test_threat.py", "tests/test_work.py",
+    "tests/test_subspace.py", "tests/test_surface.py", "tests/test_threat.py", "tests/test_work.py",
 ]  # fmt: skip
 """Whose tests are to notice: those of the same rooms. A fault that only others notice has survived."""
 NOT_TESTS = ["tests/attacks/test_memory.py", "tests/attacks/test_odd_input.py", "tests/attacks/test_trained.py"]
 """Minutes of computing that few mutants would need."""
-ALWAYS = "tests/test_defaults.py"
+ALWAYS = "tests/test_surface.py"
 """Tests that look at functions without running them, so that no line tells what they see."""
 LIBRARIES = [
     "torch", "torchvision", "foolbox", "torchattacks", "pandas", "pyarrow.parquet", "scipy.optimize", "scipy.stats",

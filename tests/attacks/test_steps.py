@@ -9,7 +9,19 @@ import torch
 from hypothesis import given
 from torch import nn
 
-from orthattack import APGD, MIFGSM, NIFGSM, PGD, OrthoAPGD, OrthoMIFGSM, ThreatModel
+from orthattack import (
+    APGD,
+    FGSM,
+    MIFGSM,
+    NIFGSM,
+    PGD,
+    OrthoAPGD,
+    OrthoFGSM,
+    OrthoMIFGSM,
+    OrthoNIFGSM,
+    OrthoPGD,
+    ThreatModel,
+)
 from orthattack.attacks.steps import AutoStep, ScheduledStep
 from tests.attacks.test_attacks import Recorder, drawn, small_model
 from tests.conftest import examples, seeds
@@ -123,6 +135,18 @@ def test_momentum_survives_gradients_of_any_size():
         assert found.adversarials.isfinite().all()
         assert (found.norm > 0.9 * EPS).all()
         assert found.cosine.max() <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "rate"),
+    [(FGSM, {}, 1), (OrthoFGSM, {}, 1), (PGD, {}, 0.25), (OrthoPGD, {}, 0.25), (MIFGSM, {"steps": 5}, 0.2),
+     (NIFGSM, {"steps": 5}, 0.2), (OrthoMIFGSM, {"steps": 5}, 0.2), (OrthoNIFGSM, {"steps": 5}, 0.2), (APGD, {}, 2),
+     (OrthoAPGD, {}, 2)],
+)  # fmt: skip
+def test_first_steps_are_a_share_of_eps(kind, options, rate):
+    search = kind(nn.Flatten(), eps=0.1, **options).search
+    assert search.options(0.1)["alpha"] == pytest.approx(0.1 * rate)
+    assert search.steps == options.get("steps", {FGSM: 1, OrthoFGSM: 1, APGD: 100, OrthoAPGD: 100}.get(kind, 10))
 
 
 def test_checkpoints_are_those_of_the_paper():
