@@ -45,7 +45,7 @@ def prepared(n: int = 6, seed: int = 0) -> tuple[nn.Module, torch.Tensor, torch.
 def test_schedules_set_the_length_of_each_step(schedule):
     model, images, labels = prepared()
     recorder = Recorder(model)
-    PGD(recorder, eps=1.0, alpha=0.01, steps=8, schedule=schedule, random_start=False)(images, labels)
+    PGD(recorder, eps=0.9, alpha=0.01, steps=8, schedule=schedule, random_start=False)(images, labels)
     for t in range(8):
         step = (recorder.seen[t + 1] - recorder.seen[t]).abs().amax()
         factor = {"fixed": 1, "linear": 1 - t / 8, "cosine": (1 + math.cos(math.pi * t / 8)) / 2}[schedule]
