@@ -186,7 +186,7 @@ class Part:
         todo = [k for k, right in self.right.items() if right or attack_misclassified]
         pool = POOL if entry.kind.packs and not self.job.was_halved else 1
         for batch in self._batches(todo, pool):
-            measured = partial(self._measured, bound)
+            measured = partial(self._measured, entry, bound)
             for positions, columns, adversarials in self._in_pieces(batch, measured):
                 for row, position in enumerate(positions):
                     rows[position] = {"clean_prediction": self.predictions[position], **_record(columns, row)}
@@ -235,9 +235,9 @@ class Part:
         for piece in (batch[:half], batch[half:]):
             yield from self._in_pieces(piece, work)
 
-    def _measured(self, bound: Bound, batch: list[int]) -> tuple[dict[str, list[Any]], Tensor]:
+    def _measured(self, entry: Entry, bound: Bound, batch: list[int]) -> tuple[dict[str, list[Any]], Tensor]:
         """Attack a batch, and measure what comes back. The attack has copies, and what it returns is copied at once."""
-        entry, runner, counted = bound.entry, bound.runner, bound.calls
+        runner, counted = bound.runner, bound.calls
         if isinstance(runner, BaseException):
             raise runner
         images, labels = self._tensors(batch)
