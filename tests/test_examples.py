@@ -50,16 +50,17 @@ def test_foolbox_users_says_how_many_lines_are_new():
     assert text.count("# new\n") == 5
 
 
-def test_adversarial_training_makes_a_model_robust(capsys, monkeypatch):
+@pytest.mark.parametrize("epochs", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_adversarial_training_makes_a_model_robust(capsys, monkeypatch, epochs):
     pytest.importorskip("sklearn", reason="needs scikit-learn, for its digits")
-    out = printed("adversarial_training.py", capsys, monkeypatch, "--epochs", "3")
+    out = printed("adversarial_training.py", capsys, monkeypatch, "--epochs", str(epochs))
     rows = [tuple(map(float, row)) for row in re.findall(r"^ +\d +([\d.]+)% +([\d.]+)% +([\d.]+)%$", out, re.M)]
-    assert len(rows) == 6
-    standard, adversarial = rows[:3], rows[3:]
-    assert min(standard[-1][0], adversarial[-1][0]) > 80  # clean
+    assert len(rows) == 2 * epochs
+    standard, adversarial = rows[:epochs], rows[epochs:]
+    assert min(standard[-1][0], adversarial[-1][0]) > (80 if epochs == 3 else 65)  # clean
     for attack in (1, 2):
-        assert adversarial[-1][attack] > adversarial[0][attack] + 5
-        assert adversarial[-1][attack] > standard[-1][attack] + 15
+        assert epochs == 1 or adversarial[-1][attack] > adversarial[0][attack] + 5
+        assert adversarial[-1][attack] > standard[-1][attack] + (15 if epochs == 3 else 7)
 
 
 EXECUTE = """
@@ -77,19 +78,25 @@ nbformat.write(notebook, out)
 """
 
 
-def test_the_notebook_runs_and_its_stored_pictures_are_small(tmp_path):
+def kinds(notebook: Path) -> list[list[list[str]]]:
+    """What each cell has put out."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return [[sorted(output.get("data", {"text": None})) for output in cell.get("outputs", [])] for cell in cells]
+
+
+def test_the_notebooks_stored_pictures_are_small():
+    path = EXAMPLES / "pictures.ipynb"
+    assert path.stat().st_size < 200_000
+    assert sum("image/png" in kind for cell in kinds(path) for kind in cell) == 4
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_shows_what_is_stored(tmp_path):
     for package in ("nbformat", "nbclient", "ipykernel"):
         pytest.importorskip(package, reason="needs the packages nbclient and ipykernel")
     path, out = EXAMPLES / "pictures.ipynb", tmp_path / "executed.ipynb"
-    assert path.stat().st_size < 200_000
     # In a process of its own: the tests' warnings, which are errors, are not Jupyter's.
     command = [sys.executable, "-c", EXECUTE, str(path), str(EXAMPLES), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-    def kinds(notebook: Path) -> list[list[list[str]]]:
-        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-        return [[sorted(output.get("data", {"text": None})) for output in cell.get("outputs", [])] for cell in cells]
-
     assert kinds(path) == kinds(out), "jupyter execute --inplace examples/pictures.ipynb"
-    assert sum("image/png" in kind for cell in kinds(out) for kind in cell) == 4

@@ -487,6 +487,7 @@ def test_a_sample_without_a_gradient_is_unfooled_alone_or_not(attack):
     assert len(caught) == 1
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("auto", [AutoAttack, OrthoAutoAttack])
 @pytest.mark.parametrize("mask", ["stairs", "detached"])
 def test_autoattack_goes_on_and_lets_the_squares_speak(auto, mask):

@@ -274,6 +274,7 @@ def test_a_trained_model_in_training_mode_is_attacked_in_evaluation_mode(trained
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_on_tiny_imagenet_orthogonality_costs_less_than_a_point(shared):
     """200 of the photographs of docs/evaluation.md, where one image is half a point."""
     weights = shared / "weights" / "resnet18-tiny20-robust-linf-4.safetensors"

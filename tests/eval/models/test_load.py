@@ -220,6 +220,7 @@ def test_unknown_names_are_corrected():
         load_classifier("cifar10-robust", image_size=0)
 
 
+@pytest.mark.slow
 def test_shared_weights_are_as_accurate_as_their_card_says(shared):
     for kind, expected in (("standard", 0.775), ("robust-linf-4", 0.703)):
         path = shared / "weights" / f"resnet18-tiny20-{kind}.safetensors"
