@@ -149,6 +149,7 @@ DROPPED = {
     "unsqueeze",
 }  # fmt: skip
 """Methods, and functions of one argument, of which only what they are called on is left."""
+LIBRARY_NAMES = {"torch", "math", "np", "nn", "functional", "dataclasses"}
 _MESSAGES = {"warn", "warning", "say", "_say", "print", "EvaluationError", "ValueError", "cast", "TypeVar"}
 
 
@@ -339,7 +340,11 @@ class _Operators(ast.NodeVisitor):
             self.add(node, swapped, "where swapped")
         if name == "range" and not isinstance(node.args[-1], ast.Constant):
             self.add(node.args[-1], f"({ast.unparse(node.args[-1])}) - 1", "range")
-        if name in DROPPED and isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) != "torch":
+        if (
+            name in DROPPED
+            and isinstance(node.func, ast.Attribute)
+            and ast.unparse(node.func.value) not in LIBRARY_NAMES
+        ):
             self.add(node, node.func.value, "method dropped")
         elif name in DROPPED and len(node.args) == 1:
             self.add(node, node.args[0], "function dropped")
