@@ -99,8 +99,8 @@ def test_a_mutant_is_given_the_tests_that_reach_it_its_own_and_the_fastest_first
         return {"seconds": seconds, "lines": {"a/f.py": list(lines)}}
 
     tests = {
-        "t/test_g.py::slow": test(50, 10),
-        "t/test_g.py::slower": test(55, 10),
+        "t/test_g.py::slow": test(10, 10),
+        "t/test_g.py::slower": test(15, 10),
         "t/test_g.py::fast": test(1, 9, 10, 11),
         "t/test_g.py::elsewhere": test(1, 9),
         "t/test_f.py::fast": test(2, 10),
@@ -108,7 +108,7 @@ def test_a_mutant_is_given_the_tests_that_reach_it_its_own_and_the_fastest_first
     }
     own, others = rounds(mutant, tests)
     assert own == (["t/test_f.py::faster", "t/test_f.py::fast"], 3)
-    assert others == (["t/test_g.py::fast", "t/test_g.py::slow"], 51)
+    assert others == (["t/test_g.py::fast", "t/test_g.py::slow"], 11)
     assert rounds(default, tests)[1][0][:2] == [
         "t/test_g.py::fast",
         "t/test_g.py::elsewhere",
