@@ -144,8 +144,8 @@ _PAIRS = [
 NAMES = {a: b for pair in _PAIRS for a, b in (pair, pair[::-1])} | {"sub_": "add_", "add_": "sub_", "mul_": "div_"}
 NAMES |= {"softmax": "log_softmax", "nanquantile": "nanmedian"}
 DROPPED = {
-    "abs", "clamp", "clamp_", "clone", "contiguous", "copy", "detach", "double", "floor", "log", "nan_to_num", "neg",
-    "requires_grad_", "reshape", "round", "sign", "sort", "sqrt", "sqrt_", "square", "squeeze", "strip", "to",
+    "abs", "clamp", "clamp_", "clone", "copy", "detach", "floor", "log", "nan_to_num", "neg",
+    "requires_grad_", "reshape", "round", "sign", "sort", "sqrt", "sqrt_", "square", "squeeze", "strip",
     "unsqueeze",
 }  # fmt: skip
 """Methods, and functions of one argument, of which only what they are called on is left."""

@@ -149,6 +149,32 @@ def test_first_steps_are_a_share_of_eps(kind, options, rate):
     assert search.steps == options.get("steps", {FGSM: 1, OrthoFGSM: 1, APGD: 100, OrthoAPGD: 100}.get(kind, 10))
 
 
+@pytest.mark.parametrize(
+    ("kind", "rule"),
+    [(FGSM, ScheduledStep()), (OrthoFGSM, ScheduledStep()), (PGD, ScheduledStep()), (OrthoPGD, ScheduledStep()),
+     (MIFGSM, ScheduledStep(momentum=1.0)), (OrthoMIFGSM, ScheduledStep(momentum=1.0)),
+     (NIFGSM, ScheduledStep(momentum=1.0, nesterov=True)), (OrthoNIFGSM, ScheduledStep(momentum=1.0, nesterov=True)),
+     (APGD, AutoStep(0.75)), (OrthoAPGD, AutoStep(0.75))],
+)  # fmt: skip
+def test_each_attack_steps_by_its_rule(kind, rule):
+    assert kind(nn.Flatten()).search.rule == rule
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize(
+    ("plain", "ortho"),
+    [(FGSM, OrthoFGSM), (PGD, OrthoPGD), (MIFGSM, OrthoMIFGSM), (NIFGSM, OrthoNIFGSM), (APGD, OrthoAPGD)],
+)  # fmt: skip
+def test_a_plain_attack_is_the_orthogonal_one_without_the_plane(plain, ortho, norm):
+    model, images, labels = prepared()
+    eps = {"linf": EPS, "l2": 0.5}[norm]
+    steps = {} if plain is FGSM else {"steps": 6}
+    draws = {"generator": torch.Generator().manual_seed(3)} if plain in (PGD, APGD) else {}
+    one = plain(model, norm=norm, eps=eps, **steps, **draws)(images, labels)
+    draws = {"generator": torch.Generator().manual_seed(3)} if draws else {}
+    assert torch.equal(one, ortho(model, norm=norm, eps=eps, scope=None, **steps, **draws)(images, labels))
+
+
 def test_checkpoints_are_those_of_the_paper():
     """p_0 = 0, p_1 = 0.22, p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06), for 100 steps."""
     assert list(AutoStep.checkpoints(100)) == [22, 41, 57, 70, 80, 87, 93, 99]
