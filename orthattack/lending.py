@@ -18,8 +18,9 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, overrides
 from torch.nn.parameter import is_lazy
+from torch.utils import _device, _python_dispatch
 
 __all__ = ["ModelChangedError", "borrowed", "global_random_numbers", "guarded", "in_evaluation", "is_foreign"]
 
@@ -294,18 +295,62 @@ def _autocast(device: str) -> tuple[Callable[[], Any], Callable[[Any], object]]:
     return lambda: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)), write
 
 
+def _modes() -> tuple[Any, ...]:
+    """Function and dispatch modes, entered and not left, and what is remembered of the default device, which is one."""
+    return (
+        overrides._get_current_function_mode_stack(),
+        _python_dispatch._get_current_dispatch_mode_stack(),
+        _device.CURRENT_DEVICE,
+        getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None),
+    )
+
+
+def _set_modes(modes: tuple[Any, ...]) -> None:
+    for stack, kind in ((_modes()[0], overrides), (_modes()[1], _python_dispatch)):
+        for _ in stack:
+            kind._pop_mode()
+    for mode in modes[0]:
+        overrides._push_mode(mode)
+    for mode in modes[1]:
+        _python_dispatch._push_mode(mode)
+    _device.CURRENT_DEVICE, torch._GLOBAL_DEVICE_CONTEXT.device_context = modes[2:]
+
+
+def _flushes() -> bool:
+    """Whether numbers too small for the full precision become zero."""
+    least = torch.full((1,), 1e-40, dtype=torch.float32, device="cpu")
+    return bool((least + least == 0).all())
+
+
+_HOOKS = [name for name in vars(nn.modules.module) if name.startswith("_global_")]
+
+
+def _global_hooks() -> dict[str, Any]:
+    """The hooks that are called for each module that there is."""
+    held = {name: getattr(nn.modules.module, name) for name in _HOOKS}
+    return {name: dict(hooks) if isinstance(hooks, dict) else hooks for name, hooks in held.items()}
+
+
+def _set_global_hooks(before: dict[str, Any]) -> None:
+    for name, hooks in before.items():
+        if isinstance(hooks, dict):
+            held = getattr(nn.modules.module, name)
+            held.clear()
+            held.update(hooks)
+        else:
+            setattr(nn.modules.module, name, hooks)
+
+
 def _numpy_state() -> Any:
     numpy = sys.modules.get("numpy")
     return None if numpy is None else numpy.random.get_state()
 
 
 _THREAD: _Settings = {
+    "modes and default device": (_modes, _set_modes),
     "autocast on the CPU": _autocast("cpu"),
     "autocast on CUDA": _autocast("cuda"),
-    "default device": (
-        torch.get_default_device,
-        lambda device: torch.set_default_device(None if device.type == "cpu" else device),
-    ),
+    "denormal numbers": (_flushes, torch.set_flush_denormal),
 }
 _GLOBAL: _Settings = {
     "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
@@ -316,6 +361,8 @@ _GLOBAL: _Settings = {
     "precision of products": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     "threads": (torch.get_num_threads, torch.set_num_threads),
     "anomaly detection": (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+    "hooks of all modules": (_global_hooks, _set_global_hooks),
+    "oneDNN": (lambda: torch.backends.mkldnn.enabled, torch.backends.mkldnn.set_flags),
     "cuDNN": _flag(torch.backends.cudnn, "enabled"),
     "cuDNN deterministic": _flag(torch.backends.cudnn, "deterministic"),
     "cuDNN benchmark": _flag(torch.backends.cudnn, "benchmark"),
@@ -351,6 +398,7 @@ _NOTHING = object()
 _KINDS = {"_parameters": "weights", "_buffers": "buffers", "_modules": "layers"}
 _ORDER = ["weights", "buffers", "layers", "hooks", "methods", "attributes"]
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, tuple, set)
+_DESCRIPTORS = (property, classmethod, staticmethod)
 _REACHED = "reached"  # the kind of what only leads to layers and tensors, and is not watched itself
 
 
@@ -433,8 +481,8 @@ def _holdings(thing: Any) -> dict[Any, Any]:
     if isinstance(thing, torch.jit.ScriptModule):
         own = (thing.named_parameters(recurse=False), thing.named_buffers(recurse=False), thing.named_children())
         return {name: held for named in own for name, held in named}
-    if _is_layer_class(thing):
-        return {name: vars(thing).get(name, _NOTHING) for name in ("forward", "__call__")}
+    if _is_layer_class(thing):  # what it inherits is watched there
+        return {name: held for name, held in vars(thing).items() if callable(held) or isinstance(held, _DESCRIPTORS)}
     if isinstance(thing, dict):
         return dict(thing)
     if isinstance(thing, list | tuple):
@@ -533,7 +581,7 @@ def _mend(item: _Watched, watched: dict[int, _Watched]) -> list[_Change]:
         _hold(thing, key, old)
     if isinstance(thing, dict) and list(thing) != list(was.holds):  # the order of layers is that of a Sequential
         if not changes:
-            changes.append(_Change(item.name, item.kind))
+            changes.append(_Change(item.name or "their order", item.kind))
         thing.clear()
         thing.update(was.holds)
     return changes

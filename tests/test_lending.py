@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from orthattack.lending import ModelChangedError, borrowed, guarded
 
@@ -169,6 +171,18 @@ def test_what_any_attack_does_is_put_right_without_a_word(model, images, change)
     assert state(model) == before
 
 
+class Doubled(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        return 2 * found if func is nn.functional.linear else found
+
+
+class DoubledInside(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        return found + found if "addmm" in str(func) else found
+
+
 def leave_traces() -> None:
     torch.set_default_dtype(torch.float64)
     torch.set_default_device("meta")
@@ -181,6 +195,14 @@ def leave_traces() -> None:
     torch.backends.cudnn.deterministic = not torch.backends.cudnn.deterministic
     torch.set_grad_enabled(False)
     torch.inference_mode().__enter__()
+    torch.set_flush_denormal(True)
+    torch.backends.mkldnn.set_flags(False)
+    Doubled().__enter__()
+    DoubledInside().__enter__()
+    torch.device("meta").__enter__()
+    nn.modules.module.register_module_forward_hook(lambda module, given, found: 2 * found)
+    nn.modules.module.register_module_forward_pre_hook(lambda module, given: None)
+    nn.modules.module.register_module_full_backward_hook(lambda module, given, found: None)
     for seed in (torch.manual_seed, np.random.seed, random.seed):
         seed(7)
 
@@ -192,7 +214,9 @@ def process() -> list[object]:
         torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu"), torch.is_anomaly_enabled(),
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic, torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(),
-        random.getstate(),
+        random.getstate(), torch.backends.mkldnn.enabled, bool((torch.full((1,), 1e-40) * 1 == 0).all()),
+        nn.functional.linear(torch.ones(1, 2), torch.ones(1, 2), torch.ones(1)).tolist(),
+        nn.Identity()(torch.ones(1)).tolist(), torch.zeros(()).is_meta,
     ]  # fmt: skip
 
 

@@ -14,18 +14,25 @@ class EvaluationError(Exception):
 
 def first_line(error: BaseException) -> str:
     """What a foreign error says, short enough to be quoted in ours."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return _text(error).partition("\n")[0] or type(error).__name__
 
 
 def told(error: BaseException) -> str:
     """The kind of a foreign error and what it says; where its first line only announces what follows, that too."""
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    lines = [line.strip() for line in _text(error).splitlines() if line.strip()]
     text = ""
     for line in lines:
         text = f"{text} {line}".strip()
         if not line.endswith(":"):
             break
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error).strip()
+    except Exception:  # a foreign error may fail even at that
+        return ""
 
 
 def printable(text: str) -> str:

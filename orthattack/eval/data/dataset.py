@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from orthattack.eval.data.readers import Source
-from orthattack.eval.errors import FAILURES, EvaluationError, first_line
+from orthattack.eval.data.readers import Dataset, Source
+from orthattack.eval.errors import EvaluationError, told
 from orthattack.eval.models.preprocessing import DecodeError, Preprocessing
 
 __all__ = ["Batch", "Photographs", "Unreadable", "evenly", "read_names"]
@@ -73,6 +73,11 @@ class Photographs:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def is_foreign(self) -> bool:
+        """Whether a user's code returns them."""
+        return isinstance(self._source, Dataset) and self._source.is_foreign
+
     def load(self, position: int, preprocessing: Preprocessing) -> Tensor:
         """One photograph as the model's input, (3, crop, crop), float32, in [0, 1]. Threads may call this at once.
 
@@ -84,8 +89,10 @@ class Photographs:
             return preprocessing(found) if isinstance(found, Image.Image) else _as_input(found, preprocessing.crop)
         except DecodeError as error:
             raise Unreadable(self.names[position], str(error)) from error
-        except FAILURES as error:  # of disks, and of a user's data
-            raise Unreadable(self.names[position], f"{type(error).__name__}: {first_line(error)}") from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # of disks, and of a user's data
+            raise Unreadable(self.names[position], told(error)) from error
 
     def batches(self, size: int, preprocessing: Preprocessing) -> Iterator[Batch | Unreadable]:
         """Batches of up to `size`, and, as they are met, the photographs that cannot be read."""
@@ -157,7 +164,9 @@ class Photographs:
         for k in evenly(_HASHED_WHOLE, len(self)):
             try:
                 content = self._source.content(self._positions[k])
-            except FAILURES:  # it will be reported as unreadable, and is that every time
+            except KeyboardInterrupt:
+                raise
+            except BaseException:  # it will be reported as unreadable, and is that every time
                 content = b"unreadable"
             digest.update(hashlib.sha256(content).digest())
         return digest.hexdigest()

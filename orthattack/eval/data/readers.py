@@ -9,24 +9,27 @@ import glob
 import json
 import operator
 import os
+import random
 import re
 import stat
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
 from torch import Tensor
 
-from orthattack.eval.errors import FAILURES, EvaluationError, first_line
+from orthattack.eval.errors import EvaluationError, first_line, told
 from orthattack.eval.models.preprocessing import DecodeError, decode
+from orthattack.eval.plugin import kept_process
+from orthattack.lending import global_random_numbers, guarded
 
 __all__ = ["Dataset", "Files", "Shards", "Source", "find_shards"]
 
@@ -81,11 +84,13 @@ class Dataset:
     """A map-style data set, torchvision's or a user's: ``data[k]`` is (image, label).
 
     An image is a Pillow image, an array (H, W, 3) or (H, W) of uint8, or a tensor that already has the model's input
-    size, (3, H, W) in [0, 1] or of uint8.
+    size, (3, H, W) in [0, 1] or of uint8. What a user's draws at random is the same each time; what it changes of the
+    process is put back, and what it returned is copied.
 
     Attributes:
         labels: of all, in order.
         classes: their names, each with its synonyms, if the data has an attribute of that name.
+        is_foreign: it is a user's.
 
     Raises:
         EvaluationError: not such a data set.
@@ -93,7 +98,7 @@ class Dataset:
 
     def __init__(self, data: Any, name: str, thread_safe: bool) -> None:
         self._data, self._name = data, name
-        self._lock = None if thread_safe else threading.Lock()
+        self._lock, self.is_foreign = threading.RLock(), not thread_safe
         if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
             raise EvaluationError(
                 f"{name} must be a sequence of (image, label), or a map-style Dataset; it is {type(data).__name__}"
@@ -126,21 +131,32 @@ class Dataset:
         return -1
 
     def _item(self, position: int) -> Any:
-        with self._lock or nullcontext():
+        if not self.is_foreign:
+            return self._data[position]
+        with self._lock, global_random_numbers, kept_process(), guarded(_no_model):
+            torch.manual_seed(position)
+            np.random.seed(position % 2**32)
+            random.seed(position)
             item = self._data[position]
-            # Copied before anyone else is let in: a data set may use its tensors again.
-            if isinstance(item, tuple) and len(item) > 0 and isinstance(item[0], Tensor | np.ndarray):
-                pixels = item[0].detach().clone() if isinstance(item[0], Tensor) else item[0].copy()
+            # Copied before anyone else is let in: a data set may use its images again.
+            if isinstance(item, tuple | list) and len(item) > 0:
+                pixels = item[0]
+                if isinstance(pixels, Tensor):
+                    pixels = pixels.detach().clone()
+                elif isinstance(pixels, np.ndarray) or type(pixels) is Image.Image:  # a file's is read once
+                    pixels = pixels.copy()
                 item = (pixels, *item[1:])
             return item
 
     def _label(self, position: int) -> int:
         try:
             item = self._item(position)
-        except FAILURES as error:  # of whatever a data set does
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # of whatever a data set does
             raise EvaluationError(
-                f"{self._name}: item {position} failed ({type(error).__name__}: {first_line(error)}), so its label is "
-                "not known; an attribute targets would say it"
+                f"{self._name}: item {position} failed ({told(error)}), so its label is not known; an attribute "
+                "targets would say it"
             ) from error
         try:
             _, label = item
@@ -165,6 +181,11 @@ class Dataset:
             if len(values) == count and all(self._label(k) == values[k] for k in (0, count // 2, count - 1)):
                 return values
         return [self._label(k) for k in range(count)]
+
+
+def _no_model(images: Tensor) -> Tensor:
+    """Nothing that a data set could change."""
+    return images
 
 
 def _class_names(data: Any) -> tuple[tuple[str, ...], ...] | None:

@@ -18,7 +18,7 @@ from orthattack.eval.attacks.kind import Conditions, Found, Runner
 from orthattack.eval.attacks.seeds import drawing, image_seed, joint_seed
 from orthattack.eval.checks.clean import differentiated
 from orthattack.eval.data.load import Photographs, Unreadable
-from orthattack.eval.errors import FAILURES, first_line
+from orthattack.eval.errors import told
 from orthattack.eval.models.classifier import Classifier
 from orthattack.eval.plugin import kept_process
 from orthattack.eval.running.judge import Judge, clean_columns, plain_copy, promised_cosine, row_columns
@@ -63,6 +63,7 @@ class Job:
     batch_size: int
     say: Callable[[str], None]
     was_halved: bool = field(init=False, default=False)
+    sizes: dict[str, int] = field(init=False, default_factory=dict)  # of attacks that are not ours, by label
     judge: Judge = field(init=False)
     counter: CallCounter = field(init=False)
     calls: Calls = field(init=False, default_factory=Calls)
@@ -86,7 +87,9 @@ class Job:
         try:
             with drawing(0), self.at_work(entry):
                 return Bound(entry, entry.kind.bind(counter, conditions), calls)
-        except FAILURES as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             return Bound(entry, error, calls)
 
     @contextmanager
@@ -185,9 +188,10 @@ class Part:
         kept: dict[int, Tensor] = {}
         todo = [k for k, right in self.right.items() if right or attack_misclassified]
         pool = POOL if entry.kind.packs and not self.job.was_halved else 1
-        for batch in self._batches(todo, pool):
+        foreign = entry.label if entry.kind.is_foreign else None
+        for batch in self._batches(todo, pool, foreign):
             measured = partial(self._measured, entry, bound)
-            for positions, columns, adversarials in self._in_pieces(batch, measured):
+            for positions, columns, adversarials in self._in_pieces(batch, measured, foreign):
                 for row, position in enumerate(positions):
                     rows[position] = {"clean_prediction": self.predictions[position], **_record(columns, row)}
                     if adversarials is not None and position in self.keep:
@@ -211,12 +215,18 @@ class Part:
         self._store(Shard(self.job.label, label, eps, self.number, self.kind), ROW_SCHEMA.names, rows | rest, {})
 
     def _in_pieces(
-        self, batch: list[int], work: Callable[[list[int]], tuple[dict[str, list[Any]], Tensor | None]]
+        self,
+        batch: list[int],
+        work: Callable[[list[int]], tuple[dict[str, list[Any]], Tensor | None]],
+        foreign: str | None = None,
     ) -> Iterator[tuple[list[int], dict[str, list[Any]], Tensor | None]]:
-        """What is measured of a batch, in pieces if it had to be halved for lack of memory."""
+        """What is measured of a batch, in pieces if it had to be halved for lack of memory; of an attack that is not
+        ours, which is then named, only its own later batches are smaller."""
         try:
             columns, adversarials = work(batch)
-        except FAILURES as error:  # whatever a model or a foreign attack may raise: the other attacks go on
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever a model or a foreign attack may raise: the other attacks go on
             halve = _out_of_memory(error) and len(batch) > 1
             failed = _errors(error, len(batch))
         else:
@@ -226,14 +236,18 @@ class Part:
             yield batch, failed, None
             return
         half = len(batch) // 2
-        if half < self.job.batch_size:
-            self.job.was_halved = True
-            self.job.say(f"out of memory with {len(batch)} images at a time; going on with {half}")
-            self.job.batch_size = self.job.judge.batch_size = half
+        if half < self._size(foreign):
+            who = "" if foreign is None else f"{foreign}: "
+            self.job.say(f"{who}out of memory with {len(batch)} images at a time; going on with {half}")
+            if foreign is None:
+                self.job.was_halved = True
+                self.job.batch_size = self.job.judge.batch_size = half
+            else:
+                self.job.sizes[foreign] = half
         if self.job.device.type == "cuda":
             torch.cuda.empty_cache()
         for piece in (batch[:half], batch[half:]):
-            yield from self._in_pieces(piece, work)
+            yield from self._in_pieces(piece, work, foreign)
 
     def _measured(self, entry: Entry, bound: Bound, batch: list[int]) -> tuple[dict[str, list[Any]], Tensor]:
         """Attack a batch, and measure what comes back. The attack has copies, and what it returns is copied at once."""
@@ -262,10 +276,14 @@ class Part:
         columns["seconds"] = [seconds / n] * n
         return columns, found.adversarials
 
-    def _batches(self, positions: list[int], pool: int = 1) -> Iterator[list[int]]:
+    def _size(self, foreign: str | None) -> int:
+        """How many images at a time."""
+        return min(self.job.batch_size, self.job.sizes.get(foreign or "", self.job.batch_size))
+
+    def _batches(self, positions: list[int], pool: int = 1, foreign: str | None = None) -> Iterator[list[int]]:
         first = 0
         while first < len(positions):
-            size = self.job.batch_size * pool  # which may become smaller on the way
+            size = self._size(foreign) * pool  # which may become smaller on the way
             yield positions[first : first + size]
             first += size
 
@@ -290,11 +308,11 @@ def _record(columns: Mapping[str, list[Any]], row: int) -> dict[str, Any]:
 
 def _errors(error: BaseException, count: int) -> dict[str, list[Any]]:
     """The columns of a batch of which nothing is known but what went wrong."""
-    return {"status": ["error"] * count, "message": [f"{type(error).__name__}: {first_line(error)}"] * count}
+    return {"status": ["error"] * count, "message": [told(error)] * count}
 
 
 def _reason(error: Exception) -> str:
-    return error.reason if isinstance(error, Unreadable) else f"{type(error).__name__}: {first_line(error)}"
+    return error.reason if isinstance(error, Unreadable) else told(error)
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -189,12 +189,19 @@ def plain_copy(adversarials: object, images: Tensor) -> Tensor:
         ValueError: it cannot be scored at all.
     """
     if not isinstance(adversarials, Tensor):
-        raise ValueError(f"returned {type(adversarials).__name__} instead of a tensor")
+        raise ValueError(
+            f"returned {type(adversarials).__name__} instead of a tensor: let it return the adversarial images alone"
+        )
     with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():  # a subclass may say anything of itself
-        if adversarials.shape != images.shape or adversarials.dtype != images.dtype:
+        if adversarials.dtype != images.dtype:
             raise ValueError(
-                f"returned {tuple(adversarials.shape)} of {adversarials.dtype} for {tuple(images.shape)} of "
-                f"{images.dtype}"
+                f"returned {adversarials.dtype}, where the images are {images.dtype}: let it return "
+                "adversarials.to(images.dtype)"
+            )
+        if adversarials.shape != images.shape:
+            raise ValueError(
+                f"returned shape {tuple(adversarials.shape)} for images of shape {tuple(images.shape)}: let it return "
+                "one image for each, of the same size"
             )
         if adversarials.layout != torch.strided or adversarials.is_meta:
             kind = "one without values (meta)" if adversarials.is_meta else str(adversarials.layout)

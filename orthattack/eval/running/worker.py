@@ -6,17 +6,20 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from orthattack.eval.attacks.kind import Conditions
 from orthattack.eval.checks.clean import CLEAN_COLUMNS, clean_suspicions
 from orthattack.eval.checks.probes import TRANSFER
 from orthattack.eval.data.load import Photographs
 from orthattack.eval.data.prefetch import Decoder
+from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models.classifier import Classifier
 from orthattack.eval.running.chunk import Bound, Job, Part
 from orthattack.eval.running.plan import Plan, Unit
 from orthattack.eval.storage.run_folder import Shard
 from orthattack.eval.suite import Entry
+from orthattack.lending import ModelChangedError, guarded
 
 __all__ = ["Attacked", "Origin", "Worker"]
 
@@ -59,7 +62,7 @@ class Worker:
             attacked: see `Attacked`.
         """
         job, decoder = self._ready(unit.model)
-        images = decoder.take(self._plan.positions(unit))
+        images = self._taken(unit, job, decoder)
         if following is not None and following.model == unit.model:
             decoder.begin(self._plan.positions(following))
         if unit.stage == "attack":
@@ -71,6 +74,16 @@ class Worker:
             self._probe(unit, part)
         else:
             self._transfer(unit, part)
+
+    def _taken(self, unit: Unit, job: Job, decoder: Decoder) -> dict[int, Tensor | Exception]:
+        positions = self._plan.positions(unit)
+        if not job.photographs.is_foreign:
+            return decoder.take(positions)
+        try:
+            with guarded(job.judge.model, who=job.photographs.name):
+                return decoder.take(positions)
+        except ModelChangedError as error:
+            raise EvaluationError(f"{error}: let it leave the model alone") from error
 
     def close(self) -> None:
         """End what runs in the background."""
@@ -86,7 +99,7 @@ class Worker:
             photographs = self._origin.photographs(classifier)
             suite, folder = self._plan.suite, self._plan.folder
             self._job = Job(label, classifier, photographs, self._device, folder, suite.batch_size, self._say)
-            self._decoder = Decoder(self._job.load)
+            self._decoder = Decoder(self._job.load, ahead=not photographs.is_foreign)
         return self._job, self._decoder
 
     def _attack(self, unit: Unit, part: Part, attacked: Attacked) -> None:

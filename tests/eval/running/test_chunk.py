@@ -255,12 +255,33 @@ def test_a_batch_that_does_not_fit_is_halved_and_later_ones_begin_smaller(job, e
     assert calls == [4, 2, 2, 2, 2, 1]
     assert rows["status"].tolist() == ["ok"] * 9 + ["misclassified"]
     assert robust == (9, 10)
-    assert job.said == ["out of memory with 4 images at a time; going on with 2"]
-    assert (job.batch_size, job.judge.batch_size, job.was_halved) == (2, 2, True)
+    assert job.said == ["mine: out of memory with 4 images at a time; going on with 2"]
+    assert (job.batch_size, job.judge.batch_size, job.was_halved) == (4, 4, False)  # for nobody else
     calls.clear()
-    attacked(part, greedy, "again")
+    attacked(part, greedy)
     assert calls == [2, 2, 2, 2, 1]
     assert len(job.said) == 1
+
+
+def test_where_one_of_ours_does_not_fit_later_batches_of_all_begin_smaller(job):
+    part = part_of(job)
+    part.look()
+    calls = []
+
+    def bind(model, conditions):
+        def run(images, labels, seeds):
+            calls.append(len(images))
+            if len(images) > 2:
+                raise MemoryError
+            return Found(images)
+
+        return run
+
+    kind = AttackKind("PGD", "orthattack", {}, user_attack("a", still).card, ("linf",), bind, is_foreign=False)
+    part.attack(job.bound(entry_of(kind), Conditions("linf", EPS, 3, CLASSES, 4)), False)
+    assert calls == [4, 2, 2, 2, 2, 1]
+    assert job.said == ["out of memory with 4 images at a time; going on with 2"]
+    assert (job.batch_size, job.judge.batch_size, job.was_halved) == (2, 2, True)
 
 
 def test_one_image_that_does_not_fit_is_an_error(job):
@@ -277,7 +298,7 @@ def test_one_image_that_does_not_fit_is_an_error(job):
     assert rows["status"].tolist() == ["error"] * 9 + ["misclassified"]
     assert rows.loc[0, "message"] == "MemoryError: too much"
     assert robust == (0, 1)
-    assert job.batch_size == 1
+    assert (job.batch_size, job.sizes) == (4, {"mine": 1})
 
 
 def test_other_errors_do_not_halve(job):

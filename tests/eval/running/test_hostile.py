@@ -11,6 +11,7 @@ import os
 import random
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,11 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
+from orthattack.eval.data.readers import Dataset
 from orthattack.eval.errors import EvaluationError
-from tests.eval.tiny import CLASSES, COUNT, EPS, Net, evaluated, images_of
+from tests.eval.tiny import CLASSES, COUNT, EPS, Net, classifier, evaluated, images_of, photographs
 
 HONEST = {
     "PGD": {"name": "PGD"},
@@ -130,6 +133,24 @@ def flags(model, images, labels):
     torch.autograd.set_detect_anomaly(True)
 
 
+class Rolled(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        return found.roll(1, 1) if func is nn.functional.linear else found
+
+
+@harmless
+def modes_entered(model, images, labels):
+    Rolled().__enter__()
+    torch.device("meta").__enter__()
+
+
+@harmless
+def hooks_of_all_modules(model, images, labels):
+    nn.modules.module.register_module_forward_hook(lambda module, given, found: found * 2)
+    nn.modules.module.register_module_full_backward_hook(lambda module, given, found: tuple(-g for g in given))
+
+
 @harmless
 def process(model, images, labels):
     os.environ["ORTHATTACK_HOSTILE"] = "1"
@@ -194,6 +215,21 @@ def forward(model, images, labels):
 
 
 @changing
+def forward_of_its_class(model, images, labels):
+    Net.forward = lambda self, x: torch.zeros(len(x), CLASSES)
+
+
+@changing
+def another_method_of_its_class(model, images, labels):
+    Net.eval = Net.train
+
+
+@changing
+def order_of_layers(model, images, labels):
+    model._modules = dict(reversed(model._modules.items()))
+
+
+@changing
 def layer_replaced(model, images, labels):
     model.head = nn.Linear(6 * 16, CLASSES)
 
@@ -243,6 +279,28 @@ def raises_midway(model, images, labels):
     torch.set_default_dtype(torch.float64)
     labels.fill_(0)
     raise RuntimeError("midway")
+
+
+class Odd(BaseException):
+    """Of another kind than most, and of no text."""
+
+    def __str__(self):
+        raise ValueError
+
+
+@failing
+def raises_oddly(model, images, labels):
+    raise Odd
+
+
+@failing
+def closes(model, images, labels):
+    raise GeneratorExit
+
+
+@failing
+def says_that_memory_runs_out(model, images, labels):
+    raise MemoryError("no more")
 
 
 @failing
@@ -351,7 +409,16 @@ def test_an_attack_that_changes_the_model_is_an_error_that_says_so(together, nam
     assert rows["message"].str.match(r"ModelChangedError: .*changed the model's \w+").all(), rows["message"].iloc[0]
 
 
-@pytest.mark.parametrize(("name", "message"), [("raises_midway", "RuntimeError: midway"), ("exits", "SystemExit: 3")])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("raises_midway", "RuntimeError: midway"),
+        ("exits", "SystemExit: 3"),
+        ("raises_oddly", "Odd"),
+        ("closes", "GeneratorExit"),
+        ("says_that_memory_runs_out", "MemoryError: no more"),
+    ],
+)
 def test_an_attack_that_fails_midway_is_the_error_that_it_was(together, name, message):
     assert set(rows_of(together("fails")[0], name)["message"]) == {message}
 
@@ -454,10 +521,22 @@ RETURNED = {
     "inference": (lambda x: torch.inference_mode()(x.clone)(), None),
     "sparse": (lambda x: x.to_sparse(), r"ValueError: returned a tensor that is torch\.sparse_coo, not a dense one"),
     "meta": (lambda x: x.to("meta"), r"ValueError: returned a tensor that is one without values \(meta\)"),
-    "double": (lambda x: x.double(), r"ValueError: returned .* of torch\.float64 for"),
-    "array": (lambda x: x.numpy(), "ValueError: returned ndarray instead of a tensor"),
-    "nothing": (lambda x: None, "ValueError: returned NoneType instead of a tensor"),
-    "two": (lambda x: (x, x), "ValueError: returned tuple instead of a tensor"),
+    "double": (
+        lambda x: x.double(),
+        r"ValueError: returned torch\.float64, where the images are torch\.float32: let it return adversarials\.to\(",
+    ),
+    "array": (
+        lambda x: x.numpy(),
+        "ValueError: returned ndarray instead of a tensor: let it return the adv",
+    ),
+    "nothing": (
+        lambda x: None,
+        "ValueError: returned NoneType instead of a tensor: let it return the adv",
+    ),
+    "two": (
+        lambda x: (x, x),
+        "ValueError: returned tuple instead of a tensor: let it return the adv",
+    ),
 }
 
 
@@ -555,3 +634,87 @@ def test_a_model_at_hand_comes_back_in_its_modes(tmp_path):
 def test_hostile_functions_are_refused_where_they_are_no_functions(tmp_path):
     with pytest.raises(EvaluationError, match="a function needs a label"):
         evaluated(tmp_path / "r", [HARMLESS["mode"]])
+
+
+class Data:
+    """The images of `photographs`, and what a user's data set may do on the way."""
+
+    def __init__(self, change=None):
+        self.change, self.kept = change, []
+        self.targets = photographs().labels
+
+    def __len__(self):
+        return COUNT
+
+    def __getitem__(self, position):
+        for image in self.kept:
+            image.fill(0) if isinstance(image, np.ndarray) else image.zero_()
+        image = images_of()[position]
+        if self.change is not None:
+            self.change()
+        self.kept = [image]
+        return [image, self.targets[position]]
+
+
+def seeded():
+    torch.manual_seed(1)
+    np.random.seed(1)
+    random.seed(1)
+
+
+DATA = {
+    "keeps what it returned and writes later": None,
+    "seeds": seeded,
+    "draws": lambda: torch.rand(3),
+    "precision": lambda: torch.set_default_dtype(torch.float64),
+    "grad mode": lambda: torch.set_grad_enabled(False),
+    "process": lambda: (os.chdir("/"), os.environ.update(ORTHATTACK_HOSTILE="1"), Rolled().__enter__()),
+}
+
+
+def of(data):
+    source = Dataset(data, "mine", thread_safe=False)
+    return replace(photographs(), _source=source, _positions=range(COUNT))
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_a_data_set_changes_no_rows(tmp_path, alone, name):
+    """Its images are read while nothing is attacked, chunk by chunk: no thread reads ahead."""
+    run = evaluated(tmp_path / "r", HONEST, data=of(Data(DATA[name])))
+    for label in HONEST:
+        assert same(run, alone, label), label
+
+
+def test_what_a_data_set_draws_is_the_same_each_time():
+    class Noisy(Data):
+        def __getitem__(self, position):
+            noise = torch.rand(3, 8, 8) + float(np.random.rand()) + random.random()
+            return noise / 3, self.targets[position]
+
+    data = of(Noisy())
+    one, two = (data.load(3, classifier().preprocessing) for _ in range(2))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, data.load(4, classifier().preprocessing))
+
+
+def test_a_data_set_that_changes_the_model_is_told(tmp_path):
+    model = Net()
+    data = Data(lambda: model.head.weight.data.mul_(0.5))
+    photos = of(data)
+    with pytest.raises(EvaluationError, match=r"made changed the model's weights .*let it leave the model alone"):
+        evaluated(tmp_path / "r", HONEST, model=model, data=photos)
+    assert not list((tmp_path / "r").rglob("*.parquet"))
+
+
+def test_a_data_set_that_raises_oddly_leaves_out_an_image(tmp_path):
+    class Failing(Data):
+        def __getitem__(self, position):
+            if position == 3:
+                raise Odd
+            return super().__getitem__(position)
+
+    run = evaluated(tmp_path / "r", ["PGD"], data=of(Failing()))
+    rows = run.folder.read("shards", "net", "PGD", EPS)
+    assert rows["status"].tolist()[3] == "unreadable"
+    assert rows["message"].tolist()[3] == "Odd"
+    assert (rows["status"] == "unreadable").sum() == 1

@@ -384,8 +384,12 @@ def test_what_cannot_be_scored_is_neither_success_nor_failure(tmp_path):
     assert 0 < wrong.sum() < 12
     for label, status, message in (
         ("crash", "error", "RuntimeError: out of ideas"),
-        ("shape", "error", "ValueError: returned (1, 3, 2, 32) of torch.float32 for (4, 3, 32, 32) of torch.float32"),
-        ("list", "error", "ValueError: returned list instead of a tensor"),
+        (
+            "shape",
+            "error",
+            "ValueError: returned shape (1, 3, 2, 32) for images of shape (4, 3, 32, 32): let it return one image",
+        ),
+        ("list", "error", "ValueError: returned list instead of a tensor: let it return the adversarial images alone"),
         ("ball", "invalid", "left the ball: linf norm"),
     ):
         attacked = found[label][~wrong]
@@ -419,7 +423,7 @@ def test_memory_that_runs_out_halves_the_batch_and_says_so_once(tmp_path):
     folder, done = start(tmp_path / "r", chosen, source=source, say=said.append)
     assert done
     assert (rows_of(folder, "hungry")["status"].isin(["ok", "misclassified"])).all()
-    assert said[0] == f"out of memory with {sizes[0]} images at a time; going on with {sizes[0] // 2}"
+    assert said[0] == f"hungry: out of memory with {sizes[0]} images at a time; going on with {sizes[0] // 2}"
     assert len(said) == len(set(said)) <= 2  # said at each halving, not at each batch
     refused = [n for n in sizes if n > 2]
     assert sizes[-1] <= 2
