@@ -136,7 +136,9 @@ def _beware(run: Run, table: pd.DataFrame) -> list[str]:
 def _wrapped(text: str) -> list[str]:
     """A line for the terminal, as several if it is wider."""
     columns = min(_COLUMNS, max(60, shutil.get_terminal_size((_COLUMNS, 24)).columns))
-    return textwrap.wrap(_ascii(text), columns, subsequent_indent="    ", break_on_hyphens=False) or [""]
+    return textwrap.wrap(
+        _ascii(text), columns, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False
+    ) or [""]
 
 
 def as_json(run: Run) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def test_a_file_that_may_not_grow_is_like_a_full_disk(tmp_path, whole, orthattac
 def test_a_report_that_cannot_be_written_loses_no_result(small_disk, orthattack):
     """Room for the rows and the manifest, but not for the report's page."""
     path = small_disk / "run"
-    subprocess.run(["mount", "-o", "remount,size=72k", small_disk], check=True)
+    subprocess.run(["mount", "-o", "remount,size=88k", small_disk], check=True)
     without = [*RUN[: RUN.index("all")], "none", "--no-checks"]
     stopped = orthattack(*without, "--out", path)
     assert stopped.code == 2, stopped.err
