@@ -82,6 +82,8 @@ def load_photographs(
     if classes is not None and (labels is not None or data in SAMPLES):
         raise EvaluationError(f"--classes matches classes by name; {labels or data} has the model's class indices")
     table = None if classes is None else Path(classes)
+    if table is not None and not os.path.exists(table) and "." not in table.name:  # noqa: PTH110
+        raise EvaluationError(f"--classes {table} is neither text nor numbers, an order of class folders, nor a file")
     source: Source
     notes: tuple[str, ...] = ()
     if data in SAMPLES:

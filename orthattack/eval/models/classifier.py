@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -85,13 +86,13 @@ def checked(classifier: Classifier) -> Classifier:
         answer = _answer(model, 3, size, size)
     except FAILURES as error:  # what an architecture says of an image that it cannot take
         raise EvaluationError(
-            f"{name} does not take images of {size}x{size}: {_cause(model, size, error) or told(error)}"
+            f"{name} does not take images of {size}x{size}: {_cause(model, size, error) or _unknown(error, size)}"
         ) from error
     try:
         logits = checked_logits(answer, 1)
         check_finite(logits)
     except ValueError as error:
-        module = "; here a module takes the place of a lambda" if "lambda" in str(error) else ""
+        module = "; for an evaluation write that as the forward of an nn.Module" if "lambda" in str(error) else ""
         raise EvaluationError(f"{name} on a grey image: {error}{module}") from error
     count = logits.shape[1]
     if classifier.num_classes not in (0, count):
@@ -125,18 +126,28 @@ def _cause(model: nn.Module, size: int, error: BaseException) -> str:
     kinds = {tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()} - {torch.float32}
     dtypes += sorted(kinds, key=str)
     first = next((layer.in_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
-    counts = list(dict.fromkeys((3, first or 1, 1, 4)))
+    counts = list(dict.fromkeys((first or 3, 3, 1, 4)))
     until = time.monotonic() + _PATIENCE
     shapes = [(size, size), *((other, other) for other in _SIZES if other != size)]
     shapes += [(h, w) for h in sorted(_SIZES) for w in sorted(_SIZES) if h != w]
-    for height, width in shapes:
-        for dtype in dtypes:
-            for channels in counts:
+    rest = [(side, side) for side in range(4, 513) if side not in _SIZES]
+    for channels in counts:  # what only flattens takes any shape of so many numbers: with three channels, if it can be
+        for height, width in shapes + (rest if channels == counts[0] else []):
+            for dtype in dtypes:
                 if time.monotonic() > until:
                     return ""
                 if _takes(model, channels, height, width, dtype):
                     return _remedy(size, height, width, channels, dtype)
     return ""
+
+
+def _unknown(error: BaseException, size: int) -> str:
+    if not re.search(r"shape|size|dimension|channel", str(error)):
+        return told(error)
+    return (
+        f"{told(error)} (given float32 of shape (1, 3, {size}, {size})): pass --image-size if it takes another, or put "
+        "a layer in front that makes of photographs what it takes"
+    )
 
 
 _PATIENCE = 20.0  # seconds that are spent on finding out what a model takes instead
@@ -180,7 +191,11 @@ def from_checkpoint(
     """
     num_classes = _num_classes(name, build, file)
     if num_classes < 2:
-        raise EvaluationError(f"{file.path} has weights for {num_classes} classes; at least 2 are needed")
+        raise EvaluationError(
+            f"{file.path} has weights for one logit, and two classes need two: let --model be package.module:function, "
+            "which loads them and returns a module whose forward is nn.functional.pad(model(x), (1, 0)), so that class "
+            "1 is what the sigmoid says"
+        )
     model = build(num_classes)
     load_strictly(name, model, file.tensors, file.path)
     classes = file.listed("classes")

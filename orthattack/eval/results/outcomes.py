@@ -76,17 +76,22 @@ class Outcomes:
         return full
 
 
-def rates(outcome: NDArray[np.int8]) -> dict[str, Any]:
-    """Counts, robust accuracy and success rate of a column of outcomes, with intervals."""
+def rates(outcome: NDArray[np.int8], some_were_right: bool = False) -> dict[str, Any]:
+    """Counts, robust accuracy and success rate of a column of outcomes, with intervals.
+
+    Where some images were right to begin with and none of them is scored, nothing is: those that were wrong say nothing
+    of the attack, and would make a robust accuracy of 0.
+    """
     wrong, robust, fooled = (int((outcome == code).sum()) for code in (WRONG, ROBUST, FOOLED))
+    scored = 0 if some_were_right and robust + fooled == 0 else wrong + robust + fooled
     return {
         "rows": len(outcome),
-        "scored": wrong + robust + fooled,
+        "scored": scored,
         "ok": robust + fooled,
         "robust": robust,
         "fooled": fooled,
         "misclassified": wrong,
-        **rate_columns("robust_accuracy", Rate(robust, wrong + robust + fooled)),
+        **rate_columns("robust_accuracy", Rate(robust, scored)),
         **rate_columns("success_rate", Rate(fooled, robust + fooled)),
     }
 

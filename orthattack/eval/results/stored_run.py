@@ -325,7 +325,8 @@ class Run:
 
     def _row(self, model: str, attack: str, eps: float | None, outcome: NDArray[np.int8]) -> dict[str, Any]:
         row = {"model": model, "attack": attack, "eps": eps, "images": self.images(model)}
-        return row | rates(outcome) | rate_columns("clean_accuracy", self.clean_accuracy(model))
+        clean = self.clean_accuracy(model)
+        return row | rates(outcome, clean.count > 0) | rate_columns("clean_accuracy", clean)
 
 
 def _curve(points: list[tuple[float, Rate]]) -> pd.DataFrame:

@@ -198,6 +198,8 @@ class Part:
                         kept[position] = adversarials[row]
         self._store(Shard(self.job.label, entry.label, entry.eps, self.number, self.kind), ROW_SCHEMA.names, rows, kept)
         scored = [row for row in rows.values() if row["status"] in ("ok", "misclassified")]
+        if any(self.right.values()) and all(row["status"] == "misclassified" for row in scored):
+            return 0, 0  # it failed on all that it could have scored
         return sum(row["status"] == "ok" and not row["success"] for row in scored), len(scored)
 
     def transfer(self, label: str, eps: float, norm: Norm, adversarials: Mapping[int, Tensor]) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from orthattack.eval.attacks.seeds import drawing
-from orthattack.eval.errors import EvaluationError, first_line
+from orthattack.eval.errors import EvaluationError, first_line, told
 from orthattack.eval.running.manifest import hardware
 from orthattack.eval.running.plan import Plan, Unit
 from orthattack.eval.running.run import suite_source
@@ -189,7 +189,7 @@ class Crew:
                 except ray.exceptions.RayError as error:
                     queue.forget(actor)
                     self._bury(actor)
-                    reason = " ".join(str(error).split())[:200]
+                    reason = told(error)
                     if unit is None:
                         failures += 1
                         if failures > DEATHS + self._size:

@@ -73,10 +73,15 @@ def test_names_of_the_models_classes_need_no_order(tmp_path):
 
 
 def test_an_order_is_of_class_folders(tmp_path):
-    with pytest.raises(EvaluationError, match="--classes numbers is the order of class folders; imagenet-samples has"):
+    with pytest.raises(EvaluationError, match=r"--classes numbers is the order of class folders; imagenet-samples has"):
         load_photographs("imagenet-samples", classifier(1000), classes="numbers")
     with pytest.raises(EvaluationError, match="has 3 class folders and model 4 classes"):
         load_photographs(str(folders(tmp_path / "data", "abc")), classifier(4), classes="text")
+
+
+def test_an_order_that_is_none_is_told(tmp_path):
+    with pytest.raises(EvaluationError, match=r"--classes number is neither text nor numbers, .* nor a file"):
+        load_photographs(str(folders(tmp_path / "data", "abc")), classifier(3), classes="number")
 
 
 def test_a_class_without_images_keeps_its_place(tmp_path):

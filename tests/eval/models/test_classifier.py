@@ -30,6 +30,11 @@ class Fixed(nn.Module):
         return self.network(images)
 
 
+class Faulty(nn.Module):
+    def forward(self, images):
+        raise RuntimeError("no such table")
+
+
 def convolutional(channels: int) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(channels, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -47,7 +52,9 @@ MODELS = {
     "another size": (network(3, 64, 64), "it takes 64x64: pass --image-size 64, or Preprocessing(crop=64)"),
     "fixed size": (Fixed(224, 224), "it takes 224x224: pass --image-size 224"),
     "not square": (Fixed(32, 64), "it takes 32x64 pixels, and input is square here: put a layer in front that resizes"),
-    "its own fault": (nn.Sequential(nn.Flatten(), nn.Linear(7, 4)), "RuntimeError: mat1 and mat2 shapes"),
+    "an odd size": (network(3, 37, 37), "it takes 37x37: pass --image-size 37, or Preprocessing(crop=37)"),
+    "no size of any": (nn.Sequential(nn.Flatten(), nn.Linear(7, 4)), "(given float32 of shape (1, 3, 32, 32)): pass"),
+    "its own fault": (Faulty(), "RuntimeError: no such table"),
 }
 
 

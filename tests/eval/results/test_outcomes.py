@@ -84,6 +84,16 @@ def test_rates_count_each_kind_over_its_own_denominator():
     assert rate_columns("a", Rate(0, 0)) == {"a": None, "a_low": None, "a_high": None}
 
 
+def test_where_none_that_was_right_is_scored_nothing_is():
+    """One of two was wrong to begin with, and the attack failed on the other: no robust accuracy of 0 of 1."""
+    outcome = np.array([WRONG, UNSCORED], np.int8)
+    found = rates(outcome, some_were_right=True)
+    assert (found["scored"], found["misclassified"], found["robust_accuracy"]) == (0, 1, None)
+    found = rates(outcome)  # where the other one is unreadable
+    assert (found["scored"], found["robust_accuracy"]) == (1, 0.0)
+    assert rates(OUTCOME, some_were_right=True) == rates(OUTCOME)
+
+
 def test_measures_are_of_attacked_images():
     found = measures(TABLE, "linf", False, OUTCOME)
     assert (found["error"], found["unreadable"], found["invalid"]) == (2, 1, 1)

@@ -35,7 +35,7 @@ def place(request, tmp_path, monkeypatch):
         kind.store.clear()
         kind.pseudo_dirs[:] = [""]
     monkeypatch.setattr(files, "_PAUSE", 0.001)
-    yield str(tmp_path / "root") if request.param == "disk" else f"{request.param}://bucket/root"
+    yield str(tmp_path / "root") if request.param == "disk" else f"{request.param}://bucket/place"
     for kind in (MemoryFileSystem, Growing):
         kind.store.clear()
 
@@ -114,7 +114,7 @@ def test_a_file_in_a_growing_store_is_moved_to_its_name(place, monkeypatch):
     )
     write(open_files(place, pytest.fail), "a.txt", b"one")
     (partial,) = piped
-    assert partial.startswith("/bucket/root/.a.txt.")
+    assert partial.startswith("/bucket/place/.a.txt.")
     assert partial.endswith(".partial")
 
 
