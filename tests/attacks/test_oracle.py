@@ -219,6 +219,22 @@ def test_the_first_images_are_checked_and_the_others_are_not():
             oracle.evaluate(X, Goal(torch.tensor([2, label])), lambda z, g: z[:, 0], None, with_gradient=False)
 
 
+def test_a_loss_may_share_the_models_own_computation():
+    """Of features on the way to the logits: both ways to the images count, each once."""
+    weight, kept = torch.tensor([[1.0, 2, 0, 0], [0, 1.0, -1, 0]]), []
+
+    def model(images):
+        kept[:] = [(images.flatten(1) @ weight.T).square()]
+        return nn.functional.pad(kept[0].sin(), (0, 1))
+
+    loss = attack_loss(lambda logits, labels: logits[:, 1] + kept[0][:, 0])
+    found = Oracle(model).evaluate(X, GOAL, loss, None, with_gradient=True)
+    leaf = X.clone().requires_grad_()
+    value = model(leaf)[:, 1] + kept[0][:, 0]
+    torch.testing.assert_close(found.loss, value.detach())
+    torch.testing.assert_close(found.gradient, torch.autograd.grad(value.sum(), leaf)[0])
+
+
 def test_half_precision_logits_are_widened():
     assert Oracle(lambda x: linear(x).half()).logits(X, GOAL).dtype == torch.float32
     assert Oracle(lambda x: linear(x.double())).logits(X, GOAL).dtype == torch.float64
