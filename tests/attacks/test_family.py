@@ -475,6 +475,20 @@ def test_the_smallest_norm_is_below_every_eps_that_works(attack):
         assert (result.norm[works] <= 1.05 * eps).all()
 
 
+def test_a_search_for_the_smallest_norm_ends_when_the_interval_is_narrow_or_the_largest_radius_has_failed():
+    """A thousandth of the radius takes about ten halvings; what the largest radius does not fool is left alone."""
+    model, (images, labels) = small_model(), drawn(n=12)
+    labels = model(images).argmax(1)
+    attack = OrthoPGD(model, steps=3, random_start=False, early_stop=True)
+    some, many = (MinimumNorm(attack, trials=trials).run(images, labels) for trials in (20, 60))
+    assert torch.equal(some.adversarials, many.adversarials)
+    assert torch.equal(some.forward_calls, many.forward_calls)
+    assert some.success.any()
+    few, none = (MinimumNorm(attack, max_eps=1e-4, trials=trials).run(images, labels) for trials in (1, 9))
+    assert not none.success.any()
+    assert torch.equal(few.forward_calls, none.forward_calls)
+
+
 def test_a_norm_that_is_out_of_reach_is_a_failure():
     model, (images, _) = linear_model(scale=1e-3), drawn()
     model[1].bias.data = torch.tensor([1e3, 0.0])
