@@ -224,7 +224,11 @@ def test_a_finished_run_is_not_run_again(everyone, monkeypatch):
     assert len(folder.manifest()["sessions"]) == 2
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+@pytest.mark.parametrize(
+    "error",
+    # Of the second, tests/faults/files/test_disk.py has a real one in the fast lane.
+    [KeyboardInterrupt(), pytest.param(OSError(28, "No space left on device"), marks=pytest.mark.slow)],
+)
 def test_a_run_that_stops_goes_on_and_ends_as_if_it_had_not(tmp_path, monkeypatch, error):
     chosen = suite(attacks=["FGSM", "OrthoPGD", "foolbox:LinfPGD"])
     whole, _ = start(tmp_path / "whole", chosen)
