@@ -298,7 +298,7 @@ def _autocast(device: str) -> tuple[Callable[[], Any], Callable[[Any], object]]:
 def _modes() -> tuple[Any, ...]:
     """Function and dispatch modes, entered and not left, and what is remembered of the default device, which is one."""
     return (
-        overrides._get_current_function_mode_stack(),
+        overrides._get_current_function_mode_stack(),  # type: ignore[no-untyped-call]
         _python_dispatch._get_current_dispatch_mode_stack(),
         _device.CURRENT_DEVICE,
         getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None),
@@ -310,7 +310,7 @@ def _set_modes(modes: tuple[Any, ...]) -> None:
         for _ in stack:
             kind._pop_mode()
     for mode in modes[0]:
-        overrides._push_mode(mode)
+        overrides._push_mode(mode)  # type: ignore[no-untyped-call]
     for mode in modes[1]:
         _python_dispatch._push_mode(mode)
     _device.CURRENT_DEVICE, torch._GLOBAL_DEVICE_CONTEXT.device_context = modes[2:]

@@ -122,6 +122,7 @@ class Worker:
         """Say at once, after the first chunk, what looks like a mistake; the whole is judged by the trust checks."""
         rows = self._plan.folder.read_shard(Shard(job.label, "clean", None, 0, "clean"), CLEAN_COLUMNS)
         for suspicion in clean_suspicions(rows, job.classifier.num_classes):
+            job.said.add(suspicion)  # an attack may notice it too
             self._say(f"{job.label}: {suspicion}")
         if job.judge.is_random:
             self._say(f"{job.label} answers at random: each image is judged by {job.judge.evaluations} evaluations")

@@ -199,3 +199,10 @@ def test_every_attack_on_a_model_that_draws_is_confirmed_by_fresh_answers(tmp_pa
     for probe in run.manifest["probes"]:
         rows = run.folder.read("checks", "net", probe["label"], probe["eps"])
         assert set(rows["evaluations"].dropna()) == {10}, probe
+
+
+def test_probabilities_are_said_once(tmp_path, capsys):
+    """Of the model, not again of each attack that meets them."""
+    data = photographs()
+    evaluated(tmp_path / "r", ["PGD", "FGSM"], model=Changed(after=lambda z: z.softmax(1)).eval(), data=data)
+    assert capsys.readouterr().err.count("the model returns probabilities") == 1
