@@ -86,6 +86,8 @@ BUDGET = 20.0
 """Seconds of computing, as the survey measured them, that a mutant is given in each of two rounds of tests: those of
 its own module, and all others."""
 MEMORY = 8 << 30
+PATIENCE = 1800.0
+"""Seconds of the clock after which a process that does not compute is stopped."""
 
 
 @dataclass(frozen=True)
@@ -478,7 +480,7 @@ class Job:
     slot: Path
     files: list[str]
     order: list[str] | None
-    limit: float
+    limit: int  # seconds of computing: the clock's would depend on what else the machine does
     process: int = 0
     began: float = 0.0
 
@@ -504,6 +506,7 @@ class Job:
     def _run(self) -> int:
         os.setsid()
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_CPU, (self.limit, self.limit))
         log = os.open(f"{self.out}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for stream in (1, 2):
             os.dup2(log, stream)
@@ -531,14 +534,15 @@ class Job:
     def poll(self) -> str | None:
         """None while it runs; then "passed", "failed" or "hangs"."""
         done, status = os.waitpid(self.process, os.WNOHANG)
-        if not done and time.monotonic() - self.began < self.limit:
+        if not done and time.monotonic() - self.began < PATIENCE:
             return None
         with contextlib.suppress(ProcessLookupError):  # what it started goes with it
             os.killpg(self.process, signal.SIGKILL)
         if not done:
             os.waitpid(self.process, 0)
             return "hangs"
-        return "passed" if os.waitstatus_to_exitcode(status) == 0 else "failed"
+        code = os.waitstatus_to_exitcode(status)
+        return "passed" if code == 0 else "hangs" if code in (-signal.SIGXCPU, -signal.SIGKILL) else "failed"
 
 
 def copies(folder: Path, number: int) -> list[Path]:
@@ -590,7 +594,7 @@ def survey(places: Sequence[str], slots: list[Path]) -> dict[str, dict[str, Any]
     report: dict[str, dict[str, Any]] = {}
 
     def begin(name: str, slot: Path) -> Generator[Job, str, None]:
-        job = Job(slot, [name], None, 1800)
+        job = Job(slot, [name], None, 3600)
         end = yield job
         tests = json.loads(job.out.read_text()) if job.out.is_file() else {}
         passed = {test: entry for test, entry in tests.items() if entry["passed"] and "lines" in entry}
@@ -645,7 +649,7 @@ def judged(todo: list[Mutant], slots: list[Path], tests: dict[str, dict[str, Any
         path.write_bytes(mutant.applied(source))
         for order, seconds in rounds(mutant, tests):
             files = list(dict.fromkeys(name.partition("::")[0] for name in order))
-            job = Job(slot, files, order, 180 + 15 * seconds)
+            job = Job(slot, files, order, int(60 + 5 * seconds))
             end = yield job
             tried += len(order)
             result = {"passed": "survived", "failed": "killed"}.get(end, end)
