@@ -104,6 +104,7 @@ def guarded(
     """
     borrower = _Borrower()
     thread, has_grad = _read(_THREAD), torch.is_grad_enabled()  # which inference_mode(False) would turn on
+    watched = None
     with torch.inference_mode(torch.is_inference_mode_enabled()), torch.set_grad_enabled(has_grad):
         try:
             with _LOCK, torch.inference_mode(False), torch.no_grad():
@@ -118,7 +119,8 @@ def guarded(
             _write(_THREAD, thread)
             with _LOCK, torch.inference_mode(False), torch.no_grad():
                 try:
-                    _settle(borrower, watched, model, images, who)
+                    if watched is not None:  # or Ctrl-C came before the code ran
+                        _settle(borrower, watched, model, images, who)
                 finally:
                     borrower.give_back()
     borrower.complain()
@@ -191,6 +193,8 @@ class _Borrower:
         """Remember `aspect` of `thing`: as it is or, if another thread has it, as that found it."""
         key = _key(aspect, thing)
         loan = _LOANS.get(key)
+        if loan is not None and not loan.threads:  # of a borrower that was interrupted
+            loan = None
         state = loan.before if loan is not None and self._is_shared(loan) else aspect.read(thing)
         if loan is None:
             loan = _LOANS[key] = _Loan(state)

@@ -473,3 +473,20 @@ def test_a_thread_that_changes_the_model_is_an_error_in_those_beside_it(model, i
         assert isinstance(each.error, ModelChangedError)
     assert "the loss, or what ran at the same time in another thread, changed the model's weights" in str(guilty.error)
     assert state(model) == before
+
+
+def test_an_interrupt_while_the_guard_looks_is_an_interrupt(model, images, monkeypatch):
+    """Ctrl-C may come at any moment: it is not turned into another error, and nothing is left behind."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = model.head[1].weight.clone()
+    with monkeypatch.context() as patched:
+        patched.setattr("orthattack.lending._watched", interrupted)
+        with pytest.raises(KeyboardInterrupt), guarded(model, images):
+            raise AssertionError("the code was run")
+    with guarded(model, images):
+        model.norm.eval()
+    assert torch.equal(model.head[1].weight, before)
+    assert model.norm.training
