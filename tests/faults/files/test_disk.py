@@ -126,7 +126,7 @@ def test_memory_that_runs_out_halves_the_batch_and_the_run_is_finished(tmp_path,
         "--out", "run",
     )  # fmt: skip
     assert done.code == 0, done.err
-    assert "orthattack: out of memory with" in done.err
+    assert "orthattack: hungry:attack: out of memory with" in done.err
     assert set(rows(tmp_path / "run")["status"]) <= {"ok", "misclassified"}
 
 

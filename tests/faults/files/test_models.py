@@ -147,7 +147,11 @@ def of(run, attack):
             "bad:one on a grey image: model must return at least two logits per image, shape (1, classes); got (1, 1)",
         ),
         ("flat", "must return logits of shape (1, classes); got (10,)"),
-        ("pair", "got tuple: attack lambda x: model(x)[0] instead, after model.eval(); here a module takes the place"),
+        (
+            "pair",
+            "got tuple: attack lambda x: model(x)[0] instead, after model.eval(); for an evaluation write that as the "
+            "forward of an nn.Module",
+        ),
         ("whole", "must return floating point logits; got torch.int64: attack lambda x: model(x).float()"),
         ("exits_when_built", "bad:exits_when_built() failed (SystemExit: enough)"),
     ],
