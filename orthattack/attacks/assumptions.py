@@ -104,7 +104,7 @@ class Behaviour:
 
 
 def observe(lent: Model, images: Tensor, bounds: tuple[float, float] = (0, 1), module: object = None) -> Behaviour:
-    """How a model answers about the first of `images`, alone and beside another image that is made from it.
+    """How a model answers about the first of `images`, a little paler, alone and beside another one made from it.
 
     It leaves no trace: random states of torch, NumPy and Python are what they were, and a module is asked through a
     twin that shares its weights but not its buffers, counters and lists. A model that fails, or whose answer is not
@@ -119,8 +119,10 @@ def observe(lent: Model, images: Tensor, bounds: tuple[float, float] = (0, 1), m
     module = lent if module is None else module
     # What torch.compile made would be compiled anew for each of these batches.
     ask = _twin(getattr(lent, "_orig_mod", lent))
-    image, (low, high) = images[:1].detach(), bounds
+    (low, high), image = bounds, images[:1].detach()
+    image = 0.95 * image + 0.025 * (low + high)  # off the bounds, which the other one reaches, as a maximum would show
     beside = [low + 0.8 * (high - image.flip(-1)), low + 0.8 * (image.flip(-2) - low)]
+    beside[0][..., 0, 0], beside[0][..., -1, -1] = low, high
     with _untouched(image.device), torch.no_grad():
         before = _random_states(image.device)
         alone = _answer(ask, image)

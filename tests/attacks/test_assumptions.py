@@ -156,6 +156,8 @@ OF_THE_BATCH = {
     "scaled by the batch": lambda x: SMALL(x) / SMALL(x).std(),
     "size of the batch": lambda x: SMALL(x) / len(x),
     "ranks": lambda x: SMALL(x) + 0.1 * SMALL(x).argsort(0),
+    "divided by the batch's largest pixel": lambda x: SMALL(x / x.amax()),
+    "stretched to the batch's range": lambda x: SMALL((x - x.amin()) / (x.amax() - x.amin())),
 }
 
 
@@ -179,6 +181,12 @@ def test_an_answer_that_depends_on_the_batch_is_seen(name):
     assert not found.is_random
     assert "depends on the rest of its batch" in found.on_batches()
     assert ("batch norm without running statistics ('norm')" in found.on_batches()) == (name == "batch norm")
+
+
+def test_a_dependence_on_the_batchs_range_is_seen_on_images_that_fill_it_too():
+    images, _ = drawn(n=1)
+    images[..., 1, 1], images[..., 2, 2] = 0.0, 1.0
+    assert shown(OF_THE_BATCH["stretched to the batch's range"], images).is_of_the_batch
 
 
 def test_batch_norms_without_statistics_are_named():
