@@ -182,16 +182,25 @@ def explained(models: Iterable[Model], images: Tensor, name: str = "images") -> 
     try:
         yield
     except RuntimeError as error:
-        modules = [model for model in models if isinstance(model, nn.Module)]
-        weights = {p.dtype for module in modules for p in module.parameters() if p.dtype in FLOATS}
-        shape = tuple(images.shape)
-        if weights and images.dtype not in weights and _OF_DTYPE.search(str(error)):
+        roles = [*zip(("model", "detector"), models, strict=False)]
+        modules = [model for _, model in roles if isinstance(model, nn.Module)]
+        shape, mine = tuple(images.shape), str(images.dtype).removeprefix("torch.")
+        is_of_dtype = _OF_DTYPE.search(str(error))
+        for role, model in roles if is_of_dtype else []:
+            weights = {p.dtype for p in model.parameters() if p.dtype in FLOATS} if isinstance(model, nn.Module) else ()
+            if not weights or images.dtype in weights:
+                continue
             other = min(weights, key=str)
-            ways = [f"pass {name}.{FLOATS[other]}()", f"attack model.{FLOATS[images.dtype]}()"]
-            if other.itemsize == 2:  # orthogonality needs more
+            ways = [f"pass {name}.{FLOATS[other]}()", f"attack {role}.{FLOATS[images.dtype]}()"]
+            if other.itemsize == 2 or role != "model":  # orthogonality needs more; the model takes what it is given
                 ways.reverse()
-            mine, theirs = (str(dtype).removeprefix("torch.") for dtype in (images.dtype, other))
-            raise ValueError(f"{name} are {mine}, the model's weights {theirs}: {', or '.join(ways)}") from error
+            theirs = str(other).removeprefix("torch.")
+            raise ValueError(f"{name} are {mine}, the {role}'s weights {theirs}: {', or '.join(ways)}") from error
+        if is_of_dtype:
+            raise ValueError(
+                f"the model does not take {name} of {mine} ({error}): pass them in the dtype of its weights, and see "
+                "that these are of one dtype"
+            ) from error
         if not modules or not _OF_SHAPE.search(str(error)):
             raise
         hint = "are these its channels and its image size?"
@@ -228,7 +237,10 @@ def checked_logits(answer: object, count: int) -> Tensor:
             "model.eval(), with labels 0 and 1; the sigmoid itself is left out"
         )
     if answer.ndim != 2 or len(answer) != count or shape[1] == 0:
-        raise ValueError(f"{wanted}; got {shape}")
+        mend = ""
+        if answer.ndim > 2 and len(answer) == count and math.prod(shape[2:]) == 1 and shape[1] > 1:
+            mend = ": attack lambda x: model(x).flatten(1), after model.eval()"
+        raise ValueError(f"{wanted}; got {shape}{mend}")
     if not answer.is_floating_point():
         mend = "abs()" if answer.is_complex() else "float()"
         gradient = "" if answer.is_complex() else "; integers have no gradient, so only Square can attack them"

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from orthattack import PGD, Normalized, OrthoPGD, fooled
+from orthattack import PGD, DetectorEvasion, Normalized, OrthoPGD, fooled
 from orthattack.attacks.optimize import _folded
 from orthattack.lending import borrowed
 
@@ -215,6 +215,27 @@ def test_judging_checks_what_an_attack_checks():
     ]:
         with pytest.raises(ValueError, match=message):
             fooled(**{"model": model, "adversarials": images, "labels": labels, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("model", "detector", "message"),
+    [
+        (lambda x: torch.nn.functional.linear(x.flatten(1), torch.ones(3, 12, dtype=torch.float64)), None,
+         r"the model does not take images of float32 \(.*\): pass them in the dtype of its weights"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.Linear(4, 3).double()), None,
+         "does not take images of float32 .* see that these are of one dtype"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), nn.Sequential(nn.Flatten(), nn.Linear(12, 1).double()),
+         r"images are float32, the detector's weights float64: attack detector\.float\(\), or pass images\.double\(\)"),
+    ],
+)  # fmt: skip
+def test_a_dtype_that_does_not_fit_is_explained_whoever_it_does_not_fit(model, detector, message):
+    images, labels = torch.rand(4, 3, 2, 2), torch.zeros(4, dtype=torch.long)
+    attack = PGD(model) if detector is None else DetectorEvasion(model, detector)
+    with pytest.raises(ValueError, match=message):
+        attack(images, labels)
+    if detector is None:
+        with pytest.raises(ValueError, match=message.replace("images", "adversarials")):
+            fooled(model, images, labels)
 
 
 def test_a_normalisation_takes_one_number_or_one_per_channel():

@@ -73,22 +73,23 @@ class Behaviour:
         """Whether an answer depends on what else is in the batch."""
         return self.dependence > 0 or (self.is_random and len(self.statistics) > 0)
 
-    def on_randomness(self) -> str | None:
-        """What to say of a model that draws; None of one that does not."""
+    def on_randomness(self, who: str = "the model") -> str | None:
+        """What to say of a model, or whoever it is, that draws; None of one that does not."""
         if not self.is_random:
             return None
+        mean = "; a gradient of one draw says little, so average them with eot_samples, such as 20"
         return (
-            "the model draws at random or keeps a state: two answers to the same image differ by "
-            f"{self.noise:.2g} of the logits' spread. A success is reported where at least {NEEDED} of {DRAWS} fresh "
-            "answers confirm it; a gradient of one draw says little, so average them with eot_samples, such as 20"
+            f"{who} draws at random or keeps a state: two answers to the same image differ by "
+            f"{self.noise:.2g} of the answers' spread. A success is reported where at least {NEEDED} of {DRAWS} fresh "
+            f"answers confirm it{mean if who == 'the model' else ''}"
         )
 
-    def on_batches(self) -> str | None:
-        """What to say of a model whose answers depend on the batch; None of one whose do not."""
+    def on_batches(self, who: str = "the model") -> str | None:
+        """What to say of a model, or whoever it is, whose answers depend on the batch; None of one whose do not."""
         if not self.is_of_the_batch:
             return None
         found = (
-            f", beside another image its logits move by {self.dependence:.2g} of their spread"
+            f", beside another image it moves by {self.dependence:.2g} of the answers' spread"
             if self.dependence > 0
             else ""
         )
@@ -97,9 +98,9 @@ class Behaviour:
             names = ", ".join(map(repr, self.statistics[:3])) + (", ..." if len(self.statistics) > 3 else "")
             cause = f"batch norm without running statistics ({names}) uses those of the batch"
         return (
-            f"the model's answer to an image depends on the rest of its batch{found}: {cause}. What fools it in one "
+            f"{who}'s answer to an image depends on the rest of its batch{found}: {cause}. What fools it in one "
             "batch may not in another, and results change with the batch size; give the norms running statistics "
-            "(track_running_stats=True), or attack lambda x: torch.cat([model(one[None]) for one in x])"
+            f"(track_running_stats=True), or take lambda x: torch.cat([{who.split()[-1]}(one[None]) for one in x])"
         )
 
 

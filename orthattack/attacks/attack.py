@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -26,7 +27,7 @@ from orthattack.arguments import (
     is_number,
     plain,
 )
-from orthattack.attacks.assumptions import PROBABILITIES, Behaviour, Observer, warn
+from orthattack.attacks.assumptions import PROBABILITIES, Observer, warn
 from orthattack.attacks.configured import Configured
 from orthattack.attacks.optimize import FastCopy, Optimize
 from orthattack.attacks.oracle import Evaluation, InBatches, LossFunction, Oracle, Precision, Scorer
@@ -136,6 +137,7 @@ class Best:
         self._steps, self._zero, self._forwards, self._gradients, self.stuck = torch.zeros(
             5, n, dtype=torch.long, device=device
         )
+        self.unanswered = torch.zeros_like(self.success)  # whether some point's margin was not finite
 
     def offer(self, index: Tensor, points: Tensor, evaluation: Evaluation, step: int) -> None:
         """Keep each of `points`, candidates of the samples at `index`, that beats what there is."""
@@ -145,6 +147,7 @@ class Best:
         better |= (success == self.success[index]) & (merit >= self._merit[index])
         self._zero[index] += evaluation.unusable
         self.stuck[index] += evaluation.stuck
+        self.unanswered[index] |= ~evaluation.margin.isfinite()
         self._forwards[index] += evaluation.forward_calls
         self._gradients[index] += evaluation.gradient_calls
         if len(index) == len(self.success):  # all samples, in order: one pass, and nothing that stops a GPU
@@ -343,7 +346,7 @@ class Attack(Configured):
         self._loss = attack_loss(loss)
         self._models = [model] if detector is None else [model, detector]
         self._oracle = oracle
-        self._observer = Observer()
+        self._observers = [Observer() for _ in self._models]
         self._knows_radius = False  # whether the caller was warned that it allows every image
         # Its own stream, so that an attack leaves the global one alone; seeded by torch.manual_seed all the same.
         self.generator = torch.Generator().manual_seed(torch.initial_seed()) if generator is None else generator
@@ -463,19 +466,19 @@ class Attack(Configured):
                 textbook = threat if self.enforce == "gradient" and threat.is_orthogonal else None
                 region = (threat if textbook is None else replace(threat, scope=None, directions=())).around(x)
                 goal = Goal(None, labels) if self.targeted else Goal(labels)
-                behaviour = self._observed(models[0], x)
-                fast = None if behaviour.is_random else self._fast.of(models[0], x)
+                is_random = self._observed(models, x)
+                fast = None if is_random else self._fast.of(models[0], x)
                 if self.precision == "bfloat16" and x.device.type == "cpu":
                     _warn_of_slow_bfloat16()
                 oracle = self._oracle(
-                    *models, self.precision, self.eot_samples, fast, behaviour.is_random, len(x) if is_first else 0
+                    *models, self.precision, self.eot_samples, fast, is_random, len(x) if is_first else 0
                 )
                 if batch_size is not None and batch_size < len(x):
                     oracle = InBatches(oracle, batch_size)
                 index = torch.arange(len(x), device=x.device)
                 task = Task(
                     oracle, self._loss, goal.select(index), region, index, best, early_stop, generator, streams,
-                    textbook, self.reference, behaviour.is_random,
+                    textbook, self.reference, is_random,
                 )  # fmt: skip
                 search(task, None if start is None else region.shrunk(start.detach().to(x)))
                 if strangers and (not in_evaluation(self._models) or is_foreign(search)):
@@ -483,17 +486,48 @@ class Attack(Configured):
                 # The model itself judges what is returned, unless it has already.
                 if len(rows := (~best.exact).nonzero().squeeze(1)) > 0:
                     best.judge(rows, oracle.judge(best.adversarials[rows], goal.select(rows), self._loss))
-            return best.result(x, threat), best.stuck
+            return self._told(best, best.result(x, threat), x, threat), best.stuck
 
-    def _observed(self, lent: Model, images: Tensor) -> Behaviour:
-        """How the borrowed model behaves; what an attack does not expect is warned of, once."""
-        found = self._observer.of(self.model, lent, images, self.threat.bounds)
-        self._observer.say("batch", found.on_batches())
-        self._observer.say("probabilities", PROBABILITIES if found.probabilities else None)
+    def _observed(self, lent: Sequence[Model], images: Tensor) -> bool:
+        """Whether a borrowed model, or the detector, draws; what an attack does not expect is warned of, once."""
+        observer, bounds = self._observers[0], self.threat.bounds
+        found = observer.of(self.model, lent[0], images, bounds)
+        observer.say("batch", found.on_batches())
+        observer.say("probabilities", PROBABILITIES if found.probabilities else None)
         unused = f"; optimize={self.optimize!r} is not used" if self.optimize != "none" else ""
         if found.is_random and (self.eot_samples == 1 or unused):
-            self._observer.say("random", f"{found.on_randomness()}{unused}")
-        return found
+            observer.say("random", f"{found.on_randomness()}{unused}")
+        if len(lent) == 1:
+            return found.is_random
+        other = self._observers[1].of(self._models[1], _as_logits(lent[1]), images, bounds)
+        self._observers[1].say("batch", other.on_batches("the detector"))
+        self._observers[1].say("random", other.on_randomness("the detector"))
+        return found.is_random or other.is_random
+
+    def _told(self, best: Best, result: AttackResult, images: Tensor, threat: ThreatModel) -> AttackResult:
+        """The result, without the successes of what left the threat model's ball or bounds; warned of, as is NaN."""
+        if bool((best.unanswered & ~result.success).any()):
+            self._observers[0].say(
+                "NaN",
+                f"NaN or infinite answers for {int((best.unanswered & ~result.success).sum())} of {len(images)} images "
+                "at points that were tried: no success, and no sign of robustness. Look for a division, a root or an "
+                "overflow in the model",
+            )
+        (low, high), size = threat.bounds, images[:1].numel()
+        # Foreign attacks round where ours round inwards.
+        slack = torch.finfo(images.dtype).eps * max(abs(low), abs(high))
+        eps = torch.as_tensor(threat.eps, dtype=torch.float64, device=images.device)
+        beyond = result.norm > 1.0001 * eps + slack * {"linf": 1, "l2": math.sqrt(size), "l1": size}[threat.norm]
+        found = result.adversarials.flatten(1)
+        beyond |= ((found < low - slack) | (found > high + slack)).any(1)
+        if not bool(beyond.any()):
+            return result
+        warn(
+            f"{int(beyond.sum())} of {len(images)} adversarials left the threat model, by something that takes part in "
+            f"the attack and writes into images: their norm is up to {float(result.norm.max()):.4g}. They count as no "
+            "success"
+        )
+        return replace(result, success=result.success & ~beyond)
 
     def _warn_of_gradients(self, result: AttackResult, stuck: Tensor) -> None:
         """Say, once for a call, for how many samples there was no usable gradient at half of the steps or more."""
@@ -593,6 +627,11 @@ class Attack(Configured):
         (low, high), x = self.threat.bounds, images.detach()
         x = torch.where(x < low, low, torch.where(x > high, high, x))  # `clamp` may make zeros of denormal numbers
         return x.contiguous(), labels.detach().long().clone()
+
+
+def _as_logits(detector: Model) -> Model:
+    """A detector's score as the second of two logits, the first of which is 0."""
+    return lambda images: torch.nn.functional.pad(detector(images).reshape(-1, 1), (1, 0))
 
 
 def _check_start(start: Tensor, images: Tensor) -> None:

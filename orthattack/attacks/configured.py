@@ -125,12 +125,15 @@ def _recorded(init: Callable[..., None]) -> Callable[..., None]:
 
 
 # What other libraries call them, where no part of the name tells.
-_ELSEWHERE = {"step_size": "alpha", "iterations": "steps", "iters": "steps", "nb_iter": "steps", "seed": "generator"}
+_ELSEWHERE = {
+    "step_size": "alpha", "iterations": "steps", "iters": "steps", "nb_iter": "steps", "n_iter": "steps",
+    "num_steps": "steps", "seed": "generator", "steps": "queries",
+}  # fmt: skip
 
 
 def _known(name: str, options: Collection[str]) -> str:
     """The end of a sentence about a wrong name: which one may be meant, and which there are."""
-    near = [_ELSEWHERE[name]] if name in _ELSEWHERE else [known for known in options if known in name or name in known]
+    near = [_ELSEWHERE[name]] if name in _ELSEWHERE else [o for o in options if name.startswith(o) or name in o]
     near = [known for known in near or get_close_matches(name, options, 1, 0.6) if known in options]
     listed = ", ".join(options)
     return f"; did you mean {near[0]}? It has {listed}" if near else f"; it has {listed}" if options else ""

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, final, get_args
+from typing import Literal, final, get_args
 
 import torch
 from torch import Tensor
 
 from orthattack.arguments import check_choice, check_count, check_model, check_real
+from orthattack.attacks.assumptions import DRAWS, NEEDED
 from orthattack.attacks.attack import Attack, Enforce
 from orthattack.attacks.climb import Climb, rate
-from orthattack.attacks.oracle import Evaluation, LossFunction, Oracle, input_gradient
+from orthattack.attacks.oracle import Evaluation, LossFunction, Oracle, Precision, input_gradient
 from orthattack.attacks.steps import ScheduledStep
 from orthattack.losses import Goal, Loss
 from orthattack.model import Model
@@ -32,13 +33,19 @@ class _DetectorOracle:
         self,
         model: Model,
         detector: Model,
-        *options: Any,
+        precision: Precision,
+        eot_samples: int,
+        fast: Model | None,
+        is_random: bool,
+        unchecked: int,
+        *,
         threshold: float,
         mode: Mode,
         every: int | None,
         enforce: Enforce,
     ) -> None:
-        self._classifier = Oracle(model, *options)
+        self._classifier = Oracle(model, precision, eot_samples, fast, is_random, unchecked)
+        self._is_random = is_random
         self._detector, self._threshold = detector, threshold
         self._mode, self._every, self._enforce = mode, every, enforce
 
@@ -65,19 +72,30 @@ class _DetectorOracle:
         return self._with_slack(found, slack.detach(), gradient, avoid)
 
     def judge(self, points: Tensor, goal: Goal, loss: LossFunction) -> Evaluation:
-        return self._with_slack(self._classifier.judge(points, goal, loss), self._slack(points))
+        found = self._classifier.judge(points, goal, loss)
+        if not self._is_random:
+            return self._with_slack(found, self._slack(points))
+        slack = torch.stack([self._slack(points) for _ in range(DRAWS)])
+        enough = (slack >= 0).sum(0) >= NEEDED
+        return self._with_slack(replace(found, success=found.success & enough), slack.mean(0), is_confirmed=True)
 
     def logits(self, points: Tensor, goal: Goal) -> Tensor:
         return self._classifier.logits(points, goal)
 
+    @staticmethod
     def _with_slack(
-        self, found: Evaluation, slack: Tensor, gradient: Tensor | None = None, avoid: Tensor | None = None
+        found: Evaluation,
+        slack: Tensor,
+        gradient: Tensor | None = None,
+        avoid: Tensor | None = None,
+        is_confirmed: bool = False,
     ) -> Evaluation:
         merit = torch.minimum(found.margin, slack.to(found.margin.dtype))
         stuck = found.stuck if gradient is None else (gradient == 0).flatten(1).all(1)
+        success = found.success if is_confirmed else found.success & (slack >= 0)
         return replace(
-            found, success=found.success & (slack >= 0), loss=merit, margin=merit, gradient=gradient, unusable=stuck,
-            stuck=stuck, avoid=avoid,
+            found, success=success, loss=merit, margin=merit, gradient=gradient, unusable=stuck, stuck=stuck,
+            avoid=avoid,
         )  # fmt: skip
 
     def _slack(self, points: Tensor) -> Tensor:

@@ -227,7 +227,7 @@ class Oracle:
         with torch.autocast(points.device.type, dtype=torch.bfloat16, enabled=rough and self._is_bfloat16):
             logits = (self._fast if rough else self._model)(points)
         # With a gradient torch itself refuses that; through `.data` or NumPy it goes uncounted.
-        if points._version != written or (kept is not None and not torch.equal(points, kept)):
+        if points._version != written or (kept is not None and not torch.equal(points.nan_to_num(), kept.nan_to_num())):
             raise ValueError(
                 "the model changes its input in place, and with it the adversarials: let it write images = images - "
                 "mean instead of images -= mean"

@@ -19,6 +19,7 @@ from orthattack import (
     PGD,
     AttackResult,
     AutoAttack,
+    DetectorEvasion,
     MinimumNorm,
     OrthoAPGD,
     OrthoAutoAttack,
@@ -57,6 +58,7 @@ REFUSED = [
     (lambda z: None, "got NoneType: return a torch.Tensor"),
     (lambda z: (100 * z).int(), r"got torch.int32: attack lambda x: model\(x\).float\(\), after .* only Square"),
     (lambda z: z > 0, r"got torch.bool: attack lambda x: model\(x\).float\(\)"),
+    (lambda z: z[..., None, None], r"got \(6, 3, 1, 1\): attack lambda x: model\(x\)\.flatten\(1\), after model"),
     (lambda z: torch.complex(z, z), r"got torch.complex64: attack lambda x: model\(x\).abs\(\)"),
     (lambda z: z + MASK, r"\(sample 0\): -inf for class 1, .*clamp\(min=-1e\+04\)"),
     (lambda z: z + torch.tensor([0.0, torch.inf, 0.0]), r"torch.float32 overflows: compute in a wider dtype"),
@@ -545,11 +547,69 @@ def test_what_later_trials_meet_costs_nothing(what):
         return model(x) + (0 if calls <= 30 else {"nan": torch.nan, "-inf": MASK}.get(what, 0))
 
     attack = MinimumNorm(PGD(later, eps=0.5, steps=5, random_start=False), trials=12)
-    match = r"trial \d+ of 12 failed, and what was found before it is kept: out of memory" if what == "raises" else None
-    with pytest.warns(UserWarning, match=match) if match else warnings.catch_warnings():
-        if not match:
-            warnings.simplefilter("ignore")
+    clause = {
+        "raises": " of 12 failed, and what was found before it is kept: out of memory",
+        "nan": "images at points that were tried: no success, and no sign of robustness",
+    }.get(what)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         result = attack.run(images, labels)
+    assert clause is None or any(clause in str(w.message) for w in caught)
     assert calls > 30
     assert result.success.all()
     assert not (model(result.adversarials).argmax(1) == labels).any()
+
+
+@pytest.mark.parametrize("attack", [PGD, OrthoAPGD, Square, AutoAttack])
+@pytest.mark.parametrize("what", [torch.nan, torch.inf])
+def test_points_without_an_answer_are_told_of_once(attack, what):
+    """A division that fails where the images are changed: no success there, and not silently so."""
+    model, (images, _) = linear_model(classes=3), drawn()
+    images = images * 0.5 + 0.25
+    labels = model(images).argmax(1)
+
+    def breaks(x: Tensor) -> Tensor:
+        bad = torch.zeros(len(x)) if len(x) != 6 else (x - images).abs().amax((1, 2, 3)) > 0.02
+        return model(x) + torch.where(bad, what, 0.0).unsqueeze(1)
+
+    options = {"steps": 3} if attack in (PGD, OrthoAPGD) else {"queries": 4}
+    one = attack(breaks, eps=0.1, generator=seeded(), **options)
+    start = {"start": images} if attack is not AutoAttack else {}
+    for told in (1, 0):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = one.run(images, labels, **start)
+        assert not result.success.any()
+        assert sum("NaN or infinite answers for 6 of 6 images" in str(w.message) for w in caught) == told
+
+
+# --- detectors -------------------------------------------------------------------------------------------------------
+
+
+def test_a_detector_that_draws_is_told_of_and_evading_it_is_confirmed():
+    model, (images, _) = SMALL, drawn()
+    labels = (model(images).argmax(1) + 1) % 5  # all misclassified: it is the detector that decides
+
+    def score(x: Tensor) -> Tensor:
+        return 0.01 * x.mean((1, 2, 3)) + torch.randn(len(x))  # seen by half of the draws, whatever the image
+
+    attack = DetectorEvasion(model, score, eps=0.01, steps=12)
+    with pytest.warns(UserWarning, match="the detector draws at random or keeps a state") as caught:
+        result = attack.run(images, labels)
+    texts = [str(w.message) for w in caught]
+    assert not any("eot_samples" in text for text in texts)  # which it does not have
+    assert (
+        result.success.float().mean() <= 0.5
+    )  # 8 of 10 have a chance of 1 in 18; any of 13 steps one of 8,191 in 8,192
+    quiet_one = DetectorEvasion(model, lambda x: x.mean((1, 2, 3)), 2.0, eps=0.01, steps=2)
+    assert quiet_one.run(images, labels).success.all()
+
+
+def test_a_detector_that_depends_on_the_batch_is_told_of():
+    images, labels = drawn()
+
+    def score(x: Tensor) -> Tensor:
+        return (x - x.mean(0)).mean((1, 2, 3)) + 1
+
+    with pytest.warns(UserWarning, match="the detector's answer to an image depends on the rest of its batch"):
+        DetectorEvasion(SMALL, score, eps=0.01, steps=2).run(images, labels)

@@ -333,21 +333,55 @@ class Hostile(foolbox.attacks.LinfFastGradientAttack):
 
 
 @pytest.mark.parametrize(
-    "deed",
-    [
-        lambda images, labels: labels.fill_(0) is labels,
-        lambda images, labels: labels.data.add_(1) is not None,
-        lambda images, labels: images.uniform_() is images,
-        lambda images, labels: images.data.zero_() is not None,
-    ],
+    "deed", [lambda images, labels: labels.fill_(0) is labels, lambda images, labels: labels.data.add_(1) is not None]
 )
-def test_a_foolbox_attack_gets_copies(model, images, labels, deed):
+def test_a_foolbox_attack_gets_copies_of_the_labels(model, images, labels, deed):
     result = FromFoolbox(model, Hostile(deed), "linf", EPS).run(images, labels)
+    assert_true(result, model, images, labels, EPS * (1 + 1e-5))
+    assert not bool(result.success[result.norm == 0].any())
+
+
+@pytest.mark.parametrize(
+    "deed", [lambda images, labels: images.uniform_() is images, lambda images, labels: images.data.zero_() is not None]
+)
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_what_lies_outside_the_ball_is_no_success(model, images, labels, deed, norm):
+    """Foolbox clips to a ball around what the attack has made of the images."""
+    attack = Hostile(deed)
+    attack.distance = foolbox.distances.LpDistance({"linf": float("inf"), "l2": 2, "l1": 1}[norm])
+    with pytest.warns(UserWarning, match=r"8 of 8 adversarials left the threat model, .* no success") as caught:
+        result = FromFoolbox(model, attack, norm, EPS).run(images, labels)
+    assert len(caught) == 1
+    assert not result.success.any()
     with torch.no_grad():
-        assert torch.equal(result.success, model(result.adversarials).argmax(1) != labels)
-    assert torch.equal(result.norm, (result.adversarials.double() - images.double()).abs().amax((1, 2, 3)))
-    unchanged = result.norm == 0
-    assert not bool(result.success[unchanged].any())
+        assert bool((model(result.adversarials).argmax(1) != labels).any())  # which would have been a success
+    assert torch.equal(result.norm, perturbation_norm(result.adversarials.double() - images.double(), norm))
+    assert bool((result.norm > EPS).all())
+
+
+def test_a_model_that_begins_to_write_into_its_input_is_found_out_by_the_ball(model, images, labels):
+    asked = 0
+
+    def writes(x: Tensor) -> Tensor:
+        nonlocal asked
+        asked += 1
+        logits = model(x.clone())
+        if asked > 6:
+            x.data.mul_(0.1)
+        return logits
+
+    with pytest.warns(UserWarning, match="adversarials left the threat model"):
+        result = PGD(writes, eps=EPS, steps=8).run(images, labels)
+    assert not result.success[result.norm > EPS * (1 + 1e-5)].any()
+
+
+def test_images_of_nan_are_told_as_such(model, images, labels):
+    class Nowhere(foolbox.attacks.LinfFastGradientAttack):
+        def run(self, model, inputs, criterion, *, epsilon, **kwargs):
+            return inputs * float("nan")
+
+    with pytest.raises(ValueError, match="model returned NaN or infinite logits"):
+        FromFoolbox(model, Nowhere(), "linf", EPS).run(images, labels)
 
 
 def test_what_a_foolbox_attack_returned_is_not_its_to_change(model, images, labels):

@@ -119,6 +119,23 @@ def test_a_wrong_option_is_blamed_on_the_class_that_was_called(name):
             kind(**arguments, epsilon=0.1)
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong", "meant"),
+    [
+        ("PGD", "num_steps", "steps"),
+        ("PGD", "n_iter", "steps"),
+        ("PGD", "random", "random_start"),
+        ("Square", "steps", "queries"),
+        ("Square", "norm_", "norm"),
+        ("MinimumNorm", "trial", "trials"),
+    ],
+)
+def test_the_option_that_was_meant_is_named(name, wrong, meant):
+    arguments = {"attack": make("PGD")} if name == "MinimumNorm" else {"model": classifier()}
+    with pytest.raises(TypeError, match=rf"{name} got an unexpected .* '{wrong}'; did you mean {meant}\? It has "):
+        getattr(orthattack, name)(**arguments, **{wrong: 3})
+
+
 def test_options_read_as_they_are_in_force():
     attack = OrthoPGD(classifier(), "l2", 2, steps=5, bounds=(0, 1))
     assert (attack.norm, attack.eps, attack.alpha, attack.steps, attack.bounds) == ("l2", 2, 1.0, 5, (0, 1))
