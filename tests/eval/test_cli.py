@@ -201,16 +201,25 @@ def test_weights_that_cannot_be_used_at_that_size(capsys, tmp_path):
             "steps=3 stands alone; options follow an attack's name and a comma: PGD,steps=3",
         ),
         (["--attacks", "foolbox:PGD,steps=x"], "attack foolbox:PGD: steps must be a whole number, at least 1; got 'x'"),
-        (["--attacks", "torchattacks:EADL1"], "torchattacks:EADL1 works in l1, not in linf: choose --norm l1"),
-        (
-            ["--attacks", "torchattacks:JSMA"],
-            "torchattacks:JSMA cannot be run here: it changes few pixels by any amount",
-        ),
         (["none.toml", "--steps", "3"], "--steps goes into the suite: beside none.toml only --out and --device"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(capsys, tmp_path, arguments, message):
     line = refused(capsys, "eval", *arguments, "--out", tmp_path / "r")
+    assert message in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("EADL1", "torchattacks:EADL1 works in l1, not in linf: choose --norm l1"),
+        ("JSMA", "torchattacks:JSMA cannot be run here: it changes few pixels by any amount"),
+    ],
+)
+def test_what_of_torchattacks_cannot_work_is_refused_in_one_line(capsys, tmp_path, name, message):
+    pytest.importorskip("torchattacks", reason="needs the extra torchattacks")
+    line = refused(capsys, "eval", "--attacks", f"torchattacks:{name}", "--out", tmp_path / "r")
     assert message in line
     assert "\n" not in line
 
