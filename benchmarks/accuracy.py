@@ -16,7 +16,7 @@ from benchmarks.timing import DEVICE
 from benchmarks.timing import seconds as seconds_of
 from orthattack import PGD, OrthoPGD
 from orthattack.attacks import AttackResult
-from orthattack.eval.data import load_photographs
+from orthattack.eval.data import load_dataset
 from orthattack.eval.models import load_classifier
 
 TRIED_STEPS = (3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 30, 50)
@@ -30,7 +30,7 @@ def accuracy_rows(weights: Path, data: str, limit: int, rounds: int) -> list[Row
     import foolbox
 
     classifier = load_classifier("resnet18", weights, 64)
-    dataset = load_photographs(data, classifier).limited(limit)
+    dataset = load_dataset(data, classifier).limited(limit)
     images = torch.stack([dataset.load(k, classifier.preprocessing) for k in range(len(dataset))]).to(DEVICE)
     labels = torch.tensor(dataset.labels, device=DEVICE)
     model = classifier.model.to(DEVICE)

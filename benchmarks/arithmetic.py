@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.stored import Row
 from benchmarks.timing import side_by_side
 from orthattack import Normalized, ThreatModel
-from orthattack.eval.data.load import Batch, load_photographs
+from orthattack.eval.data.load import Batch, load_dataset
 from orthattack.eval.models.load import IMAGENET_MEAN, IMAGENET_STD, Classifier, Preprocessing
 
 EPS, ALPHA = 4 / 255, 1 / 255
@@ -28,7 +28,7 @@ def rows(batch_size: int, rounds: int) -> list[Row]:
     model = Normalized(torchvision.models.resnet18(), IMAGENET_MEAN, IMAGENET_STD).eval().requires_grad_(False)
     preprocessing = Preprocessing(256, 224)
     classifier = Classifier("resnet18", model, preprocessing, None, 1000, "random")
-    first = next(load_photographs("imagenet-samples", classifier).batches(batch_size, preprocessing))
+    first = next(load_dataset("imagenet-samples", classifier).batches(batch_size, preprocessing))
     assert isinstance(first, Batch)
     images, labels = first.images, first.labels
     gradient = input_gradient(model, images, labels)

@@ -59,9 +59,9 @@ def bare_seconds(suite: Suite, steps: int) -> tuple[float, int]:
     """The attacks alone, on decoded images."""
     source = suite_source(suite)
     classifier = source.classifier("resnet18")
-    photographs = source.photographs(classifier)
-    images = torch.stack([photographs.load(k, classifier.preprocessing) for k in range(len(photographs))])
-    labels = torch.tensor(photographs.labels)
+    dataset = source.dataset(classifier)
+    images = torch.stack([dataset.load(k, classifier.preprocessing) for k in range(len(dataset))])
+    labels = torch.tensor(dataset.labels)
     runners = [
         entry.kind.bind(classifier.model, Conditions(entry.norm, entry.eps, steps, 1000)) for entry in suite.entries()
     ]

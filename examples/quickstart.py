@@ -1,4 +1,4 @@
-"""Attack the bundled robust model on the bundled photographs, and check what comes back.
+"""Attack the bundled robust model on the bundled images, and check what comes back.
 
 python examples/quickstart.py
 """
@@ -6,11 +6,11 @@ python examples/quickstart.py
 from __future__ import annotations
 
 from orthattack import OrthoPGD, alignment
-from orthattack.eval.data import load_photographs
+from orthattack.eval.data import load_dataset
 from orthattack.eval.models import load_classifier
 
 classifier = load_classifier("cifar10-robust")
-(batch,) = load_photographs("cifar10-samples", classifier).batches(20, classifier.preprocessing)
+(batch,) = load_dataset("cifar10-samples", classifier).batches(20, classifier.preprocessing)
 model, images, labels = classifier.model, batch.images, batch.labels
 
 adversarials = OrthoPGD(model, eps=8 / 255)(images, labels)

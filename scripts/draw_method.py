@@ -2,7 +2,7 @@
 
     python scripts/draw_method.py [--out docs/figures]
 
-Two pixels and one colour are drawn as they are. What is said of photographs is computed on the 20 bundled ones, with
+Two pixels and one colour are drawn as they are. What is said of images is computed on the 20 bundled ones, with
 the bundled robust model. Each figure is checked against what it claims before it is written.
 """
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from orthattack import OrthoPGD, ThreatModel, alignment, orthogonalize
 from orthattack.eval.data.dataset import Batch
-from orthattack.eval.data.load import load_photographs
+from orthattack.eval.data.load import load_dataset
 from orthattack.eval.models.load import load_classifier
 from orthattack.plane import Plane
 from orthattack.threat import Norm
@@ -105,7 +105,7 @@ def _bounds(ax: Axes) -> None:
 
 
 def signs(out: Path) -> None:
-    """A colour's three channels, and the alignment of 20 photographs' perturbations at each stage of a step."""
+    """A colour's three channels, and the alignment of 20 images' perturbations at each stage of a step."""
     fig = plt.figure(figsize=(9.6, 4.2))
     _cube(fig.add_subplot(1, 2, 1, projection="3d"))
     _stages(fig.add_subplot(1, 2, 2))
@@ -161,10 +161,10 @@ def _cube(ax: Any) -> None:
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, -0.16), ncol=2, frameon=False, fontsize=8)
 
 
-def photographs() -> tuple[torch.nn.Module, Tensor, Tensor]:
-    """The bundled robust model, and the 20 photographs with their classes."""
+def dataset() -> tuple[torch.nn.Module, Tensor, Tensor]:
+    """The bundled robust model, and the 20 images with their classes."""
     classifier = load_classifier("cifar10-robust")
-    (batch,) = load_photographs("cifar10-samples", classifier).batches(20, classifier.preprocessing)
+    (batch,) = load_dataset("cifar10-samples", classifier).batches(20, classifier.preprocessing)
     assert isinstance(batch, Batch)
     return classifier.model, batch.images, batch.labels
 
@@ -176,7 +176,7 @@ def gradient_of(model: torch.nn.Module, images: Tensor, labels: Tensor) -> Tenso
 
 
 def _stages(ax: Axes) -> None:
-    model, x, y = photographs()
+    model, x, y = dataset()
     eps = 8 / 255
     g = gradient_of(model, x, y)
     projected = orthogonalize(g, x)
@@ -203,13 +203,13 @@ def _stages(ax: Axes) -> None:
     ax.text(1.3e-6, -0.72, "promised", color=GREY, fontsize=8, va="center")
     ax.set_xscale("log")
     ax.set(yticks=range(len(rows)), yticklabels=[name for name, *_ in rows], xlim=(1e-11, 1), ylim=(6.6, -1))
-    ax.set(xlabel="|cos| with the image", title="20 photographs, a robust model, ε = 8/255\n(bars: medians)")
+    ax.set(xlabel="|cos| with the image", title="20 images, a robust model, ε = 8/255\n(bars: medians)")
     ax.grid(axis="x", color="#e5e5e5", lw=0.6)
 
 
 def multiplier(out: Path) -> None:
-    """The linear program of a step: f(λ) and its dual, on 12 pixels and on a photograph."""
-    model, images, labels = photographs()
+    """The linear program of a step: f(λ) and its dual, on 12 pixels and on an image."""
+    model, images, labels = dataset()
     gradients = gradient_of(model, images, labels)
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(9.6, 3.5))
     crop = (slice(0, 1), slice(None), slice(13, 15), slice(10, 12))
@@ -248,7 +248,7 @@ def multiplier(out: Path) -> None:
     at = grid[np.searchsorted([-whole.f(v) for v in grid], 0)]
     right.plot([at / spread], [0], "D", color=RED, ms=5)
     right.axhline(0, color=GREY, lw=0.7)
-    right.set(title="a photograph, 3,072 pixels:\nas good as smooth", xlabel="λ (scaled)", ylabel="f(λ)")
+    right.set(title="an image, 3,072 pixels:\nas good as smooth", xlabel="λ (scaled)", ylabel="f(λ)")
     fig.tight_layout()
     _save(fig, out / "multiplier.svg")
 

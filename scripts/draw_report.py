@@ -1,4 +1,4 @@
-"""Photograph the report of `orthattack eval` in a browser, for docs/how-to/reading-the-report.md.
+"""Image the report of `orthattack eval` in a browser, for docs/how-to/reading-the-report.md.
 
     python scripts/draw_report.py [--run RUN] [--out docs/figures/report.webp]
 
@@ -21,7 +21,7 @@ from orthattack.eval.cli import main as orthattack
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def photograph(report: Path) -> Image.Image:
+def shown(report: Path) -> Image.Image:
     """The first screens of the page, as wide as a small laptop's."""
     found = next(path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name)))
     with sync_playwright() as playwright:
@@ -43,7 +43,7 @@ def main() -> None:
         run: Path = args.run or Path(folder) / "run"
         if args.run is None and orthattack(["eval", "--out", str(run)]) != 0:
             raise SystemExit("the evaluation did not end well, so its report is no example")
-        picture = photograph(run / "report.html")
+        picture = shown(run / "report.html")
     picture.convert("RGB").save(args.out, quality=80, method=6)
     print(args.out)
 

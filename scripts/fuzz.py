@@ -57,7 +57,7 @@ def labels(folder: Path) -> Target:
     """The first byte says what the rest is: a label file, a class file or a subset."""
     import torch
 
-    from orthattack.eval.data.load import load_photographs, read_names
+    from orthattack.eval.data.load import load_dataset, read_names
     from orthattack.eval.errors import EvaluationError
     from orthattack.eval.models.classifier import Classifier
     from orthattack.eval.models.preprocessing import Preprocessing
@@ -67,7 +67,7 @@ def labels(folder: Path) -> Target:
     for name in ("cat/0.png", "cat/1.png", "zebra/a b.png"):
         (data_folder / name).parent.mkdir(parents=True, exist_ok=True)
         (data_folder / name).touch()
-    whole = load_photographs(str(data_folder), model)
+    whole = load_dataset(str(data_folder), model)
 
     def run(data: bytes) -> None:
         kind, content = data[:1], data[1:]
@@ -76,9 +76,9 @@ def labels(folder: Path) -> Target:
             if kind == b"s":
                 found = whole.subset(read_names(path))
             elif kind == b"c":
-                found = load_photographs(str(data_folder), model, classes=path)
+                found = load_dataset(str(data_folder), model, classes=path)
             else:
-                found = load_photographs(str(data_folder), model, labels=path)
+                found = load_dataset(str(data_folder), model, labels=path)
         except EvaluationError:
             return
         assert len(found) == len(found.labels) == len(set(found.names)) > 0

@@ -44,7 +44,7 @@ start at eps 8/255; robust accuracy is right on the clean and on the adversarial
 |---|---|---|---|---|---|
 {rows}
 
-The 20 photographs that `orthattack eval` uses by default are the first 20 of these test images; the models have not
+The 20 images that `orthattack eval` uses by default are the first 20 of these test images; the models have not
 seen them.
 
 CIFAR-10: Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images".

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from orthattack import OrthoPGD, ThreatModel
 from orthattack.eval.data.dataset import Batch
-from orthattack.eval.data.load import load_photographs
+from orthattack.eval.data.load import load_dataset
 from orthattack.eval.models.load import load_classifier
 from orthattack.projection import Scope
 from orthattack.threat import Norm, perturbation_norm
@@ -50,7 +50,7 @@ def row(norm: Norm, scope: Scope, found: dict[str, Any]) -> str:
 
 def main() -> None:
     classifier = load_classifier("cifar10-standard")
-    (batch,) = load_photographs("cifar10-samples", classifier).batches(20, classifier.preprocessing)
+    (batch,) = load_dataset("cifar10-samples", classifier).batches(20, classifier.preprocessing)
     assert isinstance(batch, Batch)
     print("| norm, ε | scope | mean \\|cos\\| | largest | mean norm / ε | largest | fooled of 20 |")
     print("|---|---|---|---|---|---|---|")

@@ -31,7 +31,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 def build_model() -> nn.Module:
-    """A RegNet whose strides suit 32x32 photographs and whose 3x3 convolutions are not grouped: 1.3 million weights."""
+    """A RegNet whose strides suit 32x32 images and whose 3x3 convolutions are not grouped: 1.3 million weights."""
     widths = [64, 128, 192]
     model: nn.Module = RegNet(
         BlockParams([2, 2, 2], widths, widths, [1.0, 1.0, 1.0], [1, 2, 2]), num_classes=len(CLASSES)

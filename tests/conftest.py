@@ -166,7 +166,7 @@ scopes = st.sampled_from(["image", "channel", "pixel"])
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real photographs and trained models beside the checkout; skips without it."""
+    """The folder of real images and trained models beside the checkout; skips without it."""
     if not SHARED.is_dir():
         pytest.skip(f"needs the shared data and weights in {SHARED}")
     return SHARED

@@ -25,7 +25,7 @@ EXCUSED = {
     r"python -m venv \.venv": "make demo does it in .ci/run",
     r"\. \.venv/bin/activate": "make demo does without",
     r"pip install ": "installs, as make demo and make test do in .ci/run",
-    r"orthattack eval --model resnet(18|50) ": "needs ImageNet's photographs and weights, or one's own",
+    r"orthattack eval --model resnet(18|50) ": "needs ImageNet's images and weights, or one's own",
     r"python examples/": "run by test_examples.py",
     r"jupyter execute ": "run by test_examples.py, without writing to the checkout",
     r"python -m benchmarks (?!study)": "takes minutes on a quiet machine; parts of it run in tests/benchmarks",

@@ -41,7 +41,7 @@ def test_foolbox_users(capsys, monkeypatch):
     cosines = [float(row[3]) for row in rows]
     assert min(cosines[:2]) > 1e-2
     assert max(cosines[2:]) <= 1e-6
-    # The two are as strong as each other, to within three photographs of 20.
+    # The two are as strong as each other, to within three images of 20.
     assert all(abs(int(a[2]) - int(b[2])) <= 15 for a, b in zip(rows[:2], rows[2:], strict=True))
 
 

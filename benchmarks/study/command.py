@@ -41,9 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--weights", help="of your model, where they are not torchvision's own")
     parser.add_argument("--image-size", type=int, help="of your model's input, where the weights do not say it")
-    parser.add_argument("--data", help="your photographs, as orthattack eval takes them")
+    parser.add_argument("--data", help="your images, as orthattack eval takes them")
     parser.add_argument("--eps", type=parse_fraction, default=4 / 255, help="L-infinity radius of your study")
-    parser.add_argument("--limit", type=int, default=200, help="photographs of your study")
+    parser.add_argument("--limit", type=int, default=200, help="images of your study")
     args = parser.parse_args(argv)
     if bool(args.model) != bool(args.data):
         parser.error("--model and --data go together")

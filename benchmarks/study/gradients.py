@@ -176,10 +176,10 @@ def _weights(module: nn.Module) -> int:
 
 
 def _batches(study: Study, group: Group, classifier: Classifier) -> Iterator[tuple[int, Batch]]:
-    """The photographs in batches, each of which goes through all classes, with the first one's position."""
-    photographs = study.photographs(group, classifier, study.budget.gradients)
-    stride = -(-len(photographs) // BATCH)
-    dealt = photographs.subset([name for start in range(stride) for name in photographs.names[start::stride]])
+    """The images in batches, each of which goes through all classes, with the first one's position."""
+    dataset = study.dataset(group, classifier, study.budget.gradients)
+    stride = -(-len(dataset) // BATCH)
+    dealt = dataset.subset([name for start in range(stride) for name in dataset.names[start::stride]])
     position = 0
     for batch in dealt.batches(BATCH, classifier.preprocessing):
         if isinstance(batch, Batch):

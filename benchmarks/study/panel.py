@@ -1,4 +1,4 @@
-"""What the study looks at: groups of models that share photographs, and how much of everything is measured."""
+"""What the study looks at: groups of models that share images, and how much of everything is measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from orthattack.eval import evaluate
 from orthattack.eval.data.dataset import evenly
-from orthattack.eval.data.load import Photographs, load_photographs
+from orthattack.eval.data.load import ImageDataset, load_dataset
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models.load import IMAGENET_MEAN, IMAGENET_STD, Classifier, load_classifier
 from orthattack.eval.results.stored_run import Run
@@ -21,15 +21,15 @@ __all__ = ["Budget", "Group", "Study", "own_study", "shared_study"]
 
 @dataclass(frozen=True)
 class Group:
-    """Models that are shown the same photographs.
+    """Models that are shown the same images.
 
     Attributes:
         key: what the results call it.
         title: what the page calls it.
         models: by label, what `load_classifier` takes: name, weights, image_size.
-        data: a source for `load_photographs`; or a tar of SPLIT/CLASS/NAME.jpg, which is unpacked when it is needed.
+        data: a source for `load_dataset`; or a tar of SPLIT/CLASS/NAME.jpg, which is unpacked when it is needed.
         eps: the L-infinity radius wherever there is only one.
-        images: how many photographs of the attacks at every radius, evenly spaced.
+        images: how many images of the attacks at every radius, evenly spaced.
         linf, l2: those radii.
     """
 
@@ -48,10 +48,10 @@ class Budget:
     """How much of everything.
 
     Attributes:
-        gradients: photographs whose gradients are looked at.
-        pictures: photographs whose adversarial images are looked at and passed on to other models.
-        tuned: photographs on which the fine-tuned models are tested.
-        smallest: photographs whose smallest perturbation is searched.
+        gradients: images whose gradients are looked at.
+        pictures: images whose adversarial images are looked at and passed on to other models.
+        tuned: images on which the fine-tuned models are tested.
+        smallest: images whose smallest perturbation is searched.
         steps: of the attacks.
         scratch_epochs: of the small network that is trained from scratch.
         train_images: how many it sees per epoch, and fine-tuning draws from.
@@ -104,23 +104,23 @@ class Study:
             }
             if len(set(shapes.values())) > 1:
                 raise EvaluationError(
-                    "models are compared on the same pixels, but these prepare photographs differently: "
+                    "models are compared on the same pixels, but these prepare images differently: "
                     + "; ".join(f"{label}: {shape.describe()}" for label, shape in shapes.items())
                     + ". Give the study one of them at a time, or --image-size"
                 )
-            self.photographs(group, load_classifier(**next(iter(group.models.values()))), 1)
+            self.dataset(group, load_classifier(**next(iter(group.models.values()))), 1)
 
     def classifiers(self, group: Group) -> dict[str, Classifier]:
         """The group's models by label."""
         return {label: load_classifier(**spec) for label, spec in group.models.items()}
 
     def source(self, group: Group) -> str:
-        """The group's photographs as a source."""
+        """The group's images as a source."""
         return str(unpacked(Path(group.data), self.work)) if group.data.endswith(".tar") else group.data
 
-    def photographs(self, group: Group, classifier: Classifier, count: int) -> Photographs:
-        """At most `count` of the group's photographs, evenly spaced."""
-        return load_photographs(self.source(group), classifier).limited(count)
+    def dataset(self, group: Group, classifier: Classifier, count: int) -> ImageDataset:
+        """At most `count` of the group's images, evenly spaced."""
+        return load_dataset(self.source(group), classifier).limited(count)
 
     def attack(
         self,
@@ -194,7 +194,7 @@ def shared_study(shared: Path, work: Path, quick: bool) -> Study:
 def own_study(
     models: Sequence[str], data: str, eps: float, limit: int, work: Path, weights: str | None, image_size: int | None
 ) -> Study:
-    """The same questions about other models and photographs, but for those that take training."""
+    """The same questions about other models and images, but for those that take training."""
     group = Group(
         "own",
         f"{', '.join(models)} on {Path(data).name}",
@@ -209,7 +209,7 @@ def own_study(
 
 
 def unpacked(archive: Path, work: Path, count: int | None = None) -> Path:
-    """The folder of class folders in a tar, with all photographs or `count` evenly spaced ones.
+    """The folder of class folders in a tar, with all images or `count` evenly spaced ones.
 
     It is unpacked in the work folder unless it is there already.
     """

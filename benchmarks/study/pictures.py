@@ -88,9 +88,9 @@ def _attacked(study: Study, group: Group) -> tuple[Run, dict[str, Classifier], T
         {"name": "PGD"},
         *({"name": "OrthoPGD", "label": f"OrthoPGD, {scope}", "scope": scope} for scope in SCOPES),
     ]
-    photographs = study.photographs(group, first, study.budget.pictures)
-    images = torch.stack([photographs.load(k, first.preprocessing) for k in range(len(photographs))])
-    labels = torch.tensor(photographs.labels)
+    dataset = study.dataset(group, first, study.budget.pictures)
+    images = torch.stack([dataset.load(k, first.preprocessing) for k in range(len(dataset))])
+    labels = torch.tensor(dataset.labels)
     models = {label: model for label, model in models.items() if bool((_predicted(model, images) == labels).any())}
     run = study.attack(
         f"pictures-{group.key}", group, attacks, study.budget.pictures, models, eps=[group.eps], save_images="all"

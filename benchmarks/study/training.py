@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from benchmarks.study.gradients import loss_gradient
 from benchmarks.study.panel import Group, Study, unpacked
 from orthattack import PGD, Normalized, OrthoPGD, alignment
-from orthattack.eval.data.dataset import Batch, Photographs
-from orthattack.eval.data.load import load_photographs
+from orthattack.eval.data.dataset import Batch, ImageDataset
+from orthattack.eval.data.load import load_dataset
 from orthattack.eval.models.load import Classifier, load_classifier
 from orthattack.eval.results.outcomes import ROBUST
 
@@ -37,14 +37,14 @@ Moment = Callable[[int, nn.Module], None]
 
 @dataclass(frozen=True)
 class Set:
-    """Photographs in memory: images (N, 3, H, W) uint8, labels (N,)."""
+    """Decoded images in memory: (N, 3, H, W) uint8, labels (N,)."""
 
     images: Tensor
     labels: Tensor
 
     @classmethod
-    def of(cls, photographs: Photographs, classifier: Classifier) -> Set:
-        batches = [b for b in photographs.batches(1000, classifier.preprocessing) if isinstance(b, Batch)]
+    def of(cls, dataset: ImageDataset, classifier: Classifier) -> Set:
+        batches = [b for b in dataset.batches(1000, classifier.preprocessing) if isinstance(b, Batch)]
         return cls(
             torch.cat([(batch.images * 255).round().byte() for batch in batches]),
             torch.cat([batch.labels for batch in batches]),
@@ -113,7 +113,7 @@ def scratch(study: Study, group: Group) -> pd.DataFrame:
     """
     base = load_classifier(BASE)
     seen = _training_set(study, base)
-    test = Set.of(study.photographs(group, base, study.budget.gradients), base)
+    test = Set.of(study.dataset(group, base, study.budget.gradients), base)
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     model = Normalized(small_network(base.num_classes), base.preprocessing.mean, base.preprocessing.std)
@@ -150,7 +150,7 @@ def tuning(study: Study, group: Group) -> pd.DataFrame:
         for arm, attack in ARMS.items():
             models[arm, seed] = _tuned(study, base, seen, group.eps, arm, attack, seed)
     count = study.budget.tuned
-    test = Set.of(study.photographs(group, base, count), base)
+    test = Set.of(study.dataset(group, base, count), base)
     attacks: list[dict[str, Any]] = [
         {"name": "PGD", "early_stop": True},
         {"name": "OrthoPGD", "label": "OrthoPGD, image", "early_stop": True},
@@ -200,7 +200,7 @@ def _tuned(
 def _training_set(study: Study, classifier: Classifier) -> Set:
     assert study.train is not None
     folder = unpacked(study.train, study.work, study.budget.train_images)
-    return Set.of(load_photographs(str(folder), classifier), classifier)
+    return Set.of(load_dataset(str(folder), classifier), classifier)
 
 
 def _looked(model: nn.Module, test: Set) -> pd.DataFrame:

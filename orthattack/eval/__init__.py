@@ -1,4 +1,4 @@
-"""The evaluation: attacks on models over photographs, measured, stored, and reported.
+"""The evaluation: attacks on models over images, measured, stored, and reported.
 
 >>> from orthattack.eval import evaluate
 >>> run = evaluate("cifar10-robust", "cifar10-samples", ["OrthoPGD"], eps=8 / 255)  # doctest: +SKIP

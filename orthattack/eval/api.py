@@ -20,7 +20,7 @@ from orthattack.eval.attacks.kind import described
 from orthattack.eval.attacks.ours import attack_kind
 from orthattack.eval.attacks.user import user_attack
 from orthattack.eval.checks.assess import assess
-from orthattack.eval.data.load import Photographs
+from orthattack.eval.data.load import ImageDataset
 from orthattack.eval.errors import EvaluationError, printable
 from orthattack.eval.models.load import Classifier
 from orthattack.eval.report.text import write_report
@@ -34,7 +34,7 @@ __all__ = ["evaluate", "reported", "run_folder"]
 
 def evaluate(
     models: str | Sequence[str | Mapping[str, Any] | Classifier] | Mapping[str, Classifier],
-    data: str | Mapping[str, Any] | Photographs,
+    data: str | Mapping[str, Any] | ImageDataset,
     attacks: Sequence[str | Mapping[str, Any]]
     | Mapping[str, str | Mapping[str, Any] | Callable[..., Any]]
     | None = None,
@@ -52,7 +52,7 @@ def evaluate(
         models: names (see `load_classifier`), tables as in a suite (``{"name": "resnet18", "weights": "my.pt"}``), or
             `Classifier` objects, whose models are evaluated in evaluation mode and come back as they were; a mapping
             gives them labels.
-        data: a source by name, a table as in a suite, or `Photographs`.
+        data: a source by name, a table as in a suite, or `ImageDataset`.
         attacks: names, tables as in a suite (``{"name": "PGD", "steps": 50}``), in which options may also be tensors
             and functions (``directions``, ``loss``, and ``detector`` of ``DetectorEvasion``), or, in a mapping from
             labels, also functions: ``attack(model)(images, labels)`` returns adversarial images. What a function draws
@@ -112,7 +112,7 @@ def evaluate(
             table = {key: described(value) if key in own else value for key, value in table.items()}
         wanted.append(table)
     content: dict[str, Any] = {"models": listed, "data": data, **options}
-    if isinstance(data, Photographs):
+    if isinstance(data, ImageDataset):
         content["data"] = {"source": data.name}
     if attacks is not None:
         content["attacks"] = wanted
@@ -123,7 +123,7 @@ def evaluate(
         else attack_kind(spec.name, spec.parameters | at_hand.get(spec.label, {}))
         for spec in suite.attacks
     }
-    source = suite_source(suite, kinds, classifiers, data if isinstance(data, Photographs) else None)
+    source = suite_source(suite, kinds, classifiers, data if isinstance(data, ImageDataset) else None)
     if shard is not None and out is None:
         raise EvaluationError("shard needs out, the folder that all shards share")
     folder = run_folder(out)

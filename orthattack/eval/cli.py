@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _EPILOG = """\
-with no options: two bundled CIFAR-10 models on 20 photographs at eps 8/255, offline, in about a minute
+with no options: two bundled CIFAR-10 models on 20 images at eps 8/255, offline, in about a minute
 
 examples:
   orthattack eval
@@ -89,8 +89,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_eval(commands: Any) -> None:
     evaluate = commands.add_parser(
         "eval",
-        help="attack models on photographs, beside Foolbox's attacks, and write a report",
-        description="Attack models on photographs; print a table and write a report. Goes on where it was stopped.",
+        help="attack models on images, beside Foolbox's attacks, and write a report",
+        description="Attack models on images; print a table and write a report. Goes on where it was stopped.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -107,8 +107,8 @@ def _add_eval(commands: Any) -> None:
     )
     add("--labels", metavar="CSV", help="columns file and label, for folders that are not the class list")
     add("--classes", metavar="CSV", help="columns folder and label; or text or numbers, what sorts class folders")
-    add("--subset", metavar="FILE", help="names of photographs, one a line: only these, in that order")
-    add("--limit", type=_count, metavar="N", help="only N photographs, evenly spaced")
+    add("--subset", metavar="FILE", help="names of images, one a line: only these, in that order")
+    add("--limit", type=_count, metavar="N", help="only N images, evenly spaced")
     add("--image-size", type=_count, metavar="N", help="pixels of the model's input, if not the weights' own")
     add("--attacks", nargs="+", metavar="NAME", help="see `orthattack attacks`; options as NAME,key=value,...")
     add("--norm", choices=("linf", "l2", "l1"), help="norm of the perturbation (default: linf)")

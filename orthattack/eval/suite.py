@@ -110,14 +110,14 @@ class ModelSpec(_Strict):
 
 
 class DataSpec(_Strict):
-    """Photographs.
+    """Images.
 
     Attributes:
         source: a folder of class folders, Parquet files, imagenet-samples, cifar10-samples, ``torchvision:NAME``, or
             ``package.module:function``.
         labels: CSV file with columns file and label.
         classes: CSV file that maps folders to class indices; or "text" or "numbers", what sorts numbered folders.
-        subset: file with a name per line: only these photographs, in that order.
+        subset: file with a name per line: only these images, in that order.
         limit: only so many, evenly spaced.
     """
 
@@ -377,8 +377,8 @@ _ACCEPTED = {
     "source": "text: a folder, imagenet-samples, cifar10-samples, Parquet files, torchvision:NAME or module:function",
     "labels": "text: a CSV file with columns file and label",
     "classes": "text: a CSV file with columns folder and label, or text or numbers, the order of class folders",
-    "subset": "text: a file with names of photographs, one a line",
-    "limit": "a whole number of photographs, at least 1",
+    "subset": "text: a file with names of images, one a line",
+    "limit": "a whole number of images, at least 1",
     "attacks": "a list of one attack or more, each a name or a table with a name: leave it out for the default ones",
     "norm": "linf, l2 or l1",
     "eps": "one radius or more, each a number >= 0 or a fraction such as 4/255: leave it out for the default one",

@@ -1,4 +1,4 @@
-"""Evading a detector that is trained here, on natural photographs against PGD's images of them."""
+"""Evading a detector that is trained here, on natural images against PGD's adversarial images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from orthattack import PGD, DetectorEvasion, alignment
-from orthattack.eval.data.load import load_photographs
+from orthattack.eval.data.load import load_dataset
 from orthattack.eval.models.load import Classifier, Preprocessing, load_classifier
 from tests.attacks.test_attacks import SIZE, Recorder, drawn, small_model
 
@@ -33,23 +33,23 @@ class Detector(nn.Module):
 
 
 def patches() -> Tensor:
-    """(N, 3, 32, 32): pieces of the 20 ImageNet photographs in Foolbox's package, at two scales."""
+    """(N, 3, 32, 32): pieces of the 20 ImageNet images in Foolbox's package, at two scales."""
     preprocessing = Preprocessing(224, 224)
     any_model = Classifier("any", nn.Identity(), preprocessing, None, 1000, "none")
-    photographs = next(load_photographs("imagenet-samples", any_model).batches(20, preprocessing)).images
+    dataset = next(load_dataset("imagenet-samples", any_model).batches(20, preprocessing)).images
     pieces = [
         x.unfold(2, 32, step).unfold(3, 32, step).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 32, 32)
-        for x, step in ((functional.avg_pool2d(photographs, 2), 26), (photographs, 96))
+        for x, step in ((functional.avg_pool2d(dataset, 2), 26), (dataset, 96))
     ]
     return torch.cat(pieces).contiguous()
 
 
 @pytest.fixture(scope="module")
 def guarded() -> tuple[nn.Module, nn.Module, float, Tensor, Tensor]:
-    """A classifier, a detector with its threshold, and photographs that the detector has not seen."""
+    """A classifier, a detector with its threshold, and images that the detector has not seen."""
     classifier = load_classifier("cifar10-standard")
     model = classifier.model
-    (batch,) = load_photographs("cifar10-samples", classifier).batches(20, classifier.preprocessing)
+    (batch,) = load_dataset("cifar10-samples", classifier).batches(20, classifier.preprocessing)
     clean = patches()
     with torch.no_grad():
         labels = model(clean).argmax(1)
@@ -70,7 +70,7 @@ def guarded() -> tuple[nn.Module, nn.Module, float, Tensor, Tensor]:
             optimizer.step()
     detector.eval()
     with torch.no_grad():
-        threshold = float(detector(batch.images).max())  # no false alarm on the photographs to be attacked
+        threshold = float(detector(batch.images).max())  # no false alarm on the images to be attacked
     return model, detector, threshold, batch.images, batch.labels
 
 

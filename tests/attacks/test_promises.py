@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import orthattack
 from orthattack import AttackResult, DetectorEvasion, MinimumNorm, OrthoAPGD, alignment
-from orthattack.eval.data.load import load_photographs
+from orthattack.eval.data.load import load_dataset
 from orthattack.eval.models.load import load_classifier
 from tests.attacks.test_family import FAMILY, Alone, sizes
 
@@ -33,9 +33,9 @@ norms = pytest.mark.parametrize("norm", RADII)
 
 @functools.cache
 def trained() -> tuple[nn.Module, Tensor, Tensor]:
-    """A standard model and photographs that it classifies correctly."""
+    """A standard model and images that it classifies correctly."""
     classifier = load_classifier("cifar10-standard")
-    batch = next(iter(load_photographs("cifar10-samples", classifier).batches(COUNT, classifier.preprocessing)))
+    batch = next(iter(load_dataset("cifar10-samples", classifier).batches(COUNT, classifier.preprocessing)))
     return classifier.model, batch.images, batch.labels
 
 

@@ -1,4 +1,4 @@
-"""The attacks on trained models and real photographs."""
+"""The attacks on trained models and real images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from orthattack import (
     Square,
     alignment,
 )
-from orthattack.eval.data.load import load_photographs
+from orthattack.eval.data.load import load_dataset
 from orthattack.eval.models.load import load_classifier
 from scripts.measure_rounding import measure
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.heavy
 @pytest.fixture(scope="module", params=["cifar10-standard", "cifar10-robust"])
 def trained(request) -> tuple[nn.Module, Tensor, Tensor]:
     classifier = load_classifier(request.param)
-    (batch,) = load_photographs("cifar10-samples", classifier).batches(20, classifier.preprocessing)
+    (batch,) = load_dataset("cifar10-samples", classifier).batches(20, classifier.preprocessing)
     return classifier.model, batch.images, batch.labels
 
 
@@ -60,7 +60,7 @@ def test_stronger_attacks_leave_less_robust_accuracy(trained, norm):
 
 def test_a_standard_model_falls_to_an_orthogonal_perturbation():
     classifier = load_classifier("cifar10-standard")
-    (batch,) = load_photographs("cifar10-samples", classifier).batches(20, classifier.preprocessing)
+    (batch,) = load_dataset("cifar10-samples", classifier).batches(20, classifier.preprocessing)
     result = OrthoPGD(classifier.model, eps=EPS, steps=20, generator=seeded()).run(batch.images, batch.labels)
     assert result.success.all()
     assert result.cosine.max() <= 1e-6
@@ -68,7 +68,7 @@ def test_a_standard_model_falls_to_an_orthogonal_perturbation():
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("scope", ["image", "channel", "pixel"])
-def test_constraints_hold_on_photographs(trained, norm, scope):
+def test_constraints_hold_on_images(trained, norm, scope):
     model, images, labels = trained
     eps = EPS if norm == "linf" else 0.5
     for attack in (
@@ -88,7 +88,7 @@ def test_constraints_hold_on_photographs(trained, norm, scope):
 def test_rounding_costs_what_the_documentation_says():
     """docs/faq.md: next to nothing of the image's orthogonality, all of a pixel's."""
     classifier = load_classifier("cifar10-standard")
-    (batch,) = load_photographs("cifar10-samples", classifier).batches(20, classifier.preprocessing)
+    (batch,) = load_dataset("cifar10-samples", classifier).batches(20, classifier.preprocessing)
     image = measure(classifier.model, batch.images, batch.labels, "linf", "image")
     pixel = measure(classifier.model, batch.images, batch.labels, "l2", "pixel")
     assert 1e-6 < image["cosine"].mean() <= 1e-3
@@ -162,7 +162,7 @@ def test_restarts_and_steps_never_help_the_model(trained):
 
 def test_targeted_attacks_reach_targets_on_the_standard_model():
     classifier = load_classifier("cifar10-standard")
-    (batch,) = load_photographs("cifar10-samples", classifier).batches(20, classifier.preprocessing)
+    (batch,) = load_dataset("cifar10-samples", classifier).batches(20, classifier.preprocessing)
     targets = (batch.labels + 3) % 10
     result = OrthoPGD(classifier.model, eps=EPS, steps=40, targeted=True, generator=seeded()).run(batch.images, targets)
     assert result.success.float().mean() >= 0.8
@@ -228,7 +228,7 @@ def test_autoattack_is_the_strongest(trained, norm):
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_random_squares_fool_without_a_gradient(norm):
     classifier = load_classifier("cifar10-standard")
-    (batch,) = load_photographs("cifar10-samples", classifier).batches(20, classifier.preprocessing)
+    (batch,) = load_dataset("cifar10-samples", classifier).batches(20, classifier.preprocessing)
     eps = {"linf": EPS, "l2": 1.5, "l1": 60.0}[norm]
 
     @torch.no_grad()
@@ -276,12 +276,12 @@ def test_a_trained_model_in_training_mode_is_attacked_in_evaluation_mode(trained
 
 @pytest.mark.slow
 def test_on_tiny_imagenet_orthogonality_costs_less_than_a_point(shared):
-    """200 of the photographs of docs/evaluation.md, where one image is half a point."""
+    """200 of the images of docs/evaluation.md, where one image is half a point."""
     weights = shared / "weights" / "resnet18-tiny20-robust-linf-4.safetensors"
     classifier = load_classifier("resnet18", weights, image_size=64)
-    photographs = load_photographs(str(shared / "data" / "tiny-imagenet-20" / "val"), classifier).limited(200)
+    dataset = load_dataset(str(shared / "data" / "tiny-imagenet-20" / "val"), classifier).limited(200)
     kept = {"plain": 0, "ortho": 0}
-    for batch in photographs.batches(50, classifier.preprocessing):
+    for batch in dataset.batches(50, classifier.preprocessing):
         for name, attack in (("plain", PGD), ("ortho", OrthoPGD)):
             result = attack(classifier.model, eps=4 / 255, generator=seeded()).run(batch.images, batch.labels)
             kept[name] += int((~result.success).sum())

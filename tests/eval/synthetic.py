@@ -27,7 +27,7 @@ ATTACKS: dict[str, tuple[str, bool, bool, list[str], float]] = {
 
 
 def noise(position: int, channel_size: int) -> Tensor:
-    """A photograph, if need be."""
+    """An image, if need be."""
     generator = torch.Generator().manual_seed(position)
     coarse = torch.rand(1, 3, 4, 4, generator=generator)
     return torch.nn.functional.interpolate(coarse, size=channel_size, mode="bilinear")[0]
@@ -48,7 +48,7 @@ def make_run(
     status: str = "complete",
     norm: str = "linf",
     limit: int | None = None,
-    photograph: Callable[[int, int], Tensor] = noise,
+    picture: Callable[[int, int], Tensor] = noise,
     flaws: bool = True,
     checks: list[dict[str, str]] | None = None,
     warnings: Sequence[str] = (),
@@ -62,8 +62,8 @@ def make_run(
         n: images that the run sets out to attack.
         limit: images it has come to, all if None; only those of whole chunks have rows.
         stored: how many images, from the first on, are stored.
-        prefix: what the photographs' names begin with.
-        flaws: with unreadable photographs (position 3 and 40), and for the first attack of the first model errors
+        prefix: what the images' names begin with.
+        flaws: with unreadable images (position 3 and 40), and for the first attack of the first model errors
             (10 to 13) and an invalid image (14).
     """
     folder = RunFolder(path)
@@ -133,7 +133,7 @@ def make_run(
             keep = [p for p in positions if p < stored]
             bad = {p for p in positions if flaws and p in (3, 40)}
             _clean(
-                folder, model, start // chunk, positions, labels, right, bad, rng, count, keep, size, photograph, prefix
+                folder, model, start // chunk, positions, labels, right, bad, rng, count, keep, size, picture, prefix
             )
             for order, (label, (_, orthogonal, minimal, _, factor)) in enumerate(attacks.items()):
                 for radius in [None] if minimal else eps:
@@ -183,7 +183,7 @@ def make_run(
                                 "seconds": 0.01,
                             }
                             if p in keep:
-                                clean = photograph(p, size)
+                                clean = picture(p, size)
                                 sign = (noise(1000 + 10 * p + order, size) - noise(2000 + p, size)).sign()
                                 images[p] = (clean + length * sign).clamp(0, 1)
                         for name, value in row.items():
@@ -192,7 +192,7 @@ def make_run(
     return folder
 
 
-def _clean(folder, model, number, positions, labels, right, bad, rng, count, keep, size, photograph, prefix):
+def _clean(folder, model, number, positions, labels, right, bad, rng, count, keep, size, picture, prefix):
     rows: dict[str, list[Any]] = {name: [] for name in CLEAN_SCHEMA.names}
     for p in positions:
         row: dict[str, Any] = dict.fromkeys(CLEAN_SCHEMA.names)
@@ -211,5 +211,5 @@ def _clean(folder, model, number, positions, labels, right, bad, rng, count, kee
             }
         for name, value in row.items():
             rows[name].append(value)
-    images = {p: photograph(p, size) for p in keep if p not in bad}
+    images = {p: picture(p, size) for p in keep if p not in bad}
     folder.write(Shard(model, "clean", None, number, "clean"), rows, images)

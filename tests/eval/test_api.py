@@ -11,7 +11,7 @@ import torch
 
 from orthattack import OrthoPGD
 from orthattack.eval import Run, evaluate
-from orthattack.eval.data.load import load_photographs
+from orthattack.eval.data.load import load_dataset
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models.load import load_classifier
 from orthattack.eval.results.stored_run import WORST
@@ -37,10 +37,10 @@ def test_names_give_a_run_with_a_table_and_a_report(by_name):
 
 def test_objects_give_the_same_rows(by_name, tmp_path):
     classifier = load_classifier("cifar10-robust")
-    photographs = load_photographs("cifar10-samples", classifier).limited(4)
+    dataset = load_dataset("cifar10-samples", classifier).limited(4)
     run = evaluate(
         {"cifar10-robust": classifier},
-        photographs,
+        dataset,
         {"OrthoPGD": "OrthoPGD", "mine": lambda model, eps, steps: OrthoPGD(model, eps=eps, steps=steps)},
         out=tmp_path / "run",
         report=False,

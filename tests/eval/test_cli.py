@@ -235,7 +235,7 @@ def test_a_folder_that_cannot_be_made(capsys, tmp_path):
     assert "could not make the run folder" in refused(capsys, "eval", "--out", tmp_path / "file" / "r", "--limit", 1)
 
 
-def test_photographs_none_of_which_can_be_read(capsys, tmp_path):
+def test_images_none_of_which_can_be_read(capsys, tmp_path):
     for k in range(10):
         (tmp_path / "data" / str(k)).mkdir(parents=True)
         (tmp_path / "data" / str(k) / "x.png").touch()

@@ -219,7 +219,7 @@ def test_an_interrupted_run_is_of_what_there_is(tmp_path):
     make_run(tmp_path / "run", limit=25, status="interrupted")
     run = Run.open(tmp_path / "run")
     assert run.progress() == (2 * 25 * (5 * len(EPS) + 1), 2 * 60 * (5 * len(EPS) + 1))
-    assert set(run.table()["rows"]) == {25, 24}  # one photograph is unreadable, and in no worst case
+    assert set(run.table()["rows"]) == {25, 24}  # one image is unreadable, and in no worst case
     assert run.status == "interrupted"
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from orthattack.eval import evaluate
-from orthattack.eval.data.dataset import Photographs
+from orthattack.eval.data.dataset import ImageDataset
 from orthattack.eval.data.readers import Dataset
 from orthattack.eval.models.classifier import Classifier
 from orthattack.eval.models.preprocessing import Preprocessing
@@ -50,7 +50,7 @@ def classifier(model: nn.Module | None = None, name: str = "net") -> Classifier:
     return Classifier(name, model.eval(), Preprocessing(SIZE, SIZE), None, CLASSES, "here")
 
 
-def photographs(labels: list[int] | None = None, images: Tensor | None = None) -> Photographs:
+def dataset(labels: list[int] | None = None, images: Tensor | None = None) -> ImageDataset:
     """Images with the labels that `Net` gives them, but for the last, which it gets wrong."""
     x = images_of() if images is None else images
     if labels is None:
@@ -59,15 +59,15 @@ def photographs(labels: list[int] | None = None, images: Tensor | None = None) -
         labels[-1] = (labels[-1] + 1) % CLASSES
     source = Dataset([(image, label) for image, label in zip(x, labels, strict=True)], "made", False)
     names = tuple(f"{k:02d}" for k in range(len(labels)))
-    return Photographs("made", names, tuple(labels), None, "by number", source, range(len(labels)))
+    return ImageDataset("made", names, tuple(labels), None, "by number", source, range(len(labels)))
 
 
 def evaluated(
-    out: Any, attacks: Any, model: nn.Module | None = None, data: Photographs | None = None, **more: Any
+    out: Any, attacks: Any, model: nn.Module | None = None, data: ImageDataset | None = None, **more: Any
 ) -> Run:
     """A run of these attacks on the net."""
     options = {"eps": EPS, "steps": 3, "batch_size": 4, "shard_size": 6, "save_images": "all", "checks": False}
     return evaluate(
-        classifier(model), photographs() if data is None else data, attacks, out=out,
+        classifier(model), dataset() if data is None else data, attacks, out=out,
         **{"progress": False, "report": False, **options, **more},
     )  # fmt: skip

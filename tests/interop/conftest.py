@@ -1,4 +1,4 @@
-"""The bundled models and photographs."""
+"""The bundled models and images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from orthattack.eval.data.load import load_photographs
+from orthattack.eval.data.load import load_dataset
 from orthattack.eval.models.load import load_classifier
 
 Trained = tuple[nn.Module, Tensor, Tensor]
@@ -14,7 +14,7 @@ Trained = tuple[nn.Module, Tensor, Tensor]
 
 def loaded(name: str) -> Trained:
     classifier = load_classifier(name)
-    (batch,) = load_photographs("cifar10-samples", classifier).batches(20, classifier.preprocessing)
+    (batch,) = load_dataset("cifar10-samples", classifier).batches(20, classifier.preprocessing)
     return classifier.model, batch.images, batch.labels
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from orthattack import Normalized, alignment
-from orthattack.eval.data.load import load_photographs
+from orthattack.eval.data.load import load_dataset
 from orthattack.eval.models.load import load_classifier
 from orthattack.interop import torchattacks as ours
 from tests.attacks.test_attacks import drawn, small_model
@@ -23,7 +23,7 @@ NAMES = ["FGSM", "PGD", "PGDL2", "MIFGSM", "NIFGSM", "APGD"]
 @pytest.fixture(scope="module")
 def trained():
     classifier = load_classifier("cifar10-robust")
-    (batch,) = load_photographs("cifar10-samples", classifier).batches(20, classifier.preprocessing)
+    (batch,) = load_dataset("cifar10-samples", classifier).batches(20, classifier.preprocessing)
     return classifier.model, batch.images, batch.labels
 
 

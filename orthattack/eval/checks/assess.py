@@ -104,7 +104,7 @@ class _Model:
         ):
             found.append(
                 "clean accuracy is well below what the weights' authors publish for ImageNet's validation set: other "
-                "photographs may be the reason, or labels, resizing or normalisation that are not the model's"
+                "images may be the reason, or labels, resizing or normalisation that are not the model's"
             )
         low, high = numbers.min(), numbers.max()
         return self._check(

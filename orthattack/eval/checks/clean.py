@@ -1,4 +1,4 @@
-"""Signs, in what a model does with clean photographs, that an evaluation measures a mistake instead of robustness."""
+"""Signs, in what a model does with clean images, that an evaluation measures a mistake instead of robustness."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _DOUBT = 0.01
 
 @dataclass(frozen=True)
 class CleanStatistics:
-    """What is collected over clean photographs; ``a + b`` merges two batches.
+    """What is collected over clean images; ``a + b`` merges two batches.
 
     Attributes:
         accuracy: right predictions.
         num_classes: K, the length of a row of logits.
         logits: smallest and largest logit.
-        row_sums: smallest and largest sum of a photograph's logits.
+        row_sums: smallest and largest sum of an image's logits.
         images: smallest and largest pixel.
     """
 
@@ -66,7 +66,7 @@ def suspicions(statistics: CleanStatistics) -> list[str]:
 def _at_chance(statistics: CleanStatistics) -> str | None:
     """An accuracy that guessing explains, by an exact binomial test, and a model half-way to perfect does not.
 
-    The second condition keeps five photographs, of which a good model may well miss four, from raising it.
+    The second condition keeps five images, of which a good model may well miss four, from raising it.
     """
     count, total, chance = statistics.accuracy.count, statistics.accuracy.total, 1 / statistics.num_classes
     guessing = float(binom.sf(count - 1, total, chance))  # P(at least as many right)
@@ -83,7 +83,7 @@ def _at_chance(statistics: CleanStatistics) -> str | None:
 def _not_finite(statistics: CleanStatistics) -> str | None:
     if all(map(math.isfinite, (*statistics.logits, *statistics.row_sums))):
         return None
-    return "some logits on clean photographs are NaN or infinite, so no loss or gradient means anything there"
+    return "some logits on clean images are NaN or infinite, so no loss or gradient means anything there"
 
 
 def _probabilities(statistics: CleanStatistics) -> str | None:
@@ -119,7 +119,7 @@ CLEAN_COLUMNS = ["status", "wrong_share", "logit_min", "logit_max", "logit_sum",
 
 
 def clean_suspicions(rows: pd.DataFrame, num_classes: int) -> list[str]:
-    """What looks wrong with a model on clean photographs, from `CLEAN_COLUMNS` of their rows; see `suspicions`."""
+    """What looks wrong with a model on clean images, from `CLEAN_COLUMNS` of their rows; see `suspicions`."""
     rows = rows[rows["status"] == "ok"]
     if rows.empty:
         return []

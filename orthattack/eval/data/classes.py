@@ -146,7 +146,7 @@ def map_from_file(keys: Sequence[Sequence[str]], needed: Iterable[int], path: Pa
 
     Args:
         keys: what each of the data's classes may be called in the file.
-        needed: those of them that have photographs.
+        needed: those of them that have images.
         path: the file.
         where: the data, for messages.
 

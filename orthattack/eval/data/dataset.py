@@ -1,4 +1,4 @@
-"""A data set of labelled photographs, whatever its source; one at a time in memory."""
+"""A data set of labelled images, whatever its source; one at a time in memory."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from orthattack.eval.data.readers import Dataset, Source
 from orthattack.eval.errors import EvaluationError, told
 from orthattack.eval.models.preprocessing import DecodeError, Preprocessing
 
-__all__ = ["Batch", "Photographs", "Unreadable", "evenly", "read_names"]
+__all__ = ["Batch", "ImageDataset", "Unreadable", "evenly", "read_names"]
 
 _HASHED_WHOLE = 64
 
 
 class Unreadable(Exception):  # noqa: N818 - a value as often as an exception
-    """A photograph that cannot become an image, and why.
+    """An image file that cannot become an input, and why.
 
     Attributes:
-        name: the photograph's.
+        name: the image's.
         reason: in plain words.
     """
 
@@ -40,7 +40,7 @@ class Unreadable(Exception):  # noqa: N818 - a value as often as an exception
 
 @dataclass(frozen=True)
 class Batch:
-    """Preprocessed photographs: names, images (N, 3, H, W) in [0, 1], labels (N,)."""
+    """Preprocessed images: names, images (N, 3, H, W) in [0, 1], labels (N,)."""
 
     names: list[str]
     images: Tensor
@@ -48,12 +48,12 @@ class Batch:
 
 
 @dataclass(frozen=True, eq=False)
-class Photographs:
+class ImageDataset:
     """A data set.
 
     Attributes:
         name: as asked for.
-        names: of the photographs, unique, the same whenever the data is opened.
+        names: of the images, unique, the same whenever the data is opened.
         labels: of each, its class index among the model's.
         classes: names of the model's classes as the data has them, where they are the whole class list and the model
             has none of its own.
@@ -67,7 +67,7 @@ class Photographs:
     classes: tuple[str, ...] | None
     mapping: str
     _source: Source = field(repr=False)
-    _positions: Sequence[int] = field(repr=False)  # of each photograph, in the source
+    _positions: Sequence[int] = field(repr=False)  # of each image, in the source
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -79,7 +79,7 @@ class Photographs:
         return isinstance(self._source, Dataset) and self._source.is_foreign
 
     def load(self, position: int, preprocessing: Preprocessing) -> Tensor:
-        """One photograph as the model's input, (3, crop, crop), float32, in [0, 1]. Threads may call this at once.
+        """One image as the model's input, (3, crop, crop), float32, in [0, 1]. Threads may call this at once.
 
         Raises:
             Unreadable: it cannot be read or decoded, or, where the data gives tensors, has another size or range.
@@ -95,7 +95,7 @@ class Photographs:
             raise Unreadable(self.names[position], told(error)) from error
 
     def batches(self, size: int, preprocessing: Preprocessing) -> Iterator[Batch | Unreadable]:
-        """Batches of up to `size`, and, as they are met, the photographs that cannot be read."""
+        """Batches of up to `size`, and, as they are met, the images that cannot be read."""
         ready: list[tuple[int, Tensor]] = []
         for position in range(len(self)):
             try:
@@ -113,7 +113,7 @@ class Photographs:
         labels = torch.tensor([self.labels[k] for k in positions])
         return Batch([self.names[k] for k in positions], torch.stack(images), labels)
 
-    def limited(self, count: int | None) -> Photographs:
+    def limited(self, count: int | None) -> ImageDataset:
         """At most `count` of them, evenly spaced, so that a sorted folder still shows all its classes."""
         if count is None or count >= len(self):
             return self
@@ -121,14 +121,14 @@ class Photographs:
             raise EvaluationError(f"--limit must be at least 1; got {count}")
         return self._at(evenly(count, len(self)))
 
-    def subset(self, names: Sequence[str]) -> Photographs:
+    def subset(self, names: Sequence[str]) -> ImageDataset:
         """Those of these names, in this order.
 
         Raises:
             EvaluationError: a name that there is not, or twice, or no names.
         """
         if not names:
-            raise EvaluationError("--subset names no photographs")
+            raise EvaluationError("--subset names no images")
         position_of = {name: k for k, name in enumerate(self.names)}
         seen: set[str] = set()
         for name in names:
@@ -142,7 +142,7 @@ class Photographs:
             seen.add(name)
         return self._at([position_of[name] for name in names])
 
-    def _at(self, chosen: Sequence[int]) -> Photographs:
+    def _at(self, chosen: Sequence[int]) -> ImageDataset:
         return replace(
             self,
             names=tuple(self.names[k] for k in chosen),
@@ -153,7 +153,7 @@ class Photographs:
     def fingerprint(self) -> str:
         """SHA-256 of what they are, the same wherever the data lies.
 
-        Covers the name, label and file size of every photograph, in order (of a Parquet photograph, its shard's size;
+        Covers the name, label and file size of every image, in order (of a Parquet image, its shard's size;
         of one from a data set in memory, none), and the whole content of up to 64 evenly spaced ones. So a changed
         list, order or label always shows, and so does a file of another size; an edit that keeps a file's size shows if
         the file is among the 64.
@@ -175,7 +175,7 @@ class Photographs:
         """What a reader needs to tell which data it was, as JSON."""
         return {
             "name": self.name,
-            "photographs": len(self),
+            "images": len(self),
             "classes": None if self.classes is None else list(self.classes),
             "mapping": self.mapping,
             "fingerprint": self.fingerprint(),
@@ -232,7 +232,7 @@ def evenly(count: int, among: int) -> list[int]:
 
 
 def read_names(path: Path) -> list[str]:
-    """Names of photographs, one a line, for `Photographs.subset`; blank lines and lines that begin with # are skipped.
+    """Names of images, one a line, for `ImageDataset.subset`; blank lines and lines that begin with # are skipped.
 
     Raises:
         EvaluationError: a file that cannot be read as text.

@@ -1,4 +1,4 @@
-"""Photographs to evaluate on by name: folders, samples, Parquet, torchvision's data sets, or a user's."""
+"""Images to evaluate on by name: folders, samples, Parquet, torchvision's data sets, or a user's."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 
 from orthattack.eval import plugin
 from orthattack.eval.data.classes import ClassMap, Order, map_from_file, match_folders, match_names, read_table
-from orthattack.eval.data.dataset import Batch, Photographs, Unreadable, read_names
+from orthattack.eval.data.dataset import Batch, ImageDataset, Unreadable, read_names
 from orthattack.eval.data.readers import Dataset, Files, Shards, Source, find_shards
 from orthattack.eval.data.torchvision import PREFIX as TORCHVISION
 from orthattack.eval.data.torchvision import check_torchvision, open_torchvision
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models.classifier import Classifier
 
-__all__ = ["SAMPLES", "Batch", "Photographs", "Unreadable", "check_data", "load_photographs", "read_names"]
+__all__ = ["SAMPLES", "Batch", "ImageDataset", "Unreadable", "check_data", "load_dataset", "read_names"]
 
 SAMPLES = {"imagenet-samples": "imagenet", "cifar10-samples": "cifar10"}
-"""The photographs in Foolbox's package, 20 of each, and their names there."""
+"""The images in Foolbox's package, 20 of each, and their names there."""
 
 _SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif",
              ".tiff"}  # fmt: skip
@@ -30,7 +30,7 @@ _AS_THEY_ARE = "labels taken as the model's class indices"
 
 
 def check_data(data: str) -> None:
-    """Raise EvaluationError if `data` is nothing that `load_photographs` knows; nothing large is read yet."""
+    """Raise EvaluationError if `data` is nothing that `load_dataset` knows; nothing large is read yet."""
     if data in SAMPLES or (plugin.is_plugin(data) and not data.startswith(TORCHVISION)):
         return
     if data.startswith(TORCHVISION):
@@ -43,10 +43,10 @@ def check_data(data: str) -> None:
         )
 
 
-def load_photographs(
+def load_dataset(
     data: str, classifier: Classifier, labels: Path | None = None, classes: Path | str | None = None
-) -> Photographs:
-    """Find the photographs and their classes among the classifier's.
+) -> ImageDataset:
+    """Find the images and their classes among the classifier's.
 
     Args:
         data: one of
@@ -98,7 +98,7 @@ def load_photographs(
         names, indices, source, found = _data_set(data, classifier, table)
     if not names:
         skipped = f"; {notes[0]}" if notes else ""
-        raise EvaluationError(f"{labels or data} names no photographs ({' '.join(sorted(_SUFFIXES))}){skipped}")
+        raise EvaluationError(f"{labels or data} names no images ({' '.join(sorted(_SUFFIXES))}){skipped}")
     worst = max(range(len(names)), key=indices.__getitem__)
     if indices[worst] >= classifier.num_classes:
         raise EvaluationError(
@@ -106,7 +106,7 @@ def load_photographs(
             f"to {classifier.num_classes - 1}: is this the right model for {data}?"
         )
     about = (data, tuple(names), tuple(indices), found.names, found.mapping)
-    return Photographs(*about, source, range(len(names)), notes)
+    return ImageDataset(*about, source, range(len(names)), notes)
 
 
 def _foolbox_samples(data: str) -> tuple[list[str], list[int], Files]:
@@ -189,7 +189,7 @@ def _not_read(folder: Path, skipped: Counter[str]) -> tuple[str, ...]:
 
 
 def _data_set(data: str, classifier: Classifier, classes: Path | None) -> tuple[list[str], list[int], Source, ClassMap]:
-    """Photographs that come with labels, and perhaps with the classes' names, of their own."""
+    """Images that come with labels, and perhaps with the classes' names, of their own."""
     source: Shards | Dataset
     if data.startswith(TORCHVISION):
         source = Dataset(open_torchvision(data), data, thread_safe=True)

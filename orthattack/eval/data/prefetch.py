@@ -1,4 +1,4 @@
-"""Photographs decoded in the background, a little ahead of whoever attacks them."""
+"""Images decoded in the background, a little ahead of whoever attacks them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WORKERS = 2
 
 
 class Decoder:
-    """Decodes chunks of photographs in threads: the one that is taken, and one that may come next.
+    """Decodes chunks of images in threads: the one that is taken, and one that may come next.
 
     Args:
         load: decodes one; it is called by several threads. Decoders leave the interpreter to others while they work.

@@ -1,6 +1,6 @@
-"""Where photographs come from: files, Parquet shards with the bytes of image files, and map-style data sets.
+"""Where images come from: files, Parquet shards with the bytes of image files, and map-style data sets.
 
-A source knows its photographs by position and loads one at a time; threads may call it at once.
+A source knows its images by position and loads one at a time; threads may call it at once.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ MAX_BYTES = 2**30
 
 
 class Source(Protocol):
-    """Photographs by position."""
+    """Images by position."""
 
     def image(self, position: int) -> Image.Image | Tensor:
-        """A decoded photograph; `DecodeError`, or whatever the data raises, if there is none."""
+        """A decoded image; `DecodeError`, or whatever the data raises, if there is none."""
 
     def content(self, position: int) -> bytes:
         """The bytes that tell it from any other."""
@@ -168,7 +168,7 @@ class Dataset:
             ) from error
 
     def _labels(self) -> list[int]:
-        """All of them without decoding a photograph, if an attribute has them; it is believed if it is right at the
+        """All of them without decoding an image, if an attribute has them; it is believed if it is right at the
         start, in the middle and at the end."""
         count = len(self._data)
         if count == 0:
@@ -226,7 +226,7 @@ class Shards:
     """Parquet files as Hugging Face's datasets are stored: the bytes of image files beside labels.
 
     Columns: ``image`` (or ``img``), a struct with ``bytes``, or binary; ``label`` (or ``labels``, ``fine_label``), an
-    integer. Labels are read at once, photographs a row group at a time.
+    integer. Labels are read at once, images a row group at a time.
 
     Attributes:
         names: SHARD/ROW, the shard without its suffix.

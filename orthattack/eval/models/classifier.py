@@ -30,7 +30,7 @@ class Classifier:
         name: as asked for.
         model: images (N, 3, H, W) in [0, 1] to logits (N, K), in evaluation mode. It normalises them itself:
             `orthattack.Normalized` makes such a model from one that does not.
-        preprocessing: how photographs become its input; its mean and std say what `model` does, and are not applied.
+        preprocessing: how images become its input; its mean and std say what `model` does, and are not applied.
         classes: names of the K classes, where they are known.
         num_classes: K; 0 to have the model asked.
         source: where the weights came from.
@@ -146,7 +146,7 @@ def _unknown(error: BaseException, size: int) -> str:
         return told(error)
     return (
         f"{told(error)} (given float32 of shape (1, 3, {size}, {size})): pass --image-size if it takes another, or put "
-        "a layer in front that makes of photographs what it takes"
+        "a layer in front that makes of images what it takes"
     )
 
 
@@ -162,11 +162,11 @@ def _remedy(size: int, height: int, width: int, channels: int, dtype: torch.dtyp
         )
     if channels == 1:
         found.append(
-            "it takes one channel, and photographs have three: let it be "
+            "it takes one channel, and images have three: let it be "
             "nn.Sequential(torchvision.transforms.Grayscale(), model)"
         )
     elif channels != 3:
-        found.append(f"it takes {channels} channels, and photographs have three: add a layer that makes them")
+        found.append(f"it takes {channels} channels, and images have three: add a layer that makes them")
     if height != width:
         found.append(
             f"it takes {height}x{width} pixels, and input is square here: put a layer in front that resizes, a module "

@@ -110,7 +110,7 @@ def load_classifier(name: str, weights: str | Path | None = None, image_size: in
             or, for torchvision, the name of weights, such as "IMAGENET1K_V2" or "ResNet50_Weights.IMAGENET1K_V2".
             Without it, torchvision's or timm's default weights are used, and downloaded if they are not cached.
         image_size: pixels of the model's square input, where it differs from what the weights say. For an ``nn.Module``
-            of the user's it is needed: photographs are resized to it by their shorter side, and cropped.
+            of the user's it is needed: images are resized to it by their shorter side, and cropped.
 
     Raises:
         EvaluationError: unknown name, weights that cannot be downloaded or read, or that do not fit; a function of the
@@ -320,7 +320,7 @@ def _from_plugin(name: str, weights: str | Path | None, image_size: int | None) 
 
 
 def _cifar_regnet(num_classes: int) -> nn.Module:
-    """A torchvision RegNet whose strides suit 32x32 photographs, with full instead of grouped convolutions."""
+    """A torchvision RegNet whose strides suit 32x32 images, with full instead of grouped convolutions."""
     widths = [64, 128, 192]
     model: nn.Module = RegNet(BlockParams([2, 2, 2], widths, widths, [1.0] * 3, [1, 2, 2]), num_classes=num_classes)
     return model

@@ -27,13 +27,13 @@ MAX_PIXELS = 89_478_485
 _RUN_LENGTHS, MAX_RUNS = (1, 2), 4_000_000  # of BMP: Pillow decodes them in Python, 10 million pixels a second
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""What photographs are stored as. Of Pillow's others, EPS would be handed to Ghostscript, which runs it."""
+"""What images are stored as. Of Pillow's others, EPS would be handed to Ghostscript, which runs it."""
 
-Image.init()  # or the first photographs, opened by several threads, may find that a format is not known yet
+Image.init()  # or the first images, opened by several threads, may find that a format is not known yet
 
 
 class DecodeError(ValueError):
-    """A photograph that cannot become a model's input; the message says why."""
+    """An image that cannot become a model's input; the message says why."""
 
 
 def decode(data: bytes) -> Image.Image:
@@ -71,15 +71,15 @@ def decode(data: bytes) -> Image.Image:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From a photograph to the model's input in [0, 1]; the normalisation stays inside the model.
+    """From an image to the model's input in [0, 1]; the normalisation stays inside the model.
 
     Attributes:
         resize: pixels of the shorter side before the crop; of both sides if `aspect` is "squash".
-        crop: pixels of the model's square input. A photograph of that size already is used as it is.
+        crop: pixels of the model's square input. An image of that size already is used as it is.
         interpolation: how the weights were trained to be resized, one of torchvision's modes or its name, "bicubic".
         mean: normalisation, one number per channel, in units of [0, 1] pixels.
         std: the same.
-        aspect: "keep" the photograph's proportions, or "squash" it to a square.
+        aspect: "keep" the image's proportions, or "squash" it to a square.
 
     Raises:
         ValueError: any of these out of its range; the message says which, and what is accepted.
@@ -113,7 +113,7 @@ class Preprocessing:
         EXIF data is ignored, as by torchvision's loaders, with which the published accuracies were measured.
 
         Raises:
-            DecodeError: pixels without a known range, or sides so different that the resized photograph is too large.
+            DecodeError: pixels without a known range, or sides so different that the resized image is too large.
         """
         image = _rgb(image)
         if image.size != (self.crop, self.crop):
@@ -128,7 +128,7 @@ class Preprocessing:
         return pixels
 
     def at_size(self, size: int) -> Preprocessing:
-        """The same for an input of `size` pixels, with the crop's share of the photograph kept."""
+        """The same for an input of `size` pixels, with the crop's share of the image kept."""
         return replace(self, resize=max(size, round(size * self.resize / self.crop)), crop=size)
 
     def describe(self) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
     if image.mode in ("I", "F"):
-        raise DecodeError(f"pixels of mode {image.mode} have no known range; save the photograph with 8 bits a channel")
+        raise DecodeError(f"pixels of mode {image.mode} have no known range; save the image with 8 bits a channel")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # as Pillow asks for, with a warning, where a palette is transparent
     return image.convert("RGB")

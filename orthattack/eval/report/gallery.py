@@ -24,14 +24,14 @@ __all__ = ["Example", "examples", "order", "save_picture"]
 
 @dataclass(frozen=True)
 class Example:
-    """A photograph before and after an attack.
+    """An image before and after an attack.
 
     Attributes:
         model: label of the model.
         attack: label of the attack.
         eps: radius of the run, None for an attack that minimises the norm.
-        position: of the photograph in the data.
-        name: of the photograph.
+        position: of the image in the data.
+        name: of the image.
         label: its class.
         clean_prediction: the model's on the clean image.
         adversarial_prediction: the model's on the adversarial image.
@@ -124,7 +124,7 @@ def _number(value: object) -> float:
 
 
 def save_picture(run: Run, path: Path, model: str, attack: str, eps: float | None, columns: int = 8) -> None:
-    """Clean image, magnified perturbation and adversarial image of a few photographs, one column each.
+    """Clean image, magnified perturbation and adversarial image of a few images, one column each.
 
     Fooled ones come first. A prediction in red is one that the perturbation has changed. EvaluationError without any
     stored images.

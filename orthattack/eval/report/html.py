@@ -205,7 +205,7 @@ class _Cell:
 def _cards(run: Run) -> tuple[list[list[Any]], list[str], int]:
     """Cards of the gallery, the images they refer to by number, and how many cards there could have been.
 
-    Every model, attack and radius gets a card before any gets a second one, and all show the same photographs. What is
+    Every model, attack and radius gets a card before any gets a second one, and all show the same images. What is
     in the page is bounded by bytes and by number.
     """
     cells = []
@@ -232,7 +232,7 @@ def _cards(run: Run) -> tuple[list[list[Any]], list[str], int]:
         by_bytes = int(0.95 * (IMAGE_BYTES - images.size) / images.size)
         fill(1, 1 + min(by_bytes, MAX_CARDS // len(cards) - 1))
     cards.sort(key=lambda item: (item[0], item[1][:3]))
-    # Strided once more, so that what is seen first is of many photographs and attacks.
+    # Strided once more, so that what is seen first is of many images and attacks.
     return [cards[i][1] for i in _strided(len(cards))], images.uris, sum(len(cell.positions) for cell in cells)
 
 

@@ -1,4 +1,4 @@
-"""One model at work on one chunk of the photographs: looking at it, attacking it, measuring, storing."""
+"""One model at work on one chunk of the images: looking at it, attacking it, measuring, storing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from orthattack.eval.attacks.counter import CallCounter, Calls
 from orthattack.eval.attacks.kind import Conditions, Found, Runner
 from orthattack.eval.attacks.seeds import drawing, image_seed, joint_seed
 from orthattack.eval.checks.clean import differentiated
-from orthattack.eval.data.load import Photographs, Unreadable
+from orthattack.eval.data.load import ImageDataset, Unreadable
 from orthattack.eval.errors import told
 from orthattack.eval.models.classifier import Classifier
 from orthattack.eval.plugin import kept_process
@@ -53,11 +53,11 @@ class Bound:
 
 @dataclass
 class Job:
-    """One model with its photographs and what is to be done with them."""
+    """One model with its images and what is to be done with them."""
 
     label: str
     classifier: Classifier
-    photographs: Photographs
+    dataset: ImageDataset
     device: torch.device
     folder: RunFolder
     batch_size: int
@@ -74,7 +74,7 @@ class Job:
         model = self.classifier.model.to(self.device)
         self.counter = CallCounter(model, self.calls).eval()
         self.judge = Judge(self.counter, self.classifier.preprocessing.crop, self.device, self.batch_size)
-        self.differentiated = frozenset(differentiated(len(self.photographs)))
+        self.differentiated = frozenset(differentiated(len(self.dataset)))
 
     def bound(self, entry: Entry, conditions: Conditions) -> Bound:
         """An attack on the model; one that cannot be made fails on each batch, where that is recorded.
@@ -114,12 +114,12 @@ class Job:
                         self.say(f"{self.label}: {entry.label}: {text}")
 
     def load(self, position: int) -> Tensor:
-        """One photograph as the model takes it."""
-        return self.photographs.load(position, self.classifier.preprocessing)
+        """One image as the model takes it."""
+        return self.dataset.load(position, self.classifier.preprocessing)
 
 
 class Part:
-    """One chunk of the photographs with one model: its images, what the model says of them, and the attacks on them."""
+    """One chunk of the data with one model: its images, what the model says of them, and the attacks on them."""
 
     def __init__(
         self,
@@ -132,10 +132,8 @@ class Part:
         self.job, self.number, self.keep, self.kind = job, number, keep, kind
         self.positions = list(images)
         self.images = {k: image for k, image in images.items() if isinstance(image, Tensor)}
-        labels = job.photographs.labels
-        self._key = {
-            k: {"position": k, "name": job.photographs.names[k], "label": int(labels[k])} for k in self.positions
-        }
+        labels = job.dataset.labels
+        self._key = {k: {"position": k, "name": job.dataset.names[k], "label": int(labels[k])} for k in self.positions}
         self._failed = {
             k: {"status": "unreadable", "message": _reason(error)}
             for k, error in images.items()
@@ -257,7 +255,7 @@ class Part:
         if isinstance(runner, BaseException):
             raise runner
         images, labels = self._tensors(batch)
-        seeds = [image_seed(entry.seed, self.job.photographs.names[k], entry.kind) for k in batch]
+        seeds = [image_seed(entry.seed, self.job.dataset.names[k], entry.kind) for k in batch]
         n = len(batch)
         self.job.counter.forget()
         with drawing(joint_seed(seeds)):

@@ -44,7 +44,7 @@ EVALUATIONS = 10
 def check_batches(classifier: Classifier, batch_size: int) -> None:
     """Raise EvaluationError if a model's answer about an image depends on the images beside it, unless there are none.
 
-    It is asked about one made-up image alone and beside others. One that fails at that fails on the photographs too,
+    It is asked about one made-up image alone and beside others. One that fails at that fails on the images too,
     where it is recorded.
     """
     model, size = classifier.model, classifier.preprocessing.crop
@@ -91,7 +91,7 @@ class Judge:
                     before = torch.get_rng_state()
                     answer = self.model(images.clone())
                     draws = not torch.equal(before, torch.get_rng_state())
-            except FAILURES:  # it will fail on the photographs too, where it is recorded
+            except FAILURES:  # it will fail on the images too, where it is recorded
                 return False
             if first is not None and not _alike(first, answer, 1e-3):
                 return True

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from orthattack.eval.attacks.kind import described
-from orthattack.eval.data.load import Photographs
+from orthattack.eval.data.load import ImageDataset
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models.classifier import Classifier
 from orthattack.eval.storage.lock import Part
@@ -53,17 +53,17 @@ def describe_attacks(entries: Sequence[Entry], baselines: Mapping[str, Sequence[
     ]
 
 
-def describe_model(label: str, classifier: Classifier, photographs: Photographs) -> dict[str, Any]:
-    """A model with its data; EvaluationError if there is no photograph."""
-    if len(photographs) == 0:
-        raise EvaluationError(f"{photographs.name} has no photographs")
-    about, data = classifier.describe(), photographs.describe()
+def describe_model(label: str, classifier: Classifier, dataset: ImageDataset) -> dict[str, Any]:
+    """A model with its data; EvaluationError if there is no image."""
+    if len(dataset) == 0:
+        raise EvaluationError(f"{dataset.name} has no images")
+    about, data = classifier.describe(), dataset.describe()
     of_model, of_data = about.pop("classes"), data.pop("classes")
     return {
         "label": label,
         **about,
         "class_names": of_model or of_data,
-        "data": {"images": data.pop("photographs"), **data},
+        "data": {"images": data.pop("images"), **data},
     }
 
 

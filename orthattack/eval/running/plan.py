@@ -16,7 +16,7 @@ from orthattack.threat import ThreatModel
 __all__ = ["GALLERY", "Plan", "Todo", "Unit", "boundless"]
 
 GALLERY = 24
-"""How many photographs' adversarials are kept for the report."""
+"""How many images' adversarials are kept for the report."""
 
 
 def boundless(entries: Sequence[Entry], models: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -38,13 +38,13 @@ def boundless(entries: Sequence[Entry], models: Sequence[Mapping[str, Any]]) -> 
 
 @dataclass(frozen=True)
 class Unit:
-    """What one process does at a time, on its own: one model on one chunk of the photographs.
+    """What one process does at a time, on its own: one model on one chunk of the images.
 
     Attributes:
         model: its label.
         stage: "attack", all attacks on a chunk; "probe", the trust checks' own attacks; "transfer", those of other
             models' adversarials, which need every other unit to be done.
-        chunk: number of the chunk; 0 for the checks, which have photographs of their own.
+        chunk: number of the chunk; 0 for the checks, which have images of their own.
         wanted: what of it is left: places in `Plan.entries`, in `Plan.probes`, or in the manifest's probes.
     """
 
@@ -105,14 +105,14 @@ class Plan:
         ]
 
     def positions(self, unit: Unit) -> Sequence[int]:
-        """The photographs of a unit."""
+        """The images of a unit."""
         count, size = self._counts[unit.model], self.suite.shard_size
         if unit.stage != "attack":
             return evenly(self.suite.check_images, count)
         return range(unit.chunk * size, min((unit.chunk + 1) * size, count))
 
     def kept(self, model: str) -> frozenset[int]:
-        """The photographs whose images are kept."""
+        """The images whose adversarial images are kept."""
         count = self._counts[model]
         return frozenset({"gallery": evenly(GALLERY, count), "all": range(count), "none": ()}[self.suite.save_images])
 

@@ -1,6 +1,6 @@
 """Units of work done by Ray: one actor per device holds a model, and whoever is free takes the next unit.
 
-The driver only schedules: units and counts travel, photographs and results do not. What an actor has finished is in
+The driver only schedules: units and counts travel, images and results do not. What an actor has finished is in
 the run's folder, so an actor that dies, with its process, its machine or the network, loses the shard it was at; the
 rest of its unit is done by another. The extra `ray` brings Ray.
 """
@@ -82,7 +82,7 @@ class RayWorker:
 class Queue:
     """Units that wait, and who takes which: one of the model that it holds already, if there is any.
 
-    Each worker is promised the unit that it will probably take next, so that it can decode the photographs meanwhile;
+    Each worker is promised the unit that it will probably take next, so that it can decode the images meanwhile;
     whoever would otherwise have nothing to do may take it all the same.
 
     Args:

@@ -1,7 +1,7 @@
-"""The run itself: every attack at every radius on every model over every chunk of the photographs.
+"""The run itself: every attack at every radius on every model over every chunk of the images.
 
 A shard that is finished is on the disk and is never computed again; one that is not leaves nothing. What it holds
-depends on the configuration, the photographs and the hardware, not on what was computed before it, nor on how many
+depends on the configuration, the images and the hardware, not on what was computed before it, nor on how many
 processes share the work.
 """
 
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from orthattack.eval.attacks.kind import AttackKind
 from orthattack.eval.attacks.seeds import drawing
 from orthattack.eval.checks.probes import planned_probes
-from orthattack.eval.data.load import Photographs, check_data, load_photographs, read_names
+from orthattack.eval.data.load import ImageDataset, check_data, load_dataset, read_names
 from orthattack.eval.errors import EvaluationError, printable
 from orthattack.eval.models.classifier import Classifier, checked
 from orthattack.eval.models.load import check_name, load_classifier
@@ -42,12 +42,12 @@ class Source:
 
     Attributes:
         classifier: the model of a label.
-        photographs: the data as a model needs them.
+        dataset: the data as a model needs it.
         kinds: the attacks by label.
     """
 
     classifier: Callable[[str], Classifier]
-    photographs: Callable[[Classifier], Photographs]
+    dataset: Callable[[Classifier], ImageDataset]
     kinds: Mapping[str, AttackKind]
 
 
@@ -55,19 +55,19 @@ def suite_source(
     suite: Suite,
     kinds: Mapping[str, AttackKind] | None = None,
     classifiers: Mapping[str, Classifier] | None = None,
-    photographs: Photographs | None = None,
+    dataset: ImageDataset | None = None,
 ) -> Source:
     """Where a suite's models, data and attacks come from: by their names, but for those that are at hand."""
     for spec in suite.models:  # before any model is loaded
         if spec.label not in (classifiers or {}):
             check_name(spec.name)
-    if photographs is None:
+    if dataset is None:
         check_data(suite.data.source)
     specs = {spec.label: spec for spec in suite.models}
-    # One model at a time is kept, or many would fill the memory, with its photographs, which may take long to list.
+    # One model at a time is kept, or many would fill the memory, with its images, which may take long to list.
     last: dict[str, Classifier] = {}
     asked: dict[str, Classifier] = {}
-    last_opened: list[tuple[Classifier, Photographs]] = []
+    last_opened: list[tuple[Classifier, ImageDataset]] = []
 
     def classifier(label: str) -> Classifier:
         if classifiers is not None and label in classifiers:
@@ -80,12 +80,12 @@ def suite_source(
             last[label] = load_classifier(spec.name, spec.weights, spec.image_size)
         return last[label]
 
-    def opened(model: Classifier) -> Photographs:
-        if photographs is not None:
-            return photographs
+    def opened(model: Classifier) -> ImageDataset:
+        if dataset is not None:
+            return dataset
         if not last_opened or last_opened[0][0] is not model:
             data = suite.data
-            found = load_photographs(data.source, model, _path(data.labels), _path(data.classes))
+            found = load_dataset(data.source, model, _path(data.labels), _path(data.classes))
             if data.subset is not None:
                 found = found.subset(read_names(Path(data.subset)))
             last_opened[:] = [(model, found.limited(data.limit))]
@@ -197,9 +197,9 @@ def _manifest(
     for spec in suite.models:  # all are tried before the first is attacked, but only one at a time is kept
         classifier = source.classifier(spec.label)
         check_batches(classifier, suite.batch_size)
-        photographs = source.photographs(classifier)
-        models.append(describe_model(spec.label, classifier, photographs))
-        for note in (*(f"{spec.label}: {note}" for note in classifier.notes), *photographs.notes):
+        dataset = source.dataset(classifier)
+        models.append(describe_model(spec.label, classifier, dataset))
+        for note in (*(f"{spec.label}: {note}" for note in classifier.notes), *dataset.notes):
             if note not in session["warnings"]:
                 say(note)
                 session["warnings"].append(note)

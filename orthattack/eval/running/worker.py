@@ -11,7 +11,7 @@ from torch import Tensor
 from orthattack.eval.attacks.kind import Conditions
 from orthattack.eval.checks.clean import CLEAN_COLUMNS, clean_suspicions
 from orthattack.eval.checks.probes import TRANSFER
-from orthattack.eval.data.load import Photographs
+from orthattack.eval.data.load import ImageDataset
 from orthattack.eval.data.prefetch import Decoder
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models.classifier import Classifier
@@ -33,7 +33,7 @@ class Origin(Protocol):
     def classifier(self, label: str, /) -> Classifier:
         """The model of a label."""
 
-    def photographs(self, classifier: Classifier, /) -> Photographs:
+    def dataset(self, classifier: Classifier, /) -> ImageDataset:
         """The data as a model needs them."""
 
 
@@ -58,7 +58,7 @@ class Worker:
 
         Args:
             unit: what to do.
-            following: what will probably be next; its photographs are decoded meanwhile.
+            following: what will probably be next; its images are decoded meanwhile.
             attacked: see `Attacked`.
         """
         job, decoder = self._ready(unit.model)
@@ -77,10 +77,10 @@ class Worker:
 
     def _taken(self, unit: Unit, job: Job, decoder: Decoder) -> dict[int, Tensor | Exception]:
         positions = self._plan.positions(unit)
-        if not job.photographs.is_foreign:
+        if not job.dataset.is_foreign:
             return decoder.take(positions)
         try:
-            with guarded(job.judge.model, who=job.photographs.name):
+            with guarded(job.judge.model, who=job.dataset.name):
                 return decoder.take(positions)
         except ModelChangedError as error:
             raise EvaluationError(f"{error}: let it leave the model alone") from error
@@ -96,10 +96,10 @@ class Worker:
             self.close()
             self._bounds.clear()
             classifier = self._origin.classifier(label)
-            photographs = self._origin.photographs(classifier)
+            dataset = self._origin.dataset(classifier)
             suite, folder = self._plan.suite, self._plan.folder
-            self._job = Job(label, classifier, photographs, self._device, folder, suite.batch_size, self._say)
-            self._decoder = Decoder(self._job.load, ahead=not photographs.is_foreign)
+            self._job = Job(label, classifier, dataset, self._device, folder, suite.batch_size, self._say)
+            self._decoder = Decoder(self._job.load, ahead=not dataset.is_foreign)
         return self._job, self._decoder
 
     def _attack(self, unit: Unit, part: Part, attacked: Attacked) -> None:

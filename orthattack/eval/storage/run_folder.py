@@ -1,8 +1,8 @@
 """A run as a folder: which files there are, what is in them, and how they are written so that none is ever half there.
 
     manifest.json                                  what was run, by what, on what
-    clean/MODEL/CHUNK.parquet                      a row per photograph: the model on it as it is
-    shards/MODEL/ATTACK/EPS/CHUNK.parquet          a row per photograph: the model after the attack
+    clean/MODEL/CHUNK.parquet                      a row per image: the model on it as it is
+    shards/MODEL/ATTACK/EPS/CHUNK.parquet          a row per image: the model after the attack
     checks/MODEL/CHECK/EPS/CHUNK.parquet           the same for the attacks of the trust checks
     images/MODEL/ATTACK/EPS/CHUNK.safetensors      adversarial images, bit for bit; the clean ones under ATTACK "clean"
     sessions/NUMBER-HOST-PROCESS.json              one process at work on the run: when, how, on what, and how it ended
@@ -112,7 +112,7 @@ def _slug(text: str) -> str:
 
 @dataclass(frozen=True)
 class Shard:
-    """The unit of work: one attack at one radius on one chunk of the photographs with one model.
+    """The unit of work: one attack at one radius on one chunk of the images with one model.
 
     Attributes:
         model: label of the model.
@@ -308,7 +308,7 @@ class RunFolder:
         eps: float | None = None,
         columns: Sequence[str] | None = None,
     ) -> pd.DataFrame:
-        """The rows of one model and, but for clean, one attack at one radius, in the order of the photographs."""
+        """The rows of one model and, but for clean, one attack at one radius, in the order of the images."""
         example = Shard(model, attack, eps, 0, kind).path
         parts = self._tables([f"{example.parent.as_posix()}/{name}" for name in self._names(example)], columns)
         schema = _SCHEMAS[kind]

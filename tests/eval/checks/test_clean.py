@@ -34,7 +34,7 @@ def test_accuracy_at_chance(count, total, classes):
     ("count", "total", "classes"),
     [(45, 100, 10), (1, 5, 10), (0, 0, 10), (12, 20, 10), (1, 3, 1000), (75, 100, 2), (10, 1000, 1000)],
 )
-def test_accuracy_above_chance_or_on_too_few_photographs(count, total, classes):
+def test_accuracy_above_chance_or_on_too_few_images(count, total, classes):
     assert suspicions(statistics(accuracy=Rate(count, total), num_classes=classes)) == []
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from orthattack.eval.data.classes import match_names
-from orthattack.eval.data.load import load_photographs
+from orthattack.eval.data.load import load_dataset
 from orthattack.eval.models.load import Classifier, EvaluationError, Preprocessing
 
 
@@ -50,9 +50,9 @@ def test_a_class_map(folder, tmp_path, columns):
     values = {"folder": "n0{}", "wnid": "n0{}", "class": "n0{}", "name": "x", "label": "{}00", "index": "{}00"}
     rows = [",".join(values[name].format(k) for name in columns.split(",")) for k in (1, 2, 3, 2)]
     (tmp_path / "map.csv").write_text("\n".join([columns, *rows]) + "\n")
-    photographs = load_photographs(str(folder), classifier(1000), classes=tmp_path / "map.csv")
-    assert dict(zip(photographs.names, photographs.labels, strict=True)) == {"n01/a.png": 100, "n02/a.png": 200}
-    assert photographs.mapping.startswith("classes matched by map.csv, columns ")
+    dataset = load_dataset(str(folder), classifier(1000), classes=tmp_path / "map.csv")
+    assert dict(zip(dataset.names, dataset.labels, strict=True)) == {"n01/a.png": 100, "n02/a.png": 200}
+    assert dataset.mapping.startswith("classes matched by map.csv, columns ")
 
 
 @pytest.mark.parametrize(
@@ -68,26 +68,26 @@ def test_a_class_map(folder, tmp_path, columns):
 def test_bad_class_maps_are_explained(folder, tmp_path, text, message):
     (tmp_path / "map.csv").write_text(text)
     with pytest.raises(EvaluationError, match=message):
-        load_photographs(str(folder), classifier(3), classes=tmp_path / "map.csv")
+        load_dataset(str(folder), classifier(3), classes=tmp_path / "map.csv")
 
 
 def test_a_class_map_goes_with_classes(folder, tmp_path):
     with pytest.raises(EvaluationError, match="--classes matches classes by name; imagenet-samples has the model's"):
-        load_photographs("imagenet-samples", classifier(1000), classes=tmp_path / "map.csv")
+        load_dataset("imagenet-samples", classifier(1000), classes=tmp_path / "map.csv")
     with pytest.raises(EvaluationError, match="could not read classes file"):
-        load_photographs(str(folder), classifier(3), classes=tmp_path / "none.csv")
+        load_dataset(str(folder), classifier(3), classes=tmp_path / "none.csv")
 
 
 def test_wnid_folders_with_a_model_of_1000_classes(shared):
     data = shared / "data" / "imagenet-sample"
     with pytest.raises(EvaluationError, match=r"195 class folders and model 1000 classes.*pass --classes FILE.csv"):
-        load_photographs(str(data), classifier(1000))
-    mapped = load_photographs(str(data), classifier(1000), classes=data / "labels.csv")
-    labelled = load_photographs(str(data), classifier(1000), labels=data / "labels.csv")
+        load_dataset(str(data), classifier(1000))
+    mapped = load_dataset(str(data), classifier(1000), classes=data / "labels.csv")
+    labelled = load_dataset(str(data), classifier(1000), labels=data / "labels.csv")
     assert len(mapped) == 195
     assert dict(zip(mapped.names, mapped.labels, strict=True)) == dict(
         zip(labelled.names, labelled.labels, strict=True)
     )
     tiny = shared / "data" / "tiny-imagenet-20"
-    by_file = load_photographs(str(tiny / "val"), classifier(20), classes=tiny / "classes.csv")
-    assert by_file.labels == load_photographs(str(tiny / "val"), classifier(20)).labels
+    by_file = load_dataset(str(tiny / "val"), classifier(20), classes=tiny / "classes.csv")
+    assert by_file.labels == load_dataset(str(tiny / "val"), classifier(20)).labels

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from orthattack.eval.data.dataset import _as_input
-from orthattack.eval.data.load import load_photographs
+from orthattack.eval.data.load import load_dataset
 from orthattack.eval.models.load import Classifier, EvaluationError, Preprocessing
 from orthattack.eval.models.preprocessing import DecodeError
 
@@ -28,8 +28,8 @@ def folders(path, names, empty=()):
 
 
 def labels(path, model, classes=None):
-    photographs = load_photographs(str(path), model, classes=classes)
-    return {name.partition("/")[0]: label for name, label in zip(photographs.names, photographs.labels, strict=True)}
+    dataset = load_dataset(str(path), model, classes=classes)
+    return {name.partition("/")[0]: label for name, label in zip(dataset.names, dataset.labels, strict=True)}
 
 
 FROM_1 = [str(k) for k in range(1, 11)]
@@ -41,7 +41,7 @@ FROM_1 = [str(k) for k in range(1, 11)]
 def test_numbered_folders_are_asked_about(names, tmp_path):
     model, path = classifier(len(names)), folders(tmp_path / "data", names)
     with pytest.raises(EvaluationError) as caught:
-        load_photographs(str(path), model)
+        load_dataset(str(path), model)
     message = str(caught.value)
     by_text, by_number = ", ".join(sorted(names)[:3]), ", ".join(names[:3])
     assert f"in another order as text ({by_text}" in message
@@ -49,7 +49,7 @@ def test_numbered_folders_are_asked_about(names, tmp_path):
     assert "--classes text (torchvision's ImageFolder sorts so) or --classes numbers" in message
     assert labels(path, model, "text") == {name: k for k, name in enumerate(sorted(names))}
     assert labels(path, model, "numbers") == {name: k for k, name in enumerate(names)}
-    assert load_photographs(str(path), model, classes="numbers").classes == tuple(names)
+    assert load_dataset(str(path), model, classes="numbers").classes == tuple(names)
 
 
 @pytest.mark.parametrize(
@@ -74,14 +74,14 @@ def test_names_of_the_models_classes_need_no_order(tmp_path):
 
 def test_an_order_is_of_class_folders(tmp_path):
     with pytest.raises(EvaluationError, match=r"--classes numbers is the order of class folders; imagenet-samples has"):
-        load_photographs("imagenet-samples", classifier(1000), classes="numbers")
+        load_dataset("imagenet-samples", classifier(1000), classes="numbers")
     with pytest.raises(EvaluationError, match="has 3 class folders and model 4 classes"):
-        load_photographs(str(folders(tmp_path / "data", "abc")), classifier(4), classes="text")
+        load_dataset(str(folders(tmp_path / "data", "abc")), classifier(4), classes="text")
 
 
 def test_an_order_that_is_none_is_told(tmp_path):
     with pytest.raises(EvaluationError, match=r"--classes number is neither text nor numbers, .* nor a file"):
-        load_photographs(str(folders(tmp_path / "data", "abc")), classifier(3), classes="number")
+        load_dataset(str(folders(tmp_path / "data", "abc")), classifier(3), classes="number")
 
 
 def test_a_class_without_images_keeps_its_place(tmp_path):
@@ -89,7 +89,7 @@ def test_a_class_without_images_keeps_its_place(tmp_path):
     path = folders(tmp_path / "data", ["ant", "cat"], empty=["bee"])
     assert labels(path, classifier(3)) == {"ant": 0, "cat": 2}
     with pytest.raises(EvaluationError, match=r"as many as model has classes, but also 1 without any \(bee\): remove"):
-        load_photographs(str(path), classifier(2))
+        load_dataset(str(path), classifier(2))
     assert labels(folders(tmp_path / "numbered", ["0", "2"], empty=["1"]), classifier(3)) == {"0": 0, "2": 2}
 
 
@@ -109,9 +109,9 @@ def test_files_that_are_not_read_are_counted_and_named(tmp_path):
     (path / "b" / ".ipynb_checkpoints").mkdir()
     shutil.copy(path / "a" / "a.png", path / "b" / ".ipynb_checkpoints" / "a.png")
     shutil.copy(path / "a" / "a.png", path / "loose.png")
-    photographs = load_photographs(str(path), classifier(2))
-    assert photographs.names == ("a/a.png", "b/a.png")
-    (note,) = photographs.notes
+    dataset = load_dataset(str(path), classifier(2))
+    assert dataset.names == ("a/a.png", "b/a.png")
+    (note,) = dataset.notes
     assert note.startswith(f"not read in {path}: 3 .npy, 2 .heic, ")
     for part in (
         "1 without an ending",
@@ -120,7 +120,7 @@ def test_files_that_are_not_read_are_counted_and_named(tmp_path):
         "convert or rename",
     ):
         assert part in note
-    assert load_photographs(str(folders(tmp_path / "clean", "ab")), classifier(2)).notes == ()
+    assert load_dataset(str(folders(tmp_path / "clean", "ab")), classifier(2)).notes == ()
 
 
 @pytest.mark.parametrize("ending", ["jfif", "JFIF", "jpe", "gif", "GIF", "pnm"])
@@ -128,9 +128,9 @@ def test_other_endings_of_known_formats_are_read(ending, tmp_path):
     path = folders(tmp_path / "data", ["a", "b"])
     kind = {"jfif": "JPEG", "jpe": "JPEG", "gif": "GIF", "pnm": "PPM"}[ending.lower()]
     Image.new("RGB", (8, 8), (255, 0, 0)).save(path / "b" / f"c.{ending}", kind)
-    photographs = load_photographs(str(path), classifier(2))
-    assert photographs.names[-1] == f"b/c.{ending}"
-    red, green, _ = photographs.load(2, Preprocessing(8, 8)).mean((1, 2)).tolist()
+    dataset = load_dataset(str(path), classifier(2))
+    assert dataset.names[-1] == f"b/c.{ending}"
+    red, green, _ = dataset.load(2, Preprocessing(8, 8)).mean((1, 2)).tolist()
     assert red > 0.9
     assert green < 0.1
 
@@ -138,12 +138,12 @@ def test_other_endings_of_known_formats_are_read(ending, tmp_path):
 def test_a_folder_without_images_says_what_it_has(tmp_path):
     path = folders(tmp_path / "data", [], empty="ab")
     np.save(path / "a" / "0.npy", np.ones(2))
-    with pytest.raises(EvaluationError, match=r"names no photographs .*; not read in .*: 1 \.npy\."):
-        load_photographs(str(path), classifier(2))
+    with pytest.raises(EvaluationError, match=r"names no images .*; not read in .*: 1 \.npy\."):
+        load_dataset(str(path), classifier(2))
     loose = folders(tmp_path / "loose", [], empty="a")
     Image.new("RGB", (8, 8)).save(loose / "x.jpg")
     with pytest.raises(EvaluationError, match="has 1 images, but no class folders: put those of a class into a folder"):
-        load_photographs(str(loose), classifier(2))
+        load_dataset(str(loose), classifier(2))
 
 
 def pixels(name: str) -> torch.Tensor:

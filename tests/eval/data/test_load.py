@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from orthattack.eval.data.load import SAMPLES, Batch, Unreadable, load_photographs
+from orthattack.eval.data.load import SAMPLES, Batch, Unreadable, load_dataset
 from orthattack.eval.models.load import Classifier, EvaluationError, Preprocessing
 
 
@@ -17,7 +17,7 @@ def classifier(num_classes: int = 3, classes: tuple[str, ...] | None = None) -> 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Three class folders, of 2, 3 and 1 photographs, each of one colour that tells which it is."""
+    """Three class folders, of 2, 3 and 1 images, each of one colour that tells which it is."""
     for label, (name, count) in enumerate({"cat": 2, "apple pie": 3, "zebra": 1}.items()):
         (tmp_path / name).mkdir()
         for k in range(count):
@@ -26,8 +26,8 @@ def folder(tmp_path) -> Path:
 
 
 def test_class_folders_in_sorted_order(folder):
-    photographs = load_photographs(str(folder), classifier())
-    assert list(zip(photographs.names, photographs.labels, strict=True)) == [
+    dataset = load_dataset(str(folder), classifier())
+    assert list(zip(dataset.names, dataset.labels, strict=True)) == [
         ("apple pie/0.png", 0),
         ("apple pie/1.png", 0),
         ("apple pie/2.png", 0),
@@ -35,15 +35,15 @@ def test_class_folders_in_sorted_order(folder):
         ("cat/1.png", 1),
         ("zebra/0.png", 2),
     ]
-    assert photographs.classes == ("apple pie", "cat", "zebra")
-    assert photographs.limited(2).classes == photographs.classes
+    assert dataset.classes == ("apple pie", "cat", "zebra")
+    assert dataset.limited(2).classes == dataset.classes
 
 
 def test_class_folders_matched_by_name(folder):
     known = classifier(5, ("dog", "Zebra", "apple_pie", "house", "cat"))
-    photographs = load_photographs(str(folder), known)
-    labels = dict(zip(photographs.names, photographs.labels, strict=True))
-    assert photographs.classes is None  # the model's own say it all
+    dataset = load_dataset(str(folder), known)
+    labels = dict(zip(dataset.names, dataset.labels, strict=True))
+    assert dataset.classes is None  # the model's own say it all
     assert labels["cat/0.png"] == 4
     assert labels["apple pie/0.png"] == 2
     assert labels["zebra/0.png"] == 1
@@ -51,18 +51,18 @@ def test_class_folders_matched_by_name(folder):
 
 def test_ambiguous_names_are_not_guessed(folder):
     with pytest.raises(EvaluationError, match="has a folder 'cat' that is not, or not the only, class of that name"):
-        load_photographs(str(folder), classifier(4, ("cat", "cat", "apple pie", "zebra")))
+        load_dataset(str(folder), classifier(4, ("cat", "cat", "apple pie", "zebra")))
     with pytest.raises(EvaluationError, match="has a folder 'zebra' that is not"):
-        load_photographs(str(folder), classifier(3, ("apple pie", "cat", "horse")))
+        load_dataset(str(folder), classifier(3, ("apple pie", "cat", "horse")))
     with pytest.raises(EvaluationError, match="3 class folders and model 4 classes, so which is which is not known"):
-        load_photographs(str(folder), classifier(4))
+        load_dataset(str(folder), classifier(4))
 
 
 def test_folders_called_by_number_and_hidden_ones(tmp_path):
     for name in [*map(str, range(12)), ".cache"]:
         (tmp_path / name).mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
-    found = load_photographs(str(tmp_path), classifier(12))
+    found = load_dataset(str(tmp_path), classifier(12))
     assert found.mapping == "folders called by the model's class indices"
     assert len(found) == 12
     assert all(label == int(name.split("/")[0]) for name, label in zip(found.names, found.labels, strict=True))
@@ -79,8 +79,8 @@ def test_sixteen_bit_grey_is_scaled_and_wider_pixels_are_refused():
 def test_labels_from_a_file(folder):
     path = folder / "labels.csv"
     path.write_text("\ufefffile,wnid,label\ncat/1.png,n1,2\nzebra/0.png,n2,0\n", encoding="utf-8")
-    photographs = load_photographs(str(folder), classifier(), path)
-    assert list(zip(photographs.names, photographs.labels, strict=True)) == [("cat/1.png", 2), ("zebra/0.png", 0)]
+    dataset = load_dataset(str(folder), classifier(), path)
+    assert list(zip(dataset.names, dataset.labels, strict=True)) == [("cat/1.png", 2), ("zebra/0.png", 0)]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_labels_from_a_file(folder):
         ("file,label\ncat/0.png,0\ncat/0.png,1\n", "line 3: 'cat/0.png' is listed twice"),
         ("file,label\n../secret.png,0\n", r"line 2: '../secret.png' lies outside"),
         ("file,label\n/etc/passwd,0\n", "line 2: '/etc/passwd' lies outside"),
-        ("file,label\n", "names no photographs"),
+        ("file,label\n", "names no images"),
         (
             "file,label\ncat/0.png,3\n",
             "cat/0.png has label 3, but model has 3 classes, 0 to 2: is this the right model",
@@ -109,35 +109,35 @@ def test_bad_label_files_are_explained(folder, text, message):
     path = folder / "labels.csv"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(EvaluationError, match=message):
-        load_photographs(str(folder), classifier(), path)
+        load_dataset(str(folder), classifier(), path)
 
 
 def test_label_files_that_are_not_text(folder):
     path = folder / "labels.csv"
     path.write_bytes(b"file,label\n\xff\xfe,1\n")
     with pytest.raises(EvaluationError, match="could not read labels file"):
-        load_photographs(str(folder), classifier(), path)
+        load_dataset(str(folder), classifier(), path)
     with pytest.raises(EvaluationError, match="could not read labels file"):
-        load_photographs(str(folder), classifier(), folder / "none.csv")
+        load_dataset(str(folder), classifier(), folder / "none.csv")
 
 
 def test_missing_and_empty_folders_are_explained(tmp_path):
     with pytest.raises(
         EvaluationError, match="does not exist; it must be a folder or imagenet-samples or cifar10-samples"
     ):
-        load_photographs(str(tmp_path / "none"), classifier())
-    with pytest.raises(EvaluationError, match="names no photographs"):
-        load_photographs(str(tmp_path), classifier())
+        load_dataset(str(tmp_path / "none"), classifier())
+    with pytest.raises(EvaluationError, match="names no images"):
+        load_dataset(str(tmp_path), classifier())
     with pytest.raises(EvaluationError, match="cifar10-samples has labels of its own"):
-        load_photographs("cifar10-samples", classifier(), tmp_path / "labels.csv")
+        load_dataset("cifar10-samples", classifier(), tmp_path / "labels.csv")
 
 
-def test_corrupt_photographs_are_named_and_the_rest_is_read(folder):
+def test_corrupt_images_are_named_and_the_rest_is_read(folder):
     (folder / "cat" / "0.png").write_bytes(b"")
     whole = (folder / "apple pie" / "1.png").read_bytes()
     (folder / "apple pie" / "1.png").write_bytes(whole[: len(whole) // 2])
-    (folder / "zebra" / "1.jpg").write_text("not a photograph")
-    found = list(load_photographs(str(folder), classifier()).batches(2, Preprocessing(8, 8)))
+    (folder / "zebra" / "1.jpg").write_text("not an image")
+    found = list(load_dataset(str(folder), classifier()).batches(2, Preprocessing(8, 8)))
     unreadable = [item.name for item in found if isinstance(item, Unreadable)]
     batches = [item for item in found if isinstance(item, Batch)]
     assert unreadable == ["apple pie/1.png", "cat/0.png", "zebra/1.jpg"]
@@ -151,26 +151,26 @@ def test_corrupt_photographs_are_named_and_the_rest_is_read(folder):
 def test_a_listed_file_that_is_missing_is_unreadable(folder):
     path = folder / "labels.csv"
     path.write_text("file,label\ncat/9.png,0\ncat/0.png,1\n")
-    found = list(load_photographs(str(folder), classifier(), path).batches(4, Preprocessing(8, 8)))
+    found = list(load_dataset(str(folder), classifier(), path).batches(4, Preprocessing(8, 8)))
     assert [type(item) for item in found] == [Unreadable, Batch]
     assert found[0].reason == "no such file"
 
 
 def test_a_limit_is_spread_evenly(folder):
-    photographs = load_photographs(str(folder), classifier())
-    assert photographs.limited(3).names == ("apple pie/0.png", "apple pie/2.png", "cat/1.png")
-    assert photographs.limited(None) is photographs
-    assert photographs.limited(100) is photographs
+    dataset = load_dataset(str(folder), classifier())
+    assert dataset.limited(3).names == ("apple pie/0.png", "apple pie/2.png", "cat/1.png")
+    assert dataset.limited(None) is dataset
+    assert dataset.limited(100) is dataset
     with pytest.raises(EvaluationError, match="--limit must be at least 1; got 0"):
-        photographs.limited(0)
+        dataset.limited(0)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_the_samples_in_foolboxs_package(name):
     size = 224 if name == "imagenet-samples" else 32
-    photographs = load_photographs(name, classifier(1000))
-    assert len(photographs) == 20
-    (batch,) = photographs.batches(20, Preprocessing(size, size))
+    dataset = load_dataset(name, classifier(1000))
+    assert len(dataset) == 20
+    (batch,) = dataset.batches(20, Preprocessing(size, size))
     assert batch.images.shape == (20, 3, size, size)
     assert batch.images.flatten(1).std(dim=1).min() > 0.05
     if name == "cifar10-samples":

@@ -17,7 +17,7 @@ import torchvision
 from PIL import Image
 
 from orthattack.eval.data import readers as sources
-from orthattack.eval.data.load import Photographs, Unreadable, check_data, load_photographs, read_names
+from orthattack.eval.data.load import ImageDataset, Unreadable, check_data, load_dataset, read_names
 from orthattack.eval.models.load import Classifier, EvaluationError, Preprocessing
 
 EIGHT = Preprocessing(8, 8)
@@ -37,7 +37,7 @@ def png(value: int) -> bytes:
 def shard(
     path: Path, values: list[int], *, classes: list[str] | None = None, rows: int = 3, image: str = "image"
 ) -> None:
-    """Photographs whose red is their value, labelled value % 3, in row groups of `rows`."""
+    """Images whose red is their value, labelled value % 3, in row groups of `rows`."""
     column = pa.array(
         [{"bytes": png(v), "path": None} for v in values], pa.struct({"bytes": pa.binary(), "path": pa.string()})
     )
@@ -49,20 +49,20 @@ def shard(
     pq.write_table(table, path, row_group_size=rows)
 
 
-def reds(photographs: Photographs) -> list[int]:
-    return [round(255 * float(photographs.load(k, EIGHT)[0, 0, 0])) for k in range(len(photographs))]
+def reds(dataset: ImageDataset) -> list[int]:
+    return [round(255 * float(dataset.load(k, EIGHT)[0, 0, 0])) for k in range(len(dataset))]
 
 
 def test_shards_are_read_in_order_across_row_groups(tmp_path):
     shard(tmp_path / "test-00001-of-00002.parquet", [50, 51])
     shard(tmp_path / "test-00000-of-00002.parquet", list(range(10)), image="image")
     for data in (tmp_path, tmp_path / "test-*.parquet"):
-        photographs = load_photographs(str(data), classifier())
-        assert reds(photographs) == [*range(10), 50, 51]
-        assert photographs.labels == tuple(v % 3 for v in [*range(10), 50, 51])
-        assert photographs.names[0] == "test-00000-of-00002/0"
-        assert photographs.names[-1] == "test-00001-of-00002/1"
-        assert photographs.mapping == "labels taken as the model's class indices"
+        dataset = load_dataset(str(data), classifier())
+        assert reds(dataset) == [*range(10), 50, 51]
+        assert dataset.labels == tuple(v % 3 for v in [*range(10), 50, 51])
+        assert dataset.names[0] == "test-00000-of-00002/0"
+        assert dataset.names[-1] == "test-00001-of-00002/1"
+        assert dataset.mapping == "labels taken as the model's class indices"
 
 
 def test_shards_of_plain_bytes_and_of_another_column_name(tmp_path):
@@ -70,20 +70,20 @@ def test_shards_of_plain_bytes_and_of_another_column_name(tmp_path):
         {"img": pa.array([png(7), b"nonsense", None], pa.large_binary()), "label": pa.array([0, 1, 2], pa.int8())}
     )
     pq.write_table(table, tmp_path / "a.parquet")
-    photographs = load_photographs(str(tmp_path / "a.parquet"), classifier())
-    assert photographs.load(0, EIGHT)[0, 0, 0] == pytest.approx(7 / 255)
+    dataset = load_dataset(str(tmp_path / "a.parquet"), classifier())
+    assert dataset.load(0, EIGHT)[0, 0, 0] == pytest.approx(7 / 255)
     with pytest.raises(Unreadable, match="a/1: not an image of a known format"):
-        photographs.load(1, EIGHT)
+        dataset.load(1, EIGHT)
     with pytest.raises(Unreadable, match="a/2: the shard has no bytes for it"):
-        photographs.load(2, EIGHT)
+        dataset.load(2, EIGHT)
 
 
 def test_classes_in_the_metadata_are_matched_by_name(tmp_path):
     shard(tmp_path / "a.parquet", [0, 1, 2], classes=["tench, Tinca tinca", "sea_lion", "zebra"])
-    photographs = load_photographs(str(tmp_path), classifier(4, ("Zebra", "tench", "house", "sea lion")))
-    assert photographs.labels == (1, 3, 0)
-    assert photographs.mapping == "the data's classes matched with the model's by name"
-    unnamed = load_photographs(str(tmp_path), classifier(3))
+    dataset = load_dataset(str(tmp_path), classifier(4, ("Zebra", "tench", "house", "sea lion")))
+    assert dataset.labels == (1, 3, 0)
+    assert dataset.mapping == "the data's classes matched with the model's by name"
+    unnamed = load_dataset(str(tmp_path), classifier(3))
     assert unnamed.labels == (0, 1, 2)
     assert unnamed.classes == ("tench, Tinca tinca", "sea_lion", "zebra")
     assert "since there are as many (the model's have no names)" in unnamed.mapping
@@ -97,25 +97,25 @@ def test_row_groups_that_are_kept_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(
         pq.ParquetFile, "read_row_group", lambda self, k, **options: read.append(k) or original(self, k, **options)
     )
-    photographs = load_photographs(str(tmp_path), classifier())
-    assert reds(photographs) == list(range(12))
+    dataset = load_dataset(str(tmp_path), classifier())
+    assert reds(dataset) == list(range(12))
     assert read == list(range(6))  # each once, in order
-    assert len(photographs._source._cache) == 1
+    assert len(dataset._source._cache) == 1
 
 
 def test_threads_get_what_one_gets(tmp_path):
     shard(tmp_path / "a.parquet", list(range(60)), rows=4)
-    photographs = load_photographs(str(tmp_path), classifier())
+    dataset = load_dataset(str(tmp_path), classifier())
     order = [k * 37 % 60 for k in range(60)] * 3
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda k: round(255 * float(photographs.load(k, EIGHT)[0, 0, 0])), order))
+        found = list(pool.map(lambda k: round(255 * float(dataset.load(k, EIGHT)[0, 0, 0])), order))
     assert found == order
 
 
 def test_shards_that_cannot_be_used_are_explained(tmp_path):
     def refused(data: Path | str) -> str:
         with pytest.raises(EvaluationError) as caught:
-            load_photographs(str(data), classifier())
+            load_dataset(str(data), classifier())
         return str(caught.value)
 
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
@@ -143,43 +143,43 @@ def test_the_fingerprint_tells_data_apart_wherever_they_lie(tmp_path):
             (tmp_path / place / str(k % 3) / f"{k}.png").write_bytes(png(k))
 
     def fingerprint(place: str = "there") -> str:
-        return load_photographs(str(tmp_path / place), classifier()).fingerprint()
+        return load_dataset(str(tmp_path / place), classifier()).fingerprint()
 
     first = fingerprint()
     assert fingerprint("here") == first == fingerprint()
-    photographs = load_photographs(str(tmp_path / "there"), classifier())
-    assert photographs.limited(4).fingerprint() != first
-    assert photographs.subset(photographs.names[::-1]).fingerprint() != first
+    dataset = load_dataset(str(tmp_path / "there"), classifier())
+    assert dataset.limited(4).fingerprint() != first
+    assert dataset.subset(dataset.names[::-1]).fingerprint() != first
     target = tmp_path / "there" / "1" / "4.png"
     changed = png(9)
     assert len(changed) == target.stat().st_size
     target.write_bytes(changed)
     assert fingerprint() != first
     target.unlink()
-    assert photographs.fingerprint() not in (first, fingerprint())
+    assert dataset.fingerprint() not in (first, fingerprint())
     shard(tmp_path / "a.parquet", list(range(6)))
-    shards = load_photographs(str(tmp_path / "a.parquet"), classifier())
-    assert shards.fingerprint() == load_photographs(str(tmp_path / "a.parquet"), classifier()).fingerprint()
+    shards = load_dataset(str(tmp_path / "a.parquet"), classifier())
+    assert shards.fingerprint() == load_dataset(str(tmp_path / "a.parquet"), classifier()).fingerprint()
     described = shards.describe()
-    assert (described["photographs"], described["fingerprint"]) == (6, shards.fingerprint())
+    assert (described["images"], described["fingerprint"]) == (6, shards.fingerprint())
 
 
 def test_a_subset_is_in_its_own_order(tmp_path):
     shard(tmp_path / "a.parquet", list(range(6)))
-    photographs = load_photographs(str(tmp_path / "a.parquet"), classifier())
+    dataset = load_dataset(str(tmp_path / "a.parquet"), classifier())
     (tmp_path / "names.txt").write_text("\ufeff# the hard ones\na/4\n\n  a/0\n", encoding="utf-8")
     names = read_names(tmp_path / "names.txt")
-    chosen = photographs.subset(names)
+    chosen = dataset.subset(names)
     assert chosen.names == ("a/4", "a/0")
     assert chosen.labels == (1, 0)
     assert reds(chosen) == [4, 0]
     assert reds(chosen.limited(1)) == [4]
     with pytest.raises(EvaluationError, match=r"--subset names 'a/44', which .* does not have; the nearest is 'a/4'"):
-        photographs.subset(["a/1", "a/44"])
+        dataset.subset(["a/1", "a/44"])
     with pytest.raises(EvaluationError, match="--subset names 'a/1' twice"):
-        photographs.subset(["a/1", "a/1"])
-    with pytest.raises(EvaluationError, match="--subset names no photographs"):
-        photographs.subset([])
+        dataset.subset(["a/1", "a/1"])
+    with pytest.raises(EvaluationError, match="--subset names no images"):
+        dataset.subset([])
     with pytest.raises(EvaluationError, match="could not read subset file"):
         read_names(tmp_path / "none.txt")
 
@@ -206,20 +206,18 @@ def cifar10(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.filterwarnings("ignore::numpy.exceptions.VisibleDeprecationWarning")
 def test_torchvisions_cifar10(cifar10):
-    photographs = load_photographs(f"torchvision:CIFAR10,root={cifar10}", classifier(10))
-    assert photographs.labels == (3, 8, 8, 0, 6, 1)
-    assert photographs.names == ("0", "1", "2", "3", "4", "5")
-    assert photographs.classes == CIFAR
+    dataset = load_dataset(f"torchvision:CIFAR10,root={cifar10}", classifier(10))
+    assert dataset.labels == (3, 8, 8, 0, 6, 1)
+    assert dataset.names == ("0", "1", "2", "3", "4", "5")
+    assert dataset.classes == CIFAR
     raw = torchvision.datasets.CIFAR10(cifar10, train=False)
-    assert torch.equal(
-        photographs.load(2, Preprocessing(32, 32)), torchvision.transforms.functional.to_tensor(raw[2][0])
-    )
-    shuffled = load_photographs(f"torchvision:CIFAR10,root={cifar10}", classifier(10, CIFAR[::-1]))
-    assert shuffled.labels == tuple(9 - k for k in photographs.labels)
-    assert load_photographs(f"torchvision:CIFAR10,root={cifar10},split=train", classifier(10)).labels == (1,) * 6
+    assert torch.equal(dataset.load(2, Preprocessing(32, 32)), torchvision.transforms.functional.to_tensor(raw[2][0]))
+    shuffled = load_dataset(f"torchvision:CIFAR10,root={cifar10}", classifier(10, CIFAR[::-1]))
+    assert shuffled.labels == tuple(9 - k for k in dataset.labels)
+    assert load_dataset(f"torchvision:CIFAR10,root={cifar10},split=train", classifier(10)).labels == (1,) * 6
     (cifar10 / "cifar-10-batches-py" / "test_batch").write_bytes(b"other")
     with pytest.raises(EvaluationError, match=r"torchvision could not open it .*Nothing is downloaded here"):
-        load_photographs(f"torchvision:CIFAR10,root={cifar10}", classifier(10))
+        load_dataset(f"torchvision:CIFAR10,root={cifar10}", classifier(10))
 
 
 def test_torchvisions_imagenette_is_found_among_imagenets_classes(tmp_path):
@@ -228,9 +226,9 @@ def test_torchvisions_imagenette_is_found_among_imagenets_classes(tmp_path):
         folder.mkdir(parents=True)
         Image.new("RGB", (20, 30), (colour, 0, 0)).save(folder / "a.JPEG")
     names = tuple(torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"])
-    photographs = load_photographs(f"torchvision:Imagenette,root={tmp_path},size=160px", classifier(1000, names))
-    assert [names[k] for k in photographs.labels] == ["tench", "parachute"]
-    assert photographs.load(1, EIGHT)[0].mean() == pytest.approx(200 / 255, abs=0.02)
+    dataset = load_dataset(f"torchvision:Imagenette,root={tmp_path},size=160px", classifier(1000, names))
+    assert [names[k] for k in dataset.labels] == ["tench", "parachute"]
+    assert dataset.load(1, EIGHT)[0].mean() == pytest.approx(200 / 255, abs=0.02)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +251,7 @@ def test_data_that_cannot_be_meant_are_refused_at_once(spelling, message):
 @pytest.mark.parametrize("name", ["CIFAR100", "ImageNet", "Flowers102"])
 def test_data_that_are_not_there_are_not_downloaded(tmp_path, name):
     with pytest.raises(EvaluationError, match=f"torchvision:{name},.*torchvision could not open it"):
-        load_photographs(f"torchvision:{name},root={tmp_path}", classifier(10))
+        load_dataset(f"torchvision:{name},root={tmp_path}", classifier(10))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -293,14 +291,14 @@ def user(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "users_data", raising=False)
-    return lambda function: load_photographs(f"users_data:{function}", classifier())
+    return lambda function: load_dataset(f"users_data:{function}", classifier())
 
 
 def test_a_users_data_set_is_not_decoded_for_its_labels(user):
-    photographs = user("dataset")
-    assert photographs.labels == (2, 0, 1, 1, 2)
+    dataset = user("dataset")
+    assert dataset.labels == (2, 0, 1, 1, 2)
     assert sys.modules["users_data"].Counted.decoded == 3
-    assert reds(photographs) == [0, 40, 80, 120, 160]
+    assert reds(dataset) == [0, 40, 80, 120, 160]
 
 
 def test_labels_that_the_items_contradict_are_not_believed(user):
@@ -308,9 +306,9 @@ def test_labels_that_the_items_contradict_are_not_believed(user):
 
 
 def test_what_a_users_items_may_be(user):
-    photographs = user("pairs")
-    assert photographs.labels == (1, 2, 0, 0, 0, 0, 1, 1)
-    assert [float(photographs.load(k, EIGHT)[0, 0, 0]) for k in range(3)] == pytest.approx([0.2, 0.5, 1.0])
+    dataset = user("pairs")
+    assert dataset.labels == (1, 2, 0, 0, 0, 0, 1, 1)
+    assert [float(dataset.load(k, EIGHT)[0, 0, 0]) for k in range(3)] == pytest.approx([0.2, 0.5, 1.0])
     reasons = [
         r"pixels lie in \[-2, -2\], not in \[0, 1\]: they look normalised; return them in \[0, 1\]",
         r"must have the model's input size \(3, 8, 8\); got \(3, 9, 9\): return a Pillow image to have it resized",
@@ -320,7 +318,7 @@ def test_what_a_users_items_may_be(user):
     ]
     for k, reason in enumerate(reasons, start=3):
         with pytest.raises(Unreadable, match=reason):
-            photographs.load(k, EIGHT)
+            dataset.load(k, EIGHT)
 
 
 @pytest.mark.parametrize(
@@ -350,4 +348,4 @@ def test_modules_that_cannot_be_imported_are_explained(tmp_path, monkeypatch):
         ("wrong:f", "importing wrong failed .ZeroDivisionError: division by zero"),
     ):
         with pytest.raises(EvaluationError, match=message):
-            load_photographs(name, classifier())
+            load_dataset(name, classifier())

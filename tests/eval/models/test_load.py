@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.models import ResNet18_Weights
 
-from orthattack.eval.data.load import load_photographs
+from orthattack.eval.data.load import load_dataset
 from orthattack.eval.models import load as models
 from orthattack.eval.models.load import (
     BUNDLED,
@@ -30,7 +30,7 @@ from orthattack.eval.models.load import (
 from orthattack.eval.models.weights import state_sha256
 
 
-def photograph(size: tuple[int, int] = (300, 260)) -> Image.Image:
+def picture(size: tuple[int, int] = (300, 260)) -> Image.Image:
     generator = torch.Generator().manual_seed(0)
     small = (255 * torch.rand(3, 20, 20, generator=generator)).byte()
     return torchvision.transforms.functional.to_pil_image(small).resize(size)
@@ -43,12 +43,12 @@ def small_resnet() -> torchvision.models.ResNet:
 
 
 @pytest.mark.parametrize("name", BUNDLED)
-def test_bundled_models_load_and_know_their_photographs(name):
+def test_bundled_models_load_and_know_their_images(name):
     classifier = load_classifier(name)
     assert classifier.num_classes == 10
     assert classifier.classes[3] == "cat"
     assert classifier.preprocessing.crop == 32
-    (batch,) = load_photographs("cifar10-samples", classifier).batches(50, classifier.preprocessing)
+    (batch,) = load_dataset("cifar10-samples", classifier).batches(50, classifier.preprocessing)
     with torch.inference_mode():
         right = classifier.model(batch.images).argmax(1) == batch.labels
     assert right.float().mean() >= (0.8 if name == "cifar10-standard" else 0.5)
@@ -57,18 +57,18 @@ def test_bundled_models_load_and_know_their_photographs(name):
 def test_preprocessing_is_torchvisions_without_the_normalisation():
     preset = ResNet18_Weights.DEFAULT.transforms()
     ours = Preprocessing(preset.resize_size[0], preset.crop_size[0], preset.interpolation, preset.mean, preset.std)
-    image = photograph()
+    image = picture()
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (preset.mean, preset.std))
     torch.testing.assert_close((ours(image) - mean) / std, preset(image), rtol=0, atol=1e-6)
 
 
-def test_preprocessing_of_odd_photographs():
+def test_preprocessing_of_odd_images():
     ours = Preprocessing(resize=73, crop=64)
     for mode in ("L", "RGBA", "CMYK", "P", "1", "I;16"):
         pixels = ours(Image.new(mode, (80, 200)))
         assert pixels.shape == (3, 64, 64)
         assert 0 <= pixels.min() <= pixels.max() <= 1
-    exact = photograph((64, 64))
+    exact = picture((64, 64))
     assert torch.equal(ours(exact), torchvision.transforms.functional.to_tensor(exact))
     assert ours(Image.new("RGB", (1, 1))).shape == (3, 64, 64)
     assert Preprocessing(256, 224).at_size(64) == Preprocessing(73, 64)
@@ -130,7 +130,7 @@ def test_own_weights_come_from_the_cache(monkeypatch, tmp_path):
     assert classifier.classes[0] == "tench"
     assert classifier.source == "ResNet18_Weights.IMAGENET1K_V1"
     assert (classifier.preprocessing.resize, classifier.preprocessing.crop) == (256, 224)
-    image = photograph()
+    image = picture()
     preset = ResNet18_Weights.DEFAULT.transforms()
     with torch.inference_mode():
         ours = classifier.model(classifier.preprocessing(image).unsqueeze(0))
@@ -226,9 +226,9 @@ def test_shared_weights_are_as_accurate_as_their_card_says(shared):
         path = shared / "weights" / f"resnet18-tiny20-{kind}.safetensors"
         assert load_file(path)["fc.weight"].shape[0] == 20
         classifier = load_classifier("resnet18", path, image_size=64)
-        photographs = load_photographs(str(shared / "data" / "tiny-imagenet-20" / "val"), classifier)
+        dataset = load_dataset(str(shared / "data" / "tiny-imagenet-20" / "val"), classifier)
         right = 0
-        for batch in photographs.batches(100, classifier.preprocessing):
+        for batch in dataset.batches(100, classifier.preprocessing):
             with torch.inference_mode():
                 right += int((classifier.model(batch.images).argmax(1) == batch.labels).sum())
         assert right / 1000 == pytest.approx(expected, abs=0.002)
@@ -250,8 +250,8 @@ def test_weights_by_the_name_that_torchvision_gives_them(monkeypatch, tmp_path, 
     preset = weights.transforms()
     assert (classifier.preprocessing.resize, classifier.preprocessing.crop) == (232, 224)
     with torch.inference_mode():
-        ours = classifier.model(classifier.preprocessing(photograph()).unsqueeze(0))
-        torch.testing.assert_close(ours, model(preset(photograph()).unsqueeze(0)), rtol=1e-4, atol=1e-4)
+        ours = classifier.model(classifier.preprocessing(picture()).unsqueeze(0))
+        torch.testing.assert_close(ours, model(preset(picture()).unsqueeze(0)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("spelling", ["IMAGENET1K_V3", "ResNet50_Weights.IMAGENET1K_V1"])
@@ -346,8 +346,8 @@ def test_timm_with_weights_from_a_file(tmp_path):
     assert (classifier.num_classes, classifier.classes) == (6, tuple("abcdef"))
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
     with torch.inference_mode():
-        ours = classifier.model(classifier.preprocessing(photograph()).unsqueeze(0))
-        torch.testing.assert_close(ours, model(transform(photograph()).unsqueeze(0)), rtol=1e-4, atol=1e-4)
+        ours = classifier.model(classifier.preprocessing(picture()).unsqueeze(0))
+        torch.testing.assert_close(ours, model(transform(picture()).unsqueeze(0)), rtol=1e-4, atol=1e-4)
     assert classifier.describe()["architecture"] == "mobilenetv3_small_050"
 
 
@@ -389,9 +389,9 @@ def test_timms_crops_are_timms(tmp_path):
         }
         config = timm.data.resolve_model_data_config(model)
         ours = models._timm_preprocessing("timm:x", model)
-        theirs = timm.data.create_transform(**config, is_training=False)(photograph())
+        theirs = timm.data.create_transform(**config, is_training=False)(picture())
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (ours.mean, ours.std))
-        torch.testing.assert_close((ours(photograph()) - mean) / std, theirs, rtol=0, atol=1e-5)
+        torch.testing.assert_close((ours(picture()) - mean) / std, theirs, rtol=0, atol=1e-5)
     model.pretrained_cfg = {"input_size": (1, 28, 32), "crop_mode": "border"}
     with pytest.raises(EvaluationError, match="timm:x takes 1 channels of 28x32 pixels with crop mode 'border'; only"):
         models._timm_preprocessing("timm:x", model)

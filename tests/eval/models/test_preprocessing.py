@@ -71,7 +71,7 @@ def test_damaged_files_have_a_plain_reason_that_repeats():
 
 
 @given(st.integers(0, 10**6), st.integers(0, 255))
-def test_any_damage_is_a_decode_error_or_a_photograph(position, value):
+def test_any_damage_is_a_decode_error_or_an_image(position, value):
     whole = bytearray(encoded(Image.linear_gradient("L").resize((32, 24)).convert("RGB"), "PNG"))
     whole[position % len(whole)] = value
     try:
@@ -91,7 +91,7 @@ def test_orientation_is_ignored_as_torchvision_ignores_it(orientation):
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's, to standard error
-def test_damaged_exif_data_is_no_reason_to_leave_a_photograph_out():
+def test_damaged_exif_data_is_no_reason_to_leave_an_image_out():
     image = Image.new("RGB", (8, 8), (255, 0, 0))
     data = encoded(image, "JPEG", exif=b"Exif\0\0MM\0*" + b"\xff" * 40)
     assert Preprocessing(8, 8)(decode(data))[0].min() > 0.9

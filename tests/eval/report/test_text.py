@@ -29,7 +29,7 @@ CHECKS = [
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
     path = tmp_path_factory.mktemp("report") / "run"
-    make_run(path, checks=CHECKS, warnings=["2 photographs were left out"])
+    make_run(path, checks=CHECKS, warnings=["2 images were left out"])
     return Run.open(path)
 
 
@@ -65,7 +65,7 @@ def test_the_terminal_tells_what_was_left_out_and_what_to_beware_of(run):
     assert "left out of standard by FGSM: 4 x error: RuntimeError: out of memory" in text
     assert "left out of standard by every attack: 2 x unreadable: cannot identify image file" in text
     assert block(text, "standard")[0].endswith(" 7")
-    assert "warning: 2 photographs were left out" in text
+    assert "warning: 2 images were left out" in text
     whole = " ".join(text.split())
     assert "trust check warned, robust: black box: 2: Square is stronger; " + ("and so on " * 20).strip() in whole
     assert "more steps" not in text
@@ -167,7 +167,7 @@ def test_a_comparison_reads_as_a_table_and_a_list(run, tmp_path):
     assert "\n  nothing" in compare(run, run)
 
 
-def test_a_picture_shows_fooled_photographs(run, tmp_path):
+def test_a_picture_shows_fooled_images(run, tmp_path):
     save_picture(run, tmp_path / "picture.png", "standard", "OrthoPGD", EPS[2])
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     bare = Run.open(make_run(tmp_path / "bare", n=10, stored=0).path)

@@ -14,7 +14,7 @@ from orthattack.eval.running import chunk
 from orthattack.eval.running.chunk import Job, Part
 from orthattack.eval.storage.run_folder import RunFolder, Shard
 from orthattack.eval.suite import AttackSpec, Entry
-from tests.eval.tiny import CLASSES, COUNT, Net, classifier, images_of, photographs
+from tests.eval.tiny import CLASSES, COUNT, Net, classifier, dataset, images_of
 
 EPS = 0.5
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def folder(tmp_path):
 @pytest.fixture
 def job(folder):
     said = []
-    made = Job("net", classifier(Seen()), photographs(), CPU, folder, 4, said.append)
+    made = Job("net", classifier(Seen()), dataset(), CPU, folder, 4, said.append)
     made.said = said
     made.judge.model.sizes.clear()
     return made
@@ -84,7 +84,7 @@ def test_what_the_model_makes_of_each_image_is_stored_and_recalled(job):
     readable = [k for k in range(COUNT) if k not in (4, 6)]
     assert part.right == {k: k != COUNT - 1 for k in readable}
     assert rows["name"].tolist() == [f"{k:02d}" for k in range(COUNT)]
-    assert rows["label"].tolist() == list(job.photographs.labels)
+    assert rows["label"].tolist() == list(job.dataset.labels)
     for k in readable:
         logits = Net().eval()(images_of()[k][None])[0]
         assert part.predictions[k] == rows.loc[k, "prediction"] == int(logits.argmax())
@@ -378,7 +378,7 @@ def test_adversarials_of_another_model_are_tried_where_both_are_right(job):
 def test_a_job_counts_and_judges_in_evaluation_mode(folder):
     model = nn.Sequential(Net())
     model.train()
-    made = Job("net", classifier(model), photographs(), CPU, folder, 4, pytest.fail)
+    made = Job("net", classifier(model), dataset(), CPU, folder, 4, pytest.fail)
     assert not any(module.training for module in made.counter.modules())
     assert made.differentiated == frozenset(range(COUNT))
     torch.testing.assert_close(made.load(3), images_of()[3])

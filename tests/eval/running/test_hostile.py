@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from orthattack.eval.data.readers import Dataset
 from orthattack.eval.errors import EvaluationError
-from tests.eval.tiny import CLASSES, COUNT, EPS, Net, classifier, evaluated, images_of, photographs
+from tests.eval.tiny import CLASSES, COUNT, EPS, Net, classifier, dataset, evaluated, images_of
 
 HONEST = {
     "PGD": {"name": "PGD"},
@@ -592,7 +592,7 @@ def test_a_users_loss_is_watched_like_an_attack(tmp_path, alone, name):
 
 def test_a_data_set_that_uses_its_tensors_again_spoils_no_image(tmp_path, alone):
     """One buffer for all images, as some loaders have, and labels that are overwritten afterwards."""
-    from orthattack.eval.data.dataset import Photographs
+    from orthattack.eval.data.dataset import ImageDataset
     from orthattack.eval.data.readers import Dataset
 
     images, buffer = images_of(), torch.empty(3, 8, 8)
@@ -611,19 +611,19 @@ def test_a_data_set_that_uses_its_tensors_again_spoils_no_image(tmp_path, alone)
             return buffer.copy_(images[k]).requires_grad_(False), self.targets[k]
 
     source = Dataset(Reusing(), "made", False)
-    data = Photographs("made", tuple(f"{k:02d}" for k in range(COUNT)), tuple(labels), None, "", source, range(COUNT))
+    data = ImageDataset("made", tuple(f"{k:02d}" for k in range(COUNT)), tuple(labels), None, "", source, range(COUNT))
     run = evaluated(tmp_path / "r", HONEST, data=data)
     assert all(same(run, alone, label) for label in HONEST)
 
 
 def test_a_model_at_hand_comes_back_in_its_modes(tmp_path):
     from orthattack.eval import evaluate
-    from tests.eval.tiny import classifier, photographs
+    from tests.eval.tiny import classifier, dataset
 
     given = classifier()
     given.model.train()
     given.model.features[1].eval()
-    run = evaluate(given, photographs(), ["FGSM"], out=tmp_path / "r", eps=EPS, checks=False, progress=False)
+    run = evaluate(given, dataset(), ["FGSM"], out=tmp_path / "r", eps=EPS, checks=False, progress=False)
     assert (run.table()["scored"] > 0).all()
     assert given.model.training
     assert given.model.head.training
@@ -637,11 +637,11 @@ def test_hostile_functions_are_refused_where_they_are_no_functions(tmp_path):
 
 
 class Data:
-    """The images of `photographs`, and what a user's data set may do on the way."""
+    """The images of `dataset`, and what a user's data set may do on the way."""
 
     def __init__(self, change=None):
         self.change, self.kept = change, []
-        self.targets = photographs().labels
+        self.targets = dataset().labels
 
     def __len__(self):
         return COUNT
@@ -674,7 +674,7 @@ DATA = {
 
 def of(data):
     source = Dataset(data, "mine", thread_safe=False)
-    return replace(photographs(), _source=source, _positions=range(COUNT))
+    return replace(dataset(), _source=source, _positions=range(COUNT))
 
 
 @pytest.mark.parametrize("name", DATA)

@@ -91,14 +91,14 @@ def test_a_model_is_described_with_its_data():
             return self.count
 
         def describe(self):
-            return {"photographs": self.count, "classes": ["a", "b"], "source": "here"}
+            return {"images": self.count, "classes": ["a", "b"], "source": "here"}
 
     found = describe_model("m", model, Data(3))
     assert found == {
         "label": "m", "sha256": "x", "class_names": ["a", "b"], "data": {"images": 3, "source": "here"}
     }  # fmt: skip
     assert describe_model("m", classes, Data(1))["class_names"] == ["own"]
-    with pytest.raises(EvaluationError, match="some data has no photographs"):
+    with pytest.raises(EvaluationError, match="some data has no images"):
         describe_model("m", model, Data(0))
 
 

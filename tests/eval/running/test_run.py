@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from orthattack.eval.attacks.user import user_attack
-from orthattack.eval.data.load import load_photographs
+from orthattack.eval.data.load import load_dataset
 from orthattack.eval.data.prefetch import Decoder
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models.load import load_classifier
@@ -71,7 +71,7 @@ def classifier():
 
 @pytest.fixture(scope="module")
 def everyone(tmp_path_factory):
-    """All kinds of attacks on 12 photographs, in chunks and batches that do not divide them."""
+    """All kinds of attacks on 12 images, in chunks and batches that do not divide them."""
     path = tmp_path_factory.mktemp("run") / "all"
     chosen = suite(attacks=EVERYONE)
     folder, done = start(path, chosen)
@@ -260,7 +260,7 @@ def test_a_run_that_stops_goes_on_and_ends_as_if_it_had_not(tmp_path, monkeypatc
 
 
 def test_a_chunk_whose_clean_rows_are_gone_is_looked_at_again(tmp_path):
-    """Every attack of the chunk is there; only what the model makes of its clean photographs is lost."""
+    """Every attack of the chunk is there; only what the model makes of its clean images is lost."""
     chosen = suite(attacks=["FGSM"])
     folder, done = start(tmp_path / "r", chosen)
     assert done
@@ -319,10 +319,10 @@ def test_another_configuration_is_refused_with_the_difference(everyone):
     assert "steps: 3 there, 4 now" in str(caught.value)
 
 
-def test_other_photographs_or_weights_are_refused(everyone, classifier):
+def test_other_images_or_weights_are_refused(everyone, classifier):
     folder, chosen = everyone
     source = suite_source(chosen)
-    fewer = Source(source.classifier, lambda model: source.photographs(model).limited(11), source.kinds)
+    fewer = Source(source.classifier, lambda model: source.dataset(model).limited(11), source.kinds)
     with pytest.raises(EvaluationError, match=r"data\.images: 12 there, 11 now"):
         start(folder.path, chosen, source=fewer)
     changed = load_classifier("cifar10-robust")
@@ -330,7 +330,7 @@ def test_other_photographs_or_weights_are_refused(everyone, classifier):
         next(changed.model.parameters()).add_(1e-3)
     object.__setattr__(changed, "file_sha256", None)
     with pytest.raises(EvaluationError, match="cifar10-robust: sha256: "):
-        start(folder.path, chosen, source=Source(lambda _: changed, source.photographs, source.kinds))
+        start(folder.path, chosen, source=Source(lambda _: changed, source.dataset, source.kinds))
 
 
 def test_other_versions_are_a_warning(everyone, monkeypatch):
@@ -434,7 +434,7 @@ def test_memory_that_runs_out_halves_the_batch_and_says_so_once(tmp_path):
     assert len(refused) <= 1 + 2  # the first batch, and its halves if they are still too large
 
 
-def test_memory_that_runs_out_on_the_clean_photographs_halves_the_batch_too(tmp_path, classifier):
+def test_memory_that_runs_out_on_the_clean_images_halves_the_batch_too(tmp_path, classifier):
     class Hungry(nn.Module):
         def __init__(self):
             super().__init__()
@@ -506,8 +506,8 @@ def with_model(path, classifier, change, said=None, **more):
 
     changed = replace(classifier, model=Changed(classifier.model, change).eval(), file_sha256=None)
     chosen = suite(**more)
-    photographs = suite_source(chosen).photographs
-    source = Source(lambda _: changed, photographs, chosen.kinds())
+    dataset = suite_source(chosen).dataset
+    source = Source(lambda _: changed, dataset, chosen.kinds())
     return start(path, chosen, source=source, say=(said if said is not None else []).append)[0]
 
 
@@ -548,7 +548,7 @@ def test_a_doubtful_model_is_named_at_once(tmp_path, classifier):
     assert any("returns probabilities, not logits" in line for line in said)
 
 
-def test_a_photograph_that_cannot_be_read_is_a_row_that_says_so(tmp_path, classifier):
+def test_an_image_that_cannot_be_read_is_a_row_that_says_so(tmp_path, classifier):
     from PIL import Image
 
     names = [str(k) for k in range(10)]
@@ -642,6 +642,6 @@ def test_only_one_model_is_kept(tmp_path):
     first = source.classifier("cifar10-standard")
     source.classifier("cifar10-robust")
     assert source.classifier("cifar10-standard") is not first
-    assert load_photographs("cifar10-samples", first).names
+    assert load_dataset("cifar10-samples", first).names
     assert GALLERY > 0
     assert os.getpid() > 0

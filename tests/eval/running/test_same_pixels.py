@@ -12,7 +12,7 @@ from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models.classifier import Classifier
 from orthattack.eval.models.preprocessing import Preprocessing
 from orthattack.eval.running.judge import CONTRADICTION, Judge, check_batches, row_columns
-from tests.eval.tiny import EPS, SIZE, Net, evaluated, photographs
+from tests.eval.tiny import EPS, SIZE, Net, dataset, evaluated
 
 
 class Changed(nn.Module):
@@ -87,7 +87,7 @@ def test_it_is_refused_before_anything_is_attacked_and_can_be_evaluated_one_by_o
         evaluated(tmp_path / "r", ["PGD"], model=of_the_batch())
     assert not list((tmp_path / "r").rglob("*.parquet"))
     model = of_the_batch()
-    data = photographs()
+    data = dataset()
     run = evaluated(tmp_path / "one", ["PGD"], model=model, data=data, batch_size=1)
     rows = run.folder.read("shards", "net", "PGD", EPS)
     assert rows["status"].isin(["ok", "misclassified"]).all()
@@ -203,6 +203,6 @@ def test_every_attack_on_a_model_that_draws_is_confirmed_by_fresh_answers(tmp_pa
 
 def test_probabilities_are_said_once(tmp_path, capsys):
     """Of the model, not again of each attack that meets them."""
-    data = photographs()
+    data = dataset()
     evaluated(tmp_path / "r", ["PGD", "FGSM"], model=Changed(after=lambda z: z.softmax(1)).eval(), data=data)
     assert capsys.readouterr().err.count("the model returns probabilities") == 1

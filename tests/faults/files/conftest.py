@@ -1,4 +1,4 @@
-"""What the tests of faults share: the command line, and photographs to damage."""
+"""What the tests of faults share: the command line, and images to damage."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def process(*arguments: object, code: str = "", cwd: Path | None = None) -> Outc
 
 
 @pytest.fixture
-def photographs(tmp_path: Path) -> Path:
-    """Ten class folders called 0 to 9, with one photograph each."""
+def dataset(tmp_path: Path) -> Path:
+    """Ten class folders called 0 to 9, with one image each."""
     folder, rng = tmp_path / "data", np.random.default_rng(0)
     for k in range(10):
         (folder / str(k)).mkdir(parents=True)
@@ -84,6 +84,6 @@ def photographs(tmp_path: Path) -> Path:
 
 
 def rows(run: Path, kind: str = "shards") -> pd.DataFrame:
-    """All stored rows of a run of one attack at one radius, by the photograph's name."""
+    """All stored rows of a run of one attack at one radius, by the image's name."""
     found = [pd.read_parquet(path) for path in sorted((run / kind).rglob("*.parquet"))]
     return pd.concat(found).set_index("name").drop(columns="seconds", errors="ignore")

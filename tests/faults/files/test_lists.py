@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orthattack.eval.data.load import load_photographs, read_names
+from orthattack.eval.data.load import load_dataset, read_names
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models.classifier import Classifier
 from orthattack.eval.models.preprocessing import Preprocessing
@@ -23,7 +23,7 @@ LABELS = [
     (b"", "must have columns file and label; it has none"),
     (b"\x00" * 50, "must have columns file and label"),
     (b"file;label\n3/a.png;3\n", "must have columns file and label; it has file;label"),
-    (b"file,label\n", "names no photographs"),
+    (b"file,label\n", "names no images"),
     (b"file,label\n3/a.png,10\n", "3/a.png has label 10, but cifar10-robust has 10 classes, 0 to 9"),
     (b"file,label\n3/a.png,99999999999999999999\n", "line 2: label must be a class index >= 0"),
     (b"file,label\n3/a.png,-1\n", "line 2: label must be a class index >= 0"),
@@ -42,18 +42,18 @@ LABELS = [
 
 
 @pytest.mark.parametrize(("content", "message"), LABELS)
-def test_a_label_file_that_cannot_be_meant_is_refused(photographs, evaluated, content, message):
-    (photographs.parent / "secret.png").touch()
-    (photographs / "out").symlink_to(photographs.parent)
-    (photographs / "circle").symlink_to(photographs / "circle")
-    path = photographs.parent / "labels.csv"
+def test_a_label_file_that_cannot_be_meant_is_refused(dataset, evaluated, content, message):
+    (dataset.parent / "secret.png").touch()
+    (dataset / "out").symlink_to(dataset.parent)
+    (dataset / "circle").symlink_to(dataset / "circle")
+    path = dataset.parent / "labels.csv"
     path.write_bytes(content)
-    told = evaluated("--data", photographs, "--labels", path)
+    told = evaluated("--data", dataset, "--labels", path)
     assert told.code == 2
     assert told.out == ""
     assert message in told.err
     assert told.err.count("\n") == 1
-    assert len(list((photographs.parent / "run").rglob("*.parquet"))) == 0
+    assert len(list((dataset.parent / "run").rglob("*.parquet"))) == 0
 
 
 CLASSES = [
@@ -69,8 +69,8 @@ CLASSES = [
 ]
 
 SUBSETS = [
-    (b"", "--subset names no photographs"),
-    (b"# nothing\n\n", "--subset names no photographs"),
+    (b"", "--subset names no images"),
+    (b"# nothing\n\n", "--subset names no images"),
     (b"3/a.png\n3/a.png\n", "--subset names '3/a.png' twice"),
     (b"3/b.png\n", "--subset names '3/b.png', which"),
     (b"../data/3/a.png\n", "--subset names '../data/3/a.png', which"),
@@ -84,10 +84,10 @@ SUBSETS = [
     ("option", "content", "message"),
     [("--classes", *case) for case in CLASSES] + [("--subset", *case) for case in SUBSETS],
 )
-def test_a_class_file_or_a_subset_that_cannot_be_meant_is_refused(photographs, evaluated, option, content, message):
-    path = photographs.parent / "list"
+def test_a_class_file_or_a_subset_that_cannot_be_meant_is_refused(dataset, evaluated, option, content, message):
+    path = dataset.parent / "list"
     path.write_bytes(content)
-    told = evaluated("--data", photographs, option, path)
+    told = evaluated("--data", dataset, option, path)
     assert (told.code, told.out) == (2, "")
     assert message in told.err
     assert "\x1b" not in told.err
@@ -95,21 +95,21 @@ def test_a_class_file_or_a_subset_that_cannot_be_meant_is_refused(photographs, e
 
 @pytest.mark.parametrize("option", ["--labels", "--classes", "--subset", "--data"])
 @pytest.mark.parametrize("kind", ["folder", "long", "missing"])
-def test_paths_that_are_no_files_are_refused(photographs, evaluated, option, kind):
-    path = {"folder": photographs.parent, "long": "x" * 300 + ".csv", "missing": "no/such"}[kind]
-    data = [] if option == "--data" else ["--data", photographs]
+def test_paths_that_are_no_files_are_refused(dataset, evaluated, option, kind):
+    path = {"folder": dataset.parent, "long": "x" * 300 + ".csv", "missing": "no/such"}[kind]
+    data = [] if option == "--data" else ["--data", dataset]
     told = evaluated(*data, option, path)
     assert (told.code, told.out) == (2, "")
     assert told.err.startswith("orthattack: ")
     assert told.err.count("\n") == 1
 
 
-def test_names_that_are_not_there_are_rows_and_the_rest_is_attacked(photographs, evaluated):
-    path = photographs.parent / "labels.csv"
+def test_names_that_are_not_there_are_rows_and_the_rest_is_attacked(dataset, evaluated):
+    path = dataset.parent / "labels.csv"
     long = "x" * 300 + ".png"  # longer than a file's name can be
     path.write_text(f"file,label\n3/a.png,3\nnowhere/a.png,4\n{long},5\n")
-    assert evaluated("--data", photographs, "--labels", path).code == 0
-    found = rows(photographs.parent / "run")
+    assert evaluated("--data", dataset, "--labels", path).code == 0
+    found = rows(dataset.parent / "run")
     assert found.loc["nowhere/a.png", "message"] == found.loc[long, "message"] == "no such file"
     assert (found["status"] == "unreadable").sum() == 2
 
@@ -128,7 +128,7 @@ CELLS = st.one_of(
     st.sampled_from(["file,label\n", "folder,label\n", "wnid,index\n", ""]),
     st.sampled_from([",", ";", "\t"]),
 )
-def test_any_table_gives_photographs_inside_the_folder_or_a_message(tmp_path, table, head, comma):
+def test_any_table_gives_images_inside_the_folder_or_a_message(tmp_path, table, head, comma):
     folder, path = tmp_path / "data", tmp_path / "list.csv"
     for name in ("cat/0.png", "cat/1.png", "zebra/a.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +137,7 @@ def test_any_table_gives_photographs_inside_the_folder_or_a_message(tmp_path, ta
     root = os.path.realpath(folder)
     for options in ({"labels": path}, {"classes": path}):
         try:
-            found = load_photographs(str(folder), MODEL, **options)
+            found = load_dataset(str(folder), MODEL, **options)
         except EvaluationError as error:
             assert str(error)
             continue
@@ -145,6 +145,6 @@ def test_any_table_gives_photographs_inside_the_folder_or_a_message(tmp_path, ta
         assert all(os.path.realpath(folder / name).startswith(root) for name in found.names)
         assert found.fingerprint()
     try:
-        assert load_photographs(str(folder), MODEL).subset(read_names(path))
+        assert load_dataset(str(folder), MODEL).subset(read_names(path))
     except EvaluationError as error:
         assert set(str(error)) & set(string.ascii_letters)

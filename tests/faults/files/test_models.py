@@ -121,12 +121,12 @@ def code(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def attacked(photographs, evaluated):
+def attacked(dataset, evaluated):
     """An evaluation of the model bad.NAME with a gradient attack, one without gradients, and one that does nothing."""
 
     def run(name, *more):
         return evaluated(
-            "--model", f"bad:{name}", "--data", photographs, "--image-size", 32, "--batch-size", 2,
+            "--model", f"bad:{name}", "--data", dataset, "--image-size", 32, "--batch-size", 2,
             "--attack-misclassified", "--attacks", "PGD", "Square,queries=3", "foolbox:LinfPGD", *more,
         )  # fmt: skip
 
@@ -163,8 +163,8 @@ def test_a_model_that_cannot_be_used_at_all_is_refused(attacked, tmp_path, name,
     assert list((tmp_path / "run").rglob("*.parquet")) == []
 
 
-def test_a_module_that_leaves_when_it_is_imported_is_refused(evaluated, photographs):
-    told = evaluated("--model", "leaves:model", "--data", photographs, "--image-size", 32)
+def test_a_module_that_leaves_when_it_is_imported_is_refused(evaluated, dataset):
+    told = evaluated("--model", "leaves:model", "--data", dataset, "--image-size", 32)
     assert told.code == 2
     assert "leaves:model: importing leaves failed (SystemExit: 0)" in told.err
 
@@ -178,7 +178,7 @@ def test_a_module_that_leaves_when_it_is_imported_is_refused(evaluated, photogra
         ("first", "Error: "),
     ],
 )
-def test_a_model_that_fails_on_every_photograph_is_an_error_in_every_row(attacked, tmp_path, name, message):
+def test_a_model_that_fails_on_every_image_is_an_error_in_every_row(attacked, tmp_path, name, message):
     done = attacked(name)
     assert done.code == 1, done.err
     assert "orthattack: no attack returned anything that could be scored" in done.err
@@ -188,7 +188,7 @@ def test_a_model_that_fails_on_every_photograph_is_an_error_in_every_row(attacke
     assert len(rows(tmp_path / "run", "clean")) == 10
 
 
-def test_a_model_that_fails_on_some_photographs_is_scored_on_the_others(attacked, tmp_path):
+def test_a_model_that_fails_on_some_images_is_scored_on_the_others(attacked, tmp_path):
     done = attacked("sometimes", "--shard-size", 5)
     assert done.code == 0, done.err
     looked = rows(tmp_path / "run", "clean")
@@ -228,7 +228,7 @@ def test_other_logits_and_chatter_change_nothing(attacked, tmp_path, name):
     assert ("thinking" in done.out) == (name == "printing")
 
 
-def test_a_model_that_writes_into_its_input_changes_no_photograph(attacked, tmp_path):
+def test_a_model_that_writes_into_its_input_changes_no_image(attacked, tmp_path):
     done = attacked("writing", "--save-images", "all")
     assert done.code in (0, 1), done.err
     found = rows(tmp_path / "run")
@@ -246,9 +246,9 @@ def test_an_attack_that_fails_or_leaves_is_an_error_and_the_others_go_on(attacke
     assert set(of(tmp_path / "run", "foolbox")["status"]) <= {"ok", "misclassified"}
 
 
-def test_a_broken_model_does_not_stop_the_others(photographs, evaluated, tmp_path):
+def test_a_broken_model_does_not_stop_the_others(dataset, evaluated, tmp_path):
     done = evaluated(
-        "--model", "bad:raising", "--model", "bad:exiting", "--model", "bad:good", "--data", photographs,
+        "--model", "bad:raising", "--model", "bad:exiting", "--model", "bad:good", "--data", dataset,
         "--image-size", 32, "--attack-misclassified", "--attacks", "PGD",
     )  # fmt: skip
     assert done.code == 0, done.err

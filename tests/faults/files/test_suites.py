@@ -141,7 +141,7 @@ class Tags(HTMLParser):
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory) -> Path:
-    """A run whose models, attacks, classes and photographs are called as nobody would; in a folder of its own."""
+    """A run whose models, attacks, classes and images are called as nobody would; in a folder of its own."""
     top = tmp_path_factory.mktemp("top")
     data, rng = top / "data", np.random.default_rng(0)
     names = [name for name in HOSTILE if "/" not in name and "\x00" not in name and name not in (".", "..", "x" * 300)]

@@ -47,22 +47,22 @@ def claiming(header: bytes, length: int | None = None) -> bytes:
     return struct.pack("<Q", len(header) if length is None else length) + header + bytes(64)
 
 
-def evaluate(evaluated, photographs, path):
-    return evaluated("--model", ARCHITECTURE, "--weights", path, "--data", photographs, "--image-size", 32)
+def evaluate(evaluated, dataset, path):
+    return evaluated("--model", ARCHITECTURE, "--weights", path, "--data", dataset, "--image-size", 32)
 
 
-def refused(evaluated, photographs, path, message):
-    told = evaluate(evaluated, photographs, path)
+def refused(evaluated, dataset, path, message):
+    told = evaluate(evaluated, dataset, path)
     assert (told.code, told.out) == (2, "")
     assert message in told.err
     assert told.err.count("\n") == 1
-    assert not (photographs.parent / "run" / "manifest.json").exists()
+    assert not (dataset.parent / "run" / "manifest.json").exists()
 
 
-def test_whole_weights_are_evaluated(state, photographs, evaluated, tmp_path):
+def test_whole_weights_are_evaluated(state, dataset, evaluated, tmp_path):
     """So that what is refused below is refused for its fault."""
     save_file(state, tmp_path / "w.safetensors")
-    assert evaluate(evaluated, photographs, tmp_path / "w.safetensors").code == 0
+    assert evaluate(evaluated, dataset, tmp_path / "w.safetensors").code == 0
 
 
 SAFETENSORS = {
@@ -100,24 +100,24 @@ SAFETENSORS = {
 
 
 @pytest.mark.parametrize("kind", SAFETENSORS)
-def test_safetensors_that_cannot_be_used_are_refused(kind, state, photographs, evaluated, tmp_path):
+def test_safetensors_that_cannot_be_used_are_refused(kind, state, dataset, evaluated, tmp_path):
     content, message = SAFETENSORS[kind]
     path = tmp_path / "w.safetensors"
     path.write_bytes(content(state))
     if message is None:
-        assert evaluate(evaluated, photographs, path).code == 0
+        assert evaluate(evaluated, dataset, path).code == 0
     else:
-        refused(evaluated, photographs, path, message)
+        refused(evaluated, dataset, path, message)
 
 
-def test_class_names_that_are_no_text_do_not_stop_a_report(state, photographs, evaluated, tmp_path):
+def test_class_names_that_are_no_text_do_not_stop_a_report(state, dataset, evaluated, tmp_path):
     names = [f"<b>{k}</b>\\ud800" for k in range(10)]
     save_file(state, tmp_path / "w.safetensors", {"classes": "[" + ", ".join(f'"{name}"' for name in names) + "]"})
     for k in range(10):
-        (photographs / str(k)).rename(photographs / f"<b>{k}<")
+        (dataset / str(k)).rename(dataset / f"<b>{k}<")
     (tmp_path / "classes.csv").write_text("folder,label\n" + "".join(f"<b>{k}<,{k}\n" for k in range(10)))
     done = evaluated(
-        "--model", ARCHITECTURE, "--weights", tmp_path / "w.safetensors", "--data", photographs, "--image-size", 32,
+        "--model", ARCHITECTURE, "--weights", tmp_path / "w.safetensors", "--data", dataset, "--image-size", 32,
         "--classes", tmp_path / "classes.csv",
     )  # fmt: skip
     assert done.code == 0, done.err
@@ -157,15 +157,15 @@ PYTORCH = {
 
 
 @pytest.mark.parametrize("kind", PYTORCH)
-def test_pytorch_files_that_cannot_be_used_are_refused(kind, state, photographs, evaluated, tmp_path):
+def test_pytorch_files_that_cannot_be_used_are_refused(kind, state, dataset, evaluated, tmp_path):
     content, message = PYTORCH[kind]
     path = tmp_path / "w.pt"
     path.write_bytes(content(state))
-    refused(evaluated, photographs, path, message)
+    refused(evaluated, dataset, path, message)
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle", "pickle 0", "called safetensors"])
-def test_code_in_a_weights_file_is_refused_and_not_run(form, state, photographs, evaluated, tmp_path):
+def test_code_in_a_weights_file_is_refused_and_not_run(form, state, dataset, evaluated, tmp_path):
     trace = tmp_path / "was run"
     content = {**state, "more": Code(trace)}
     data = {
@@ -177,15 +177,15 @@ def test_code_in_a_weights_file_is_refused_and_not_run(form, state, photographs,
     }[form]()
     path = tmp_path / ("w.safetensors" if form == "called safetensors" else "w.pt")
     path.write_bytes(data)
-    refused(evaluated, photographs, path, "is refused: it holds more than tensors, and loading it could run code")
+    refused(evaluated, dataset, path, "is refused: it holds more than tensors, and loading it could run code")
     assert not trace.exists()
     if form.startswith("pickle"):  # the file is what it is meant to be
         pickle.loads(data).close()
         assert trace.exists()
 
 
-def test_paths_that_are_no_files_are_refused(photographs, evaluated, tmp_path):
-    refused(evaluated, photographs, tmp_path, "is a folder")
-    refused(evaluated, photographs, tmp_path / "none.pt", "does not exist")
-    refused(evaluated, photographs, "IMAGENET1K_" + "x" * 5000, "has no weights")
-    refused(evaluated, photographs, "x" * 5000 + ".pt", "does not exist")
+def test_paths_that_are_no_files_are_refused(dataset, evaluated, tmp_path):
+    refused(evaluated, dataset, tmp_path, "is a folder")
+    refused(evaluated, dataset, tmp_path / "none.pt", "does not exist")
+    refused(evaluated, dataset, "IMAGENET1K_" + "x" * 5000, "has no weights")
+    refused(evaluated, dataset, "x" * 5000 + ".pt", "does not exist")

@@ -1,4 +1,4 @@
-"""Photographs that are damaged, odd, hostile or gone: each is a row that says so, and the rest is attacked."""
+"""Images that are damaged, odd, hostile or gone: each is a row that says so, and the rest is attacked."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def bomb() -> bytes:
 
 JPEG, PNG = written(RGB, "JPEG", quality=95), written(RGB, "PNG")
 
-# What is a photograph, and the colour that it must come out with, to a grey level or two where the format loses some.
+# What is an image, and the colour that it must come out with, to a grey level or two where the format loses some.
 GOOD: dict[str, tuple[bytes, tuple[int, int, int], int]] = {
     "plain.png": (PNG, COLOUR, 0),
     "plain.jpg": (JPEG, COLOUR, 3),
@@ -128,30 +128,30 @@ def test_every_kind_of_image_file_is_attacked_or_is_a_row_that_says_why(tmp_path
     assert f"left out of {MODEL} by every attack: {len(gone)} x unreadable: no such file" in done.out
 
 
-def test_a_folder_of_odd_files_is_evaluated(photographs, evaluated):
-    """As above, found by folder: a folder with a photograph's name is not one."""
-    (photographs / "4" / "bad.png").write_bytes(PNG[:50])
-    (photographs / "5" / "x.jpg").mkdir()
-    (photographs / "6" / "dangling.png").symlink_to("nothing")
-    (photographs / "7" / "circle.png").symlink_to("circle.png")
-    (photographs / "7" / "endless.png").symlink_to("/dev/zero")
-    os.mkfifo(photographs / "8" / "pipe.png")
-    (photographs / "9" / ".hidden").write_bytes(b"x")
-    done = evaluated("--data", photographs)
+def test_a_folder_of_odd_files_is_evaluated(dataset, evaluated):
+    """As above, found by folder: a folder with an image's name is not one."""
+    (dataset / "4" / "bad.png").write_bytes(PNG[:50])
+    (dataset / "5" / "x.jpg").mkdir()
+    (dataset / "6" / "dangling.png").symlink_to("nothing")
+    (dataset / "7" / "circle.png").symlink_to("circle.png")
+    (dataset / "7" / "endless.png").symlink_to("/dev/zero")
+    os.mkfifo(dataset / "8" / "pipe.png")
+    (dataset / "9" / ".hidden").write_bytes(b"x")
+    done = evaluated("--data", dataset)
     assert done.code == 0, done.err
-    found = rows(photographs.parent / "run")
+    found = rows(dataset.parent / "run")
     unreadable = found.index[found["status"] == "unreadable"]
     assert set(unreadable) == {"4/bad.png", "6/dangling.png", "7/circle.png", "7/endless.png", "8/pipe.png"}
     assert len(found) == 15
 
 
-def test_names_that_are_no_text_are_stored_as_text(photographs, evaluated):
+def test_names_that_are_no_text_are_stored_as_text(dataset, evaluated):
     name = os.fsdecode(b"caf\xe9\xff.png")
-    (photographs / "3" / "a.png").rename(photographs / "3" / name)
-    (photographs / "4" / "line\nbreak <b>.png").write_bytes(PNG)
-    done = evaluated("--data", photographs, "--save-images", "all")
+    (dataset / "3" / "a.png").rename(dataset / "3" / name)
+    (dataset / "4" / "line\nbreak <b>.png").write_bytes(PNG)
+    done = evaluated("--data", dataset, "--save-images", "all")
     assert done.code == 0, done.err
-    run = photographs.parent / "run"
+    run = dataset.parent / "run"
     assert "3/caf\\udce9\\udcff.png" in rows(run).index
     assert "line\nbreak <b>" not in (run / "report.html").read_text(encoding="utf-8")
 
@@ -210,30 +210,30 @@ def turned(path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_photographs_that_changed_since_the_start_are_noticed_and_nothing_is_lost(photographs, evaluated, change):
-    run = photographs.parent / "run"
-    (photographs / "3" / "0.png").write_bytes(PNG)
-    assert evaluated("--data", photographs).code == 0
+def test_images_that_changed_since_the_start_are_noticed_and_nothing_is_lost(dataset, evaluated, change):
+    run = dataset.parent / "run"
+    (dataset / "3" / "0.png").write_bytes(PNG)
+    assert evaluated("--data", dataset).code == 0
     before = contents(run)
-    CHANGES[change](photographs)
-    told = evaluated("--data", photographs)
+    CHANGES[change](dataset)
+    told = evaluated("--data", dataset)
     assert told.code == 2
     assert f"{run} holds another run; choose another folder, or make these the same" in told.err
     assert f"{MODEL}: data." in told.err
     assert_same(contents(run), before)
 
 
-def test_a_photograph_that_goes_while_the_run_is_under_way_is_a_row(photographs, evaluated, monkeypatch):
+def test_an_image_that_goes_while_the_run_is_under_way_is_a_row(dataset, evaluated, monkeypatch):
     """Removed after the list was made, before it is decoded."""
     take = Decoder.take
 
     def removed(*arguments):
-        (photographs / "3" / "a.png").unlink(missing_ok=True)
+        (dataset / "3" / "a.png").unlink(missing_ok=True)
         return take(*arguments)
 
     monkeypatch.setattr(Decoder, "take", removed)
-    assert evaluated("--data", photographs).code == 0
-    found = rows(photographs.parent / "run")
+    assert evaluated("--data", dataset).code == 0
+    found = rows(dataset.parent / "run")
     assert found.loc["3/a.png", "status"] == "unreadable"
     assert found.loc["3/a.png", "message"] == "no such file"
     assert (found["status"] == "unreadable").sum() == 1
