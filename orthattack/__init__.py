@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from orthattack.lending import (
         ModelChangedError,
     )
-    from orthattack.model import (
+    from orthattack.models import (
         Ensemble,
         Normalized,
         fooled,
@@ -104,7 +104,7 @@ _HOME = {
         ],
         "orthattack.attacks",
     ),
-    **dict.fromkeys(["Ensemble", "Normalized", "fooled"], "orthattack.model"),
+    **dict.fromkeys(["Ensemble", "Normalized", "fooled"], "orthattack.models"),
     **dict.fromkeys(["alignment", "orthogonalize", "orthonormal_basis", "remove_directions"], "orthattack.projection"),
     "ModelChangedError": "orthattack.lending",
     "ThreatModel": "orthattack.threat",

@@ -16,7 +16,7 @@ from tests.test_layers import ROOT as PACKAGE
 from tests.test_layers import imported, sources
 
 ROOT = Path(__file__).resolve().parents[1]
-COLOURS = {"attacks": "#1f6fb4", "interop": "#c76a00", "eval": "#3d7a3d", "": "#444444"}
+COLOURS = {"attacks": "#1f6fb4", "threat": "#8a4b8a", "interop": "#c76a00", "eval": "#3d7a3d", "": "#444444"}
 _ROW, _GAP, _CHARACTER = 46, 12, 6.7
 
 Graph = dict[str, set[str]]
@@ -30,7 +30,8 @@ def graph() -> Graph:
         if path.stem not in ("__init__", "__main__")
     }
     return {
-        name: {target.removeprefix("orthattack.") for target in targets} & modules.keys() - {name}
+        name: {target.removeprefix("orthattack.").removesuffix("threat") or "threat.region" for target in targets}
+        & modules.keys() - {name}
         for name, targets in modules.items()
     }
 

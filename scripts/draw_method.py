@@ -29,8 +29,8 @@ from orthattack import OrthoPGD, ThreatModel, alignment, orthogonalize
 from orthattack.eval.data.dataset import Batch
 from orthattack.eval.data.load import load_dataset
 from orthattack.eval.models.load import load_classifier
-from orthattack.plane import Plane
 from orthattack.threat import Norm
+from orthattack.threat.plane import Plane
 
 ROOT = Path(__file__).resolve().parents[1]
 BLUE, ORANGE, RED, GREY = "#1f6fb4", "#c76a00", "#c02942", "#666666"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.study.panel import Group, Study
 from orthattack import Normalized, OrthoFGSM, OrthoPGD, alignment, orthogonalize
-from orthattack.attacks.oracle import input_gradient
+from orthattack.attacks.scoring import input_gradient
 from orthattack.eval.data.dataset import Batch
 from orthattack.eval.models.load import Classifier
 from orthattack.projection import Scope

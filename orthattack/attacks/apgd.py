@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, final
 
 from torch import Tensor
 
-from orthattack.attacks.attack import Attack, Options, OrthoOptions
-from orthattack.attacks.climb import Climb
-from orthattack.attacks.steps import AutoStep
-from orthattack.model import Model
+from orthattack.attacks.ascent import Climb
+from orthattack.attacks.base import Attack, Options, OrthoOptions
+from orthattack.attacks.rules import AutoStep
+from orthattack.models import Model
 from orthattack.projection import Scope
 from orthattack.threat import Norm
 
@@ -27,7 +27,7 @@ class APGD(Attack):
         x_{t+1} = project(x_t + 3/4 (z_{t+1} - x_t) + 1/4 (x_t - x_{t-1}))
 
     alpha starts at 2 eps. At checkpoints, each sample whose loss has stopped rising goes back to its best point with
-    half the step size (`orthattack.attacks.steps.AutoStep` has the conditions).
+    half the step size (`orthattack.attacks.rules.AutoStep` has the conditions).
 
     Args:
         model: as for `OrthoPGD`, like `norm` and `eps`.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from orthattack.lending import global_random_numbers
-from orthattack.model import Model
+from orthattack.models import Model
 
 __all__ = [
     "DRAWS",

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Literal, final
 from torch import Tensor
 
 from orthattack.arguments import check_count
-from orthattack.attacks.attack import Attack, Options, OrthoOptions, Task
-from orthattack.attacks.climb import Climb
-from orthattack.attacks.oracle import NoGradientError
+from orthattack.attacks.ascent import Climb
+from orthattack.attacks.base import Attack, Options, OrthoOptions, Task
+from orthattack.attacks.rules import AutoStep
+from orthattack.attacks.scoring import NoGradientError
 from orthattack.attacks.square import SquareSearch
-from orthattack.attacks.steps import AutoStep
 from orthattack.losses import Goal, attack_loss
-from orthattack.model import Model
+from orthattack.models import Model
 from orthattack.projection import Scope
 from orthattack.threat import Norm
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from orthattack.arguments import check_choice, check_count, check_model, check_real
+from orthattack.attacks.ascent import Climb, rate
 from orthattack.attacks.assumptions import DRAWS, NEEDED
-from orthattack.attacks.attack import Attack, Enforce
-from orthattack.attacks.climb import Climb, rate
-from orthattack.attacks.oracle import Evaluation, LossFunction, Oracle, Precision, input_gradient
-from orthattack.attacks.steps import ScheduledStep
+from orthattack.attacks.base import Attack, Enforce
+from orthattack.attacks.rules import ScheduledStep
+from orthattack.attacks.scoring import Evaluation, LossFunction, Oracle, Precision, input_gradient
 from orthattack.losses import Goal, Loss
-from orthattack.model import Model
+from orthattack.models import Model
 from orthattack.projection import Scope, orthogonalize
 from orthattack.threat import Direction, Norm
 

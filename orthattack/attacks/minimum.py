@@ -11,7 +11,7 @@ from torch import Tensor
 
 from orthattack.arguments import check_count, check_real
 from orthattack.attacks.assumptions import warn
-from orthattack.attacks.attack import Attack, AttackResult, Card, Task, checked_seeds
+from orthattack.attacks.base import Attack, AttackResult, Card, Task, checked_seeds
 from orthattack.attacks.configured import Configured
 
 __all__ = ["MinimumNorm"]

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor
 
-from orthattack.attacks.attack import Attack, Enforce, Options, OrthoOptions
-from orthattack.attacks.climb import Climb, rate
-from orthattack.attacks.optimize import Optimize
-from orthattack.attacks.oracle import Precision
-from orthattack.attacks.steps import Reference, Schedule, ScheduledStep
+from orthattack.attacks.ascent import Climb, rate
+from orthattack.attacks.base import Attack, Enforce, Options, OrthoOptions
+from orthattack.attacks.fast_copy import Optimize
+from orthattack.attacks.rules import Reference, Schedule, ScheduledStep
+from orthattack.attacks.scoring import Precision
 from orthattack.losses import Loss
-from orthattack.model import Model
+from orthattack.models import Model
 from orthattack.projection import Scope
 from orthattack.threat import Direction, Norm
 

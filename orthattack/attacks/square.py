@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from orthattack.arguments import check_count, is_number
-from orthattack.attacks.attack import Attack, Options, Task
+from orthattack.attacks.base import Attack, Options, Task
 from orthattack.losses import attack_loss
-from orthattack.model import Model
+from orthattack.models import Model
 from orthattack.projection import Scope, reciprocal
 from orthattack.threat import Direction, Norm, Region, perturbation_norm
 

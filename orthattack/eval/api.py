@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from orthattack.attacks.attack import Attack
+from orthattack.attacks.base import Attack
 from orthattack.attacks.minimum import MinimumNorm
 from orthattack.eval.attacks.kind import described
 from orthattack.eval.attacks.ours import attack_kind

@@ -23,10 +23,10 @@ from foolbox.distances import LpDistance
 from torch import Tensor, nn
 
 from orthattack.arguments import plain
-from orthattack.attacks.attack import Attack, Task
+from orthattack.attacks.base import Attack, Task
 from orthattack.attacks.configured import Configured, options_of
 from orthattack.attacks.minimum import MinimumNorm
-from orthattack.attacks.oracle import Scorer
+from orthattack.attacks.scoring import Scorer
 from orthattack.lending import global_random_numbers
 from orthattack.losses import Goal
 from orthattack.threat import Norm, ThreatModel, perturbation_norm

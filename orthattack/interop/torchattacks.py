@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from orthattack.arguments import plain
 from orthattack.attacks.apgd import OrthoAPGD
-from orthattack.attacks.attack import Attack
+from orthattack.attacks.base import Attack
 from orthattack.attacks.pgd import OrthoFGSM, OrthoMIFGSM, OrthoNIFGSM, OrthoPGD
 from orthattack.lending import global_random_numbers, guarded
-from orthattack.model import Normalized
+from orthattack.models import Normalized
 from orthattack.projection import Scope
 from orthattack.threat import Norm
 

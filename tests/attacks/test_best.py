@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from orthattack import ThreatModel
-from orthattack.attacks.attack import Best, Task, _merged, check_count
-from orthattack.attacks.oracle import Evaluation, InBatches
+from orthattack.attacks.base import Best, Task, _merged, check_count
+from orthattack.attacks.scoring import Evaluation, InBatches
 from orthattack.losses import Goal, attack_loss
 
 IMAGES = torch.full((3, 1, 1, 2), 0.5)

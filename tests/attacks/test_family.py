@@ -27,7 +27,7 @@ from orthattack import (
     alignment,
     fooled,
 )
-from orthattack.attacks.oracle import Oracle
+from orthattack.attacks.scoring import Oracle
 from orthattack.losses import Goal, attack_loss
 from tests.attacks.test_attacks import SIZE, Recorder, drawn, linear_model, small_model
 from tests.conftest import examples, image_kinds, seeds

@@ -13,7 +13,7 @@ from foolbox.attacks.base import FixedEpsilonAttack, MinimizationAttack
 from foolbox.distances import LpDistance
 from torch import Tensor, nn
 
-from orthattack.attacks.attack import Card
+from orthattack.attacks.base import Card
 from orthattack.eval.attacks.kind import (
     GIVEN,
     STEP,

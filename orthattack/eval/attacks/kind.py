@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from orthattack.attacks.attack import Card
+from orthattack.attacks.base import Card
 from orthattack.eval.errors import EvaluationError
 from orthattack.threat import Norm
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import orthattack.attacks as ours
-from orthattack.attacks.attack import Attack
+from orthattack.attacks.base import Attack
 from orthattack.attacks.configured import options_of
 from orthattack.eval import plugin
 from orthattack.eval.attacks.foolbox import foolbox_attack, foolbox_attacks, foolbox_norms

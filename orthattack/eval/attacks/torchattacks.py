@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orthattack.attacks.attack import Card
+from orthattack.attacks.base import Card
 from orthattack.eval.attacks.kind import (
     GIVEN,
     STEP,

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from orthattack.attacks.attack import Card
+from orthattack.attacks.base import Card
 from orthattack.eval.attacks.kind import AttackKind, Conditions, Found, Runner, check_options
 from orthattack.eval.attacks.seeds import drawing, joint_seed
 from orthattack.eval.errors import EvaluationError

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from orthattack.eval.errors import FAILURES, EvaluationError, told
 from orthattack.eval.models.preprocessing import Preprocessing
 from orthattack.eval.models.weights import Checkpoint, few, load_strictly, state_sha256
-from orthattack.model import Normalized, check_finite, checked_logits
+from orthattack.models import Normalized, check_finite, checked_logits
 
 __all__ = ["Builder", "Classifier", "checked", "from_checkpoint", "shapes"]
 

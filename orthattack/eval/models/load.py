@@ -24,7 +24,7 @@ from orthattack.eval.models.classifier import Builder, Classifier, checked, from
 from orthattack.eval.models.fitting import fitted
 from orthattack.eval.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from orthattack.eval.models.weights import Checkpoint, load_strictly, read_checkpoint
-from orthattack.model import Normalized
+from orthattack.models import Normalized
 
 __all__ = [
     "BUNDLED",

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from orthattack.attacks.assumptions import observe
-from orthattack.attacks.attack import Card
-from orthattack.attacks.oracle import input_gradient
+from orthattack.attacks.base import Card
+from orthattack.attacks.scoring import input_gradient
 from orthattack.eval.attacks.counter import CallCounter
 from orthattack.eval.attacks.kind import Found
 from orthattack.eval.attacks.seeds import drawing

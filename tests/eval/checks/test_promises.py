@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from orthattack import PGD, DetectorEvasion, MinimumNorm, OrthoAutoAttack, OrthoFGSM, OrthoPGD, OrthoSquare
-from orthattack.attacks.attack import Card
+from orthattack.attacks.base import Card
 from orthattack.eval.attacks.ours import OURS, attack_kind
 from orthattack.eval.checks.assess import assess
 from orthattack.eval.errors import EvaluationError

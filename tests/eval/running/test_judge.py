@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from orthattack import PGD
-from orthattack.attacks.attack import Card
+from orthattack.attacks.base import Card
 from orthattack.eval.attacks.counter import CallCounter
 from orthattack.eval.attacks.kind import Found
 from orthattack.eval.checks.clean import differentiated

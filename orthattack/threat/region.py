@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from orthattack.arguments import check_bounds, check_choice, check_real, is_number, plain
-from orthattack.plane import Plane, soften
 from orthattack.projection import (
     Scope,
     alignment,
@@ -28,7 +27,8 @@ from orthattack.projection import (
     scope_dims,
     total,
 )
-from orthattack.subspace import Subspace
+from orthattack.threat.plane import Plane, soften
+from orthattack.threat.subspace import Subspace
 
 __all__ = ["Direction", "Norm", "Region", "ThreatModel", "perturbation_norm"]
 

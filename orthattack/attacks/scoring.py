@@ -12,7 +12,7 @@ from torch import Tensor
 from orthattack.arguments import check_labels
 from orthattack.attacks.assumptions import DRAWS, NEEDED
 from orthattack.losses import Goal, attack_loss
-from orthattack.model import Model, check_finite, checked_logits
+from orthattack.models import Model, check_finite, checked_logits
 
 __all__ = [
     "Evaluation",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from orthattack.model import Model
+from orthattack.models import Model
 
 __all__ = ["FastCopy", "Optimize"]
 

@@ -9,8 +9,8 @@ from scipy.optimize import linprog, minimize
 from torch import Tensor
 
 from orthattack import alignment
-from orthattack.plane import Plane
-from orthattack.subspace import Subspace
+from orthattack.threat.plane import Plane
+from orthattack.threat.subspace import Subspace
 from tests.conftest import examples, gradient_kinds, image_kinds, make_gradient, make_images, seeds
 
 epsilons = st.sampled_from([0.5 / 255, 4 / 255, 8 / 255, 0.3])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from orthattack.attacks.assumptions import DRAWS, NEEDED
-from orthattack.attacks.oracle import NoGradientError, Oracle, input_gradient
+from orthattack.attacks.scoring import NoGradientError, Oracle, input_gradient
 from orthattack.losses import Goal, attack_loss
 
 CE, MARGIN = attack_loss("ce"), attack_loss("margin")

@@ -11,7 +11,7 @@ from scipy.optimize import brentq, linprog, minimize
 from torch import Tensor
 
 from orthattack import alignment
-from orthattack.plane import Plane
+from orthattack.threat.plane import Plane
 from tests.conftest import examples, gradient_kinds, image_kinds, make_gradient, make_images, scopes, seeds
 
 epsilons = st.sampled_from([0.5 / 255, 4 / 255, 8 / 255, 0.3])

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from orthattack import PGD, OrthoAPGD, OrthoPGD
-from orthattack.attacks import optimize
-from orthattack.attacks.optimize import FastCopy, _folded
+from orthattack.attacks import fast_copy
+from orthattack.attacks.fast_copy import FastCopy, _folded
 
 
 class Residual(nn.Module):
@@ -125,7 +125,7 @@ def test_a_copy_that_answers_otherwise_is_not_used(images, monkeypatch):
         copied.head.weight.data.mul_(-3)
         return copied
 
-    monkeypatch.setattr(optimize, "_folded", spoiled)
+    monkeypatch.setattr(fast_copy, "_folded", spoiled)
     with pytest.warns(UserWarning, match="logits differ"):
         assert FastCopy(model, "auto").of(model, images) is None
 

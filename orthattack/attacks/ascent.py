@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from orthattack.arguments import check_count, check_flag, check_real
-from orthattack.attacks.attack import Task
-from orthattack.attacks.steps import Ascent, StepRule
+from orthattack.attacks.base import Task
+from orthattack.attacks.rules import Ascent, StepRule
 
 __all__ = ["Climb", "rate"]
 

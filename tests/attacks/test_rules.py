@@ -22,7 +22,7 @@ from orthattack import (
     OrthoPGD,
     ThreatModel,
 )
-from orthattack.attacks.steps import AutoStep, ScheduledStep
+from orthattack.attacks.rules import AutoStep, ScheduledStep
 from tests.attacks.test_attacks import Recorder, drawn, small_model
 from tests.conftest import examples, seeds
 

@@ -1,4 +1,4 @@
-"""Several planes at once, ⟨y - x, b_j⟩ = 0 for j = 1 … k, inside a box: what `orthattack.plane` does, for k directions.
+"""Several planes at once, ⟨y - x, b_j⟩ = 0 for j = 1 … k, inside a box: what `Plane` does, for k directions.
 
 With one direction the dual has one multiplier and `Plane` brackets it. With k there is nothing to bracket, but the dual
 of the Euclidean projection is smooth, and Newton's method finds its k multipliers in a few steps; the linear program of
@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from orthattack.plane import soften
 from orthattack.projection import dot, orthonormal_basis, reciprocal, remove_directions, scaled, scope_dims
+from orthattack.threat.plane import soften
 
 __all__ = ["Subspace"]
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from orthattack import PGD, DetectorEvasion, Normalized, OrthoPGD, fooled
-from orthattack.attacks.optimize import _folded
+from orthattack.attacks.fast_copy import _folded
 from orthattack.lending import borrowed
 
 

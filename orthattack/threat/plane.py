@@ -15,9 +15,9 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from orthattack.grid import Box, settled_rows
-from orthattack.multiplier import Bracket, ends_of, search, try_all
 from orthattack.projection import Scope, dot, orthogonalize, reciprocal, scaled, scope_dims, total
+from orthattack.threat.rootfind import Bracket, ends_of, search, try_all
+from orthattack.threat.rounding import Box, settled_rows
 
 __all__ = ["Plane", "soften"]
 

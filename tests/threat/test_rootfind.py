@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from orthattack.multiplier import ends_of, search, try_all
+from orthattack.threat.rootfind import ends_of, search, try_all
 
 LARGEST = torch.finfo(torch.float64).max / 4
 

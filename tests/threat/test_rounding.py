@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from orthattack.grid import settled_rows
+from orthattack.threat.rounding import settled_rows
 from tests.conftest import image_kinds, make_gradient, make_images, seeds
 
 ALLOWED = 7.5e-7

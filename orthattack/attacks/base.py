@@ -1,6 +1,6 @@
 """An attack: a model, a threat model and a search for the best point in it, with the bookkeeping they share.
 
-`Attack` checks its input, borrows the model, lets the search run, and reports. A search (`orthattack.attacks.climb`,
+`Attack` checks its input, borrows the model, lets the search run, and reports. A search (`orthattack.attacks.ascent`,
 `orthattack.attacks.square`, `orthattack.attacks.auto`) decides which points to score; whatever it scores is offered to
 `Best`, which keeps the best of each sample. Concrete attacks choose options; they override nothing.
 """
@@ -29,12 +29,12 @@ from orthattack.arguments import (
 )
 from orthattack.attacks.assumptions import PROBABILITIES, Observer, warn
 from orthattack.attacks.configured import Configured
-from orthattack.attacks.optimize import FastCopy, Optimize
-from orthattack.attacks.oracle import Evaluation, InBatches, LossFunction, Oracle, Precision, Scorer
-from orthattack.attacks.steps import Reference
+from orthattack.attacks.fast_copy import FastCopy, Optimize
+from orthattack.attacks.rules import Reference
+from orthattack.attacks.scoring import Evaluation, InBatches, LossFunction, Oracle, Precision, Scorer
 from orthattack.lending import borrowed, guarded, in_evaluation, is_foreign
 from orthattack.losses import Goal, Loss, attack_loss
-from orthattack.model import Model, explained
+from orthattack.models import Model, explained
 from orthattack.projection import Scope
 from orthattack.threat import Direction, Norm, Region, ThreatModel, perturbation_norm
 

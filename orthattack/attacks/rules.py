@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from orthattack.arguments import check_choice, check_flag, check_real, is_number
-from orthattack.attacks.oracle import Evaluation
+from orthattack.attacks.scoring import Evaluation
 from orthattack.threat import Region, ThreatModel
 
 __all__ = ["Ascent", "AutoStep", "Reference", "Schedule", "ScheduledStep", "State", "StepRule"]
