@@ -105,11 +105,6 @@ class _Tracer(fx.Tracer):
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if threading.get_ident() != self._thread:
-            return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
-
 
 def _folded(model: nn.Module) -> nn.Module:
     """A module in evaluation mode with its batch norms folded into the convolutions that they follow.
@@ -137,6 +132,5 @@ def _folded(model: nn.Module) -> nn.Module:
         setattr(graph.get_submodule(parent), name, fuse_conv_bn_eval(conv, norm))
         node.replace_all_uses_with(before)
         graph.graph.erase_node(node)
-    graph.graph.lint()
     graph.recompile()
     return graph

@@ -269,9 +269,9 @@ def _climbed(
     if slope is None:
         return value, torch.zeros_like(goal.classes, dtype=torch.bool), direct
     # Below this a backward pass meets numbers that its dtype rounds to 0.
-    limits = torch.finfo(points.dtype)
+    limit = torch.finfo(points.dtype).tiny * (1 if points.dtype is torch.float16 else 1e8)
     largest = slope.abs().amax(1)
-    flat = ~((largest > limits.tiny * (1e8 if limits.bits > 16 or limits.tiny < 1e-30 else 1)) & largest.isfinite())
+    flat = ~((largest > limit) & largest.isfinite())
     swap = flat
     if name == "ce":  # near log K for logits this close, where its digits and its slope hardly tell classes apart
         swap = swap | (source.detach().amax(1) - source.detach().amin(1) <= 1e-2)

@@ -327,6 +327,21 @@ def test_a_module_does_not_remember_that_it_was_looked_at():
     assert [len(x) for x in recorder.seen] == [6, 6, 6]
 
 
+def test_a_buffer_that_a_module_writes_into_is_left_as_it_was():
+    class Counting(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x)
+
+    model, images = Counting(), drawn()[0]
+    observe(model, images, module=model)
+    assert model.calls == 0
+
+
 # --- models that draw ------------------------------------------------------------------------------------------------
 
 

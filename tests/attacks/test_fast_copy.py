@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from typing import ClassVar
 
@@ -61,6 +62,25 @@ def test_folding_keeps_the_function_and_leaves_fewer_norms(images):
     torch.testing.assert_close(folded(images), model(images), rtol=1e-4, atol=1e-5)
     graph = [node.target for node in folded.graph.nodes if node.op == "call_module"]
     assert [name for name in graph if "norm" in name or name == "last"] == ["last"]
+
+
+def test_what_other_threads_run_meanwhile_is_left_alone(images):
+    other, answers = trained(), []
+
+    class Beside(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            if not isinstance(x, Tensor):  # while it is traced
+                thread = threading.Thread(target=lambda: answers.append(other(images)))
+                thread.start()
+                thread.join()
+            return super().forward(x)
+
+    folded = _folded(trained(Beside))
+    graph = [node.target for node in folded.graph.nodes if node.op == "call_module"]
+    assert [name for name in graph if "norm" in name or name == "last"] == ["last"]
+    (answer,) = answers
+    assert isinstance(answer, Tensor)
+    assert torch.equal(answer, other(images))
 
 
 def test_a_shared_convolution_is_not_folded(images):

@@ -250,7 +250,8 @@ def test_odd_input_is_named_with_its_cause_and_a_remedy(images, labels, message,
 def test_half_precision_models_are_told_from_their_images():
     half = network(3, torch.float16)
     with pytest.raises(
-        ValueError, match=r"images are float32, the model's weights float16: attack model\.float\(\), or pa"
+        ValueError,
+        match=r"images are float32, the model's weights float16: attack model\.float\(\), or pass images\.half",
     ):
         orthattack.PGD(half, steps=1)(IMAGES, LABELS)
 

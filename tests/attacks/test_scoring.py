@@ -77,6 +77,22 @@ def test_a_saturated_cross_entropy_gives_way_to_the_margin_where_the_goal_is_not
     torch.testing.assert_close(towards.gradient[0].flatten(), scale * (WEIGHT[2] - WEIGHT[0]))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "limit"),
+    [(torch.float16, 2.0**-14), (torch.bfloat16, 1e8 * 2.0**-126), (torch.float32, 1e8 * 2.0**-126),
+     (torch.float64, 1e8 * 2.0**-1022)],
+)  # fmt: skip
+def test_a_slope_is_nothing_where_the_images_dtype_would_round_it_to_nothing(dtype, limit):
+    x = X[:1].to(dtype)
+    for slope, is_usable in ((0.9 * limit, False), (1.1 * limit, True)):
+        found = Oracle(linear).evaluate(
+            x, Goal(GOAL.classes[:1]), lambda logits, goal, s=slope: s * goal.margin(logits), None, with_gradient=True
+        )
+        assert found.unusable.tolist() == [not is_usable]
+        expected = (slope if is_usable else 1) * (WEIGHT[2] - WEIGHT[0]).to(dtype)
+        torch.testing.assert_close(found.gradient[0].flatten(), expected, rtol=1e-2, atol=0)
+
+
 def test_a_sample_without_any_gradient_has_one_of_zeros():
     def model(images):
         return linear(torch.where(images.mean((1, 2, 3), keepdim=True) > 0.3, images, images.detach().round()))

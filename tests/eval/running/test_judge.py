@@ -11,7 +11,7 @@ from orthattack.attacks.base import Card
 from orthattack.eval.attacks.counter import CallCounter
 from orthattack.eval.attacks.kind import Found
 from orthattack.eval.checks.clean import differentiated
-from orthattack.eval.running.judge import Judge, clean_columns, promised_cosine, row_columns
+from orthattack.eval.running.judge import Judge, _alike, clean_columns, promised_cosine, row_columns
 
 CPU = torch.device("cpu")
 
@@ -287,6 +287,22 @@ def test_an_answer_that_is_not_finite_is_an_error():
     assert looked["message"] == [None, "the model's answer is NaN or infinite"]
     assert looked["prediction"] == [0, -1]
     assert looked["margin"][0] == pytest.approx(-6)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "are_alike"),
+    [
+        ([0.0, 1024.0], [0.0, 1025.0], True),
+        ([0.0, 1024.0], [0.0, 1025.1], False),
+        ([0.0, 1024.0], [1.0, 1024.0], True),
+        ([0.0, 1024.0], [1.1, 1024.0], False),
+        ([0.0, -1024.0], [1.0, -1024.0], True),
+        ([0.0, 0.0], [0.0, 9e-10], True),
+        ([0.0, 0.0], [0.0, 1.1e-9], False),
+    ],
+)
+def test_answers_are_alike_if_no_logit_differs_by_more_than_a_share_of_the_largest(first, second, are_alike):
+    assert _alike(torch.tensor([first]), torch.tensor([second]), 1 / 1024) is are_alike
 
 
 @pytest.mark.parametrize("with_gradient", [True, False])

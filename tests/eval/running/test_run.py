@@ -17,7 +17,9 @@ import pytest
 import torch
 from torch import nn
 
+from orthattack.eval import evaluate
 from orthattack.eval.attacks.user import user_attack
+from orthattack.eval.checks.probes import TRANSFER
 from orthattack.eval.data.load import load_dataset
 from orthattack.eval.data.prefetch import Decoder
 from orthattack.eval.errors import EvaluationError
@@ -27,6 +29,8 @@ from orthattack.eval.running.plan import GALLERY
 from orthattack.eval.running.run import Source, run_suite, suite_source
 from orthattack.eval.storage.run_folder import RunFolder
 from orthattack.eval.suite import make_suite
+from tests.eval.tiny import Net, dataset
+from tests.eval.tiny import classifier as classifier_of
 from tests.stored import assert_same, contents
 
 EPS = 8 / 255
@@ -577,6 +581,28 @@ def test_the_misclassified_are_attacked_if_asked_and_change_no_rate(tmp_path, ev
 
 
 # Memory and decoding
+
+
+def test_of_the_checks_pgds_images_are_kept_and_tried_on_the_other_model(tmp_path):
+    close = Net()
+    close.head.weight.data += 0.02 * torch.randn(close.head.weight.shape, generator=torch.Generator().manual_seed(1))
+    run = evaluate(
+        [classifier_of(Net(), "a"), classifier_of(close, "b")], dataset(), ["FGSM"], out=tmp_path / "r", eps=EPS,
+        steps=3, batch_size=4, shard_size=6, check_images=9, checks=True, progress=False, report=False,
+    )  # fmt: skip
+    (eps,) = {probe["eps"] for probe in run.manifest["probes"] if probe["label"] == "PGD"}
+    for model, other, net in (("a", "b", close), ("b", "a", Net())):
+        kept = dict(run.folder.images(model, "PGD", eps, kind="checks"))
+        rows = run.folder.read("checks", model, "PGD", eps).set_index("position")
+        assert sorted(kept) == rows.index[rows["status"] == "ok"].tolist() != []
+        tried = run.folder.read("checks", other, f"{TRANSFER}{model}", eps).set_index("position")
+        tried = tried[tried["status"] == "ok"]
+        assert len(tried) > 4
+        assert set(tried.index) <= set(kept)
+        answers = net.eval()(torch.stack([kept[position] for position in tried.index])).argmax(1)
+        assert tried["adversarial_prediction"].tolist() == answers.tolist()
+    labels = {path.parent.parent.name for path in (run.folder.path / "checks").rglob("*.safetensors")}
+    assert labels == {"PGD"}
 
 
 def test_no_more_than_two_chunks_are_decoded_ahead():
