@@ -447,20 +447,17 @@ def _is_path(folder: Path, value: str) -> bool:
     return exists or (":" not in value and ("/" in value or bool(Path(value).suffix)))
 
 
-def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """What differs between two configurations, a line each."""
+def differences(before: Mapping[str, Any], after: Mapping[str, Any], form: str = "{}: {} there, {} now") -> list[str]:
+    """What differs between two configurations, a line each: where, what it was, and what it is."""
     old, new = dict(_flat(before)), dict(_flat(after))
-    return [
-        f"{key}: {old.get(key, 'not set')} there, {new.get(key, 'not set')} now"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
+    both = {key: (old.get(key, "not set"), new.get(key, "not set")) for key in dict.fromkeys([*old, *new])}
+    return [form.format(key, *values) for key, values in both.items() if values[0] != values[1]]
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _flat(item, f"{prefix}.{key}" if prefix else str(key))
+            yield from _flat(item, f"{prefix}.{key}".lstrip("."))
     elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
         for number, item in enumerate(value, 1):
             yield from _flat(item, f"{prefix}[{number}]")

@@ -19,19 +19,19 @@ from PIL import Image
 from torch import Tensor
 
 from orthattack.eval.report import gallery, plots
-from orthattack.eval.results.outcomes import defined, records
+from orthattack.eval.report import table as tables
+from orthattack.eval.report.table import NORMS, UNDEFINED, Row, number, percent
+from orthattack.eval.results.outcomes import records
 from orthattack.eval.results.rates import DEFINITIONS
 from orthattack.eval.results.stored_run import COSINE_EDGES, WORST, Run
 from orthattack.eval.storage.run_folder import shown_eps
 
 __all__ = ["page"]
 
-NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1"}
 SHOWN_SIZE = 224
 LOSSLESS_SIZE = 64
 IMAGE_BYTES = 8_500_000  # before base64, which makes them 11.4 MB
 MAX_CARDS = 3_000
-_UNDEFINED = "–"
 
 
 def page(run: Run) -> str:
@@ -40,7 +40,7 @@ def page(run: Run) -> str:
     environment = Environment(
         loader=DictLoader(read), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(percent=percent, points=points, number=number, tip=_tip)
+    environment.filters.update(percent=percent, number=lambda value, form: number(form, value), tip=_tip)
     script = read["report.js"]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # The script by its hash and nothing else: a name that slipped through as markup still could not run.
@@ -55,27 +55,8 @@ def page(run: Run) -> str:
 _FILES = ("report.html.j2", "report.css", "report.js")
 
 
-def percent(value: float | None) -> str:
-    """A share as people write it."""
-    return _UNDEFINED if value is None or math.isnan(value) else f"{100 * value:.1f} %"
-
-
-def points(value: float | None) -> str:
-    """A difference of shares, in points, with its sign."""
-    return _UNDEFINED if value is None or math.isnan(value) else f"{100 * value:+.1f}".replace("-", "−")
-
-
-def number(value: float | None, form: str = ".3g") -> str:
-    """Any other number."""
-    if value is None or math.isnan(value):
-        return _UNDEFINED
-    mantissa, e, exponent = f"{value:{form}}".partition("e")
-    return (mantissa + (f"e{int(exponent)}" if e else "")).replace("-", "−")
-
-
-def _tip(row: dict[str, Any]) -> str:
-    reasons = json.loads(row["reasons"]) if isinstance(row["reasons"], str) else {}
-    return "; ".join(f"{count} × {reason}" for reason, count in reasons.items())
+def _tip(row: Row) -> str:
+    return "; ".join(f"{count} × {reason}" for reason, count in row["reasons"].items())
 
 
 def _context(run: Run) -> dict[str, Any]:
@@ -86,18 +67,10 @@ def _context(run: Run) -> dict[str, Any]:
     chosen = (len(radii) - 1) // 2
     done, expected = run.progress()
     unit = (255.0, " in 1/255") if run.norm == "linf" and max(_known(run), default=0) < 0.2 else (1.0, "")
-    rows = records(table)
-    for row in rows:
-        row["model_index"] = models.index(row["model"])
-        row["eps_index"] = run.radii.index(defined(row["eps"]))
-        row["style"] = look.get(row["attack"])
-        row["left_out"] = sum(int(row.get(k) or 0) for k in ("error", "unreadable", "invalid"))
-        row["eps_text"] = shown_eps(defined(row["eps"]), run.norm)
-    paired = records(run.paired())
-    for row in paired:
-        row["model_index"] = models.index(row["model"])
-        row["eps_index"] = run.radii.index(defined(row["eps"]))
-        row["eps_text"] = shown_eps(defined(row["eps"]), run.norm)
+    rows, paired = tables.leaderboard_rows(run), records(run.paired())
+    for row in rows + paired:
+        row |= {"model_index": models.index(row["model"]), "eps_index": run.radii.index(row["eps"])}
+        row["eps_text"] = shown_eps(row["eps"], run.norm)
     cards, images, stored = _cards(run)
     data = {
         "models": models,
@@ -111,7 +84,6 @@ def _context(run: Run) -> dict[str, Any]:
     return {
         "run": run,
         "shown": len(cards),
-        "shown_norm": lambda value: _UNDEFINED if value is None else shown_eps(value, run.norm),
         "norm": NORMS.get(run.norm, run.norm),
         "others": [{"name": NORMS.get(norm, norm), "file": _file(run, norm)} for norm in run.other_norms],
         "models": models,
@@ -120,11 +92,15 @@ def _context(run: Run) -> dict[str, Any]:
         "chosen": chosen,
         "look": look,
         "worst": WORST,
+        "columns": list(tables.leaderboard(run.norm).values()),
+        "accuracy_column": tables.leaderboard(run.norm)["robust_accuracy"],
         "rows": rows,
         "worst_rows": [row for row in rows if row["attack"] == WORST and row["eps_index"] == chosen],
         "accuracy": {model: run.clean_accuracy(model) for model in models},
         "paired": paired,
-        "optimality": records(run.optimality()),
+        "paired_columns": list(tables.paired(run.norm).values()),
+        "optimality": tables.optimality_rows(run),
+        "optimality_columns": tables.OPTIMALITY,
         "by_eps": {m: Markup(plots.accuracy_by_eps(run.curves(m), look, unit, _known(run))) for m in models},  # noqa: S704
         "by_calls": _by_calls(run, table, look),
         "gradients": {m: Markup(plots.cosine_histogram(run.gradient_cosines(m))) for m in models},  # noqa: S704
@@ -263,7 +239,7 @@ class _Images:
 
 def _card(run: Run, example: gallery.Example, images: _Images) -> list[Any]:
     model = list(run.models).index(example.model)
-    norm = _UNDEFINED if math.isnan(example.norm) else shown_eps(example.norm, run.norm)
+    norm = UNDEFINED if math.isnan(example.norm) else shown_eps(example.norm, run.norm)
     return [
         model,
         list(run.attacks).index(example.attack),
@@ -273,7 +249,7 @@ def _card(run: Run, example: gallery.Example, images: _Images) -> list[Any]:
         run.class_name(example.model, example.adversarial_prediction),
         int(example.success),
         norm,
-        number(example.cosine, ".1e"),
+        number(".1e", example.cosine),
         f"{example.magnification:.3g}",
         example.name,
         images.add(example.clean, key=(example.model, example.position)),

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import html
 import json
-import math
 import shutil
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from tabulate import tabulate
 
-from orthattack.eval.report.html import NORMS, number, page, percent, points
+from orthattack.eval.report import table as tables
+from orthattack.eval.report.table import NORMS, OPTIMALITY, Column, Row, grid
 from orthattack.eval.results.comparison import CLEAN, compared, differences
-from orthattack.eval.results.outcomes import cause, defined, records
+from orthattack.eval.results.outcomes import cause, records
 from orthattack.eval.results.rates import DEFINITIONS
 from orthattack.eval.results.stored_run import WORST, Run
 from orthattack.eval.storage.run_folder import RunFolder, shown_eps
-
-__all__ = ["compare", "leaderboard_table", "markdown", "write_report"]
 
 NOTES = (
     *DEFINITIONS.split("; "),
@@ -30,6 +29,7 @@ NOTES = (
 )
 _WIDTH = 22
 _COLUMNS = 132
+_MEASURED = ["mean_norm", "mean_abs_cosine", "max_abs_cosine", "gradient_calls"]
 
 
 def write_report(run: Run, folder: RunFolder | None = None) -> list[Path | str]:
@@ -38,6 +38,8 @@ def write_report(run: Run, folder: RunFolder | None = None) -> list[Path | str]:
     results.json, results.csv, results.md and report.html; and, where some attacks have another norm than the run, the
     same of these with the norm in their names.
     """
+    from orthattack.eval.report.html import page
+
     written: list[Path | str] = []
     for view in (run, *map(run.in_norm, run.other_norms)):
         name = "{}" if view is run else f"{{}}-{view.norm}"
@@ -62,17 +64,26 @@ def _for_spreadsheets(table: pd.DataFrame) -> pd.DataFrame:
 
 def leaderboard_table(run: Run) -> str:
     """A table per model, at most 132 columns wide, with what the columns mean and what to beware of below."""
-    table = run.table()
+    known, rows = tables.leaderboard(run.norm), tables.leaderboard_rows(run)
     parts = [_state(run)]
     for model in run.models:
-        accuracy = run.clean_accuracy(model)
-        low, high = accuracy.interval() or (None, None)
-        right = f"clean accuracy {_ascii(percent(accuracy.value))}{_interval(low, high)} of {accuracy.total} images"
-        parts.append(f"\n{_cut(model, 60)}: {right}")
-        rows = table[table["model"] == model] if len(table) else table
-        parts.append(_block(run, rows))
-    parts += ["", *NOTES, *(line for text in _beware(run, table) for line in _wrapped(text))]
+        own = [row for row in rows if row["model"] == model]
+        keys = ["eps", "attack", "scored", "robust_accuracy", "success_rate", *_MEASURED, "seconds"]
+        keys += ["left_out"] * any(row["left_out"] for row in own)
+        shown = _plain([known[key] for key in keys], own)
+        for line, before in zip(shown[:0:-1], shown[-2::-1], strict=True):
+            line[0] = "" if line[0] == before[0] else line[0]  # a radius is named once
+        parts += [f"\n{_cut(model, 60)}: {_ascii(_clean(run, model))}", _aligned(shown)]
+    parts += ["", *NOTES, *(line for text in _beware(run, rows) for line in _wrapped(text))]
     return "\n".join(parts)
+
+
+def _clean(run: Run, model: str) -> str:
+    accuracy = run.clean_accuracy(model)
+    low, high = accuracy.interval() or (None, None)
+    about = {"accuracy": accuracy.value, "low": low, "high": high}
+    shown = Column("", "accuracy", tables.percent, ("low", "high")).cell(about)
+    return f"clean accuracy {shown} of {accuracy.total} images"
 
 
 def _state(run: Run) -> str:
@@ -85,41 +96,30 @@ def _state(run: Run) -> str:
     return f"{run.status.upper()}: {done:,} of {expected:,} results{share}; {text}"
 
 
-def _block(run: Run, rows: pd.DataFrame) -> str:
-    head = ["eps", "attack", "n", "robust acc. [95 %]", "success", "norm", "mean |cos|", "max |cos|", "grads", "s"]
-    left_out = len(rows) > 0 and any(_left_out(row) for row in rows.to_dict("records"))
-    body, last = [], None
-    for row in rows.to_dict("records"):
-        eps = shown_eps(defined(row["eps"]), run.norm)
-        line = [
-            "" if eps == last else eps,
-            _cut(row["attack"], _WIDTH),
-            f"{row['scored']:,}",
-            percent(row["robust_accuracy"]) + _interval(row["robust_accuracy_low"], row["robust_accuracy_high"]),
-            percent(row["success_rate"]),
-            _norm(run, row["mean_norm"]),
-            number(row["mean_abs_cosine"], ".1e"),
-            number(row["max_abs_cosine"], ".1e"),
-            number(row["gradient_calls"], ".4g"),
-            number(row["seconds"], ".3g"),
-        ]
-        body.append([_ascii(cell) for cell in line] + [str(_left_out(row) or "")] * left_out)
-        last = eps
-    align = ("left", "left", *["right"] * (len(head) + left_out - 2))
-    return tabulate(body, head + ["left out"] * left_out, tablefmt="simple", disable_numparse=True, colalign=align)
+def _plain(columns: Sequence[Column], rows: Sequence[Row]) -> list[list[str]]:
+    """Heads and cells for the terminal."""
+    return [
+        [_ascii(column.head).replace("accuracy", "acc.") for column in columns],
+        *([_ascii(c) for c in r] for r in grid(columns, rows, _cut)),
+    ]
 
 
-def _beware(run: Run, table: pd.DataFrame) -> list[str]:
+def _aligned(lines: list[list[str]]) -> str:
+    align = ("left", "left", *["right"] * (len(lines[0]) - 2))
+    return tabulate(lines[1:], lines[0], tablefmt="simple", disable_numparse=True, colalign=align)
+
+
+def _beware(run: Run, rows: Sequence[Row]) -> list[str]:
     """Images left out and why, by cause; warnings; and trust checks that did not pass. Nothing of it is cut off."""
+    most: dict[tuple[str, str, str], tuple[int, str]] = {}  # at any radius, by model, attack and cause
+    for row in rows:
+        for reason, count in row["reasons"].items():
+            key = row["model"], row["attack"], cause(reason)
+            most[key] = max(most.get(key, (0, "")), (count, reason), key=lambda found: found[0])
     # The attacks that left out so many for that cause, and the cause in full.
     who: dict[tuple[str, str, int], tuple[str, list[str]]] = {}
-    for (model, attack), rows in table.groupby(["model", "attack"], sort=False) if len(table) else []:
-        most: dict[str, tuple[int, str]] = {}
-        for text in rows["reasons"].dropna():
-            for reason, count in json.loads(text).items():  # the most at any radius
-                most[cause(reason)] = max(most.get(cause(reason), (0, "")), (count, reason), key=lambda found: found[0])
-        for key, (count, reason) in most.items():
-            who.setdefault((str(model), key, count), (reason, []))[1].append(str(attack))
+    for (model, attack, why), (count, reason) in most.items():
+        who.setdefault((model, why, count), (reason, []))[1].append(attack)
     lines = []
     for (model, _, count), (reason, attacks) in who.items():
         some = attacks[0] + (f" and {len(attacks) - 1} more" if len(attacks) > 1 else "")
@@ -143,12 +143,6 @@ def _wrapped(text: str) -> list[str]:
 
 def as_json(run: Run) -> dict[str, Any]:
     """Everything a report shows but the images, with null for what is undefined."""
-    table = records(run.table())
-    for row in table:
-        if row["attack"] == WORST:  # has no measures of its own
-            row["reasons"] = {}
-        else:
-            row["reasons"] = json.loads(row["reasons"])
     done, expected = run.progress()
     return {
         "format": 1,
@@ -156,7 +150,7 @@ def as_json(run: Run) -> dict[str, Any]:
         "results": done,
         "expected": expected,
         "definitions": list(NOTES),
-        "table": table,
+        "table": [{k: v for k, v in row.items() if k != "left_out"} for row in tables.leaderboard_rows(run)],
         "paired": records(run.paired()),
         "optimality": records(run.optimality()),
         "per_class": [
@@ -172,60 +166,21 @@ def as_json(run: Run) -> dict[str, Any]:
 
 def markdown(run: Run) -> str:
     """The tables for a paper or an issue. Names are escaped: they are shown, whatever they are."""
-    table = run.table()
-    lines = [
-        f"# {_md(', '.join(run.models) or 'no model')}: adversarial robustness, {NORMS.get(run.norm, run.norm)}",
-        "",
-    ]
-    lines += [_md(_state(run)), ""]
+    known, rows = tables.leaderboard(run.norm), tables.leaderboard_rows(run)
+    lines = [f"# {_md(', '.join(run.models) or 'no model')}: adversarial robustness, {NORMS.get(run.norm, run.norm)}"]
+    lines += ["", _md(_state(run)), ""]
+    columns = [known[k] for k in ("eps", "attack", "scored", "robust_accuracy")]
+    columns += [tables.SUCCESS, *(known[k] for k in _MEASURED), known["left_out"]]
     for model in run.models:
-        accuracy = run.clean_accuracy(model)
-        low, high = accuracy.interval() or (None, None)
-        clean = f"{percent(accuracy.value)}{_interval(low, high)}"
-        lines += [f"## {_md(model)}", "", f"Clean accuracy {clean} of {accuracy.total} images.", ""]
-        head = [
-            "ε",
-            "attack",
-            "n",
-            "robust accuracy [95 %]",
-            "success [95 %]",
-            "mean norm",
-            "mean abs(cos)",
-            "max abs(cos)",
-        ]
-        head += ["gradients", "not scored"]
-        body = [
-            [
-                shown_eps(defined(row["eps"]), run.norm),
-                _md(row["attack"]),
-                str(row["scored"]),
-                percent(row["robust_accuracy"]) + _interval(row["robust_accuracy_low"], row["robust_accuracy_high"]),
-                percent(row["success_rate"]) + _interval(row["success_rate_low"], row["success_rate_high"]),
-                _norm(run, row["mean_norm"]),
-                number(row["mean_abs_cosine"], ".1e"),
-                number(row["max_abs_cosine"], ".1e"),
-                number(row["gradient_calls"], ".4g"),
-                "" if row["attack"] == WORST else str(_left_out(row)),
-            ]
-            for row in (table[table["model"] == model] if len(table) else table).to_dict("records")
-        ]
-        lines += [_pipes(head, body), ""]
-    paired = run.paired()
-    if len(paired):
-        lines += ["## Beside the baselines", "", _paired(run, paired, _pipes), ""]
-    optimal = run.optimality()
-    if len(optimal):
-        body = [
-            [
-                _md(row["attack"]),
-                "global" if row["model"] is None else _md(row["model"]),
-                str(row["images"] or ""),
-                percent(row["local"]),
-            ]
-            for row in records(optimal)
-        ]
-        lines += ["## Optimality (arXiv:2404.19460)", "", _pipes(["attack", "model", "n", "optimality"], body), ""]
-    lines += [f"- {_md(note)}" for note in [*NOTES, *_beware(run, table)]]
+        own = [row for row in rows if row["model"] == model]
+        lines += [f"## {_md(model)}", "", f"{_clean(run, model).capitalize()}.", "", _pipes(columns, own), ""]
+    if beside := records(run.paired()):
+        pairs = tables.paired(run.norm)
+        keys = ["eps", "model", "attack", "baseline", "n", "difference", *(k for k in pairs if "alone" in k), "p"]
+        lines += ["## Beside the baselines", "", _pipes([pairs[key] for key in keys], beside), ""]
+    if optimal := tables.optimality_rows(run):
+        lines += ["## Optimality (arXiv:2404.19460)", "", _pipes(OPTIMALITY, optimal), ""]
+    lines += [f"- {_md(note)}" for note in [*NOTES, *_beware(run, rows)]]
     return "\n".join(lines) + "\n"
 
 
@@ -235,74 +190,29 @@ def compare(first: Run, second: Run, *, as_markdown: bool = False) -> str:
     Raises:
         EvaluationError: where they cannot be compared, see `compared`.
     """
-    table = compared(first, second)
-    wrap = _md if as_markdown else _ascii
-    head = ["model", "attack", "eps", "n", "first", "second", "difference [95 %]", "only first", "only second", "p"]
-    body = [
-        [
-            _md(row["model"]) if as_markdown else row["model"],
-            _md(row["attack"]) if as_markdown else row["attack"],
-            shown_eps(row["eps"], first.norm) if row["eps"] is not None or row["attack"] != CLEAN else "",
-            str(row["n"]),
-            percent(row["first_accuracy"]),
-            percent(row["second_accuracy"]),
-            _difference(row),
-            str(row["first_robust_alone"]),
-            str(row["second_robust_alone"]),
-            number(row["p"], ".2g"),
-        ]
-        for row in records(table)
-    ]
-    alike = differences(first, second)
-    notes = [
+    columns, rows = tables.COMPARED, tables.compared_rows(compared(first, second), first.norm)
+    texts = [
+        *(f"{which}: {run.folder}" for which, run in (("first", first), ("second", second))),
         "right images of n that both scored, matched by name and label; only: right in this run and not in the other",
         "difference: first less second, in points, Tango's score interval, 95 %; p: McNemar's exact test",
+        *(
+            f"{row['model']}: the runs scored {row['first_images']} and {row['second_images']} images, {row['n']} the "
+            "same"
+            for row in rows
+            if row["attack"] == CLEAN and not row["first_images"] == row["second_images"] == row["n"]
+        ),
     ]
-    unmatched = [
-        f"{row['model']}: the runs scored {row['first_images']} and {row['second_images']} images, {row['n']} the same"
-        for row in records(table)
-        if row["attack"] == CLEAN and not row["first_images"] == row["second_images"] == row["n"]
-    ]
-    texts = [f"first: {first.folder}", f"second: {second.folder}", *notes, *unmatched]
+    alike = differences(first, second) or ["nothing"]
     if as_markdown:
-        parts = [*(f"- {wrap(text)}" for text in texts), "", _pipes(head, body), "", "What differs:", ""]
-        parts += [f"- {wrap(text)}" for text in alike] or ["- nothing"]
-    else:
-        rows = [[_cut(cell, _WIDTH) if k < 2 else _ascii(cell) for k, cell in enumerate(line)] for line in body]
-        align = ("left", "left", *["right"] * 8)
-        parts = [tabulate(rows, head, tablefmt="simple", disable_numparse=True, colalign=align), ""]
-        parts += [*map(wrap, texts), "", "what differs:"]
-        parts += [f"  {line}" for text in alike or ["nothing"] for line in textwrap.wrap(_ascii(text), 128)]
-    return "\n".join(parts) + ("\n" if as_markdown else "")
+        parts = [*(f"- {_md(text)}" for text in texts), "", _pipes(columns, rows), "", "What differs:", ""]
+        return "\n".join([*parts, *(f"- {_md(text)}" for text in alike)]) + "\n"
+    parts = [_aligned(_plain(columns, rows)), "", *map(_ascii, texts), "", "what differs:"]
+    return "\n".join([*parts, *(f"  {line}" for text in alike for line in textwrap.wrap(_ascii(text), 128))])
 
 
-def _paired(run: Run, table: pd.DataFrame, form: Any) -> str:
-    head = ["ε", "model", "attack", "baseline", "n", "difference [95 %], points", "only attack", "only baseline", "p"]
-    body = [
-        [
-            shown_eps(row["eps"], run.norm),
-            _md(row["model"]),
-            _md(row["attack"]),
-            _md(row["baseline"]),
-            str(row["n"]),
-            _difference(row),
-            str(row["fooled_by_attack_alone"]),
-            str(row["fooled_by_baseline_alone"]),
-            number(row["p"], ".2g"),
-        ]
-        for row in records(table)
-    ]
-    return str(form(head, body))
-
-
-def _difference(row: dict[str, Any]) -> str:
-    interval = "" if row["low"] is None else f" [{points(row['low'])}, {points(row['high'])}]"
-    return points(row["difference"]) + interval
-
-
-def _pipes(head: list[str], body: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _pipes(columns: Sequence[Column], rows: Sequence[Row]) -> str:
+    head = [column.head.replace("|", "\\|") for column in columns]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *grid(columns, rows, _md)])
 
 
 def _md(text: str) -> str:
@@ -311,21 +221,9 @@ def _md(text: str) -> str:
     return "".join("\\" + c if c in "\\`*_[]|~$!#" else c for c in escaped)
 
 
-def _left_out(row: dict[Any, Any]) -> int:
-    return sum(0 if math.isnan(row[k]) else int(row[k]) for k in ("error", "unreadable", "invalid"))
-
-
-def _norm(run: Run, value: float | None) -> str:
-    return "–" if value is None or math.isnan(value) else shown_eps(value, run.norm)
-
-
-def _interval(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None or math.isnan(low) else f" [{100 * low:.1f}, {100 * high:.1f}]"
-
-
 def _ascii(text: str) -> str:
     """`text` on one line in ASCII, whatever characters a name may hold and a terminal may lack."""
-    plain = str(text).replace("–", "-").replace("−", "-")
+    plain = str(text).replace("–", "-").replace("−", "-").replace("ε", "eps")
     return "".join(c if c.isprintable() and c.isascii() else ascii(c)[1:-1] for c in plain)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from orthattack.eval import suite
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.results.outcomes import ROBUST, UNSCORED, WRONG, bools, is_, paired_row
 from orthattack.eval.results.paired import Paired
@@ -101,24 +101,17 @@ def _close(a: float | None, b: float | None) -> bool:
 
 def differences(first: Run, second: Run) -> list[str]:
     """What differs between two runs: settings, attacks and models by label, and the versions of the last session."""
-    pairs = [("", _settings(first), _settings(second))]
+    sides: list[dict[str, Any]] = [_settings(first), _settings(second)]
     found = []
     for kind, one, other in (("attack", first.attacks, second.attacks), ("model", first.models, second.models)):
         for label in dict.fromkeys([*one, *other]):
             if label in one and label in other:
-                # Class names are as many as there are classes; where they differ, so do the classes' number or source.
-                left, right = ({k: v for k, v in run[label].items() if k != "class_names"} for run in (one, other))
-                pairs.append((f"{kind} {label}", left, right))
+                for side, about in zip(sides, (one[label], other[label]), strict=True):
+                    # Class names are as many as there are classes; where they differ, so do their number or source.
+                    side[f"{kind} {label}"] = {k: v for k, v in about.items() if k != "class_names"}
             else:
                 found.append(f"{kind} {label}: only in the {'first' if label in one else 'second'} run")
-    for name, one, other in pairs:
-        left, right = _flat(one, name), _flat(other, name)
-        found += [
-            f"{key}: {left.get(key, 'absent')} -> {right.get(key, 'absent')}"
-            for key in dict.fromkeys([*left, *right])
-            if left.get(key) != right.get(key)
-        ]
-    return found
+    return found + suite.differences(sides[0], sides[1], "{}: {} -> {}")
 
 
 def _settings(run: Run) -> dict[str, Any]:
@@ -130,9 +123,3 @@ def _settings(run: Run) -> dict[str, Any]:
         "config": {k: v for k, v in run.manifest["config"].items() if k not in ("attacks", "models")},
         "versions": sessions[-1].get("versions"),
     }
-
-
-def _flat(value: object, prefix: str = "") -> dict[str, str]:
-    if isinstance(value, Mapping) and value:
-        return {k: v for key, part in value.items() for k, v in _flat(part, f"{prefix}.{key}".lstrip(".")).items()}
-    return {prefix: str(value)}

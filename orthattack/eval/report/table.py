@@ -1,0 +1,144 @@
+"""The tables of a report: which columns each has and how its numbers are written, for terminal, Markdown and page."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from orthattack.eval.results.comparison import CLEAN
+from orthattack.eval.results.outcomes import records
+from orthattack.eval.results.stored_run import WORST, Run
+from orthattack.eval.storage.run_folder import shown_eps
+
+UNDEFINED = "–"
+NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1"}
+Row = Mapping[str, Any]
+
+
+def percent(value: float | None) -> str:
+    """A share as people write it."""
+    return UNDEFINED if value is None or math.isnan(value) else f"{100 * value:.1f} %"
+
+
+def points(value: float | None) -> str:
+    """A difference of shares, in points, with its sign."""
+    return UNDEFINED if value is None or math.isnan(value) else f"{100 * value:+.1f}".replace("-", "−")
+
+
+def number(form: str, value: float | None) -> str:
+    """Any other number."""
+    if value is None or math.isnan(value):
+        return UNDEFINED
+    mantissa, e, exponent = f"{value:{form}}".partition("e")
+    return (mantissa + (f"e{int(exponent)}" if e else "")).replace("-", "−")
+
+
+def _count(value: int | None) -> str:
+    return "" if value is None else f"{value:,}"
+
+
+def _norm(norm: str, value: float | None) -> str:
+    return UNDEFINED if value is None else shown_eps(value, norm)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: the number, or name, at `key` of each row, and its 95 % interval where it has one."""
+
+    head: str
+    key: str
+    show: Callable[[Any], str] = str
+    ends: tuple[str, str] = ("", "")  # keys of the interval
+    title: str = ""  # what the page adds to its head
+    first: str = "ascending"  # how the page sorts by it at first
+
+    @property
+    def is_name(self) -> bool:
+        """Whether it holds text that somebody chose."""
+        return self.key in ("model", "attack", "baseline")
+
+    def interval(self, row: Row) -> str:
+        """The interval, "" where there is none."""
+        low, high = (row.get(end) for end in self.ends)
+        return "" if low is None else "[{}, {}]".format(*(self.show(end).removesuffix(" %") for end in (low, high)))
+
+    def cell(self, row: Row) -> str:
+        """All of it as text."""
+        return f"{self.show(row[self.key])} {self.interval(row)}".rstrip()
+
+
+MODEL, ATTACK, N = Column("model", "model"), Column("attack", "attack"), Column("n", "n", _count, first="descending")
+P = Column("p", "p", partial(number, ".2g"))
+DIFFERENCE = Column("difference [95 %]", "difference", points, ("low", "high"))
+SUCCESS = Column("success [95 %]", "success_rate", percent, ("success_rate_low", "success_rate_high"))
+
+
+def leaderboard(norm: str) -> dict[str, Column]:
+    """The columns of the leaderboard, by key."""
+    small = partial(number, ".1e")
+    columns = [
+        ATTACK, MODEL,
+        Column("robust accuracy [95 %]", "robust_accuracy", percent, ("robust_accuracy_low", "robust_accuracy_high")),
+        Column("n", "scored", _count, title="images scored", first="descending"),
+        Column("not scored", "left_out", _count, first="descending"), _eps(norm),
+        Column("success", "success_rate", percent, first="descending"),
+        Column("norm", "mean_norm", partial(_norm, norm), title="mean norm of the perturbation"),
+        Column("mean |cos|", "mean_abs_cosine", small), Column("max |cos|", "max_abs_cosine", small),
+        Column("grads", "gradient_calls", partial(number, ".4g"), title="gradient calls per image"),
+        Column("s", "seconds", partial(number, ".3g"), title="seconds, in all"),
+    ]  # fmt: skip
+    return {column.key: column for column in columns}
+
+
+def paired(norm: str) -> dict[str, Column]:
+    """The columns of attacks beside their baselines, by key."""
+    columns = [
+        ATTACK, Column("baseline", "baseline"), MODEL, DIFFERENCE, P, N, _eps(norm),
+        Column("attack's", "attack_accuracy", percent), Column("baseline's", "baseline_accuracy", percent),
+        *(Column(f"only {who}", f"fooled_by_{who}_alone", str, title=f"images that the {who} alone fooled",
+                 first="descending")
+          for who in ("attack", "baseline")),
+    ]  # fmt: skip
+    return {column.key: column for column in columns}
+
+
+_RUNS = ("first", "second")
+COMPARED = [
+    MODEL, ATTACK, Column("eps", "shown_eps"), N, *(Column(run, f"{run}_accuracy", percent) for run in _RUNS),
+    DIFFERENCE, *(Column(f"only {run}", f"{run}_robust_alone") for run in _RUNS), P,
+]  # fmt: skip
+OPTIMALITY = [ATTACK, MODEL, Column("n", "images", _count), Column("optimality", "local", percent)]
+
+
+def _eps(norm: str) -> Column:
+    return Column("ε", "eps", partial(shown_eps, norm=norm))
+
+
+def leaderboard_rows(run: Run) -> list[dict[str, Any]]:
+    """The rows of `Run.table`, with ``left_out``, how many images were not scored, and why (``reasons``)."""
+    rows = records(run.table())
+    for row in rows:
+        row["reasons"] = json.loads(row["reasons"]) if row["attack"] != WORST else {}
+        counts = [row[status] for status in ("error", "unreadable", "invalid")]
+        row["left_out"] = None if row["attack"] == WORST else sum(map(int, filter(None, counts)))
+    return rows
+
+
+def optimality_rows(run: Run) -> list[dict[str, Any]]:
+    """The rows of `Run.optimality`; the mean over the models is called global."""
+    return [{**row, "model": row["model"] or "global"} for row in records(run.optimality())]
+
+
+def compared_rows(table: Any, norm: str) -> list[dict[str, Any]]:
+    """The rows of `comparison.compared`, with their radii as text, which the clean images have none of."""
+    rows = records(table)
+    return [{**row, "shown_eps": "" if row["attack"] == CLEAN else shown_eps(row["eps"], norm)} for row in rows]
+
+
+def grid(columns: Sequence[Column], rows: Iterable[Row], name: Callable[[str], str]) -> list[list[str]]:
+    """The cells of a table, those that hold names passed through `name`."""
+    return [[name(row[c.key]) if c.is_name else c.cell(row) for c in columns] for row in rows]
