@@ -483,7 +483,7 @@ def _is_near(thing: Any, other: Any) -> bool:
 def _holdings(thing: Any) -> dict[Any, Any]:
     """What an object holds: names or positions to objects."""
     if isinstance(thing, torch.jit.ScriptModule):
-        own = (thing.named_parameters(recurse=False), thing.named_buffers(recurse=False), thing.named_children())
+        own = (thing.named_parameters(), thing.named_buffers(), thing.named_children())
         return {name: held for named in own for name, held in named}
     if _is_layer_class(thing):  # what it inherits is watched there
         return {name: held for name, held in vars(thing).items() if callable(held) or isinstance(held, _DESCRIPTORS)}

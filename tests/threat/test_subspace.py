@@ -239,6 +239,17 @@ def test_settling_does_not_give_the_perturbation_up(image, directions, seed, eps
         assert (y - rough).abs().mean() <= 0.01 * eps
 
 
+def test_points_whose_pixels_are_all_at_bounds_settle_inwards():
+    images = torch.full((1, 1, 2, 4), 0.5)
+    images[0, 0, 0] += torch.tensor([1e-3, 0, 2e-3, 0])
+    subspace, _ = around(images, 0.1, "image", 0)
+    for signs in ([1, -1, 1, -1] * 2, [-1, 1, -1, 1] * 2):
+        start = torch.where(torch.tensor(signs).view_as(images) > 0, subspace.upper, subspace.lower)
+        points = subspace.settle(start)
+        assert alignment(points - images, images).abs().max() <= 1e-6
+        assert (points - start).abs().max() < 1e-2
+
+
 @pytest.mark.parametrize("directions", ["image", "three", "channels", "dependent"])
 def test_a_batch_is_its_samples(directions):
     x = torch.cat([make_images(kind, (1, 3, 16, 16), 0) for kind in ("uniform", "8-bit", "sparse", "white", "black")])

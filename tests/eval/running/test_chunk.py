@@ -234,6 +234,19 @@ def test_an_attack_that_fails_is_an_error_of_its_batch_or_of_all(job):
     assert robust == (0, 0)
 
 
+@pytest.mark.parametrize("when", ["made", "run"])
+def test_an_interrupt_is_no_attacks_failure(job, when):
+    part = part_of(job)
+    part.look()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        attacked(part, interrupted if when == "made" else lambda _: interrupted)
+    assert not job.folder.is_done(Shard("net", "mine", EPS, 3), COUNT)
+
+
 @pytest.mark.parametrize(
     "error", [MemoryError(), torch.OutOfMemoryError("x"), RuntimeError("can't allocate memory: y")]
 )
