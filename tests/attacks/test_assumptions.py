@@ -185,6 +185,12 @@ def test_an_answer_that_depends_on_the_batch_is_seen(name):
     assert ("batch norm without running statistics ('norm')" in found.on_batches()) == (name == "batch norm")
 
 
+def test_what_is_not_known_of_a_dependence_is_not_said():
+    """Of a model that draws, the batch norms alone tell."""
+    assert "beside another image" not in Behaviour(0.1, 0.0, ("norm",)).on_batches()
+    assert "beside another image it moves by 0.2 of" in Behaviour(0.0, 0.2).on_batches()
+
+
 def test_a_dependence_on_the_batchs_range_is_seen_on_images_that_fill_it_too():
     images, _ = drawn(n=1)
     images[..., 1, 1], images[..., 2, 2] = 0.0, 1.0

@@ -83,6 +83,16 @@ def test_what_other_threads_run_meanwhile_is_left_alone(images):
     assert torch.equal(answer, other(images))
 
 
+def test_a_convolution_whose_answer_goes_elsewhere_too_is_not_folded(images):
+    class Forked(Residual):
+        def forward(self, images: Tensor) -> Tensor:
+            x = self.conv1(images)
+            return self.head((self.norm1(x) + x).mean((2, 3)))
+
+    model = trained(Forked)
+    torch.testing.assert_close(_folded(copy.deepcopy(model))(images), model(images), rtol=1e-4, atol=1e-5)
+
+
 def test_a_shared_convolution_is_not_folded(images):
     class Shared(Residual):
         def forward(self, images: Tensor) -> Tensor:

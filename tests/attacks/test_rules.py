@@ -126,10 +126,10 @@ def test_ni_fgsm_looks_ahead_by_a_step_of_its_norm(norm, order, decay):
 
 
 def test_momentum_survives_gradients_of_any_size():
-    """Cross-entropy gradients of 1e-30 and less, whose mean alone would underflow."""
+    """Cross-entropy gradients of 1e-30 and less, whose mean alone would underflow, and such as have no finite sum."""
     images, labels = drawn()
     inner = small_model()
-    for scale in (1e-37, 1e35):
+    for scale in (1e-37, 1e35, 3e38):
         result = OrthoMIFGSM(inner, eps=EPS, steps=3, loss=lambda z, y, s=scale: -s * z.gather(1, y[:, None])[:, 0])
         found = result.run(images, labels)
         assert found.adversarials.isfinite().all()

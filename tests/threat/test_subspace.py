@@ -239,6 +239,16 @@ def test_settling_does_not_give_the_perturbation_up(image, directions, seed, eps
         assert (y - rough).abs().mean() <= 0.01 * eps
 
 
+def test_a_step_ends_when_its_certificate_says_so(monkeypatch):
+    searches = []
+    newton = Subspace._newton
+    monkeypatch.setattr(Subspace, "_newton", lambda self, *args: searches.append(1) or newton(self, *args))
+    x = make_images("uniform", (2, 3, 16, 16), 0)
+    subspace, _ = around(x, 8 / 255, "three", 0)
+    subspace.ascend(x, make_gradient("normal", x, 0), per_sample(x, 2 / 255))
+    assert len(searches) == 4  # of at most 9
+
+
 def test_points_whose_pixels_are_all_at_bounds_settle_inwards():
     images = torch.full((1, 1, 2, 4), 0.5)
     images[0, 0, 0] += torch.tensor([1e-3, 0, 2e-3, 0])
