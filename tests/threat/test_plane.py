@@ -306,6 +306,18 @@ def test_settling_leaves_good_points_alone():
     assert plane.settle(y) is y
 
 
+def test_an_l1_step_takes_few_searches(monkeypatch):
+    searches = []
+    beyond = Plane._beyond
+    monkeypatch.setattr(Plane, "_beyond", lambda self, *args: searches.append(1) or beyond(self, *args))
+    for seed in range(2):
+        x, eps = make_images("uniform", (2, 3, 16, 16), seed), 8 / 255
+        plane = Plane(x, (x - eps).clamp(0), (x + eps).clamp(max=1), "image")
+        for count in (1, 7):
+            plane.sparse_step(x, make_gradient("normal", x, seed), torch.full((2, 1, 1, 1), 0.5), count)
+    assert len(searches) <= 75
+
+
 @pytest.mark.parametrize("scope", ["image", "channel", "pixel"])
 def test_a_batch_is_its_samples(scope):
     x = torch.cat([make_images(kind, (1, 3, 16, 16), 0) for kind in ("uniform", "8-bit", "saturated", "white", "dark")])

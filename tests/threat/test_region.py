@@ -509,6 +509,12 @@ def test_random_starts_fill_the_ball_and_repeat():
     assert float(spread.std()) == pytest.approx(0.1 / 3**0.5, rel=0.03)  # uniform
 
 
+def test_a_ball_whose_edge_is_a_number_of_the_dtype_reaches_to_it():
+    images = torch.full((1, 3, 4, 4), 0.5)
+    region = ThreatModel("linf", 0.25, scope=None).around(images)
+    assert set(region.project(torch.rand(1, 3, 4, 4).round()).unique().tolist()) == {0.25, 0.75}
+
+
 @pytest.mark.parametrize("norm", ["l2", "l1"])
 @pytest.mark.parametrize("scope", [None, "image"])
 def test_random_starts_are_uniform_in_a_small_ball(norm, scope):
