@@ -247,7 +247,15 @@ def test_a_normalisation_takes_one_number_or_one_per_channel():
         ValueError, match=r"images must have 3 channels, as mean and std have; got shape \(2, 1, 2, 2\)"
     ):
         Normalized(nn.Flatten(), [0.5] * 3, [0.25] * 3)(images[:, :1])
-    for mean, std in [(None, 1), ([], []), ([0.5], [0.1, 0.1]), (float("nan"), 1), ("0.5", 1), (0.5, 0)]:
+    for mean, std in [
+        (None, 1),
+        ([], []),
+        ([0.5], [0.1, 0.1]),
+        (float("nan"), 1),
+        ("0.5", 1),
+        (0.5, 0),
+        ([0.5, "x"], 1),
+    ]:
         with pytest.raises(ValueError, match="mean and std must have one number per channel, std > 0; got"):
             Normalized(nn.Flatten(), mean, std)
 

@@ -255,6 +255,32 @@ def test_probabilities_are_seen():
     assert "remove the final softmax" in PROBABILITIES
 
 
+def test_probabilities_of_half_precision_add_up_to_1_but_for_its_digits():
+    images, _ = drawn()
+    for other, are in ((0.5078125, True), (0.515625, False)):
+        row = torch.tensor([0.5, other], dtype=torch.bfloat16)
+        assert observe(lambda x, row=row: row.expand(len(x), 2), images).probabilities is are
+
+
+def test_round_off_is_measured_by_the_size_of_logits_that_are_all_alike():
+    assert observe(lambda x: torch.full((len(x), 3), -100.0).double() + 1e-5 * len(x), drawn()[0]) == Behaviour()
+
+
+@pytest.mark.parametrize("bounds", [(0, 1), (-3, 5)])
+def test_what_a_model_is_asked_about_lies_in_the_bounds(bounds):
+    (low, high), asked = bounds, []
+
+    def model(x: Tensor) -> Tensor:
+        asked.append(x)
+        return x.flatten(1)[:, :3].double() + 1e-6 * len(x)  # so that all is asked
+
+    observe(model, low + (high - low) * drawn()[0], bounds)
+    assert len(asked) == 4
+    for x in asked:
+        assert x.min() >= low
+        assert x.max() <= high
+
+
 def test_a_model_that_fails_shows_nothing():
     def model(x: Tensor) -> Tensor:
         raise RuntimeError("only batches of 8")

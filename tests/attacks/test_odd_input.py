@@ -247,6 +247,16 @@ def test_odd_input_is_named_with_its_cause_and_a_remedy(images, labels, message,
         asked()
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("turned", [True, False])
+def test_channels_that_come_last_are_seen_as_such(channels, turned):
+    images = torch.rand(4, 6, 5, channels) if turned else torch.rand(4, channels, 6, 4)
+    with pytest.raises(ValueError, match=r"does not take images of shape") as error:
+        orthattack.PGD(network(5, torch.float32), steps=1)(images, LABELS)
+    looks = turned == (channels != 2)
+    assert ("look like (N, H, W, C): pass images.permute(0, 3, 1, 2)" in str(error.value)) == looks
+
+
 def test_half_precision_models_are_told_from_their_images():
     half = network(3, torch.float16)
     with pytest.raises(

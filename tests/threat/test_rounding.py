@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from orthattack.threat.rounding import settled_rows
+from orthattack.threat.rounding import _combine, settled_rows
 from tests.conftest import image_kinds, make_gradient, make_images, seeds
 
 ALLOWED = 7.5e-7
@@ -113,6 +113,14 @@ def test_one_pixel_takes_up_what_is_too_much(seed):
     expected = y.clone()
     expected[0, pixel] = ys[pixel] - excess / xs[pixel]
     assert torch.equal(settled, expected)
+
+
+def test_of_two_pixels_the_first_moves_no_more_than_it_must():
+    x = torch.tensor([[0.9, 0.5, 0.7]], dtype=torch.float64)
+    y, low, high = x + torch.tensor([[0.0, 0.01, -0.005]]), x - 0.1, x + 0.1
+    excess = ((y - x) * x).sum(1, keepdim=True)
+    moved = _combine(y, x, low, high, excess, torch.ones(1, 1), dtype=torch.float32, radius=8)
+    assert moved[0, 0] == y[0, 0].float()  # which has the most room to both sides
 
 
 @pytest.mark.parametrize(("allowed", "share"), [(1e-7, 1), (1e-8, 0.988), (1e-9, 0.719)])
