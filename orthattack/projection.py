@@ -140,8 +140,7 @@ def orthonormal_basis(directions: Tensor) -> Tensor:
                 vector = vector - dot(vector, known, dims) * known
         rest2 = dot(vector, vector, dims)
         independent = rest2 > tolerance**2 * length2
-        unit = vector / torch.where(independent, rest2, 1).sqrt()
-        kept.append(torch.where(independent, unit, 0))
+        kept.append(torch.where(independent, vector / rest2.sqrt(), 0))
     return torch.stack(kept, dim=-4)
 
 

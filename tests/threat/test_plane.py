@@ -11,6 +11,7 @@ from scipy.optimize import brentq, linprog, minimize
 from torch import Tensor
 
 from orthattack import alignment
+from orthattack.threat import plane as plane_module
 from orthattack.threat.plane import Plane
 from tests.conftest import examples, gradient_kinds, image_kinds, make_gradient, make_images, scopes, seeds
 
@@ -306,16 +307,18 @@ def test_settling_leaves_good_points_alone():
     assert plane.settle(y) is y
 
 
-def test_an_l1_step_takes_few_searches(monkeypatch):
-    searches = []
-    beyond = Plane._beyond
-    monkeypatch.setattr(Plane, "_beyond", lambda self, *args: searches.append(1) or beyond(self, *args))
+def test_an_l1_step_takes_few_searches_and_those_few_products(monkeypatch):
+    searches, products = [], []
+    beyond, dot = Plane._beyond, plane_module.dot
+    monkeypatch.setattr(Plane, "_beyond", lambda *args: searches.append(1) or beyond(*args))
+    monkeypatch.setattr(plane_module, "dot", lambda *args: products.append(1) or dot(*args))
     for seed in range(2):
         x, eps = make_images("uniform", (2, 3, 16, 16), seed), 8 / 255
         plane = Plane(x, (x - eps).clamp(0), (x + eps).clamp(max=1), "image")
         for count in (1, 7):
             plane.sparse_step(x, make_gradient("normal", x, seed), torch.full((2, 1, 1, 1), 0.5), count)
     assert len(searches) <= 75
+    assert len(products) <= 840
 
 
 @pytest.mark.parametrize("scope", ["image", "channel", "pixel"])
