@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from orthattack import ThreatModel
+from orthattack import Square, ThreatModel
 from orthattack.attacks.square import SquareSearch, _bump, _filled, _moved, _stamped, _stripes, _window
 from orthattack.threat import perturbation_norm
 from tests.conftest import make_images
@@ -115,6 +115,31 @@ def test_a_move_empties_one_square_fills_another_and_uses_the_radius_up(norm, ep
         torch.testing.assert_close(after, expected, rtol=0, atol=1e-6 * eps)
         torch.testing.assert_close(perturbation_norm(after, norm), torch.full((2,), eps).double(), rtol=1e-6, atol=0)
     assert checked >= 4
+
+
+def test_each_proposal_is_one_square_away_from_the_best_point_so_far():
+    images = 0.25 + 0.5 * make_images("uniform", (1, 3, 12, 12), 0)
+    normal = torch.randn(images.numel(), generator=torch.Generator().manual_seed(0))
+    asked = []
+
+    def model(x):
+        score = x.flatten(1) @ normal - 1e3  # never fooled
+        if len(x) == 1:  # not when it is looked at
+            asked.append((x.clone(), float(score)))
+        return torch.stack([torch.zeros(len(x)), score], 1)
+
+    Square(model, eps=0.1, queries=30, generator=torch.Generator().manual_seed(0))(images, torch.tensor([0]))
+    tried = asked[-30:]
+    (best, highest), gains = tried[0], 0
+    for query, (x, score) in enumerate(tried[1:]):
+        changed = (x != best)[0].any(0)
+        side = SquareSearch(30)._side(query, images.shape[-2:])
+        for lines in (changed.any(0), changed.any(1)):
+            places = lines.nonzero()
+            assert len(places) == 0 or places.max() - places.min() < side
+        if score > highest:
+            best, highest, gains = x, score, gains + 1
+    assert gains > 3
 
 
 def test_a_bump_is_two_opposite_peaks():
