@@ -15,6 +15,7 @@ from orthattack import (
     MIFGSM,
     NIFGSM,
     PGD,
+    AutoAttack,
     OrthoAPGD,
     OrthoFGSM,
     OrthoMIFGSM,
@@ -217,6 +218,21 @@ def test_apgd_is_the_published_algorithm(seed):
         losses, gradients = [loss[i] for loss, _ in known], [g[i] for _, g in known]
         for t, expected in enumerate(next_of_apgd(seen, losses, gradients, images[i], 0.1, steps)):
             torch.testing.assert_close(seen[t + 1], expected, rtol=0, atol=1e-12)
+
+
+def test_autoattack_begins_with_apgd():
+    (model, images, _), seen = prepared(), []
+    model[3].weight.data /= 1e4  # so that nothing is fooled
+    model[3].bias.data = torch.tensor([9.0, 0, 0, 0, 0]).double()
+    labels = torch.zeros(6, dtype=torch.long)
+    for kind, options in ((AutoAttack, {"queries": 1, "targets": 1}), (APGD, {})):
+        recorder = Recorder(model)
+        kind(recorder, norm="l2", eps=0.3, steps=5, generator=torch.Generator().manual_seed(0), **options)(
+            images, labels
+        )
+        seen.append(recorder.seen)
+    for one, other in zip(seen[0][1:], seen[1][:5], strict=False):  # after the images themselves
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
