@@ -624,9 +624,9 @@ class Attack(Configured):
     def _checked(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of images and labels, the images clamped to the bounds; ValueError if they are not what is needed."""
         check_batch(images, labels, self.threat.bounds, zip(("model", "detector"), self._models, strict=False))
-        (low, high), x = self.threat.bounds, images.detach()
-        x = torch.where(x < low, low, torch.where(x > high, high, x))  # `clamp` may make zeros of denormal numbers
-        return x.contiguous(), labels.detach().long().clone()
+        low, high = self.threat.bounds  # `clamp` may make zeros of denormal numbers
+        x = torch.where(images < low, low, torch.where(images > high, high, images))
+        return x.contiguous(), labels.long().clone()
 
 
 def _as_logits(detector: Model) -> Model:
