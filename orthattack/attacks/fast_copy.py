@@ -83,9 +83,7 @@ class FastCopy:
         made = _folded(copy.deepcopy(self._model)).to(memory_format=torch.channels_last)
         fast = cast("Model", torch.compile(made)) if self._how == "compile" else made
         sample = images[:1]
-        expected, again, found = lent(sample), lent(sample), fast(sample)
-        if not torch.equal(expected, again):
-            raise ValueError("it draws at random or keeps a state: two passes over the same image differ")
+        expected, found = lent(sample), fast(sample)
         spread = (expected.amax() - expected.amin()).clamp(min=expected.abs().amax() * 1e-3)
         if not bool(((found - expected).abs() <= _AGREES * spread).all()):
             raise ValueError("the faster copy's logits differ from the model's")
