@@ -274,12 +274,12 @@ def _climbed(
     flat = ~((largest > limit) & largest.isfinite())
     swap = flat
     if name == "ce":  # near log K for logits this close, where its digits and its slope hardly tell classes apart
-        swap = swap | (source.detach().amax(1) - source.detach().amin(1) <= 1e-2)
+        swap = swap | (source.amax(1) - source.amin(1) <= 1e-2)
     if slope.is_cuda or bool(swap.any()):  # asking would stop the GPU
-        open_ = ~goal.reached(logits.detach())
+        open_ = ~goal.reached(logits)
         flat, swap = flat & open_, swap & open_
         own = (goal.classes if goal.targets is None else goal.targets).unsqueeze(1)
-        other = source.detach().scatter(1, own, -torch.inf).argmax(1, keepdim=True)
+        other = source.scatter(1, own, -torch.inf).argmax(1, keepdim=True)
         up = torch.zeros_like(slope).scatter(1, other, 1).scatter(1, own, -1)
         slope = torch.where(swap.unsqueeze(1), up if goal.targets is None else -up, slope)
         if isinstance(name, str):

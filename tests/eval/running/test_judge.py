@@ -382,6 +382,17 @@ def test_the_same_pixels_cannot_be_fooled_by_a_model_that_does_not_waver():
     assert columns["success"] == [None, False]
 
 
+def test_a_model_that_draws_for_nothing_is_not_random():
+    class Idle(Seen):
+        def forward(self, images):
+            torch.rand(3)
+            return super().forward(images)
+
+    _, judge = judged(Idle())
+    assert not judge.is_random
+    assert judge.evaluations == 1
+
+
 def test_the_judge_asks_as_many_at_a_time_as_it_may():
     class Counting(Readable):
         calls = ()
