@@ -136,6 +136,14 @@ def test_the_option_that_was_meant_is_named(name, wrong, meant):
         getattr(orthattack, name)(**arguments, **{wrong: 3})
 
 
+def test_a_batch_that_fits_is_not_split(monkeypatch):
+    monkeypatch.setattr("orthattack.attacks.base.InBatches", None)
+    plain, fitting = (make("PGD").run(IMAGES, LABELS, batch_size=size).norm for size in (None, len(IMAGES)))
+    assert torch.equal(plain, fitting)
+    with pytest.raises(TypeError):
+        make("PGD").run(IMAGES, LABELS, batch_size=len(IMAGES) - 1)
+
+
 def test_options_read_as_they_are_in_force():
     attack = OrthoPGD(classifier(), "l2", 2, steps=5, bounds=(0, 1))
     assert (attack.norm, attack.eps, attack.alpha, attack.steps, attack.bounds) == ("l2", 2, 1.0, 5, (0, 1))

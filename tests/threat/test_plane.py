@@ -300,6 +300,13 @@ def test_settled_points_are_orthogonal_as_stored(image, scope, seed, eps):
         assert (y - rough).abs().mean() <= 0.01 * eps
 
 
+def test_images_whose_squares_neither_overflow_nor_vanish_are_their_own_normal():
+    unit = make_images("uniform", (1, 3, 4, 4), 0).clamp(0.5)
+    for exponent, is_own in ((0, True), (16, True), (17, False), (-15, True), (-17, False)):
+        x = unit * 2.0**exponent
+        assert (Plane(x, 0 * x, 2 * x, "image").normal is x) is is_own
+
+
 def test_settling_leaves_good_points_alone():
     x = make_images("uniform", (2, 3, 16, 16), 0)
     plane = Plane(x, *box(x, 8 / 255), "image")
