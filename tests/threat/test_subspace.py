@@ -239,6 +239,14 @@ def test_settling_does_not_give_the_perturbation_up(image, directions, seed, eps
         assert (y - rough).abs().mean() <= 0.01 * eps
 
 
+def test_the_newton_matrix_is_regularised_by_a_little_of_its_trace():
+    x = make_images("uniform", (2, 3, 8, 8), 0)
+    subspace, _ = around(x, 0.1, "three", 0)
+    f = torch.tensor([[1.0, 2.0, 3.0], [3.0, 1.0, 2.0]], dtype=torch.float64)
+    expected = f / (1 + 1e-12 + 1e-10 * 3)  # of an orthonormal basis the matrix is that of the identity
+    torch.testing.assert_close(subspace._solve(torch.ones_like(x).double(), f), expected, rtol=1e-11, atol=0)
+
+
 def test_a_step_ends_when_its_certificate_says_so(monkeypatch):
     searches = []
     newton = Subspace._newton
