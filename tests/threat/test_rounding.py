@@ -115,6 +115,17 @@ def test_one_pixel_takes_up_what_is_too_much(seed):
     assert torch.equal(settled, expected)
 
 
+@pytest.mark.parametrize(("n", "allowed"), [(60, ALLOWED), (3, 1e-8)])
+def test_the_signs_of_pixels_make_no_difference(n, allowed):
+    y, x, low, high = problem("uniform", n, 0, 8e-3, rows=50)
+    y[:, 0] += 4e-5
+    sign = torch.where(torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.5, -1.0, 1.0)
+    ends = torch.minimum(sign * low, sign * high), torch.maximum(sign * low, sign * high)
+    settled = settled_rows(y, x, [lambda: (low, high)], x, allowed)
+    assert (settled != x).any()
+    assert torch.equal(settled_rows(sign * y, sign * x, [lambda: ends], sign * x, allowed), sign * settled)
+
+
 def test_of_two_pixels_the_first_moves_no_more_than_it_must():
     x = torch.tensor([[0.9, 0.5, 0.7]], dtype=torch.float64)
     y, low, high = x + torch.tensor([[0.0, 0.01, -0.005]]), x - 0.1, x + 0.1
