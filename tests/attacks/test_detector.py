@@ -167,6 +167,18 @@ def test_each_step_is_orthogonal_to_the_other_losss_gradient(norm, scope):
             assert alignment(after - images, images, scope).abs().max() <= 1e-9
 
 
+@pytest.mark.parametrize("mode", ["orthogonal", "selective"])
+def test_a_detectors_gradient_that_is_nan_is_that_samples_alone(mode):
+    model, (images, labels), inner = small_model(), drawn(n=3), linear_detector()
+
+    def detector(x: Tensor) -> Tensor:  # of the first image the root has no slope
+        return inner(x) + 0 * (x - images[:1]).square().sum((1, 2, 3), keepdim=True).sqrt().flatten(1)
+
+    attack = DetectorEvasion(model, detector, 1e6, eps=0.05, steps=2, alpha=0.01, mode=mode, every=1)
+    together, alone = attack(images, labels), attack(images[1:], labels[1:])
+    assert torch.equal(together[1:], alone)
+
+
 def test_which_loss_is_climbed_follows_success_or_the_count():
     images, labels = drawn(n=6)
     images = 0.3 + 0.4 * images
