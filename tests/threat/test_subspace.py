@@ -257,6 +257,16 @@ def test_a_step_ends_when_its_certificate_says_so(monkeypatch):
     assert len(searches) == 4  # of at most 9
 
 
+def test_settling_tries_one_pixel_then_one_at_a_bound_then_two_and_each_time_others(monkeypatch):
+    tried, few = [], Subspace._few
+    monkeypatch.setattr(Subspace, "_few", lambda self, *args: tried.append(args[2:]) or few(self, *args))
+    images = torch.full((1, 1, 2, 4), 0.5)
+    off = images + torch.linspace(0.1, 0.2, 8).view_as(images)
+    subspace = Subspace(images, off, off, make_directions("image", images, 0))  # no room at all
+    assert torch.equal(subspace.settle(off), images)
+    assert tried[:6] == [(0, 1), (0, 1), (0, 2), (1, 1), (1, 1), (1, 2)]
+
+
 def test_points_whose_pixels_are_all_at_bounds_settle_inwards():
     images = torch.full((1, 1, 2, 4), 0.5)
     images[0, 0, 0] += torch.tensor([1e-3, 0, 2e-3, 0])
