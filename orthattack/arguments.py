@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
+import warnings
 from collections.abc import Iterable
 from typing import Any, TypeGuard
 
@@ -23,6 +25,9 @@ __all__ = [
     "check_tensor",
     "is_number",
     "plain",
+    "warn",
+    "why_outside",
+    "why_too_dark",
 ]
 
 FLOATS = {torch.float16: "half", torch.bfloat16: "bfloat16", torch.float32: "float", torch.float64: "double"}
@@ -36,6 +41,14 @@ def plain(value: Any) -> Any:
     if isinstance(value, bool | int | float) or not isinstance(value, numbers.Real):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def warn(message: str) -> None:
+    """Warn, with the line that called this package as the place."""
+    frame, level = sys._getframe(), 1
+    while frame.f_globals.get("__name__", "").partition(".")[0] == "orthattack" and frame.f_back is not None:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -127,6 +140,19 @@ def check_labels(labels: Tensor, classes: int) -> None:
         )
 
 
+def why_too_dark(name: str, images: Tensor, bounds: tuple[float, float]) -> str | None:
+    """What to say of images in [0, 1] within bounds of 8 bits; None of others, such as black ones."""
+    (low, high), x = bounds, images.detach()
+    if low != 0 or high < 128 or len(x) == 0 or float(x.amin()) < 0 or float(x.amax()) > 1:
+        return None
+    if bool((x == x.round()).all()) and float(x.double().mean()) < 0.05:  # black, with noise
+        return None
+    return (
+        f"{name} lie in [{float(x.amin()):.3g}, {float(x.amax()):.3g}], with bounds=({low:g}, {high:g}): they look "
+        f"scaled to [0, 1]; pass bounds=(0, 1), and eps in these units, or {name} times {high:g}"
+    )
+
+
 def check_batch(
     images: Tensor,
     labels: Tensor,
@@ -193,21 +219,32 @@ def _check_values(name: str, images: Tensor, low: float, high: float) -> None:
         sample = int(outside.long().argmax())
         raise ValueError(
             f"{name} must lie in bounds ({low:g}, {high:g}); found min {float(smallest[sample]):.6g}, "
-            f"max {float(largest[sample]):.6g} (sample {sample}): {_why_outside(name, images.detach(), low, high)}"
+            f"max {float(largest[sample]):.6g} (sample {sample}): {why_outside(name, images.detach(), low, high)}"
         )
 
 
-def _why_outside(name: str, images: Tensor, low: float, high: float) -> str:
-    """The likeliest cause of pixels outside the bounds, and what to do."""
-    least, most, margin = float(images.amin()), float(images.amax()), 0.25 * (high - low)
+def why_outside(name: str, images: Tensor, low: float = 0, high: float = 1, is_returned: bool = False) -> str:
+    """The likeliest cause of finite pixels outside the bounds, and what to do: to a caller, or to a data function."""
+    least, most, width = float(images.amin()), float(images.amax()), high - low
     share = float(((images < low) | (images > high)).double().mean())
-    beyond = max(low - least, most - high)
-    if beyond <= margin and (share <= 0.2 or beyond <= 0.1 * margin):
-        return f"they overshoot a little, as bicubic resizing makes them; clamp them: {name}.clamp({low:g}, {high:g})"
-    is_unit = low >= -1 and high <= 1
-    is_whole = bool((images == images.round()).all())
-    if is_unit and least >= -64 and most <= 320 and (most > 20 or (is_whole and least >= 0 and most > 2)):
-        return "they look 8-bit; divide them by 255, or pass bounds=(0, 255) if the model takes them so"
-    if is_unit and least < low - margin and max(-least, most) <= 20:
-        return "they look normalised; pass them unnormalised and put the normalisation inside the model"
-    return "scale them to these bounds, or pass the bounds that the model takes, such as bounds=(0, 255)"
+    beyond = max(low - least, most - high) / width
+    if beyond <= 0.35 and (share <= 0.25 or beyond <= 0.03 or most - least > 1.2 * width):
+        return (
+            "they overshoot a little, as rounding or bicubic resizing makes them; clamp them, "
+            f"{name}.clamp({low:g}, {high:g})"
+        )
+    if low >= -1 and high <= 1:
+        is_whole = least >= 0 and 2 < most <= 65535 and bool((images == images.round()).all())
+        if is_whole and most > 320:
+            return "they look 16-bit; divide them by 65535"
+        if is_whole or (least >= -64 and 20 < most <= 320):
+            other = "" if is_returned else ", or pass bounds=(0, 255) if the model takes them so"
+            return f"they look 8-bit; divide them by 255{other}"
+        if is_returned and least >= -1 and most <= 1:
+            return f"they look scaled to [-1, 1]; return ({name} + 1) / 2"
+        if (least < low - 0.25 * width and max(-least, most) <= 20) or (least >= low and most <= 3):
+            how = "return them in [0, 1]: the model normalises"
+            other = "pass them unnormalised and put the normalisation inside the model"
+            return f"they look normalised; {how if is_returned else other}"
+    other = "" if is_returned else ", or pass the bounds that the model takes, such as bounds=(0, 255)"
+    return f"scale them to {f'[{low:g}, {high:g}]' if is_returned else 'these bounds'}{other}"

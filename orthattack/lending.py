@@ -22,9 +22,10 @@ from torch import Tensor, nn, overrides
 from torch.nn.parameter import is_lazy
 from torch.utils import _device, _python_dispatch
 
-__all__ = ["ModelChangedError", "borrowed", "global_random_numbers", "guarded", "in_evaluation", "is_foreign"]
+__all__ = ["Model", "ModelChangedError", "borrowed", "global_random_numbers", "guarded", "in_evaluation", "is_foreign"]
 
 Model = Callable[[Tensor], Tensor]
+"""Images (N, C, H, W) to logits (N, K): an nn.Module or any differentiable function."""
 
 # Held while something is lent, compared or put back, not while an attack runs.
 _LOCK = threading.RLock()

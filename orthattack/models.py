@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -22,13 +22,13 @@ from orthattack.arguments import (
     check_model,
     is_number,
     plain,
+    warn,
+    why_too_dark,
 )
-from orthattack.lending import borrowed
+from orthattack.assumptions import DRAWS, NEEDED, Behaviour, observe
+from orthattack.lending import Model, borrowed
 
 __all__ = ["Ensemble", "Model", "Normalized", "check_finite", "checked_logits", "explained", "fooled"]
-
-Model = Callable[[Tensor], Tensor]
-"""Images (N, C, H, W) to logits (N, K): an nn.Module or any differentiable function."""
 
 
 class Normalized(nn.Module):
@@ -94,7 +94,7 @@ class Ensemble(nn.Module):
         models: each takes images (N, C, H, W) and returns logits (N, K), with the same classes; at least one.
         average: "logits" averages the logits (Dong et al. 2018, arXiv:1710.06081); "loss" returns
             ``mean_m log softmax(z_m)``, from which ``loss=Ensemble.mean_loss`` makes the mean of the models'
-            cross-entropies ("ce" would normalise once more).
+            cross-entropies ("ce" would normalise once more; saturated, they give way to the margin, as "ce" does).
 
     Raises:
         ValueError: no model, or an unknown average.
@@ -136,6 +136,9 @@ def fooled(
 ) -> Tensor:
     """Whether a model, for example one that the adversarials were not made for, is fooled by each of them.
 
+    One that draws at random is fooled where 8 of 10 fresh answers are wrong. That is warned of, as is one whose answer
+    depends on the batch.
+
     Args:
         model: images (N, C, H, W) to logits (N, K); it is evaluated in evaluation mode and comes back as it was.
         adversarials: (N, C, H, W), floating point, inside the bounds.
@@ -153,20 +156,32 @@ def fooled(
     check_model("model", model)
     check_flag("targeted", plain(targeted))
     check_count("batch_size", batch_size := plain(batch_size))
-    check_batch(adversarials, labels, check_bounds(bounds), [("model", model)], "adversarials")
+    bounds = check_bounds(bounds)
+    check_batch(adversarials, labels, bounds, [("model", model)], "adversarials")
     found = torch.zeros(len(adversarials), dtype=torch.bool, device=adversarials.device)
     with (
         explained([model], adversarials, "adversarials"),
         borrowed(model, adversarials.device) as lent,
         torch.no_grad(),
     ):
+        seen = observe(lent, adversarials, bounds, model) if len(adversarials) > 0 else Behaviour()
+        for message in (
+            seen.on_batches(), seen.on_randomness(can_average=False), why_too_dark("adversarials", adversarials, bounds)
+        ):  # fmt: skip
+            if message is not None:
+                warn(message)
+        draws, needed = (DRAWS, NEEDED) if seen.is_random else (1, 1)
         for first in range(0, len(adversarials), batch_size):
             part = slice(first, first + batch_size)
-            logits = checked_logits(lent(adversarials[part].clone()), len(adversarials[part]))  # it may write into them
-            check_finite(logits.nan_to_num(posinf=torch.inf, neginf=-torch.inf))  # NaN is no answer
-            check_labels(labels, logits.shape[1])
-            hit = logits.argmax(1) == labels[part]
-            found[part] = (hit if targeted else ~hit) & ~logits.isnan().any(1)
+            hits = torch.zeros_like(labels[part])
+            for _ in range(draws):
+                answer = lent(adversarials[part].clone())  # which it may write into
+                logits = checked_logits(answer, len(adversarials[part]))
+                check_finite(logits.nan_to_num(posinf=torch.inf, neginf=-torch.inf))  # NaN is no answer
+                check_labels(labels, logits.shape[1])
+                hit = logits.argmax(1) == labels[part]
+                hits += (hit if targeted else ~hit) & ~logits.isnan().any(1)
+            found[part] = hits >= needed
     return found
 
 

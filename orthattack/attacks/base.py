@@ -26,8 +26,10 @@ from orthattack.arguments import (
     check_tensor,
     is_number,
     plain,
+    warn,
+    why_too_dark,
 )
-from orthattack.attacks.assumptions import PROBABILITIES, Observer, warn
+from orthattack.assumptions import PROBABILITIES, SIGMOIDS, Observer
 from orthattack.attacks.configured import Configured
 from orthattack.attacks.fast_copy import FastCopy, Optimize
 from orthattack.attacks.rules import Reference
@@ -275,7 +277,7 @@ class Card:
 
     family: str
     scope: Scope | None = None
-    directions: tuple[Direction, ...] = ()
+    directions: Sequence[Direction] = ()
     exact: bool = True
     minimal: bool = False
 
@@ -356,7 +358,7 @@ class Attack(Configured):
         """What it is: its family, and what its perturbations are orthogonal to."""
         threat = self.threat
         family = self.family or type(self).__name__
-        return Card(family, threat.scope, tuple(threat.directions), self.enforce == "perturbation")
+        return Card(family, threat.scope, threat.directions, self.enforce == "perturbation")
 
     def __repr__(self) -> str:
         threat = self.threat
@@ -416,8 +418,8 @@ class Attack(Configured):
         self._warn_of_gradients(result, stuck)
         return result
 
-    def _warn_of_radius(self, images: Tensor, eps: float | Tensor | None) -> None:
-        """Warn once of a radius that leaves the norm nothing to limit."""
+    def _warn_of_radius(self, images: Tensor, eps: float | Tensor | None, name: str = "eps") -> None:
+        """Warn once of a radius, of this name, that leaves the norm nothing to limit."""
         is_unlimited = eps is None and self.eps is None  # as with a Foolbox attack that minimises
         if self._knows_radius or is_unlimited or not isinstance(images, Tensor) or images.ndim != 4:
             return
@@ -427,10 +429,10 @@ class Attack(Configured):
         self._knows_radius = True
         largest, (low, high) = float(torch.as_tensor(threat.eps).max()), threat.bounds
         is_byte = largest > 1 and max(abs(low), abs(high)) <= 1 and largest / 255 < threat.diameter(shape)
-        hint = f"did you mean eps={largest:g}/255?" if is_byte else "choose a smaller radius"
+        hint = f"did you mean {name}={largest:g}/255?" if is_byte else "choose a smaller radius"
         warn(
-            f"eps={largest:g} allows every image: in {threat.norm}, images of shape {tuple(shape)} in bounds ({low:g}, "
-            f"{high:g}) are at most {threat.diameter(shape):.4g} apart; {hint}"
+            f"{name}={largest:g} allows every image: in {threat.norm}, images of shape {tuple(shape)} in bounds "
+            f"({low:g}, {high:g}) are at most {threat.diameter(shape):.4g} apart; {hint}"
         )
 
     def _run(
@@ -493,15 +495,16 @@ class Attack(Configured):
         observer, bounds = self._observers[0], self.threat.bounds
         found = observer.of(self.model, lent[0], images, bounds)
         observer.say("batch", found.on_batches())
-        observer.say("probabilities", PROBABILITIES if found.probabilities else None)
+        observer.say("probabilities", PROBABILITIES if found.probabilities else SIGMOIDS if found.sigmoids else None)
         unused = f"; optimize={self.optimize!r} is not used" if self.optimize != "none" else ""
         if found.is_random and (self.eot_samples == 1 or unused):
-            observer.say("random", f"{found.on_randomness()}{unused}")
+            observer.say("random", f"{found.on_randomness(can_average='eot_samples' in self._names())}{unused}")
         if len(lent) == 1:
             return found.is_random
         other = self._observers[1].of(self._models[1], _as_logits(lent[1]), images, bounds)
         self._observers[1].say("batch", other.on_batches("the detector"))
-        self._observers[1].say("random", other.on_randomness("the detector"))
+        if self.eot_samples == 1:
+            self._observers[1].say("random", other.on_randomness("the detector"))
         return found.is_random or other.is_random
 
     def _told(self, best: Best, result: AttackResult, images: Tensor, threat: ThreatModel) -> AttackResult:
@@ -624,7 +627,9 @@ class Attack(Configured):
     def _checked(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of images and labels, the images clamped to the bounds; ValueError if they are not what is needed."""
         check_batch(images, labels, self.threat.bounds, zip(("model", "detector"), self._models, strict=False))
-        low, high = self.threat.bounds  # `clamp` may make zeros of denormal numbers
+        low, high = self.threat.bounds
+        self._observers[0].say("bounds", why_too_dark("images", images, (low, high)))
+        # `clamp` may make zeros of denormal numbers.
         x = torch.where(images < low, low, torch.where(images > high, high, images))
         return x.contiguous(), labels.long().clone()
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from orthattack.arguments import plain
 
 __all__ = ["Configured", "options_of"]
@@ -91,6 +93,15 @@ def _behind(init: Any, parameter: inspect.Parameter) -> list[str]:
     return list(getattr(declared, "__annotations__", {}))
 
 
+def _own(value: Any) -> Any:
+    """Numbers that the caller cannot change any more: copies of tensors and arrays, in lists too."""
+    if type(value) in (list, tuple):
+        return type(value)(map(_own, value))
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return value.copy() if type(value).__module__ == "numpy" else value
+
+
 def _recorded(init: Callable[..., None]) -> Callable[..., None]:
     """A constructor that names the class called when it refuses an option, and keeps what it was given."""
     signature = inspect.signature(init)
@@ -116,7 +127,7 @@ def _recorded(init: Callable[..., None]) -> Callable[..., None]:
             given |= {name: plain(value) for name, value in given.pop(rest.name).items()}
         is_outermost = "_given" not in vars(self)
         if is_outermost:
-            vars(self)["_given"] = given
+            vars(self)["_given"] = given = {name: _own(value) for name, value in given.items()}
         init(self, **given)
         if is_outermost:
             vars(self)["_is_made"] = True

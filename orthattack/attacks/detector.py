@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from orthattack.arguments import check_choice, check_count, check_model, check_real
+from orthattack.assumptions import DRAWS, NEEDED
 from orthattack.attacks.ascent import Climb, rate
-from orthattack.attacks.assumptions import DRAWS, NEEDED
 from orthattack.attacks.base import Attack, Enforce
 from orthattack.attacks.rules import ScheduledStep
 from orthattack.attacks.scoring import Evaluation, LossFunction, Oracle, Precision, input_gradient
@@ -45,7 +45,7 @@ class _DetectorOracle:
         enforce: Enforce,
     ) -> None:
         self._classifier = Oracle(model, precision, eot_samples, fast, is_random, unchecked)
-        self._is_random = is_random
+        self._is_random, self._samples = is_random, eot_samples
         self._detector, self._threshold = detector, threshold
         self._mode, self._every, self._enforce = mode, every, enforce
 
@@ -54,11 +54,8 @@ class _DetectorOracle:
     ) -> Evaluation:
         found = self._classifier.evaluate(points, goal, loss, solved, with_gradient, step)
         if not with_gradient:
-            return self._with_slack(found, self._slack(points))
-        leaf = points.detach().requires_grad_()
-        with torch.enable_grad():
-            slack = self._slack(leaf)
-            unseen = input_gradient(slack.sum(), leaf, "the detector")
+            return self._with_slack(found, torch.stack([self._slack(points) for _ in range(self._samples)]).mean(0))
+        slack, unseen = self._descended(points)
         assert found.gradient is not None
         unseen = torch.where(unseen.isfinite().all((1, 2, 3), True), unseen, 0)
         hide = found.success if self._every is None else torch.full_like(found.success, (step + 1) % self._every == 0)
@@ -69,7 +66,18 @@ class _DetectorOracle:
             avoid = other
         elif self._mode == "orthogonal":
             gradient = orthogonalize(gradient, other)
-        return self._with_slack(found, slack.detach(), gradient, avoid)
+        return self._with_slack(found, slack, gradient, avoid)
+
+    def _descended(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Slack and its gradient, means over the EOT samples, one of these in memory at a time."""
+        total: list[Tensor] = []
+        for _ in range(self._samples):
+            leaf = points.detach().requires_grad_()
+            with torch.enable_grad():
+                slack = self._slack(leaf)
+                found = [slack.detach(), input_gradient(slack.sum(), leaf, "the detector")]
+            total = found if not total else [a + b for a, b in zip(total, found, strict=True)]
+        return total[0] / self._samples, total[1] / self._samples
 
     def judge(self, points: Tensor, goal: Goal, loss: LossFunction) -> Evaluation:
         found = self._classifier.judge(points, goal, loss)
@@ -141,6 +149,7 @@ class DetectorEvasion(Attack):
         early_stop: stop at the first point that fools the classifier and is not detected.
         bounds: smallest and largest pixel value.
         generator: source of the random starts.
+        eot_samples: evaluations to average, as for `OrthoPGD`, of the classifier and of the detector.
 
     An `AttackResult`'s ``success`` means both: fooled and not detected, ``loss`` is the smaller of the margin and of
     threshold - score, positive on success; calls are the classifier's, the detector is called as often.
@@ -172,6 +181,7 @@ class DetectorEvasion(Attack):
         early_stop: bool = False,
         bounds: tuple[float, float] = (0, 1),
         generator: torch.Generator | None = None,
+        eot_samples: int = 1,
     ) -> None:
         check_model("detector", detector)
         check_choice("mode", mode, get_args(Mode))
@@ -195,6 +205,7 @@ class DetectorEvasion(Attack):
             early_stop=early_stop,
             bounds=bounds,
             generator=generator,
+            eot_samples=eot_samples,
             detector=detector,
             oracle=partial(_DetectorOracle, threshold=threshold, mode=mode, every=every, enforce=enforce),
         )

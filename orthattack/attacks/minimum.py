@@ -9,8 +9,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from orthattack.arguments import check_count, check_real
-from orthattack.attacks.assumptions import warn
+from orthattack.arguments import check_count, check_real, warn
 from orthattack.attacks.base import Attack, AttackResult, Card, Task, checked_seeds
 from orthattack.attacks.configured import Configured
 
@@ -82,6 +81,11 @@ class MinimumNorm(Configured):
         fooled comes back as the last attack left it, with ``success`` false.
         """
         attack = self.attack
+        attack._warn_of_radius(images, None)
+        if vars(self)["_given"]["max_eps"] is not None and isinstance(images, Tensor):
+            # The diameter itself is a way to say "up to any image".
+            beyond = self.max_eps > 1.0001 * attack.threat.diameter(images.shape[1:])
+            attack._warn_of_radius(images, self.max_eps if beyond else 0.0, "max_eps")
         each = None if seeds is None or not isinstance(images, Tensor) else checked_seeds(seeds, len(images))
         result, stuck = attack._run(images, labels, 0.0, None, _Look(), True)
         eps = torch.as_tensor(attack.threat.eps, dtype=torch.float64, device=images.device)

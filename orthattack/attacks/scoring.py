@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 
 from orthattack.arguments import check_labels
-from orthattack.attacks.assumptions import DRAWS, NEEDED
+from orthattack.assumptions import DRAWS, NEEDED
 from orthattack.losses import Goal, attack_loss
-from orthattack.models import Model, check_finite, checked_logits
+from orthattack.models import Ensemble, Model, check_finite, checked_logits
 
 __all__ = [
     "Evaluation",
@@ -251,7 +252,8 @@ def _climbed(
     cross-entropy is above 0 and the margin below where the goal is not reached, so they can be compared.
     """
     name = getattr(loss, "loss", None)
-    if not with_gradient and name not in ("ce", "dlr"):
+    name = "mean" if name is Ensemble.mean_loss else name
+    if not with_gradient and name not in ("ce", "dlr", "mean"):
         value = loss(logits, goal)
         return value, torch.zeros_like(goal.classes, dtype=torch.bool), None
     source = logits.detach().requires_grad_()
@@ -272,6 +274,8 @@ def _climbed(
     limit = torch.finfo(points.dtype).tiny * (1 if points.dtype is torch.float16 else 1e8)
     largest = slope.abs().amax(1)
     flat = ~((largest > limit) & largest.isfinite())
+    if name == "mean":  # of what softmax made of logits: flat in these where it is 0, and all others are nearly
+        flat = flat | ((value == 0) & (_MARGIN(source.detach(), goal) < math.log(limit)))
     swap = flat
     if name == "ce":  # near log K for logits this close, where its digits and its slope hardly tell classes apart
         swap = swap | (source.amax(1) - source.amin(1) <= 1e-2)

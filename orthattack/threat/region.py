@@ -43,6 +43,28 @@ _SPARSITY = 0.01
 _DARK = 2.0**46
 
 
+class _Directions(tuple[Direction, ...]):
+    """Directions of our own, equal to others by their values."""
+
+    def __new__(cls, given: Sequence[Direction]) -> _Directions:
+        owned = isinstance(given, _Directions)
+        return super().__new__(
+            cls, given if owned else (d.detach().clone() if isinstance(d, Tensor) else d for d in given)
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, tuple) and len(self) == len(other) and all(map(_is_same, self, other))
+
+    def __hash__(self) -> int:
+        return hash(tuple(None if isinstance(direction, Tensor) else direction for direction in self))
+
+
+def _is_same(a: Direction, b: Direction) -> bool:
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
+    return a is b or (a.device == b.device and a.dtype == b.dtype and torch.equal(a, b))
+
+
 @dataclass(frozen=True)
 class ThreatModel:
     """The set of perturbations an attack may use::
@@ -87,6 +109,7 @@ class ThreatModel:
                     "each of directions must be 'constant', 'channel-constant', a tensor or a function of the images; "
                     f"got {direction!r}"
                 )
+        object.__setattr__(self, "directions", _Directions(self.directions))
         if self.directions and self.scope == "pixel":
             raise ValueError('directions cannot be combined with scope="pixel", which has a constraint for every pixel')
 

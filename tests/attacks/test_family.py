@@ -421,6 +421,7 @@ def test_autoattack_works_with_two_classes():
 # --- smallest norms --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:max_eps=.* allows every image")  # nothing is to be in its way
 @norms
 @pytest.mark.parametrize("ortho", [False, True])
 def test_the_smallest_norm_of_a_linear_model_is_its_distance_from_the_boundary(norm, ortho):

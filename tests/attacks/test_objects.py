@@ -277,14 +277,91 @@ def test_a_radius_that_allows_every_image_is_warned_of_once():
     ):
         OrthoPGD(classifier(), eps=8, steps=1)(IMAGES, LABELS)
     with pytest.warns(UserWarning, match="eps=255 allows every image: .* choose a smaller radius"):
-        OrthoPGD(classifier(), eps=255, steps=1, bounds=(0, 255))(IMAGES, LABELS)
-    OrthoPGD(classifier(), eps=8, steps=1, bounds=(0, 255))(IMAGES, LABELS)
+        OrthoPGD(classifier(), eps=255, steps=1, bounds=(0, 255), loss="margin")(255 * IMAGES, LABELS)
+    OrthoPGD(classifier(), eps=8, steps=1, bounds=(0, 255), loss="margin")(255 * IMAGES, LABELS)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         orthattack.PGD(classifier(), steps=1).sweep(IMAGES, LABELS, [0.1, 2.0, 3.0, 0.2])
         orthattack.PGD(classifier(), eps=torch.tensor([0.1] * 5 + [3.0]), steps=1)(IMAGES, LABELS)
     assert [str(warning.message)[:5] for warning in seen] == ["eps=2", "eps=3"]
-    MinimumNorm(orthattack.PGD(classifier(), eps=1.0, steps=1), max_eps=3.0, trials=3).run(IMAGES, LABELS)
+
+
+def test_a_search_of_the_smallest_norm_warns_of_its_radii_too():
+    def said(eps: float, max_eps: float | None) -> list[str]:
+        attack = MinimumNorm(orthattack.PGD(classifier(), eps=eps, steps=1), max_eps, trials=2)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                attack.run(IMAGES, LABELS)
+        assert all(warning.filename == __file__ for warning in seen)
+        return [str(warning.message) for warning in seen]
+
+    (message,) = said(8, None)
+    assert message.startswith("eps=8 allows every image: in linf")
+    (message,) = said(8 / 255, 20)
+    assert message.startswith("max_eps=20 allows every image: in linf")
+    assert message.endswith("did you mean max_eps=20/255?")
+    assert said(8 / 255, None) == said(8 / 255, 1.0) == []  # as far as there are images
+
+
+@pytest.mark.parametrize("call", [
+    lambda x, y: OrthoPGD(classifier(), eps=8, steps=1, bounds=(0, 255)).run(x, y),
+    lambda x, y: MinimumNorm(orthattack.Square(classifier(), eps=8, queries=2, bounds=(0, 255)), trials=2).run(x, y),
+    lambda x, y: orthattack.fooled(classifier(), x, y, bounds=(0, 255)),
+])  # fmt: skip
+def test_images_between_0_and_1_in_bounds_of_8_bits_are_warned_of_once(call):
+    def said(images: Tensor) -> list[str]:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            call(images, LABELS)
+        assert all(warning.filename == __file__ for warning in seen)
+        return [str(warning.message) for warning in seen if "bounds" in str(warning.message)]
+
+    for images in (IMAGES, IMAGES.half().float(), (IMAGES > 0.5).float()):
+        (message,) = said(images)
+        assert re.search(r"lie in \[.*\], with bounds=\(0, 255\): they look scaled .* pass bounds=\(0, 1\)", message)
+    black, noisy = torch.zeros_like(IMAGES), torch.zeros_like(IMAGES)
+    noisy[:, 0, 0, 0] = 1
+    for images in (black, noisy, 255 * IMAGES, 3 * IMAGES):
+        assert said(images) == []
+
+
+def test_what_an_attack_was_given_is_its_own():
+    """Numbers that the caller changes later are not the attack's, nor those of what is made from it."""
+    direction, eps = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(1)), torch.full((6,), 0.1)
+    kept, radii, given = direction.clone(), eps.clone(), ["constant", direction]
+    options = {"steps": 3, "random_start": False}
+    made = OrthoPGD(classifier(), eps=eps, directions=given, **options)
+    threat = ThreatModel("linf", eps, directions=given)
+    expected = OrthoPGD(classifier(), eps=radii, directions=["constant", kept], **options).run(IMAGES, LABELS)
+    direction.fill_(1.0)
+    eps.fill_(0.5)
+    given.append("channel-constant")
+    for attack in (made, made.replace(early_stop=False), pickle.loads(pickle.dumps(made)), copy.copy(made)):
+        assert same(attack.run(IMAGES, LABELS), expected)
+        assert len(attack.directions) == 2
+    assert torch.equal(threat.directions[1], kept)
+    assert torch.equal(threat.eps, radii)
+    array = np.full(6, 0.1, np.float32)
+    made = OrthoPGD(classifier(), eps=array, directions=["constant", kept], **options)
+    array[:] = 0.5
+    assert same(made.replace(early_stop=False).run(IMAGES, LABELS), expected)
+
+
+def test_threat_models_and_cards_with_the_same_directions_are_equal():
+    one = torch.rand(3, 4, 4)
+
+    def same_function(images: Tensor) -> Tensor:
+        return images
+
+    first, second = (ThreatModel("l2", 1.0, directions=[d, "constant", same_function]) for d in (one, one.clone()))
+    assert first == second
+    assert hash(first) == hash(second)
+    assert first != ThreatModel("l2", 1.0, directions=[one + 1, "constant", same_function])
+    assert first != ThreatModel("l2", 1.0, directions=["constant", one, same_function])
+    assert first != ThreatModel("l2", 1.0, directions=[one])
+    made = OrthoPGD(classifier(), directions=[one])
+    assert made.card == made.replace(steps=2).card == pickle.loads(pickle.dumps(made)).card
 
 
 def test_the_radius_of_everything_depends_on_norm_bounds_and_shape():

@@ -195,7 +195,7 @@ ONE_PIXEL = IMAGES.clone().index_put_((torch.tensor(2), *torch.tensor([0, 3, 3])
         (
             1.27 * IMAGES - 0.14,
             LABELS,
-            r"max 1\.1.*: they overshoot a little, as bicubic resizing makes them; clamp them",
+            r"max 1\.1.*: they overshoot a little, as rounding or bicubic resizing makes them; clamp them",
         ),
         (2 * IMAGES - 1, LABELS, "they look normalised; pass them unnormalised"),
         ((IMAGES - 0.45) / 0.22, LABELS, "they look normalised; pass them unnormalised"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from orthattack.attacks.assumptions import DRAWS, NEEDED
+from orthattack.assumptions import DRAWS, NEEDED
 from orthattack.attacks.scoring import NoGradientError, Oracle, input_gradient
 from orthattack.losses import Goal, attack_loss
 

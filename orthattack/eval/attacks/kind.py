@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -136,8 +137,9 @@ def defaults(kind: Any, without: set[str]) -> dict[str, Any]:
     }
 
 
-def described(value: object) -> object:
-    """An option as a manifest can keep it: numbers, text and lists as they are, a tensor by its content, code by name.
+def described(value: object, with_source: bool = False) -> object:
+    """An option as a manifest can keep it: numbers, text and lists as they are, a tensor by its content, code by name,
+    with a digest of a function's source if asked for.
 
     >>> described([1, torch.zeros(2), len])
     [1, 'tensor of shape (2,), torch.float32, SHA-256 af5570f5a1810b7a', 'builtins.len']
@@ -147,15 +149,19 @@ def described(value: object) -> object:
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, list | tuple):
-        return [described(item) for item in value]
+        return [described(item, with_source) for item in value]
     if isinstance(value, Mapping):
-        return {str(key): described(item) for key, item in value.items()}
+        return {str(key): described(item, with_source) for key, item in value.items()}
     if isinstance(value, Tensor):
         content = value.detach().cpu().contiguous()
         digest = hashlib.sha256(content.view(torch.uint8).numpy().tobytes() if content.numel() else b"").hexdigest()
         return f"tensor of shape {tuple(value.shape)}, {value.dtype}, SHA-256 {digest[:16]}"
     name = getattr(value, "__qualname__", type(value).__qualname__)
-    return f"{getattr(value, '__module__', type(value).__module__)}.{name}"
+    source = ""
+    with suppress(OSError, TypeError):  # no function, or written where nothing was kept
+        source = inspect.getsource(value) if with_source else ""  # type: ignore[arg-type]
+    digest = f", source SHA-256 {hashlib.sha256(source.encode()).hexdigest()[:16]}" if source else ""
+    return f"{getattr(value, '__module__', type(value).__module__)}.{name}{digest}"
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ import torch
 from scipy.stats import binom
 from torch import Tensor
 
-from orthattack.attacks.assumptions import PROBABILITIES, are_probabilities
+from orthattack.assumptions import PROBABILITIES, SIGMOIDS, are_probabilities
 from orthattack.eval.data.dataset import evenly
 from orthattack.eval.results.rates import Rate
 
@@ -87,7 +87,11 @@ def _not_finite(statistics: CleanStatistics) -> str | None:
 
 
 def _probabilities(statistics: CleanStatistics) -> str | None:
-    return PROBABILITIES if are_probabilities(*statistics.logits, statistics.row_sums) else None
+    if are_probabilities(*statistics.logits, statistics.row_sums):
+        return PROBABILITIES
+    # Logits of a few images may lie in [0, 1] by chance, those of many that reach both ends do not.
+    (low, high), total = statistics.logits, statistics.accuracy.total
+    return SIGMOIDS if total >= 10 and 0 <= low < 0.1 and 0.9 < high <= 1 else None
 
 
 def _pixels(statistics: CleanStatistics) -> str | None:

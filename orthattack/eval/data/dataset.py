@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from orthattack.arguments import why_outside
 from orthattack.eval.data.readers import Dataset, Source
 from orthattack.eval.errors import EvaluationError, told
 from orthattack.eval.models.preprocessing import DecodeError, Preprocessing
@@ -200,30 +201,14 @@ def _as_input(pixels: Tensor, size: int) -> Tensor:
     low, high = float(image.min()), float(image.max())
     if low < 0 or high > 1:
         if low < -_ROUND_OFF or high > 1 + _ROUND_OFF:
-            raise DecodeError(f"pixels lie in [{low:.5g}, {high:.5g}], not in [0, 1]: {_why_outside(image)}")
+            raise DecodeError(
+                f"pixels lie in [{low:.5g}, {high:.5g}], not in [0, 1]: {why_outside('image', image, is_returned=True)}"
+            )
         image = image.clamp(0, 1)
     return image
 
 
 _ROUND_OFF = 8e-7  # of a normalisation and its inverse, as the attacks take it
-
-
-def _why_outside(image: Tensor) -> str:
-    """The likeliest cause of finite pixels outside [0, 1], and what to do."""
-    low, high = float(image.min()), float(image.max())
-    share = float(((image < 0) | (image > 1)).float().mean())
-    beyond = max(-low, high - 1)
-    if beyond <= 0.35 and (share <= 0.25 or beyond <= 0.03 or high - low > 1.2):
-        return "they overshoot a little, as rounding or bicubic resizing makes them; clamp them, image.clamp(0, 1)"
-    if low >= 0 and bool((image == image.round()).all()):
-        return f"they look {'8' if high <= 255 else '16'}-bit; divide them by {255 if high <= 255 else 65535}"
-    if low >= -1 and high <= 1:
-        return "they look scaled to [-1, 1]; return (image + 1) / 2"
-    if (low < -0.25 and max(-low, high) <= 20) or high <= 3:
-        return "they look normalised; return them in [0, 1]: the model normalises"
-    if high <= 320:
-        return "they look 8-bit, and resized or shifted; divide them by 255, and clamp them"
-    return "scale them to [0, 1]"
 
 
 def evenly(count: int, among: int) -> list[int]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orthattack.attacks.assumptions import observe
+from orthattack.assumptions import observe
 from orthattack.attacks.base import Card
 from orthattack.attacks.scoring import input_gradient
 from orthattack.eval.attacks.counter import CallCounter

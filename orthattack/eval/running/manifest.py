@@ -45,7 +45,7 @@ def describe_attacks(entries: Sequence[Entry], baselines: Mapping[str, Sequence[
             ],
             "orthogonal": first.kind.orthogonal,
             "scope": first.kind.card.scope,
-            "directions": described(first.kind.card.directions),
+            "directions": described(first.kind.card.directions, with_source=True),
             "minimal": first.kind.card.minimal,
         }
         for label, of_label in by_label.items()

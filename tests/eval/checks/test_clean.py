@@ -53,8 +53,19 @@ def test_probabilities_in_place_of_logits():
         (warning,) = suspicions(CleanStatistics.of(images, values, labels))
         assert "returns probabilities, not logits" in warning
         assert "remove the final softmax" in warning
-    for values in (logits, logits.log_softmax(1), logits.sigmoid()):
+    for values in (logits, logits.log_softmax(1), 0.05 + 0.3 * logits.sigmoid()):
         assert suspicions(CleanStatistics.of(images, values, labels)) == []
+
+
+def test_sigmoids_in_place_of_logits():
+    torch.manual_seed(0)
+    logits = 4 * torch.randn(50, 10)
+    images, labels = torch.rand(50, 3, 2, 2), logits.argmax(1)
+    (warning,) = suspicions(CleanStatistics.of(images, logits.sigmoid(), labels))
+    assert "seems to return sigmoids, not logits" in warning
+    assert "remove the final sigmoid" in warning
+    few = slice(0, 5)  # which logits too may have in [0, 1] by chance
+    assert suspicions(CleanStatistics.of(images[few], logits.sigmoid()[few], labels[few])) == []
 
 
 @pytest.mark.parametrize(

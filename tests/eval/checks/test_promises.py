@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
 import shutil
 
@@ -135,7 +137,8 @@ def test_the_checks_and_the_report_survive_all_of_them(run):
         if directions is not None:
             assert about[label]["directions"] == directions
     assert about["tensor"]["directions"][0].startswith(f"tensor of shape (3, {SIZE}, {SIZE}), torch.float32, SHA-256 ")
-    assert about["function"]["directions"] == [f"{__name__}.mirrored"]
+    source = hashlib.sha256(inspect.getsource(mirrored).encode()).hexdigest()[:16]
+    assert about["function"]["directions"] == [f"{__name__}.mirrored, source SHA-256 {source}"]
     assert about["minimal"]["minimal"]
 
 

@@ -20,6 +20,7 @@ from orthattack import (
     AttackResult,
     AutoAttack,
     DetectorEvasion,
+    Ensemble,
     MinimumNorm,
     OrthoAPGD,
     OrthoAutoAttack,
@@ -28,7 +29,7 @@ from orthattack import (
     Square,
     fooled,
 )
-from orthattack.attacks.assumptions import PROBABILITIES, Behaviour, batch_statistics, observe
+from orthattack.assumptions import PROBABILITIES, Behaviour, batch_statistics, observe
 from tests.attacks.test_attacks import Recorder, drawn, linear_model, small_model
 from tests.attacks.test_promises import trained
 
@@ -241,7 +242,7 @@ def test_it_costs_three_images_and_no_more_where_nothing_differs():
 
     def model(x: Tensor) -> Tensor:
         asked.append(len(x))
-        return x.flatten(1)[:, :5]
+        return x.flatten(1)[:, :5] - 1
 
     observe(model, drawn()[0])
     assert asked == [1, 2]
@@ -272,13 +273,36 @@ def test_what_a_model_is_asked_about_lies_in_the_bounds(bounds):
 
     def model(x: Tensor) -> Tensor:
         asked.append(x)
-        return x.flatten(1)[:, :3].double() + 1e-6 * len(x)  # so that all is asked
+        return x.flatten(1)[:, :3].double() - 9 + 1e-6 * len(x)  # so that all is asked
 
     observe(model, low + (high - low) * drawn()[0], bounds)
     assert len(asked) == 4
     for x in asked:
         assert x.min() >= low
         assert x.max() <= high
+
+
+SIGMOID = nn.Sequential(small_model(), nn.Sigmoid())
+
+
+@pytest.mark.parametrize("model", [
+    lambda x: SMALL(x).sigmoid(), SIGMOID, lambda x: SMALL(x).sigmoid().double().view(len(x), -1).clone(),
+    lambda x: SMALL(x)[:, :2].sigmoid(),
+])  # fmt: skip
+def test_sigmoids_are_seen(model):
+    for n in (1, 6):
+        seen = observe(model, drawn(n=n)[0])
+        assert seen.sigmoids
+        assert not seen.probabilities
+
+
+@pytest.mark.parametrize("model", [
+    SMALL, lambda x: SMALL(x).softmax(1), lambda x: x.flatten(1)[:, :5], lambda x: SMALL(x).sigmoid().logit(),
+    lambda x: 0.5 + 1e-4 * SMALL(x), lambda x: 2 * SMALL(x).sigmoid(), lambda x: SMALL(x).sigmoid().detach() * 1,
+    lambda x: functional.pad(SMALL(x)[:, :1], (1, 0)), lambda x: SMALL(x).sigmoid() @ torch.eye(5) / 5,
+])  # fmt: skip
+def test_logits_that_happen_to_lie_between_0_and_1_are_no_sigmoids(model):
+    assert not observe(model, drawn()[0]).sigmoids
 
 
 def test_a_model_that_fails_shows_nothing():
@@ -300,6 +324,7 @@ MESSAGES = {
     "batch": (OF_THE_BATCH["batch norm"], r"batch norm without running statistics \('norm'\) uses those of the batch"),
     "mixed": (OF_THE_BATCH["centred by the batch"], "depends on the rest of its batch"),
     "probabilities": (lambda x: SMALL(x).softmax(1), "returns probabilities, not logits .* remove the final softmax"),
+    "sigmoids": (SIGMOID, "seems to return sigmoids, not logits .* remove the final sigmoid"),
 }
 
 
@@ -328,7 +353,7 @@ def test_a_single_image_is_enough_and_counts_and_bits_are_those_without_the_look
         PGD(OF_THE_BATCH["batch norm"], steps=2).run(images, labels)
     found = PGD(SMALL, steps=3, generator=seeded()).run(images, labels)
     assert found.forward_calls.tolist() == [4]
-    monkeypatch.setattr("orthattack.attacks.assumptions.observe", lambda *a: Behaviour())
+    monkeypatch.setattr("orthattack.assumptions.observe", lambda *a: Behaviour())
     plain = PGD(SMALL, steps=3, generator=seeded()).run(images, labels)
     for name, value in vars(plain).items():
         assert torch.equal(value, getattr(found, name)), name
@@ -426,6 +451,40 @@ def test_a_coin_is_not_fooled():
         assert result.success.float().mean() < 0.12  # 0.055 by chance
 
 
+@pytest.mark.parametrize("kind", ["random", "batch", "mixed"])
+def test_fooled_warns_of_what_the_attacks_warn_of(kind):
+    model, message = MESSAGES[kind]
+    images, labels = drawn()
+    before = torch.get_rng_state()
+    with pytest.warns(UserWarning, match=message.removesuffix(" .* eot_samples")) as caught:
+        fooled(model, images, labels)
+    assert [w.filename for w in caught] == [__file__]
+    assert "eot_samples" not in str(caught[0].message)  # there is no gradient to average
+    assert torch.equal(torch.get_rng_state(), before)
+    fooled(SMALL, images, labels)  # without a word
+    fooled(model, images[:0], labels[:0])
+
+
+def test_fooled_asks_a_model_that_draws_for_ten_fresh_answers():
+    def coin(x: Tensor) -> Tensor:
+        side = torch.randn(len(x)) + 1e-3 * x.mean((1, 2, 3))
+        return torch.stack([side, -side], 1)
+
+    images, labels = make_pairs(400)
+    with pytest.warns(UserWarning, match="at least 8 of 10 fresh answers"):
+        share = fooled(coin, images, labels, batch_size=100).float().mean()
+    assert 0.02 < share < 0.1  # 56 of 1,024 by chance, where one answer would call half of them fooled
+    model, images, labels = trained()
+    drawing = Drawing(model, 0.04)
+    with pytest.warns(UserWarning, match="draws at random"):
+        missed = fooled(drawing, images, labels)
+    assert missed.float().mean() < 0.5
+    with pytest.warns(UserWarning, match="draws at random"):
+        reached = fooled(drawing, images, labels, targeted=True)
+    assert not (missed & reached).any()
+    assert reached.float().mean() > 0.5
+
+
 def make_pairs(n: int) -> tuple[Tensor, Tensor]:
     return torch.rand(n, 1, 2, 2, generator=seeded()), torch.zeros(n, dtype=torch.long)
 
@@ -449,6 +508,37 @@ def test_the_scale_of_the_logits_costs_no_strength(attack, scale):
     assert margin.success.any()
     assert scaled.success.sum() >= margin.success.sum()
     assert (scaled.zero_gradients > 0).any() == (scale > 1)
+
+
+def test_an_ensembles_mean_loss_climbs_the_margin_where_it_is_saturated():
+    model, images, labels = trained()
+    options = {"eps": 2 / 255, "steps": 5, "loss": Ensemble.mean_loss}
+    margin = OrthoPGD(model, generator=seeded(), **{**options, "loss": "margin"}).run(images, labels)
+
+    def scaled(scale: float) -> Ensemble:
+        return Ensemble([Scaled(model, scale), Scaled(model, scale)], "loss")
+
+    with pytest.warns(UserWarning, match="climbed the margin instead"):
+        found = OrthoPGD(scaled(1e4), generator=seeded(), **options).run(images, labels)
+    assert found.success.sum() >= margin.success.sum() > 0
+    assert (found.zero_gradients > 0).any()
+    plain = OrthoPGD(scaled(1.0), generator=seeded(), **options).run(images, labels)
+    own = OrthoPGD(scaled(1.0), generator=seeded(), **{**options, "loss": _mean}).run(images, labels)
+    assert torch.equal(plain.adversarials, own.adversarials)  # where nothing is saturated, nothing changes
+    assert torch.equal(plain.loss, own.loss)
+
+
+class Scaled(nn.Module):
+    def __init__(self, model: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.model, self.scale = model, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.model(x)
+
+
+def _mean(logits: Tensor, labels: Tensor) -> Tensor:
+    return Ensemble.mean_loss(logits, labels)
 
 
 def test_the_smallest_norm_is_found_whatever_the_scale():
@@ -643,13 +733,33 @@ def test_a_detector_that_draws_is_told_of_and_evading_it_is_confirmed():
     attack = DetectorEvasion(model, score, eps=0.01, steps=12)
     with pytest.warns(UserWarning, match="the detector draws at random or keeps a state") as caught:
         result = attack.run(images, labels)
-    texts = [str(w.message) for w in caught]
-    assert not any("eot_samples" in text for text in texts)  # which it does not have
+    assert "average them with eot_samples" in str(caught[0].message)
     assert (
         result.success.float().mean() <= 0.5
     )  # 8 of 10 have a chance of 1 in 18; any of 13 steps one of 8,191 in 8,192
     quiet_one = DetectorEvasion(model, lambda x: x.mean((1, 2, 3)), 2.0, eps=0.01, steps=2)
     assert quiet_one.run(images, labels).success.all()
+
+
+def test_eot_samples_average_the_detectors_gradient():
+    """Noise of ten times the slope: the mean of 100 draws points down it for 84 % of the pixels, one draw for 54 %."""
+    images, labels = drawn(n=20)
+    images = images.clamp(0.1, 0.9)
+    labels = (SMALL(images).argmax(1) + 1) % 5  # fooled all along, so each step is the detector's
+
+    def score(x: Tensor) -> Tensor:
+        return (x * (1 + 10 * torch.randn_like(x))).mean((1, 2, 3))
+
+    down = {}
+    for samples in (1, 100):
+        torch.manual_seed(0)
+        attack = DetectorEvasion(
+            SMALL, score, 2.0, eps=0.01, alpha=0.01, steps=1, mode="selective", eot_samples=samples
+        )
+        delta = quiet(lambda attack=attack: attack.run(images, labels)).adversarials - images
+        down[samples] = float((delta < 0)[delta != 0].float().mean())
+    assert down[1] == pytest.approx(0.54, abs=0.03)
+    assert down[100] == pytest.approx(0.84, abs=0.03)
 
 
 def test_a_detector_that_depends_on_the_batch_is_told_of():

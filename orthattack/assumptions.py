@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import random
 import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,19 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orthattack.lending import global_random_numbers
-from orthattack.models import Model
+from orthattack.arguments import warn
+from orthattack.lending import Model, global_random_numbers
 
 __all__ = [
     "DRAWS",
     "NEEDED",
     "PROBABILITIES",
+    "SIGMOIDS",
     "Behaviour",
     "Observer",
     "are_probabilities",
     "batch_statistics",
     "observe",
-    "warn",
 ]
 
 DRAWS, NEEDED = 10, 8
@@ -41,9 +40,16 @@ PROBABILITIES = (
     "the model returns probabilities, not logits (all in [0, 1], each row sums to 1): the gradients of a loss on them "
     "vanish where the model is sure, so attacks look weaker than they are; remove the final softmax"
 )
+SIGMOIDS = (
+    "the model seems to return sigmoids, not logits (all in [0, 1], and a row does not sum to 1): losses take the "
+    "softmax of what they get, and gradients vanish where a sigmoid is saturated, so attacks look weaker than they "
+    "are; remove the final sigmoid, which predicts the same"
+)
 
 _NOISE = 1e-3
 """Batches of another size are added up in another order, which moves logits by 1e-5 of their spread at most."""
+_MOVES = ("Alias", "Cat", "Clone", "ToCopy", "View", "Unsafe", "Reshape", "Slice", "Squeeze", "Unsqueeze", "Permute")
+"""Operations of autograd that only hand values on."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +62,14 @@ class Behaviour:
             image's own. Unknown, and 0, for a model that draws.
         statistics: names of the batch norms that have no running statistics, and use the batch's.
         probabilities: whether the answers are probabilities.
+        sigmoids: whether they are sigmoids, one per class.
     """
 
     noise: float = 0.0
     dependence: float = 0.0
     statistics: tuple[str, ...] = ()
     probabilities: bool = False
+    sigmoids: bool = False
 
     @property
     def is_random(self) -> bool:
@@ -73,15 +81,15 @@ class Behaviour:
         """Whether an answer depends on what else is in the batch."""
         return self.dependence > 0 or (self.is_random and len(self.statistics) > 0)
 
-    def on_randomness(self, who: str = "the model") -> str | None:
+    def on_randomness(self, who: str = "the model", can_average: bool = True) -> str | None:
         """What to say of a model, or whoever it is, that draws; None of one that does not."""
         if not self.is_random:
             return None
-        mean = "; a gradient of one draw says little, so average them with eot_samples, such as 20"
+        mean = "; a gradient of one draw says little, so average them with eot_samples, such as 20" * can_average
         return (
             f"{who} draws at random or keeps a state: two answers to the same image differ by "
             f"{self.noise:.2g} of the answers' spread. A success is reported where at least {NEEDED} of {DRAWS} fresh "
-            f"answers confirm it{mean if who == 'the model' else ''}"
+            f"answers confirm it{mean}"
         )
 
     def on_batches(self, who: str = "the model") -> str | None:
@@ -133,7 +141,9 @@ def observe(lent: Model, images: Tensor, bounds: tuple[float, float] = (0, 1), m
             return Behaviour()
         seen = pair if alone is None else torch.cat([alone, pair])
         sums, tolerance = seen.double().sum(1).tolist(), max(1e-4, 1.5 * _epsilon(seen))
-        probabilities = are_probabilities(float(seen.amin()), float(seen.amax()), sums, tolerance)
+        ends = float(seen.amin()), float(seen.amax())
+        probabilities = are_probabilities(*ends, sums, tolerance)
+        sigmoids = ends[0] >= 0 and ends[1] <= 1 and not probabilities and _ends_in_sigmoid(ask, image)
         first = pair[:1] if alone is None else alone
         spread = max(float(first.amax() - first.amin()), 1e-3 * float(first.abs().amax()), 1e-300)
 
@@ -142,20 +152,20 @@ def observe(lent: Model, images: Tensor, bounds: tuple[float, float] = (0, 1), m
 
         statistics = tuple(batch_statistics(module))
         if not draws and alone is not None and share(alone, pair[:1]) == 0:
-            return Behaviour(0.0, 0.0, statistics, probabilities)
+            return Behaviour(0.0, 0.0, statistics, probabilities, sigmoids)
         # Something differs, if only by round-off: twice the same question, in a batch of the same size.
         smallest = max(1e-4 if image.is_cuda else 1e-5, 8 * _epsilon(pair))
         for _ in range(DRAWS if draws else 1):
             again = _answer(ask, torch.cat([image, beside[0]]))
             if again is not None and (noise := share(again[:1], pair[:1])) > smallest:
-                return Behaviour(noise, 0.0, statistics, probabilities)
+                return Behaviour(noise, 0.0, statistics, probabilities, sigmoids)
         other = _answer(ask, torch.cat([image, beside[1]]))
         dependence = 0.0 if other is None else share(other[:1], pair[:1])
         tolerance = max(_NOISE, 8 * _epsilon(pair))
         if dependence <= tolerance and alone is not None:
             # A rounding inside the model may turn round-off into a whole unit, so more is asked of the size alone.
             dependence, tolerance = share(alone, pair[:1]), max(0.05, 8 * _epsilon(pair))
-        return Behaviour(0.0, dependence if dependence > tolerance else 0.0, statistics, probabilities)
+        return Behaviour(0.0, dependence if dependence > tolerance else 0.0, statistics, probabilities, sigmoids)
 
 
 class Observer:
@@ -195,16 +205,19 @@ def are_probabilities(low: float, high: float, sums: Iterable[float], tolerance:
     return low >= 0 and high <= 1 and all(abs(total - 1) <= tolerance for total in sums)
 
 
-def warn(message: str) -> None:
-    """Warn, with the line that called this package as the place."""
-    frame, level = sys._getframe(), 1
-    while frame.f_globals.get("__name__", "").partition(".")[0] == "orthattack" and frame.f_back is not None:
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)
+def _ends_in_sigmoid(model: Model, image: Tensor) -> bool:
+    """Whether the last thing that a model computes is a sigmoid, so that logits that happen to lie in [0, 1] are not
+    taken for its values."""
+    with torch.enable_grad():
+        answer = _answer(model, image.clone().requires_grad_(), is_kept=True)
+    last = None if answer is None else answer.grad_fn
+    while last is not None and last.name().startswith(_MOVES):
+        last = last.next_functions[0][0]
+    return last is not None and last.name().startswith("Sigmoid")
 
 
-def _answer(model: Model, images: Tensor) -> Tensor | None:
-    """Finite logits (N, K), or None if there are none."""
+def _answer(model: Model, images: Tensor, is_kept: bool = False) -> Tensor | None:
+    """Finite logits (N, K), or None if there are none; with their graph if it `is_kept`."""
     try:
         logits = model(images.clone())
     except Exception:  # a model's own code may raise anything, and will again where it is not caught
@@ -212,7 +225,7 @@ def _answer(model: Model, images: Tensor) -> Tensor | None:
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] == 0:
         return None
     usable = logits.is_floating_point() and bool(logits.isfinite().all())
-    return logits.detach() if usable else None
+    return None if not usable else logits if is_kept else logits.detach()
 
 
 def _epsilon(logits: Tensor) -> float:
