@@ -605,6 +605,18 @@ def test_of_the_checks_pgds_images_are_kept_and_tried_on_the_other_model(tmp_pat
     assert labels == {"PGD"}
 
 
+def test_what_a_person_should_know_of_models_and_images_is_said_once_and_kept(tmp_path, capsys):
+    nets = [replace(classifier_of(Net(), name), notes=("resized",)) for name in "ab"]
+    run = evaluate(
+        nets, replace(dataset(), notes=("names were guessed",)), ["FGSM"], out=tmp_path / "r", eps=EPS, checks=False,
+        progress=False, report=False,
+    )  # fmt: skip
+    (session,) = run.folder.sessions()
+    said = capsys.readouterr().err
+    for note in ("a: resized", "b: resized", "names were guessed"):
+        assert session["warnings"].count(note) == said.count(note) == 1
+
+
 def test_no_more_than_two_chunks_are_decoded_ahead():
     lock, loaded, taken = threading.Lock(), set(), set()
     most = 0
