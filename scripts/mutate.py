@@ -50,6 +50,7 @@ MODULES = [
     "orthattack/threat",
     "orthattack/losses.py",
     "orthattack/models.py",
+    "orthattack/assumptions.py",
     "orthattack/lending.py",
     "orthattack/attacks",
     "orthattack/eval/running/chunk.py",
@@ -65,8 +66,9 @@ MODULES = [
 ]
 TESTS = [
     "orthattack", "tests/attacks", "tests/threat", "tests/eval/attacks", "tests/eval/checks", "tests/eval/results",
-    "tests/eval/running", "tests/eval/storage", "tests/test_lending.py", "tests/test_losses.py",
-    "tests/test_models.py", "tests/test_projection.py", "tests/test_surface.py", "tests/test_work.py",
+    "tests/eval/running", "tests/eval/storage", "tests/test_assumptions.py", "tests/test_lending.py",
+    "tests/test_losses.py", "tests/test_models.py", "tests/test_projection.py", "tests/test_surface.py",
+    "tests/test_work.py",
 ]  # fmt: skip
 """Whose tests are to notice: those of the same rooms. A fault that only others notice has survived."""
 NOT_TESTS = ["tests/attacks/test_memory.py", "tests/attacks/test_trained.py"]

@@ -30,6 +30,7 @@ from orthattack import (
     fooled,
 )
 from orthattack.assumptions import PROBABILITIES, Behaviour, batch_statistics, observe
+from orthattack.models import checked_logits
 from tests.attacks.test_attacks import Recorder, drawn, linear_model, small_model
 from tests.attacks.test_promises import trained
 
@@ -78,6 +79,17 @@ def test_what_is_not_logits_is_refused_with_the_line_that_mends_it(answer, messa
     attacks = {"PGD": PGD(model, steps=2), "Square": Square(model, queries=3)}
     with pytest.raises(ValueError, match=message):
         fooled(model, images, labels) if ask == "fooled" else attacks[ask](images, labels)
+
+
+@pytest.mark.parametrize(
+    ("shape", "helps"),
+    [((4, 3, 1, 1), True), ((4, 3, 1), True), ((4, 3, 2, 1), False), ((5, 3, 1, 1), False), ((4, 1, 1, 1), False),
+     ((5, 3), False), ((4, 0), False), ((4, 0, 1), False)],
+)  # fmt: skip
+def test_flattening_is_advised_where_it_makes_logits(shape, helps):
+    with pytest.raises(ValueError, match=r"model must return logits of shape \(4, classes\); got") as error:
+        checked_logits(torch.zeros(shape), 4)
+    assert ("attack lambda x: model(x).flatten(1), after model.eval()" in str(error.value)) == helps
 
 
 def test_nan_is_refused_by_attacks_and_is_no_answer_to_fooled():
