@@ -307,6 +307,13 @@ def test_images_whose_squares_neither_overflow_nor_vanish_are_their_own_normal()
         assert (Plane(x, 0 * x, 2 * x, "image").normal is x) is is_own
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_box_is_wide_beside_rounding_whatever_the_sign_of_its_image(sign):
+    x = sign * (1 - 0.5 * make_images("uniform", (1, 3, 16, 16), 0))
+    for width, is_wide in ((0.003, False), (0.006, True)):  # for 768 pixels, beside 1e6 units of round-off
+        assert Plane(x, x - width / 2, x + width / 2, "image")._is_coarse is is_wide
+
+
 def test_settling_leaves_good_points_alone():
     x = make_images("uniform", (2, 3, 16, 16), 0)
     plane = Plane(x, *box(x, 8 / 255), "image")
