@@ -314,6 +314,14 @@ def test_a_box_is_wide_beside_rounding_whatever_the_sign_of_its_image(sign):
         assert Plane(x, x - width / 2, x + width / 2, "image")._is_coarse is is_wide
 
 
+def test_what_is_left_of_a_gradient_nearly_parallel_to_the_image_is_orthogonal_to_it():
+    x = make_images("uniform", (4, 3, 16, 16), 0)
+    plane = Plane(x, 0 * x, 0 * x + 1, "image")
+    tangent = plane.unit_tangent(x + 1e-5 * make_gradient("normal", x, 0))
+    torch.testing.assert_close(tangent.flatten(1).norm(dim=1), torch.ones(4))
+    assert alignment(tangent, x).abs().max() <= 1e-5
+
+
 def test_settling_leaves_good_points_alone():
     x = make_images("uniform", (2, 3, 16, 16), 0)
     plane = Plane(x, *box(x, 8 / 255), "image")
