@@ -535,18 +535,15 @@ class Attack(Configured):
     def _warn_of_gradients(self, result: AttackResult, stuck: Tensor) -> None:
         """Say, once for a call, for how many samples there was no usable gradient at half of the steps or more."""
         steps = result.gradient_calls // self.eot_samples
-        flat, counts = result.zero_gradients, [0, 0, 0]
-        if len(flat) > 0:
-            counts = [
-                int(rows.sum())
-                for rows in (
-                    steps > stuck,
-                    ~result.success & (stuck > 0) & (2 * stuck >= steps),
-                    (flat > stuck) & (2 * flat >= steps),
-                )
-            ]
-        moved, left, swapped = counts
-        total = len(flat)
+        flat, total = result.zero_gradients, len(stuck)
+        moved, left, swapped = (
+            int(rows.sum())
+            for rows in (
+                steps > stuck,
+                ~result.success & (stuck > 0) & (2 * stuck >= steps),
+                (flat > stuck) & (2 * flat >= steps),
+            )
+        )
         if moved == 0 and bool((stuck > 0).any()):
             warn(
                 "nothing could be climbed: the model's gradient is zero or not finite at every step, for each of "
