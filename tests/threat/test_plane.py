@@ -322,6 +322,15 @@ def test_what_is_left_of_a_gradient_nearly_parallel_to_the_image_is_orthogonal_t
     assert alignment(tangent, x).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("alpha", [0.5, 1e3])
+def test_an_l1_step_leaves_black_pixels_without_a_gradient_alone(alpha):
+    x, g = make_images("uniform", (2, 3, 16, 16), 0), make_gradient("normal", torch.zeros(2, 3, 16, 16), 0)
+    x[..., 3:5], g[..., 3:5] = 0, 0
+    y = Plane(x, 0 * x, 0 * x + 1, "image").sparse_step(x, g, torch.full((2, 1, 1, 1), alpha), 1)
+    assert (y != x).any()
+    assert torch.equal(y[..., 3:5], x[..., 3:5])
+
+
 def test_settling_leaves_good_points_alone():
     x = make_images("uniform", (2, 3, 16, 16), 0)
     plane = Plane(x, *box(x, 8 / 255), "image")
