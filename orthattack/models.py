@@ -160,7 +160,7 @@ def fooled(
     check_batch(adversarials, labels, bounds, [("model", model)], "adversarials")
     found = torch.zeros(len(adversarials), dtype=torch.bool, device=adversarials.device)
     with (
-        explained([model], adversarials, "adversarials"),
+        explained({"model": model}, adversarials, "adversarials"),
         borrowed(model, adversarials.device) as lent,
         torch.no_grad(),
     ):
@@ -192,16 +192,15 @@ _OF_SHAPE = re.compile(
 
 
 @contextmanager
-def explained(models: Iterable[Model], images: Tensor, name: str = "images") -> Iterator[None]:
+def explained(models: Mapping[str, Model], images: Tensor, name: str = "images") -> Iterator[None]:
     """Turn torch's complaint about a dtype or a shape inside a model into a ValueError that says what to pass."""
     try:
         yield
     except RuntimeError as error:
-        roles = [*zip(("model", "detector"), models, strict=False)]
-        modules = [model for _, model in roles if isinstance(model, nn.Module)]
+        modules = [model for model in models.values() if isinstance(model, nn.Module)]
         shape, mine = tuple(images.shape), str(images.dtype).removeprefix("torch.")
         is_of_dtype = _OF_DTYPE.search(str(error))
-        for role, model in roles if is_of_dtype else []:
+        for role, model in models.items() if is_of_dtype else []:
             weights = {p.dtype for p in model.parameters() if p.dtype in FLOATS} if isinstance(model, nn.Module) else ()
             if not weights or images.dtype in weights:
                 continue

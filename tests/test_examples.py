@@ -100,3 +100,17 @@ def test_the_notebook_runs_and_shows_what_is_stored(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert kinds(path) == kinds(out), "jupyter execute --inplace examples/pictures.ipynb"
+
+
+def test_own_attacks(capsys, monkeypatch):
+    rows = re.findall(
+        r"(\w+) +scope=(\w+) +(\d) of 8 fooled, median norm ([\d.]+)/255, .* most (\S+)$",
+        printed("own_attacks.py", capsys, monkeypatch),
+        re.M,
+    )
+    assert [row[:2] for row in rows] == [
+        (name, scope) for name in ("DIFGSM", "TIFGSM", "VMIFGSM", "FMN") for scope in ("None", "image")
+    ]
+    assert all(float(row[4]) <= 1e-6 for row in rows[1::2])
+    assert all(int(row[2]) == 8 and float(row[3]) < 8 for row in rows[-2:])  # FMN, whose norm nothing limits
+    assert all(int(row[2]) >= 1 and float(row[3]) <= 8.01 for row in rows[:-2])

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from orthattack.attacks.ascent import Climb
-from orthattack.attacks.base import Attack, Options, OrthoOptions
+from orthattack.attacks.base import Attack, GradientOptions
 from orthattack.attacks.rules import AutoStep
 from orthattack.models import Model
-from orthattack.projection import Scope
 from orthattack.threat import Norm
 
 if TYPE_CHECKING:
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["APGD", "OrthoAPGD"]
 
 
-@final
 class APGD(Attack):
     """Auto-PGD (Croce & Hein 2020, arXiv:2003.01690): no step size to choose::
 
@@ -34,8 +32,7 @@ class APGD(Attack):
         steps: gradient steps per restart, at least 1.
         restarts: random starts; the best result of each sample is kept.
         rho: share of the steps in which the loss must rise for the step size to stay, in (0, 1).
-        **options: `loss`, `targeted`, `early_stop`, `bounds`, `generator`, `precision`, `optimize`, `eot_samples`,
-            as for `OrthoPGD`.
+        **options: as for `OrthoPGD`.
     """
 
     def __init__(
@@ -46,36 +43,17 @@ class APGD(Attack):
         steps: int = 100,
         restarts: int = 1,
         rho: float = 0.75,
-        **options: Unpack[Options],
+        **options: Unpack[GradientOptions],
     ) -> None:
-        super().__init__(model, norm, eps, _auto(steps, restarts, rho), scope=None, **options)
+        search = Climb(AutoStep(rho), steps, rate=2.0, random_start=True, restarts=restarts)
+        super().__init__(model, norm, eps, search, **options)
 
 
-@final
-class OrthoAPGD(Attack):
+class OrthoAPGD(APGD, scope="image"):
     """`APGD` whose perturbation stays orthogonal to the image, exactly and at every step.
 
     z is OrthoPGD's best step, and the mixture with the momentum lies on the plane, so only the box needs projecting.
 
     Args:
-        model: arguments as for `APGD`, and `scope`, `directions`, `enforce`, `reference` as for `OrthoPGD`.
+        model: arguments as for `APGD`.
     """
-
-    family = "APGD"
-
-    def __init__(
-        self,
-        model: Model,
-        norm: Norm = "linf",
-        eps: float | Tensor = 4 / 255,
-        steps: int = 100,
-        restarts: int = 1,
-        rho: float = 0.75,
-        scope: Scope | None = "image",
-        **options: Unpack[OrthoOptions],
-    ) -> None:
-        super().__init__(model, norm, eps, _auto(steps, restarts, rho), scope=scope, **options)
-
-
-def _auto(steps: int, restarts: int, rho: float) -> Climb:
-    return Climb(AutoStep(rho), steps, rate=2.0, random_start=True, restarts=restarts)

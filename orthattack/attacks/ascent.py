@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from orthattack.arguments import check_count, check_flag, check_real
-from orthattack.attacks.base import Task
 from orthattack.attacks.rules import Ascent, StepRule
+from orthattack.attacks.task import Merit, Task
 
 __all__ = ["Climb", "rate"]
 
@@ -33,11 +32,11 @@ class Climb:
 
     rule: StepRule
     steps: int
-    rate: float
+    rate: float = 1.0
     alpha: float | None = None
     random_start: bool = False
     restarts: int = 1
-    merit: Literal["loss", "margin"] = "loss"
+    merit: Merit = "loss"
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps)
@@ -76,17 +75,18 @@ class Climb:
         """One ascent from `points`, the first and the last iterate scored like the others."""
         region = task.region
         alpha = self.rate * region.eps if self.alpha is None else torch.full_like(region.eps, self.alpha)
-        ascent = Ascent(region, alpha.to(region.images.dtype), self.steps, task.textbook, task.reference)
+        ascent = Ascent(task, alpha.to(region.images.dtype), self.steps)
+        del region
         state = self.rule.init(ascent, points)
         for step in range(self.steps + 1):
-            evaluation = task.score(points, step, with_gradient=step < self.steps)
+            evaluation = ascent.task.score(points, step, with_gradient=step < self.steps)
             if evaluation.gradient is None:
                 return
             if task.early_stop and bool(evaluation.success.any()):
                 left = (~evaluation.success).nonzero().squeeze(1)
                 if len(left) == 0:
                     return
-                task, ascent, points = task.select(left), ascent.select(left), points[left]
+                ascent, points = ascent.select(left), points[left]
                 state = {name: value[left] for name, value in state.items()}
                 evaluation = evaluation.select(left)
             points, state = self.rule.update(ascent, state, points, evaluation, step)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, final
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from orthattack.arguments import check_count
 from orthattack.attacks.ascent import Climb
-from orthattack.attacks.base import Attack, Options, OrthoOptions, Task
+from orthattack.attacks.base import Attack, GradientOptions
 from orthattack.attacks.rules import AutoStep
 from orthattack.attacks.scoring import NoGradientError
 from orthattack.attacks.square import SquareSearch
+from orthattack.attacks.task import Merit, Task
 from orthattack.losses import Goal, attack_loss
 from orthattack.models import Model
-from orthattack.projection import Scope
 from orthattack.threat import Norm
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class _Sequence:
     steps: int
     targets: int
     queries: int
-    merit: Literal["loss", "margin"] = "margin"
+    merit: Merit = "margin"
 
     def __post_init__(self) -> None:
         for name in ("steps", "targets", "queries"):
@@ -74,7 +74,6 @@ class _Sequence:
             climb(replace(left, goal=goal, loss=loss), None)
 
 
-@final
 class AutoAttack(Attack):
     """A parameter-free sequence after Croce & Hein 2020 (arXiv:2003.01690), each part on the samples still standing:
 
@@ -92,8 +91,7 @@ class AutoAttack(Attack):
         steps: gradient steps of each APGD, at least 1.
         targets: how many other classes to try, at least 1.
         queries: evaluations per sample by the query attack, at least 1.
-        **options: `targeted`, `bounds`, `generator`, `precision`, `optimize`, `eot_samples` as for `OrthoPGD`; `loss`
-            and `early_stop` make no difference.
+        **options: as for `OrthoPGD`; `loss` and `early_stop` make no difference.
     """
 
     def __init__(
@@ -104,30 +102,14 @@ class AutoAttack(Attack):
         steps: int = 100,
         targets: int = 9,
         queries: int = 5000,
-        **options: Unpack[Options],
+        **options: Unpack[GradientOptions],
     ) -> None:
-        super().__init__(model, norm, eps, _Sequence(steps, targets, queries), scope=None, **options)
+        super().__init__(model, norm, eps, _Sequence(steps, targets, queries), **options)
 
 
-@final
-class OrthoAutoAttack(Attack):
+class OrthoAutoAttack(AutoAttack, scope="image"):
     """`AutoAttack` with every part orthogonal to the image: OrthoAPGD on both losses, then OrthoSquare.
 
     Args:
-        model: arguments as for `AutoAttack`, and `scope`, `directions`, `enforce`, `reference` as for `OrthoPGD`.
+        model: arguments as for `AutoAttack`.
     """
-
-    family = "AutoAttack"
-
-    def __init__(
-        self,
-        model: Model,
-        norm: Norm = "linf",
-        eps: float | Tensor = 4 / 255,
-        steps: int = 100,
-        targets: int = 9,
-        queries: int = 5000,
-        scope: Scope | None = "image",
-        **options: Unpack[OrthoOptions],
-    ) -> None:
-        super().__init__(model, norm, eps, _Sequence(steps, targets, queries), scope=scope, **options)

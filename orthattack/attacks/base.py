@@ -1,18 +1,18 @@
-"""An attack: a model, a threat model and a search for the best point in it, with the bookkeeping they share.
+"""An attack: a model, a threat model and a search for the best point in it.
 
 `Attack` checks its input, borrows the model, lets the search run, and reports. A search (`orthattack.attacks.ascent`,
 `orthattack.attacks.square`, `orthattack.attacks.auto`) decides which points to score; whatever it scores is offered to
-`Best`, which keeps the best of each sample. Concrete attacks choose options; they override nothing.
+`Best`, which keeps the best of each sample. Concrete attacks choose options.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, Protocol, TypedDict, get_args
+from typing import Any, ClassVar, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -32,33 +32,27 @@ from orthattack.arguments import (
 from orthattack.assumptions import PROBABILITIES, SIGMOIDS, Observer
 from orthattack.attacks.configured import Configured
 from orthattack.attacks.fast_copy import FastCopy, Optimize
-from orthattack.attacks.rules import Reference
-from orthattack.attacks.scoring import Evaluation, InBatches, LossFunction, Oracle, Precision, Scorer
+from orthattack.attacks.gradient_form import Enforce, GradientForm, Reference, check_form
+from orthattack.attacks.scoring import InBatches, Oracle, Precision, Scorer, Transform
+from orthattack.attacks.task import AttackResult, Best, OnStep, Search, Streams, Task
 from orthattack.lending import borrowed, guarded, in_evaluation, is_foreign
 from orthattack.losses import Goal, Loss, attack_loss
 from orthattack.models import Model, explained
 from orthattack.projection import Scope
-from orthattack.threat import Direction, Norm, Region, ThreatModel, perturbation_norm
+from orthattack.threat import Direction, Norm, ThreatModel
 
-__all__ = [
-    "Attack",
-    "AttackResult",
-    "Best",
-    "Card",
-    "Enforce",
-    "Options",
-    "OrthoOptions",
-    "Search",
-    "Task",
-    "checked_seeds",
-]
+__all__ = ["Attack", "Card", "GradientOptions", "Options", "checked_seeds"]
 
-Enforce = Literal["perturbation", "gradient"]
+
+UNLIMITED = 1e30
+"""Stands for no limit in a threat model, whose eps is finite."""
 
 
 class Options(TypedDict, total=False):
     """What every attack accepts by keyword; see `orthattack.OrthoPGD` for what each means."""
 
+    scope: Scope | None
+    directions: Sequence[Direction]
     loss: Loss
     targeted: bool
     early_stop: bool
@@ -67,200 +61,16 @@ class Options(TypedDict, total=False):
     precision: Precision
     optimize: Optimize
     eot_samples: int
+    on_step: OnStep | None
 
 
-class OrthoOptions(Options, total=False):
-    """What every orthogonal attack accepts by keyword."""
+class GradientOptions(Options, total=False):
+    """What every gradient attack accepts by keyword."""
 
-    directions: Sequence[Direction]
     enforce: Enforce
     reference: Reference
-
-
-@dataclass(frozen=True, repr=False)
-class AttackResult:
-    """What an attack found, one entry per sample.
-
-    Attributes:
-        adversarials: (N, C, H, W), shape, dtype and device of the images.
-        success: (N,) bool: the model, in its own precision, is fooled by exactly this adversarial (targeted: predicts
-            the target).
-        loss: (N,) the loss that the attack maximised, at the adversarial; negated if targeted. For attacks with
-            several losses, the margin.
-        steps: (N,) int64: gradient steps (Square: queries) from the start of its restart to the adversarial.
-        cosine: (N,) largest ``|cos(delta, image)|`` over the vectors of the scope and with the directions, in float64.
-        norm: (N,) norm of the perturbation, in the norm of the attack and in pixel units.
-        zero_gradients: (N,) int64: at how many steps the loss had no usable gradient: zero, or not finite.
-        forward_calls: (N,) int64: how often the model was evaluated on the sample.
-        gradient_calls: (N,) int64: how often its gradient was.
-    """
-
-    adversarials: Tensor
-    success: Tensor
-    loss: Tensor
-    steps: Tensor
-    cosine: Tensor
-    norm: Tensor
-    zero_gradients: Tensor
-    forward_calls: Tensor
-    gradient_calls: Tensor
-
-    def __repr__(self) -> str:
-        n = len(self.success)
-        if n == 0:
-            return "AttackResult: no images"
-        norm, zero = self.norm.double(), self.samples_with_zero_gradient
-        forwards, gradients = int(self.forward_calls.sum()), int(self.gradient_calls.sum())
-        return (
-            f"AttackResult: {int(self.success.sum())} of {n} fooled; norm {float(norm.median()):.4g} (median), "
-            f"{float(norm.max()):.4g} (max); |cos| at most {float(self.cosine.max()):.2g};\n"
-            f"{forwards} forward and {gradients} gradient calls"
-            + (f", no usable gradient at least once for {zero} of {n}" if zero else "")
-        )
-
-    @property
-    def samples_with_zero_gradient(self) -> int:
-        """How many samples met a zero gradient at least once: a sign of a masked gradient or a saturated loss."""
-        return int((self.zero_gradients > 0).sum())
-
-
-class Best:
-    """The best point of each sample so far, and what it took."""
-
-    def __init__(self, images: Tensor, by: Literal["loss", "margin"] = "loss") -> None:
-        n, device = len(images), images.device
-        self.success = torch.zeros(n, dtype=torch.bool, device=device)
-        self.adversarials = images.clone()
-        self.exact = torch.zeros_like(self.success)
-        self._by = by
-        self._merit = torch.full(
-            (n,), -torch.inf, dtype=torch.promote_types(images.dtype, torch.float32), device=device
-        )
-        self._steps, self._zero, self._forwards, self._gradients, self.stuck = torch.zeros(
-            5, n, dtype=torch.long, device=device
-        )
-        self.unanswered = torch.zeros_like(self.success)  # whether some point's margin was not finite
-
-    def offer(self, index: Tensor, points: Tensor, evaluation: Evaluation, step: int) -> None:
-        """Keep each of `points`, candidates of the samples at `index`, that beats what there is."""
-        success, merit = evaluation.success, getattr(evaluation, self._by).to(self._merit.dtype)
-        better = success & ~self.success[index]
-        # The later of two equals: a confident model's loss is exactly 0 long before its gradient is.
-        better |= (success == self.success[index]) & (merit >= self._merit[index])
-        self._zero[index] += evaluation.unusable
-        self.stuck[index] += evaluation.stuck
-        self.unanswered[index] |= ~evaluation.margin.isfinite()
-        self._forwards[index] += evaluation.forward_calls
-        self._gradients[index] += evaluation.gradient_calls
-        if len(index) == len(self.success):  # all samples, in order: one pass, and nothing that stops a GPU
-            torch.where(better.view(-1, 1, 1, 1), points, self.adversarials, out=self.adversarials)
-            self.success, self._merit = self.success | success, torch.where(better, merit, self._merit)
-            self._steps.masked_fill_(better, step)
-            self.exact = torch.where(better, evaluation.exact, self.exact)
-            return
-        rows = index[better]
-        self.adversarials[rows] = points[better]
-        self.success[rows], self._merit[rows], self._steps[rows] = success[better], merit[better], step
-        self.exact[rows] = evaluation.exact[better]
-
-    def skip(self, index: Tensor) -> None:
-        """Count a step without a gradient for the samples at `index`, which no step was taken for."""
-        self._zero[index] += 1
-        self.stuck[index] += 1
-
-    def judge(self, rows: Tensor, evaluation: Evaluation) -> None:
-        """Replace success and loss by those of a final evaluation of the adversarials at `rows`."""
-        self.success[rows] = evaluation.success
-        self._merit[rows] = getattr(evaluation, self._by).to(self._merit.dtype)
-        self._forwards[rows] += evaluation.forward_calls
-
-    def result(self, images: Tensor, threat: ThreatModel) -> AttackResult:
-        delta = self.adversarials.double() - images.double()
-        return AttackResult(
-            self.adversarials, self.success, self._merit, self._steps, threat.cosine(delta, images),
-            perturbation_norm(delta, threat.norm), self._zero, self._forwards, self._gradients,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a search works on: some samples of a batch, and all that it may ask about them.
-
-    Attributes:
-        oracle: the model.
-        loss: what to climb.
-        goal: what counts as success.
-        region: the allowed images; ``region.images`` are the clean ones.
-        index: positions of these samples in the batch, for `best`.
-        best: where to offer every point that was scored.
-        early_stop: whether a sample is done as soon as it is fooled.
-        generator: of random numbers that all samples share.
-        streams: one generator per sample, for those they do not share; None: the same as `generator`.
-        textbook: the threat model to project directions against, for ``enforce="gradient"``.
-        reference: against the clean images or the iterates.
-        is_random: whether the model draws, so that a success is confirmed where it is found.
-    """
-
-    oracle: Scorer
-    loss: LossFunction
-    goal: Goal
-    region: Region
-    index: Tensor
-    best: Best
-    early_stop: bool
-    generator: torch.Generator
-    streams: tuple[torch.Generator, ...] | None = None
-    textbook: ThreatModel | None = None
-    reference: Reference = "clean"
-    is_random: bool = False
-
-    def score(self, points: Tensor, step: int, with_gradient: bool) -> Evaluation:
-        """Evaluate `points` of these samples and offer them to `best`."""
-        # A sample that leaves the batch must be fooled for certain; the others are judged in the end.
-        # Every claim about a model that draws is confirmed, so that points are compared by means over draws.
-        solved = self.best.success[self.index] if self.early_stop else None
-        if self.is_random and solved is None:
-            solved = torch.zeros_like(self.index, dtype=torch.bool)
-        self.region.release()
-        evaluation = self.oracle.evaluate(points, self.goal, self.loss, solved, with_gradient, step)
-        self.best.offer(self.index, points, evaluation, step)
-        return evaluation
-
-    def select(self, rows: Tensor) -> Task:
-        """The task for the samples at `rows`, positions in this task, only."""
-        streams = None if self.streams is None else tuple(self.streams[row] for row in rows.tolist())
-        return replace(
-            self,
-            goal=self.goal.select(rows),
-            region=self.region.select(rows),
-            index=self.index[rows],
-            streams=streams,
-        )
-
-    def random_start(self) -> Tensor:
-        """A random point of the region, each sample's from its own stream if it has one."""
-        return self.region.random_start(self.generator if self.streams is None else self.streams)
-
-    def unsolved(self) -> Task | None:
-        """The task for the samples that no point fools yet, or None if there are none."""
-        rows = (~self.best.success[self.index]).nonzero().squeeze(1)
-        if len(rows) == len(self.index):
-            return self
-        return self.select(rows) if len(rows) > 0 else None
-
-
-class Search(Protocol):
-    """Scores points of a task."""
-
-    @property
-    def merit(self) -> Literal["loss", "margin"]:
-        """What says which of two points that do not fool is better."""
-
-    def options(self, eps: float | Tensor) -> dict[str, object]:
-        """What the attack's repr shows of it, at a radius."""
-
-    def __call__(self, task: Task, start: Tensor | None) -> None:
-        """Search, from `start` (points of the region) if given."""
+    transform: Transform | None
+    gradient_model: Model | None
 
 
 @dataclass(frozen=True)
@@ -295,16 +105,21 @@ class Attack(Configured):
     ``attack.replace(eps=8 / 255)`` makes a new attack that differs in that alone.
     """
 
-    family: ClassVar[str | None] = None  # by default the class's name
+    _family: ClassVar[str] = "Attack"
+
+    def __init_subclass__(cls, family: str | None = None, **defaults: Any) -> None:
+        if family is not None or "__init__" in vars(cls):  # one that changes defaults alone is of the same family
+            cls._family = family or cls.__name__
+        super().__init_subclass__(**defaults)
 
     def __init__(
         self,
         model: Model,
         norm: Norm,
-        eps: float | Tensor,
+        eps: float | Tensor | None,
         search: Search,
         *,
-        scope: Scope | None,
+        scope: Scope | None = None,
         loss: Loss = "ce",
         targeted: bool = False,
         early_stop: bool = False,
@@ -316,20 +131,21 @@ class Attack(Configured):
         directions: Sequence[Direction] = (),
         enforce: Enforce = "perturbation",
         reference: Reference = "clean",
-        detector: Model | None = None,
-        oracle: Callable[..., Scorer] = Oracle,
+        transform: Transform | None = None,
+        gradient_model: Model | None = None,
+        on_step: OnStep | None = None,
     ) -> None:
-        check_model("model", model)
-        check_choice("enforce", enforce, get_args(Enforce))
-        check_choice("reference", reference, get_args(Reference))
+        self._models = {"model": model} | ({} if gradient_model is None else {"gradient_model": gradient_model})
+        for name, asked in self._models.items():
+            check_model(name, asked)
+        for name, function in {"transform": transform, "on_step": on_step}.items():
+            if function is not None and not callable(function):
+                raise ValueError(f"{name} must be a function; got {type(function).__name__}")
+        check_form(enforce, reference)
         check_choice("precision", precision, get_args(Precision))
         check_choice("optimize", optimize, get_args(Optimize))
         check_flag("targeted", targeted)
         check_flag("early_stop", early_stop)
-        if reference == "iterate" and enforce == "perturbation":
-            raise ValueError(
-                'reference="iterate" needs enforce="gradient": a perturbation is orthogonal to the clean image'
-            )
         given: object = generator
         if given is not None and not isinstance(given, torch.Generator):
             seed = given if isinstance(given, int) else 0
@@ -338,17 +154,24 @@ class Attack(Configured):
             )
         check_count("eot_samples", eot_samples)
         self.model = model
-        self.threat = ThreatModel(norm, eps, bounds, scope, tuple(directions) if _is_list(directions) else directions)
+        if eps is None and search.merit != "norm":
+            raise ValueError("eps must be a radius in pixel units, such as 8/255: only a minimal search goes without")
+        self.threat = ThreatModel(
+            norm,
+            UNLIMITED if eps is None else eps,
+            bounds,
+            scope,
+            tuple(directions) if _is_list(directions) else directions,
+        )
         self.search = search
         self.enforce, self.reference = enforce, reference
         self.loss, self.targeted = loss, targeted
         self.early_stop, self.precision, self.eot_samples = early_stop, precision, eot_samples
         self.optimize: Optimize = optimize
-        self._fast = FastCopy(model, optimize)
+        self.transform, self.gradient_model, self.on_step = transform, gradient_model, on_step
+        self._fast = FastCopy(model if gradient_model is None else gradient_model, optimize)
         self._loss = attack_loss(loss)
-        self._models = [model] if detector is None else [model, detector]
-        self._oracle = oracle
-        self._observers = [Observer() for _ in self._models]
+        self._observer = Observer()
         self._knows_radius = False  # whether the caller was warned that it allows every image
         # Its own stream, so that an attack leaves the global one alone; seeded by torch.manual_seed all the same.
         self.generator = torch.Generator().manual_seed(torch.initial_seed()) if generator is None else generator
@@ -357,12 +180,12 @@ class Attack(Configured):
     def card(self) -> Card:
         """What it is: its family, and what its perturbations are orthogonal to."""
         threat = self.threat
-        family = self.family or type(self).__name__
-        return Card(family, threat.scope, threat.directions, self.enforce == "perturbation")
+        is_minimal = self.search.merit == "norm"
+        return Card(self._family, threat.scope, threat.directions, self.enforce == "perturbation", is_minimal)
 
     def __repr__(self) -> str:
-        threat = self.threat
-        options: dict[str, object] = {"norm": threat.norm, "eps": threat.eps, **self.search.options(threat.eps)}
+        threat, known = self.threat, self._resolved()
+        options = {name: known[name] for name in ("norm", "eps", *self.search.options(threat.eps))}
         if threat.is_orthogonal:
             options |= {"scope": threat.scope, "enforce": self.enforce}
         if threat.directions:
@@ -372,10 +195,12 @@ class Attack(Configured):
         return f"{type(self).__name__}({', '.join(f'{k}={_shown(v)}' for k, v in options.items())})"
 
     def _resolved(self) -> dict[str, Any]:
-        return {**vars(self.threat), **self.search.options(self.threat.eps)}
+        eps = self.threat.eps
+        is_unlimited = isinstance(eps, float) and eps >= UNLIMITED
+        return {**vars(self.threat), **({"eps": None} if is_unlimited else {}), **self.search.options(eps)}
 
     def _shared_by_copies(self) -> list[object]:
-        return list(self._models)
+        return list(self._models.values())
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """Adversarial images for (N, C, H, W) images and (N,) labels (targeted: the classes to reach)."""
@@ -454,63 +279,61 @@ class Attack(Configured):
         with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
             x, labels = self._checked(images, labels)
             stack.enter_context(explained(self._models, x))
-            models = [stack.enter_context(borrowed(model, x.device)) for model in self._models]
+            lent = {name: stack.enter_context(borrowed(model, x.device)) for name, model in self._models.items()}
             if strangers := self._strangers(search):
-                for model in reversed(self._models):  # the detector may reach the model, which is looked at first
+                for model in reversed(self._models.values()):  # which may reach the model, which is looked at first
                     stack.enter_context(guarded(model, x[:batch_size], strangers))
             threat = self.threat if eps is None else replace(self.threat, eps=eps)
             if start is not None:
                 _check_start(start, x)
-            generator, streams = self._streams(seeds, len(x))
-            best = Best(x, search.merit)
+            best = Best(x, search.merit, threat.norm)
             if len(x) > 0:
-                # The textbook form projects the gradient and nothing else: its perturbations are as free as PGD's.
-                textbook = threat if self.enforce == "gradient" and threat.is_orthogonal else None
-                region = (threat if textbook is None else replace(threat, scope=None, directions=())).around(x)
+                form, free = GradientForm.of(threat, self.enforce, self.reference)
+                region = free.around(x.clone() if strangers else x)
                 goal = Goal(None, labels) if self.targeted else Goal(labels)
-                is_random = self._observed(models, x)
-                fast = None if is_random else self._fast.of(models[0], x)
+                is_random = self._observed(lent, x)
                 if self.precision == "bfloat16" and x.device.type == "cpu":
                     _warn_of_slow_bfloat16()
-                oracle = self._oracle(
-                    *models, self.precision, self.eot_samples, fast, is_random, len(x) if is_first else 0
-                )
+                oracle = self._scorer(lent, x, is_random, len(x) if is_first else 0)
                 if batch_size is not None and batch_size < len(x):
                     oracle = InBatches(oracle, batch_size)
                 index = torch.arange(len(x), device=x.device)
                 task = Task(
-                    oracle, self._loss, goal.select(index), region, index, best, early_stop, generator, streams,
-                    textbook, self.reference, is_random,
+                    oracle, self._loss, goal.select(index), region, index, best, early_stop,
+                    self._streams(seeds, len(x)), form, is_random, self.on_step,
                 )  # fmt: skip
                 search(task, None if start is None else region.shrunk(start.detach().to(x)))
-                if strangers and (not in_evaluation(self._models) or is_foreign(search)):
+                if strangers and (not in_evaluation(list(self._models.values())) or is_foreign(search)):
                     best.exact[:] = False
                 # The model itself judges what is returned, unless it has already.
                 if len(rows := (~best.exact).nonzero().squeeze(1)) > 0:
                     best.judge(rows, oracle.judge(best.adversarials[rows], goal.select(rows), self._loss))
             return self._told(best, best.result(x, threat), x, threat), best.stuck
 
-    def _observed(self, lent: Sequence[Model], images: Tensor) -> bool:
-        """Whether a borrowed model, or the detector, draws; what an attack does not expect is warned of, once."""
-        observer, bounds = self._observers[0], self.threat.bounds
-        found = observer.of(self.model, lent[0], images, bounds)
+    def _scorer(self, lent: Mapping[str, Model], images: Tensor, is_random: bool, unchecked: int) -> Scorer:
+        """What the search asks: the borrowed model, and where its gradients come from."""
+        other = lent.get("gradient_model")
+        fast = None if is_random else self._fast.of(lent["model"] if other is None else other, images)
+        return Oracle(
+            lent["model"], self.precision, self.eot_samples, other if fast is None else fast, is_random, unchecked,
+            is_copy=other is None, transform=self.transform,
+        )  # fmt: skip
+
+    def _observed(self, lent: Mapping[str, Model], images: Tensor) -> bool:
+        """Whether a borrowed model draws; what an attack does not expect is warned of, once."""
+        observer, bounds = self._observer, self.threat.bounds
+        found = observer.of(self.model, lent["model"], images, bounds)
         observer.say("batch", found.on_batches())
         observer.say("probabilities", PROBABILITIES if found.probabilities else SIGMOIDS if found.sigmoids else None)
         unused = f"; optimize={self.optimize!r} is not used" if self.optimize != "none" else ""
         if found.is_random and (self.eot_samples == 1 or unused):
             observer.say("random", f"{found.on_randomness(can_average='eot_samples' in self._names())}{unused}")
-        if len(lent) == 1:
-            return found.is_random
-        other = self._observers[1].of(self._models[1], _as_logits(lent[1]), images, bounds)
-        self._observers[1].say("batch", other.on_batches("the detector"))
-        if self.eot_samples == 1:
-            self._observers[1].say("random", other.on_randomness("the detector"))
-        return found.is_random or other.is_random
+        return found.is_random
 
     def _told(self, best: Best, result: AttackResult, images: Tensor, threat: ThreatModel) -> AttackResult:
         """The result, without the successes of what left the threat model's ball or bounds; warned of, as is NaN."""
         if bool((best.unanswered & ~result.success).any()):
-            self._observers[0].say(
+            self._observer.say(
                 "NaN",
                 f"NaN or infinite answers for {int((best.unanswered & ~result.success).sum())} of {len(images)} images "
                 "at points that were tried: no success, and no sign of robustness. Look for a division, a root or an "
@@ -602,38 +425,35 @@ class Attack(Configured):
 
     def _strangers(self, search: Search) -> str:
         """What takes part in an attack and is not code of this package, in words; "" if nothing is."""
+        rule = getattr(search, "rule", None)
+        parts = [] if rule is None else [rule, *getattr(rule, "links", ())]
         strangers = {
             "the loss": is_foreign(self.loss),
             "a direction": any(is_foreign(direction) for direction in self.threat.directions),
-            "the detector": len(self._models) > 1,
+            "the transform": self.transform is not None,
+            **{f"the {name.replace('_', ' ')}": name != "model" for name in self._models},
+            "on_step": self.on_step is not None,
+            "the step rule": any(is_foreign(type(part)) for part in parts),
             getattr(search, "stranger", "the search"): hasattr(search, "stranger") or is_foreign(search),
         }
         return " or ".join(name for name, is_there in strangers.items() if is_there)
 
-    def _streams(
-        self, seeds: Sequence[int] | None, count: int
-    ) -> tuple[torch.Generator, tuple[torch.Generator, ...] | None]:
-        """The generator that all samples share, and those of the single samples, if they have seeds."""
+    def _streams(self, seeds: Sequence[int] | None, count: int) -> Streams:
+        """The random numbers of a call."""
         if seeds is None:
-            return self.generator, None
+            return Streams(self.generator, None, count)
         numbers = checked_seeds(seeds, count)
-        device = self.generator.device
-        shared = torch.Generator(device).manual_seed(self.generator.initial_seed())
-        return shared, tuple(torch.Generator(device).manual_seed(seed) for seed in numbers)
+        shared = torch.Generator(self.generator.device).manual_seed(self.generator.initial_seed())
+        return Streams(shared, numbers, count)
 
     def _checked(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of images and labels, the images clamped to the bounds; ValueError if they are not what is needed."""
-        check_batch(images, labels, self.threat.bounds, zip(("model", "detector"), self._models, strict=False))
+        check_batch(images, labels, self.threat.bounds, self._models.items())
         low, high = self.threat.bounds
-        self._observers[0].say("bounds", why_too_dark("images", images, (low, high)))
+        self._observer.say("bounds", why_too_dark("images", images, (low, high)))
         # `clamp` may make zeros of denormal numbers.
         x = torch.where(images < low, low, torch.where(images > high, high, images))
         return x.contiguous(), labels.long().clone()
-
-
-def _as_logits(detector: Model) -> Model:
-    """A detector's score as the second of two logits, the first of which is 0."""
-    return lambda images: torch.nn.functional.pad(detector(images).reshape(-1, 1), (1, 0))
 
 
 def _check_start(start: Tensor, images: Tensor) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
@@ -21,13 +21,26 @@ T = TypeVar("T", bound="Configured")
 class Configured:
     """What its constructor was given, as attributes: set once, plain numbers, and pickled and copied with its state.
 
-    Subclasses annotate ``**options`` with ``Unpack[...]`` of a TypedDict in their module, if they have any.
+    Subclasses annotate ``**options`` with ``Unpack[...]`` of a TypedDict, if they have any. One that differs in
+    defaults alone names them: ``class Longer(PGD, steps=100): pass``.
     """
 
-    def __init_subclass__(cls, **more: Any) -> None:
-        super().__init_subclass__(**more)
+    _defaults: ClassVar[Mapping[str, Any]] = {}
+
+    def __init_subclass__(cls, **defaults: Any) -> None:
+        super().__init_subclass__()
+        cls._defaults = {**cls._defaults, **defaults}
+        base = next((base for base in cls.__mro__[1:] if "__signature__" in vars(base)), object)
+        known = {} if base is object else dict(inspect.signature(base).parameters)
         if "__init__" in vars(cls):
-            cls.__init__ = _recorded(vars(cls)["__init__"])  # type: ignore[method-assign]
+            init = vars(cls)["__init__"]
+            known = {p.name: p for p in _expanded(init, known)}
+            cls.__init__ = _recorded(init, list(known.values()))  # type: ignore[method-assign]
+        for name in defaults:
+            if name not in known:
+                raise TypeError(f"{cls.__name__} has no option {name!r} to give a default{_known(name, list(known))}")
+        given = [p.replace(default=defaults[p.name]) if p.name in defaults else p for p in known.values()]
+        cls.__signature__ = inspect.Signature(given)  # type: ignore[attr-defined]
 
     def replace(self: T, **options: Any) -> T:
         """A new object with these options and the others as they were given here; a given `generator` is shared."""
@@ -77,20 +90,20 @@ class Configured:
 
 def options_of(kind: Callable[..., Any]) -> list[str]:
     """The names of all options of a class, those behind ``**options`` included."""
-    names: list[str] = []
-    for parameter in inspect.signature(kind).parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:  # no more is known of **options: Any
-            names += _behind(getattr(kind, "__init__", kind), parameter)
-        else:
-            names.append(parameter.name)
-    return names
+    return [p.name for p in inspect.signature(kind).parameters.values() if p.kind is not p.VAR_KEYWORD]
 
 
-def _behind(init: Any, parameter: inspect.Parameter) -> list[str]:
-    """The options that ``**options: Unpack[Name]`` stands for."""
-    name = str(parameter.annotation).rpartition("[")[2].rstrip("]")
-    declared = inspect.unwrap(init).__globals__.get(name)
-    return list(getattr(declared, "__annotations__", {}))
+def _expanded(init: Callable[..., None], known: Mapping[str, inspect.Parameter]) -> list[inspect.Parameter]:
+    """A constructor's parameters, with what ``**options`` stands for: a TypedDict, or the base's options."""
+    parameters = list(inspect.signature(init).parameters.values())[1:]
+    if not parameters or parameters[-1].kind is not inspect.Parameter.VAR_KEYWORD:
+        return parameters
+    *named, rest = parameters
+    declared = str(rest.annotation).rpartition("[")[2].rstrip("]").rpartition(".")[2]
+    kind = inspect.unwrap(init).__globals__.get(declared)
+    behind = list(getattr(kind, "__annotations__", {})) or [p.name for p in known.values() if p.default is not p.empty]
+    behind = [name for name in behind if name not in {p.name for p in named}]
+    return [*named, *(known[name].replace(kind=rest.KEYWORD_ONLY) for name in behind)] if behind else parameters
 
 
 def _own(value: Any) -> Any:
@@ -102,14 +115,12 @@ def _own(value: Any) -> Any:
     return value.copy() if type(value).__module__ == "numpy" else value
 
 
-def _recorded(init: Callable[..., None]) -> Callable[..., None]:
+def _recorded(init: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> Callable[..., None]:
     """A constructor that names the class called when it refuses an option, and keeps what it was given."""
     signature = inspect.signature(init)
-    parameters = list(signature.parameters.values())[1:]
-    rest = next((p for p in parameters if p.kind is p.VAR_KEYWORD), None)
-    behind = [] if rest is None else _behind(init, rest)
-    is_open = rest is not None and not behind
-    names = [p.name for p in parameters if p is not rest] + behind
+    names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+    is_open = len(names) < len(parameters)
+    rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
 
     @functools.wraps(init)
     def made(self: Any, *args: Any, **options: Any) -> None:
@@ -121,10 +132,12 @@ def _recorded(init: Callable[..., None]) -> Callable[..., None]:
             bound = signature.bind(self, *args, **options)
         except TypeError as error:
             raise TypeError(f"{kind}: {error}") from None
+        given = dict(list(bound.arguments.items())[1:])
+        given |= given.pop(rest, {}) if rest else {}
+        given = {**{name: value for name, value in type(self)._defaults.items() if name in names}, **given}
         bound.apply_defaults()
-        given = {name: plain(value) for name, value in list(bound.arguments.items())[1:]}
-        if rest is not None:
-            given |= {name: plain(value) for name, value in given.pop(rest.name).items()}
+        own = {name: value for name, value in list(bound.arguments.items())[1:] if name != rest}
+        given = {name: plain(value) for name, value in {**own, **given}.items()}
         is_outermost = "_given" not in vars(self)
         if is_outermost:
             vars(self)["_given"] = given = {name: _own(value) for name, value in given.items()}

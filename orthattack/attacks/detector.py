@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Literal, final, get_args
 
 import torch
 from torch import Tensor
 
 from orthattack.arguments import check_choice, check_count, check_model, check_real
-from orthattack.assumptions import DRAWS, NEEDED
+from orthattack.assumptions import DRAWS, NEEDED, Observer
 from orthattack.attacks.ascent import Climb, rate
-from orthattack.attacks.base import Attack, Enforce
-from orthattack.attacks.rules import ScheduledStep
-from orthattack.attacks.scoring import Evaluation, LossFunction, Oracle, Precision, input_gradient
+from orthattack.attacks.base import Attack
+from orthattack.attacks.gradient_form import Enforce
+from orthattack.attacks.rules import Ascent, State
+from orthattack.attacks.scoring import Draws, Evaluation, LossFunction, Scorer, input_gradient
 from orthattack.losses import Goal, Loss
 from orthattack.models import Model
 from orthattack.projection import Scope, orthogonalize
@@ -26,33 +26,68 @@ __all__ = ["DetectorEvasion"]
 Mode = Literal["orthogonal", "selective"]
 
 
+@dataclass(frozen=True)
+class _BothEvaluated(Evaluation):
+    """The classifier and the detector at a batch of points.
+
+    Attributes:
+        avoid: (N, C, H, W) the other's gradient, to which the step should be orthogonal, or None.
+    """
+
+    avoid: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _AvoidingStep:
+    """The step rule: along one gradient and, if asked, orthogonal to the other."""
+
+    def init(self, ascent: Ascent, points: Tensor) -> State:  # noqa: ARG002
+        return {}
+
+    def update(
+        self,
+        ascent: Ascent,
+        state: State,
+        points: Tensor,
+        evaluation: Evaluation,
+        step: int,  # noqa: ARG002
+    ) -> tuple[Tensor, State]:
+        assert isinstance(evaluation, _BothEvaluated)
+        assert evaluation.gradient is not None
+        if evaluation.avoid is None:
+            return ascent.step(points, evaluation.gradient, ascent.alpha), state
+        return ascent.region.step(points, evaluation.gradient, ascent.alpha, evaluation.avoid), state
+
+
 class _DetectorOracle:
     """A classifier and a detector as one oracle: success needs both, each gradient is that of one of them."""
 
     def __init__(
         self,
-        model: Model,
+        classifier: Scorer,
         detector: Model,
-        precision: Precision,
-        eot_samples: int,
-        fast: Model | None,
         is_random: bool,
-        unchecked: int,
-        *,
+        samples: int,
         threshold: float,
         mode: Mode,
         every: int | None,
         enforce: Enforce,
     ) -> None:
-        self._classifier = Oracle(model, precision, eot_samples, fast, is_random, unchecked)
-        self._is_random, self._samples = is_random, eot_samples
+        self._classifier, self._is_random, self._samples = classifier, is_random, samples
         self._detector, self._threshold = detector, threshold
         self._mode, self._every, self._enforce = mode, every, enforce
 
     def evaluate(
-        self, points: Tensor, goal: Goal, loss: LossFunction, solved: Tensor | None, with_gradient: bool, step: int = 0
+        self,
+        points: Tensor,
+        goal: Goal,
+        loss: LossFunction,
+        solved: Tensor | None,
+        with_gradient: bool,
+        step: int = 0,
+        draws: Draws | None = None,
     ) -> Evaluation:
-        found = self._classifier.evaluate(points, goal, loss, solved, with_gradient, step)
+        found = self._classifier.evaluate(points, goal, loss, solved, with_gradient, step, draws)
         if not with_gradient:
             return self._with_slack(found, torch.stack([self._slack(points) for _ in range(self._samples)]).mean(0))
         slack, unseen = self._descended(points)
@@ -79,13 +114,16 @@ class _DetectorOracle:
             total = found if not total else [a + b for a, b in zip(total, found, strict=True)]
         return total[0] / self._samples, total[1] / self._samples
 
+    def gradient(self, points: Tensor, goal: Goal, loss: LossFunction, draws: Draws | None = None) -> Evaluation:
+        return self.evaluate(points, goal, loss, None, True, 0, draws)
+
     def judge(self, points: Tensor, goal: Goal, loss: LossFunction) -> Evaluation:
         found = self._classifier.judge(points, goal, loss)
         if not self._is_random:
             return self._with_slack(found, self._slack(points))
         slack = torch.stack([self._slack(points) for _ in range(DRAWS)])
         enough = (slack >= 0).sum(0) >= NEEDED
-        return self._with_slack(replace(found, success=found.success & enough), slack.mean(0), is_confirmed=True)
+        return self._with_slack(found, slack.mean(0), is_undetected=enough)
 
     def logits(self, points: Tensor, goal: Goal) -> Tensor:
         return self._classifier.logits(points, goal)
@@ -96,15 +134,14 @@ class _DetectorOracle:
         slack: Tensor,
         gradient: Tensor | None = None,
         avoid: Tensor | None = None,
-        is_confirmed: bool = False,
+        is_undetected: Tensor | None = None,
     ) -> Evaluation:
         merit = torch.minimum(found.margin, slack.to(found.margin.dtype))
         stuck = found.stuck if gradient is None else (gradient == 0).flatten(1).all(1)
-        success = found.success if is_confirmed else found.success & (slack >= 0)
-        return replace(
-            found, success=success, loss=merit, margin=merit, gradient=gradient, unusable=stuck, stuck=stuck,
-            avoid=avoid,
-        )  # fmt: skip
+        success = found.success & (slack >= 0 if is_undetected is None else is_undetected)
+        known = {field.name: getattr(found, field.name) for field in fields(Evaluation)}
+        known |= {"success": success, "loss": merit, "margin": merit, "gradient": gradient}
+        return _BothEvaluated(**{**known, "unusable": stuck, "stuck": stuck, "avoid": avoid})
 
     def _slack(self, points: Tensor) -> Tensor:
         """(N,) how far each score is below the threshold: not detected if at least 0."""
@@ -196,7 +233,7 @@ class DetectorEvasion(Attack):
             model,
             norm,
             eps,
-            Climb(ScheduledStep(), steps, rate(2.5, steps), alpha, random_start, restarts),
+            Climb(_AvoidingStep(), steps, rate(2.5, steps), alpha, random_start, restarts),
             scope=scope,
             directions=directions,
             enforce=enforce,
@@ -206,6 +243,24 @@ class DetectorEvasion(Attack):
             bounds=bounds,
             generator=generator,
             eot_samples=eot_samples,
-            detector=detector,
-            oracle=partial(_DetectorOracle, threshold=threshold, mode=mode, every=every, enforce=enforce),
         )
+        self._models["detector"] = detector
+        self._second = Observer()
+        self._detects = threshold, mode, every, enforce
+
+    def _scorer(self, lent: Mapping[str, Model], images: Tensor, is_random: bool, unchecked: int) -> Scorer:
+        classifier = super()._scorer(lent, images, is_random, unchecked)
+        return _DetectorOracle(classifier, lent["detector"], is_random, self.eot_samples, *self._detects)
+
+    def _observed(self, lent: Mapping[str, Model], images: Tensor) -> bool:
+        is_random = super()._observed(lent, images)
+        other = self._second.of(self._models["detector"], _as_logits(lent["detector"]), images, self.threat.bounds)
+        self._second.say("batch", other.on_batches("the detector"))
+        if self.eot_samples == 1:
+            self._second.say("random", other.on_randomness("the detector"))
+        return is_random or other.is_random
+
+
+def _as_logits(detector: Model) -> Model:
+    """A detector's score as the second of two logits, the first of which is 0."""
+    return lambda images: torch.nn.functional.pad(detector(images).reshape(-1, 1), (1, 0))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, final
+from typing import final
 
 import torch
 from torch import Tensor
 
 from orthattack.arguments import check_count, check_real, warn
-from orthattack.attacks.base import Attack, AttackResult, Card, Task, checked_seeds
+from orthattack.attacks.base import Attack, Card, checked_seeds
 from orthattack.attacks.configured import Configured
+from orthattack.attacks.task import AttackResult, Merit, Task
 
 __all__ = ["MinimumNorm"]
 
@@ -49,6 +50,8 @@ class MinimumNorm(Configured):
     def __init__(self, attack: Attack, max_eps: float | None = None, trials: int = 12) -> None:
         if not isinstance(attack, Attack):
             raise ValueError(f"attack must be an attack of orthattack; got {type(attack).__name__}")
+        if attack.card.minimal:
+            raise ValueError(f"attack must fill a ball; {type(attack).__name__} looks for the smallest norm itself")
         check_count("trials", trials)
         largest = float(torch.as_tensor(attack.threat.eps).max())
         if largest == 0:
@@ -128,7 +131,7 @@ class MinimumNorm(Configured):
 class _Look:
     """The search that only scores the images themselves."""
 
-    merit: Literal["loss", "margin"] = "loss"
+    merit: Merit = "loss"
 
     def options(self, eps: float | Tensor) -> dict[str, object]:  # noqa: ARG002
         return {}

@@ -12,15 +12,19 @@ from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from orthattack.arguments import check_choice, check_flag, check_real, is_number
+from orthattack.arguments import check_choice, check_count, check_flag, check_real, is_number
 from orthattack.attacks.scoring import Evaluation
-from orthattack.threat import Region, ThreatModel
+from orthattack.attacks.task import Task
+from orthattack.threat import Norm, Region
 
-__all__ = ["Ascent", "AutoStep", "Reference", "Schedule", "ScheduledStep", "State", "StepRule"]
+__all__ = [
+    "Ascent", "AutoStep", "Chain", "Iterate", "Link", "Schedule", "State", "StepRule", "accumulated", "chain",
+    "momentum", "normalize", "smooth", "variance",
+]  # fmt: skip
 
 State = dict[str, Tensor]
-Reference = Literal["clean", "iterate"]
 Schedule = Literal["fixed", "linear", "cosine"]
 
 
@@ -29,29 +33,30 @@ class Ascent:
     """Where a batch may go and how a direction becomes a step.
 
     Attributes:
-        region: the allowed images.
+        task: the samples, with the ``region`` of the allowed images, ``draws`` and the ``gradient`` anywhere.
         alpha: (N, 1, 1, 1) the first step size, in pixel units.
         steps: how many steps there will be.
-        textbook: for ``enforce="gradient"``, what every direction is projected against; else None.
-        reference: whether that projection is against the clean image or the iterate.
     """
 
-    region: Region
+    task: Task
     alpha: Tensor
     steps: int
-    textbook: ThreatModel | None = None
-    reference: Reference = "clean"
 
-    def step(self, points: Tensor, direction: Tensor, alpha: Tensor, avoid: Tensor | None = None) -> Tensor:
-        """`Region.step`, the direction projected first if that is all the orthogonality there is."""
-        if self.textbook is not None:
-            against = points if self.reference == "iterate" else self.region.images
-            direction = self.textbook.tangent(direction.to(against.dtype), against)  # finer than a half-precision model
-        return self.region.step(points, direction, alpha, avoid)
+    @property
+    def region(self) -> Region:
+        """The allowed images."""
+        return self.task.region
+
+    def step(self, points: Tensor, direction: Tensor, alpha: Tensor) -> Tensor:
+        """The step of size `alpha` from `points` along `direction` that stays in the region; see `Region.step`."""
+        form, region = self.task.form, self.task.region
+        if form is not None:
+            direction = form(direction, points, region.images)
+        return region.step(points, direction, alpha)
 
     def select(self, index: Tensor) -> Ascent:
         """The ascent of the samples at `index` only."""
-        return replace(self, region=self.region.select(index), alpha=self.alpha[index])
+        return replace(self, task=self.task.select(index), alpha=self.alpha[index])
 
 
 class StepRule(Protocol):
@@ -70,75 +75,224 @@ class StepRule(Protocol):
 
 
 @dataclass(frozen=True)
-class ScheduledStep:
-    """Steps along the gradient or a momentum of it, of a size set in advance::
+class Iterate:
+    """Where a link is asked.
 
-        v_{t+1} = momentum · v_t + ∇L(y_t) / mean|∇L(y_t)|
-        x_{t+1} = step of size α_t from x_t along v_{t+1}
-        y_{t+1} = x_{t+1}, or with Nesterov's momentum
-                  L-infinity: the projection of x_{t+1} + α_t · momentum · v_{t+1}
-                  L2, L1: a step of size α_t · momentum from x_{t+1} along v_{t+1}
-
-    with α_t = α (fixed), α (1 - t/T) (linear) or α (1 + cos(π t/T)) / 2 (cosine). What is evaluated and scored are the
-    y_t, and at the end x_T.
-
-    Args:
-        schedule: of the step size.
-        momentum: 0 for none; MI-FGSM's decay is 1.
-        nesterov: evaluate the gradient where the momentum leads.
-
-    Source: Dong et al. 2018, arXiv:1710.06081 (MI); Lin et al. 2020, arXiv:1908.06281 (NI), whose look-ahead leaves the
-    ball, while here it is projected, so that it counts as a candidate too. It is stated for L-infinity, whose unit is
-    that of v, whose entries are about 1; in another norm so many entries of α are far more than α.
+    Attributes:
+        ascent: the ascent; ``ascent.task`` has random numbers (``draws``), and the ``gradient`` anywhere.
+        points: (N, C, H, W) the iterate.
+        step: its number, from 0.
     """
 
+    ascent: Ascent
+    points: Tensor
+    step: int
+
+
+class Link(Protocol):
+    """A link of a `chain`: it makes one direction of another."""
+
+    def init(self, ascent: Ascent, points: Tensor) -> State:
+        """What to remember before the first step, each tensor with one row per sample."""
+
+    def update(self, state: State, direction: Tensor, at: Iterate) -> tuple[Tensor, State]:
+        """What becomes of the `direction` (N, C, H, W), and what to remember."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Links, then a step; made by `chain`."""
+
+    links: tuple[Link, ...] = ()
     schedule: Schedule = "fixed"
-    momentum: float = 0.0
-    nesterov: bool = False
+    look_ahead: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice("schedule", self.schedule, get_args(Schedule))
-        check_real("momentum", self.momentum, "a finite number >= 0", low=0)
-        check_flag("nesterov", self.nesterov)
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov=True needs a momentum > 0")
+        check_real("look_ahead", self.look_ahead, "a finite number >= 0", low=0)
+        for link in self.links:
+            if not callable(getattr(link, "init", None)) or not callable(getattr(link, "update", None)):
+                raise ValueError(f"a link must have init and update, as momentum(1.0) has; got {link!r}")
 
-    def init(self, ascent: Ascent, points: Tensor) -> State:  # noqa: ARG002
-        state = {}
-        if self.momentum > 0:
-            state["velocity"] = torch.zeros_like(points)
-        if self.nesterov:
-            state["base"] = points
-        return state
+    def init(self, ascent: Ascent, points: Tensor) -> State:
+        made = [link.init(ascent, points) for link in self.links]
+        state = {f"{k} {name}": value for k, own in enumerate(made) for name, value in own.items()}
+        return {**state, "base": points} if self.look_ahead > 0 else state
 
     def update(
         self, ascent: Ascent, state: State, points: Tensor, evaluation: Evaluation, step: int
     ) -> tuple[Tensor, State]:
         assert evaluation.gradient is not None
         alpha = ascent.alpha * self._factor(step / ascent.steps)
-        if self.momentum == 0:
-            return ascent.step(points, evaluation.gradient, alpha, evaluation.avoid), state
-        # In two divisions, for the mean of gradients of 1e-40 and of 1e38 is not a number of the same dtype.
-        gradient = evaluation.gradient
-        largest = gradient.abs().amax((1, 2, 3), keepdim=True)
-        gradient = gradient / torch.where(largest > 0, largest, 1)
-        mean = gradient.abs().mean((1, 2, 3), keepdim=True)
-        velocity = self.momentum * state["velocity"] + gradient / torch.where(mean > 0, mean, 1)
-        base = ascent.step(state.get("base", points), velocity, alpha, evaluation.avoid)
-        state = {**state, "velocity": velocity}
-        if not self.nesterov:
-            return base, state
-        state["base"] = base
+        direction, at = evaluation.gradient, Iterate(ascent, points, step)
+        kept: State = {}
+        for k, link in enumerate(self.links):
+            own = {name[len(f"{k} ") :]: value for name, value in state.items() if name.startswith(f"{k} ")}
+            direction, own = link.update(own, direction, at)
+            kept |= {f"{k} {name}": value for name, value in own.items()}
+        base = ascent.step(state.get("base", points), direction, alpha)
+        if self.look_ahead == 0:
+            return base, kept
+        kept["base"] = base
         if step + 1 == ascent.steps:
-            return base, state
+            return base, kept
         if ascent.region.threat.norm != "linf":
-            return ascent.step(base, velocity, self.momentum * alpha, evaluation.avoid), state
-        return ascent.region.project(torch.addcmul(base, velocity, alpha.to(base.dtype), value=self.momentum)), state
+            return ascent.step(base, direction, self.look_ahead * alpha), kept
+        ahead = torch.addcmul(base, direction, alpha.to(base.dtype), value=self.look_ahead)
+        return ascent.region.project(ahead), kept
 
     def _factor(self, progress: float) -> float:
         if self.schedule == "linear":
             return 1 - progress
         return (1 + math.cos(math.pi * progress)) / 2 if self.schedule == "cosine" else 1.0
+
+
+def chain(*links: Link, schedule: Schedule = "fixed", look_ahead: float = 0.0) -> Chain:
+    """The rule that passes the gradient from link to link and steps along what comes out, d_t::
+
+        x_{t+1} = step of size α_t from x_t along d_t
+        y_{t+1} = x_{t+1} or, with look_ahead μ > 0,
+                  L-infinity: the projection of x_{t+1} + α_t · μ · d_t
+                  L2, L1: a step of size α_t · μ from x_{t+1} along d_t
+
+    with α_t = α (fixed), α (1 - t/T) (linear) or α (1 + cos(π t/T)) / 2 (cosine). What is evaluated and scored are the
+    y_t, and at the end x_T. ``chain()`` is PGD's rule, ``chain(normalize("l1"), momentum(1.0))`` that of MI-FGSM.
+
+    Args:
+        *links: `normalize`, `momentum`, `smooth`, `variance`, or objects with the methods of `Link`.
+        schedule: of the step size.
+        look_ahead: of NI-FGSM, whose look-ahead leaves the ball, while here it is projected, so that it counts as a
+            candidate too. It is stated for L-infinity, whose unit is that of d, whose entries are about 1; in another
+            norm so many entries of α are far more than α.
+
+    Raises:
+        ValueError: an option out of its range, or what is no link.
+
+    Source: Lin et al. 2020, arXiv:1908.06281 (NI).
+    """
+    return Chain(links, schedule, look_ahead)
+
+
+def accumulated(schedule: Schedule, momentum_: float, nesterov: bool) -> Chain:
+    """The rule of MI-FGSM, of NI-FGSM, or without momentum PGD's."""
+    check_real("momentum", momentum_, "a finite number >= 0", low=0)
+    check_flag("nesterov", nesterov)
+    if nesterov and momentum_ == 0:
+        raise ValueError("nesterov=True needs a momentum > 0")
+    links = (normalize("l1"), momentum(momentum_)) if momentum_ > 0 else ()
+    return chain(*links, schedule=schedule, look_ahead=momentum_ if nesterov else 0.0)
+
+
+class _Stateless:
+    def init(self, ascent: Ascent, points: Tensor) -> State:  # noqa: ARG002
+        return {}
+
+
+@dataclass(frozen=True)
+class normalize(_Stateless):  # noqa: N801
+    """A link: the direction scaled to the norm of a vector of ones; a zero direction stays.
+
+    Args:
+        norm: "l1", so that the mean of the entries' sizes is 1 (MI-FGSM: Dong et al. 2018, arXiv:1710.06081), "l2" or
+            "linf".
+    """
+
+    norm: Norm
+
+    def __post_init__(self) -> None:
+        check_choice("norm", self.norm, get_args(Norm))
+
+    def update(self, state: State, direction: Tensor, at: Iterate) -> tuple[Tensor, State]:  # noqa: ARG002
+        # In two divisions, for the mean of gradients of 1e-40 and of 1e38 is not a number of the same dtype.
+        largest = direction.abs().amax((1, 2, 3), keepdim=True)
+        direction = direction / torch.where(largest > 0, largest, 1)
+        if self.norm == "linf":
+            return direction, state
+        sizes = direction.abs() if self.norm == "l1" else direction.square()
+        mean = sizes.mean((1, 2, 3), keepdim=True)
+        mean = mean if self.norm == "l1" else mean.sqrt()
+        return direction / torch.where(mean > 0, mean, 1), state
+
+
+@dataclass(frozen=True)
+class momentum:  # noqa: N801
+    """A link: ``v_{t+1} = decay · v_t + d_t`` (Dong et al. 2018, arXiv:1710.06081).
+
+    Args:
+        decay: how much is kept, at least 0.
+    """
+
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_real("decay", self.decay, "a finite number >= 0", low=0)
+
+    def init(self, ascent: Ascent, points: Tensor) -> State:  # noqa: ARG002
+        return {"velocity": torch.zeros_like(points)}
+
+    def update(self, state: State, direction: Tensor, at: Iterate) -> tuple[Tensor, State]:  # noqa: ARG002
+        velocity = self.decay * state["velocity"] + direction
+        return velocity, {"velocity": velocity}
+
+
+@dataclass(frozen=True, eq=False)
+class smooth(_Stateless):  # noqa: N801
+    """A link: each channel convolved with a kernel, zeros beyond the border (Dong et al. 2019, arXiv:1904.02884).
+
+    The gradient of a mean over shifted images is about the gradient smoothed by the shifts' weights.
+
+    Args:
+        kernel: (k, k) or one for both axes (k,), of odd k.
+    """
+
+    kernel: Tensor
+
+    def __post_init__(self) -> None:
+        kernel = self.kernel
+        if not isinstance(kernel, Tensor) or kernel.ndim not in (1, 2) or any(side % 2 == 0 for side in kernel.shape):
+            raise ValueError(f"kernel must be a tensor (k, k) or (k,) of odd k; got {kernel!r}")
+        square = torch.outer(kernel, kernel) if kernel.ndim == 1 else kernel
+        object.__setattr__(self, "kernel", square.detach().clone())
+
+    def update(self, state: State, direction: Tensor, at: Iterate) -> tuple[Tensor, State]:  # noqa: ARG002
+        channels, (height, width) = direction.shape[1], self.kernel.shape
+        weight = self.kernel.to(direction).expand(channels, 1, height, width)
+        return functional.conv2d(direction, weight, padding=(height // 2, width // 2), groups=channels), state
+
+
+@dataclass(frozen=True)
+class variance:  # noqa: N801
+    """A link: the direction tuned by what the gradient was on average around the iterate before::
+
+        d_t + u_t,    u_{t+1} = mean_i ∇L(x_t + r_i) - d_t,    r_i uniform in [-reach · eps, reach · eps]^n
+
+    Args:
+        samples: how many neighbours, each an evaluation and a gradient more, at least 1.
+        reach: how far they are, in units of eps, at least 0.
+
+    Source: Wang & He 2021, arXiv:2103.15571.
+    """
+
+    samples: int = 20
+    reach: float = 1.5
+
+    def __post_init__(self) -> None:
+        check_count("samples", self.samples)
+        check_real("reach", self.reach, "a finite number >= 0, in units of eps", low=0)
+
+    def init(self, ascent: Ascent, points: Tensor) -> State:  # noqa: ARG002
+        return {"variance": torch.zeros_like(points)}
+
+    def update(self, state: State, direction: Tensor, at: Iterate) -> tuple[Tensor, State]:
+        tuned = direction + state["variance"]
+        if at.step + 1 == at.ascent.steps:  # nothing comes after
+            return tuned, state
+        task, points, mean = at.ascent.task, at.points, torch.zeros_like(direction)
+        reach = (self.reach * task.region.eps).to(points.dtype)
+        for _ in range(self.samples):
+            offset = (2 * task.draws.uniform(*points.shape[1:]) - 1).to(points.dtype)
+            mean += task.gradient(points + reach * offset) / self.samples
+        return tuned, {"variance": mean - direction}
 
 
 @dataclass(frozen=True)
@@ -203,7 +357,7 @@ class AutoStep:
             s["rises"] = torch.zeros_like(s["rises"])
             s["alpha"] = torch.where(halve.view(-1, 1, 1, 1), s["alpha"] / 2, s["alpha"])
             points, gradient = _where(halve, s["best"], points), _where(halve, s["best_gradient"], gradient)
-        target = ascent.step(points, gradient, s["alpha"], evaluation.avoid)
+        target = ascent.step(points, gradient, s["alpha"])
         if step > 0:
             mixed = points + 0.75 * (target - points) + 0.25 * (points - s["previous"])
             target = ascent.region.project(mixed)

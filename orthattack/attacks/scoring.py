@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from orthattack.losses import Goal, attack_loss
 from orthattack.models import Ensemble, Model, check_finite, checked_logits
 
 __all__ = [
+    "Draws",
     "Evaluation",
     "InBatches",
     "LossFunction",
@@ -23,17 +24,53 @@ __all__ = [
     "Oracle",
     "Precision",
     "Scorer",
+    "Transform",
     "input_gradient",
 ]
 
 Precision = Literal["float32", "bfloat16"]
 LossFunction = Callable[[Tensor, Goal], Tensor]
+Transform = Callable[[Tensor, "Draws"], Tensor]
+"""Images (N, C, H, W) and random numbers to what gradients are taken at, (N, C', H', W'), differentiable."""
+
+T = TypeVar("T")
 
 _MARGIN = attack_loss("margin")
 
 
 class NoGradientError(ValueError):
     """A model is not connected to the images by autograd at all."""
+
+
+class Draws:
+    """Random numbers for a batch, each sample's from its own stream, so that they do not depend on its neighbours.
+
+    Args:
+        streams: gives the generators, one per sample; asked when something is drawn.
+        device: where the numbers are wanted. They are drawn where the generators are, so they are the same everywhere.
+        dtype: of the numbers.
+    """
+
+    def __init__(
+        self, streams: Callable[[], Sequence[torch.Generator]], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._streams, self._device, self._dtype = streams, device, dtype
+
+    def uniform(self, *shape: int) -> Tensor:
+        """(N, *shape), uniform in [0, 1)."""
+        return self._drawn(torch.rand, shape)
+
+    def normal(self, *shape: int) -> Tensor:
+        """(N, *shape), of mean 0 and variance 1."""
+        return self._drawn(torch.randn, shape)
+
+    def _drawn(self, draw: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
+        rows = [draw(shape, generator=own, device=own.device, dtype=self._dtype) for own in self._streams()]
+        return torch.stack(rows).to(self._device)
+
+    def part(self, rows: slice) -> Draws:
+        """Those of some consecutive samples."""
+        return Draws(lambda: self._streams()[rows], self._device, self._dtype)
 
 
 @dataclass(frozen=True)
@@ -50,7 +87,6 @@ class Evaluation:
         forward_calls: (N,) evaluations of the model that this took.
         gradient_calls: (N,) differentiations.
         exact: (N,) whether the model itself, in its own precision, says all that; the rest are claims.
-        avoid: (N, C, H, W) another loss's gradient, to which the step should be orthogonal, or None.
     """
 
     success: Tensor
@@ -62,30 +98,39 @@ class Evaluation:
     forward_calls: Tensor
     gradient_calls: Tensor
     exact: Tensor
-    avoid: Tensor | None = None
 
     def select(self, index: Tensor) -> Evaluation:
         """The evaluation of the samples at `index` only."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: value[index] for name, value in values.items() if value is not None})
 
-    @classmethod
-    def joined(cls, parts: Sequence[Evaluation]) -> Evaluation:
+    @staticmethod
+    def joined(parts: Sequence[Evaluation]) -> Evaluation:
         """The evaluations of consecutive samples as one."""
         values: dict[str, Any] = {}
-        for field in fields(cls):
+        for field in fields(parts[0]):
             each = [getattr(part, field.name) for part in parts]
             values[field.name] = None if each[0] is None else torch.cat(each)
-        return cls(**values)
+        return replace(parts[0], **values)
 
 
 class Scorer(Protocol):
     """What a search asks of a model, or of a model and a detector."""
 
     def evaluate(
-        self, points: Tensor, goal: Goal, loss: LossFunction, solved: Tensor | None, with_gradient: bool, step: int = 0
+        self,
+        points: Tensor,
+        goal: Goal,
+        loss: LossFunction,
+        solved: Tensor | None,
+        with_gradient: bool,
+        step: int = 0,
+        draws: Draws | None = None,
     ) -> Evaluation:
         """Score `points`, iterate number `step`, and, if asked, say which way is up."""
+
+    def gradient(self, points: Tensor, goal: Goal, loss: LossFunction, draws: Draws | None = None) -> Evaluation:
+        """Which way is up at `points`, and no more than that: the rest is what the gradient's passes claim."""
 
     def judge(self, points: Tensor, goal: Goal, loss: LossFunction) -> Evaluation:
         """Score `points` for good, by the model itself: one that draws at random by several fresh answers."""
@@ -98,9 +143,11 @@ class Oracle:
     """A borrowed model: all that a search sees of it.
 
     Args:
-        model: images to logits.
+        model: images to logits; what it says of a point is what counts.
         precision: of the passes that give gradients.
-        fast: a faster copy of the model for the passes that give gradients, or None.
+        gradient_model: what gradients are taken of in its place, or None.
+        is_copy: whether that is a copy of the model, whose answers are claims about the model's.
+        transform: what is done to the points before these passes, or None.
         eot_samples: how many passes are averaged for a model that draws at random: expectation over transformation
             (Athalye et al. 2018, arXiv:1707.07397). The loss, its gradient and the logits are means over them.
         is_random: whether the model draws at random. Then a success is only claimed by those logits; what confirms it
@@ -113,15 +160,19 @@ class Oracle:
         model: Model,
         precision: Precision = "float32",
         eot_samples: int = 1,
-        fast: Model | None = None,
+        gradient_model: Model | None = None,
         is_random: bool = False,
         unchecked: int = 0,
+        is_copy: bool = True,
+        transform: Transform | None = None,
     ):
         self._model, self._samples, self._is_random, self._unchecked = model, eot_samples, is_random, unchecked
-        self._fast = model if fast is None else fast
+        self._gradient_model, self._transform = model if gradient_model is None else gradient_model, transform
         self._is_bfloat16 = precision == "bfloat16"
-        self._is_rough = self._is_bfloat16 or fast is not None
-        self._is_unwatched = True
+        self._is_rough = self._is_bfloat16 or gradient_model is not None
+        # What the passes for gradients say is then nothing about the model, which is asked for itself.
+        self._is_apart = transform is not None or (gradient_model is not None and not is_copy)
+        self._unwatched = {False, True}
 
     def evaluate(
         self,
@@ -131,21 +182,29 @@ class Oracle:
         solved: Tensor | None,
         with_gradient: bool,
         step: int = 0,  # noqa: ARG002
+        draws: Draws | None = None,
     ) -> Evaluation:
         """Score `points` and, if asked, differentiate the loss there, in one forward pass per EOT sample.
 
         A rough pass, in reduced precision or by a faster copy, only claims a success, and so does every pass of a model
         that draws. For samples that are not `solved` yet, `judge` confirms it or not; with None the claim stands, for
-        whoever asks to judge in the end. Without a gradient the pass is the model's own in full precision. `step` is
-        the number of the iterate, which makes a difference to other oracles.
+        whoever asks to judge in the end. Without a gradient the pass is the model's own in full precision, and it is
+        made too where the gradient is that of another model, or of transformed points. `step` is the number of the
+        iterate, which makes a difference to other oracles.
 
         Where the loss is flat, a cross-entropy that is saturated for example, and the goal is not reached, the margin
         is climbed in its place: each sample for itself, in the same passes.
         """
+        apart = with_gradient and self._is_apart
+        rough = with_gradient and self._is_rough and not apart
         calls = torch.full_like(goal.classes, self._samples)
-        rough = with_gradient and self._is_rough
-        logits, value, gradient, unusable = self._pass(points, goal, loss, rough, with_gradient)
-        success, margin, forward_calls = goal.reached(logits), goal.margin(logits), calls
+        own, forward_calls = None, calls
+        if apart:
+            asked = self._samples if self._is_random else 1
+            own, forward_calls = self._pass(points, goal, loss, False, False, asked), calls + asked
+        logits, value, gradient, unusable = self._pass(points, goal, loss, rough, with_gradient, None, draws)
+        logits, value = (logits, value) if own is None else own[:2]
+        success, margin = goal.reached(logits), goal.margin(logits)
         exact = torch.full_like(success, not rough)
         if (rough or self._is_random) and solved is not None:
             rows = (success & ~solved).nonzero().squeeze(1)
@@ -153,20 +212,23 @@ class Oracle:
             if len(rows) > 0:
                 found = self.judge(points[rows], goal.select(rows), loss)
                 success[rows], margin[rows], value[rows] = found.success, found.margin, found.loss
-                exact[rows], forward_calls = True, calls.index_add(0, rows, found.forward_calls)
+                exact[rows], forward_calls = True, forward_calls.index_add(0, rows, found.forward_calls)
         if self._is_random:  # its successes were picked for having been lucky, so they are judged anew in the end
             exact = ~success
         self._unchecked -= len(points)
         if gradient is None:
             no = torch.zeros_like(success)
             return Evaluation(success, value, margin, None, no, no, forward_calls, torch.zeros_like(calls), exact)
-        # NaN goes through both of these, and neither needs memory.
-        largest = torch.maximum(gradient.amax((1, 2, 3)), -gradient.amin((1, 2, 3)))
-        stuck = ~((largest > 0) & largest.isfinite())
-        if gradient.is_cuda or bool(stuck.any()):  # asking would stop the GPU
-            gradient = gradient.clone() if 0 in gradient.stride() else gradient  # a sum's is one number, expanded
-            gradient.masked_fill_(stuck.view(-1, 1, 1, 1), 0)
+        gradient, stuck = _usable(gradient)
         return Evaluation(success, value, margin, gradient, unusable | stuck, stuck, forward_calls, calls, exact)
+
+    def gradient(self, points: Tensor, goal: Goal, loss: LossFunction, draws: Draws | None = None) -> Evaluation:
+        logits, value, gradient, unusable = self._pass(points, goal, loss, self._is_rough, True, None, draws)
+        assert gradient is not None
+        gradient, stuck = _usable(gradient)
+        calls, reached = torch.full_like(goal.classes, self._samples), goal.reached(logits)
+        exact = torch.zeros_like(stuck)
+        return Evaluation(reached, value, goal.margin(logits), gradient, unusable | stuck, stuck, calls, calls, exact)
 
     def judge(self, points: Tensor, goal: Goal, loss: LossFunction) -> Evaluation:
         """Score `points` by the model itself: a success is one answer, or `NEEDED` of `DRAWS` if the model draws."""
@@ -201,6 +263,7 @@ class Oracle:
         rough: bool,
         with_gradient: bool,
         samples: int | None = None,
+        draws: Draws | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Logits, loss and gradient, each the mean over the EOT samples, one sample in memory at a time; and whether
         the loss was flat in all of them."""
@@ -210,7 +273,8 @@ class Oracle:
             if with_gradient:
                 leaf = points.detach().requires_grad_()
                 with torch.enable_grad():
-                    logits = self._forward(leaf, goal, rough)
+                    seen = leaf if self._transform is None else _transformed(self._transform, leaf, draws)
+                    logits = self._forward(seen, goal, rough or self._is_apart)
                 value, flat, gradient = _climbed(logits, goal, loss, leaf, True)
                 assert gradient is not None
                 parts = [logits.detach(), value, flat.to(value.dtype), gradient]
@@ -224,21 +288,43 @@ class Oracle:
 
     def _forward(self, points: Tensor, goal: Goal, rough: bool) -> Tensor:
         written = points._version
-        kept = points.detach().clone() if self._is_unwatched else None
+        other = rough and self._is_apart
+        kept = points.detach().clone() if other in self._unwatched else None
         with torch.autocast(points.device.type, dtype=torch.bfloat16, enabled=rough and self._is_bfloat16):
-            logits = (self._fast if rough else self._model)(points)
+            logits = (self._gradient_model if rough else self._model)(points)
         # With a gradient torch itself refuses that; through `.data` or NumPy it goes uncounted.
         if points._version != written or (kept is not None and not torch.equal(points.nan_to_num(), kept.nan_to_num())):
             raise ValueError(
                 "the model changes its input in place, and with it the adversarials: let it write images = images - "
                 "mean instead of images -= mean"
             )
-        self._is_unwatched = False
+        self._unwatched.discard(other)
         logits = checked_logits(logits, len(points))
         if self._unchecked > 0:
             check_finite(logits.detach())
             check_labels(goal.classes, logits.shape[1])
         return logits if logits.dtype.itemsize >= 4 else logits.float()
+
+
+def _transformed(transform: Transform, leaf: Tensor, draws: Draws | None) -> Tensor:
+    """What a transform makes of a copy of the points; ValueError if that is no batch of as many."""
+    assert draws is not None
+    made = transform(leaf.clone(), draws)
+    if not isinstance(made, Tensor) or made.ndim != 4 or len(made) != len(leaf) or not made.is_floating_point():
+        found = f"{made.dtype} of shape {tuple(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
+        raise ValueError(f"transform must return a batch of as many images, {tuple(leaf.shape)}; got {found}")
+    return made.clone()  # it may write into what it has returned
+
+
+def _usable(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """A gradient with zeros for the samples whose own is zero or not finite anywhere, and which these are."""
+    # NaN goes through both of these, and neither needs memory.
+    largest = torch.maximum(gradient.amax((1, 2, 3)), -gradient.amin((1, 2, 3)))
+    stuck = ~((largest > 0) & largest.isfinite())
+    if gradient.is_cuda or bool(stuck.any()):  # asking would stop the GPU
+        gradient = gradient.clone() if 0 in gradient.stride() else gradient  # a sum's is one number, expanded
+        gradient.masked_fill_(stuck.view(-1, 1, 1, 1), 0)
+    return gradient, stuck
 
 
 def _climbed(
@@ -304,25 +390,37 @@ class InBatches:
         self._scorer, self._size = scorer, size
 
     def evaluate(
-        self, points: Tensor, goal: Goal, loss: LossFunction, solved: Tensor | None, with_gradient: bool, step: int = 0
+        self,
+        points: Tensor,
+        goal: Goal,
+        loss: LossFunction,
+        solved: Tensor | None,
+        with_gradient: bool,
+        step: int = 0,
+        draws: Draws | None = None,
     ) -> Evaluation:
-        rows = torch.split(torch.arange(len(points), device=points.device), self._size)
-        return Evaluation.joined(
-            [
-                self._scorer.evaluate(
-                    points[r], goal.select(r), loss, None if solved is None else solved[r], with_gradient, step
-                )
-                for r in rows
-            ]
-        )
+        def evaluate(r: Tensor, part: Draws | None) -> Evaluation:
+            known = None if solved is None else solved[r]
+            return self._scorer.evaluate(points[r], goal.select(r), loss, known, with_gradient, step, part)
+
+        return Evaluation.joined(self._each(evaluate, points, draws))
+
+    def gradient(self, points: Tensor, goal: Goal, loss: LossFunction, draws: Draws | None = None) -> Evaluation:
+        asked = self._each(lambda r, d: self._scorer.gradient(points[r], goal.select(r), loss, d), points, draws)
+        return Evaluation.joined(asked)
 
     def judge(self, points: Tensor, goal: Goal, loss: LossFunction) -> Evaluation:
-        rows = torch.split(torch.arange(len(points), device=points.device), self._size)
-        return Evaluation.joined([self._scorer.judge(points[r], goal.select(r), loss) for r in rows])
+        judged = self._each(lambda r, _: self._scorer.judge(points[r], goal.select(r), loss), points)
+        return Evaluation.joined(judged)
 
     def logits(self, points: Tensor, goal: Goal) -> Tensor:
+        return torch.cat(self._each(lambda r, _: self._scorer.logits(points[r], goal.select(r)), points))
+
+    def _each(self, ask: Callable[[Tensor, Draws | None], T], points: Tensor, draws: Draws | None = None) -> list[T]:
+        """Answers about consecutive rows, with their random numbers."""
         rows = torch.split(torch.arange(len(points), device=points.device), self._size)
-        return torch.cat([self._scorer.logits(points[r], goal.select(r)) for r in rows])
+        parts = [slice(k * self._size, (k + 1) * self._size) for k in range(len(rows))]
+        return [ask(r, draws and draws.part(part)) for r, part in zip(rows, parts, strict=True)]
 
 
 def input_gradient(

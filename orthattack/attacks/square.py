@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, final
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from orthattack.arguments import check_count, is_number
-from orthattack.attacks.base import Attack, Options, Task
+from orthattack.attacks.base import Attack, Options
+from orthattack.attacks.task import Merit, Task
 from orthattack.losses import attack_loss
 from orthattack.models import Model
-from orthattack.projection import Scope, reciprocal
-from orthattack.threat import Direction, Norm, Region, perturbation_norm
+from orthattack.projection import reciprocal
+from orthattack.threat import Norm, Region, perturbation_norm
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -40,7 +40,7 @@ class SquareSearch:
 
     queries: int = 5000
     share: float = 0.8
-    merit: Literal["loss", "margin"] = "margin"
+    merit: Merit = "margin"
 
     def __post_init__(self) -> None:
         check_count("queries", self.queries)
@@ -162,7 +162,6 @@ def _bump(side: int) -> Tensor:
     return torch.cat([peak(upper), -peak(side - upper)])
 
 
-@final
 class Square(Attack):
     """Square attack (Andriushchenko et al. 2020, arXiv:1912.00049): random search over squares, without gradients::
 
@@ -174,8 +173,7 @@ class Square(Attack):
     Args:
         model: as for `OrthoPGD`, like `norm` and `eps`; it need not be differentiable.
         queries: evaluations per sample, at least 1.
-        **options: `targeted`, `early_stop`, `bounds`, `generator`, `eot_samples`, as for `OrthoPGD`. What it climbs is
-            the margin, whatever the `loss`.
+        **options: as for `OrthoPGD`, without those of gradients. What it climbs is the margin, whatever the `loss`.
     """
 
     def __init__(
@@ -186,27 +184,12 @@ class Square(Attack):
         queries: int = 5000,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(model, norm, eps, SquareSearch(queries), scope=None, **options)
+        super().__init__(model, norm, eps, SquareSearch(queries), **options)
 
 
-@final
-class OrthoSquare(Attack):
+class OrthoSquare(Square, scope="image"):
     """`Square` whose perturbation stays orthogonal to the image: each proposal is projected before it is tried.
 
     Args:
-        model: arguments as for `Square`, and `scope` and `directions` as for `OrthoPGD`.
+        model: arguments as for `Square`.
     """
-
-    family = "Square"
-
-    def __init__(
-        self,
-        model: Model,
-        norm: Norm = "linf",
-        eps: float | Tensor = 4 / 255,
-        queries: int = 5000,
-        scope: Scope | None = "image",
-        directions: Sequence[Direction] = (),
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(model, norm, eps, SquareSearch(queries), scope=scope, directions=directions, **options)

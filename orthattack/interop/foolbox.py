@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal, TypeVar, final
+from typing import Any, TypeVar, final
 
 import eagerpy as ep
 import foolbox
@@ -23,10 +23,11 @@ from foolbox.distances import LpDistance
 from torch import Tensor, nn
 
 from orthattack.arguments import plain
-from orthattack.attacks.base import Attack, Task
+from orthattack.attacks.base import UNLIMITED, Attack
 from orthattack.attacks.configured import Configured, options_of
 from orthattack.attacks.minimum import MinimumNorm
 from orthattack.attacks.scoring import Scorer
+from orthattack.attacks.task import Merit, Task
 from orthattack.lending import global_random_numbers
 from orthattack.losses import Goal
 from orthattack.threat import Norm, ThreatModel, perturbation_norm
@@ -36,8 +37,6 @@ __all__ = ["FoolboxAttack", "FoolboxMinimum", "FromFoolbox"]
 T = TypeVar("T")
 
 _ORDER: dict[Norm, float] = {"linf": math.inf, "l2": 2, "l1": 1}
-# Stands for "no limit" in a threat model, whose eps is finite.
-_UNLIMITED = 1e30
 
 
 class _Ours(Configured):
@@ -301,7 +300,7 @@ class FromFoolbox(Attack):
         super().__init__(
             model,
             norm,
-            _UNLIMITED if eps is None else eps,
+            UNLIMITED if eps is None else eps,
             _Delegate(attack),
             scope=None,
             loss="margin",
@@ -314,16 +313,15 @@ class FromFoolbox(Attack):
 class _Delegate:
     """The search that leaves everything to a Foolbox attack and scores what comes back."""
 
-    merit: Literal["loss", "margin"] = "margin"
+    merit: Merit = "margin"
     stranger = "the Foolbox attack"
 
     def __init__(self, attack: Any) -> None:
         self.attack = attack
         self._others: tuple[Any, Any] | None = None  # where NumPy's and Python's random numbers go on
 
-    def options(self, eps: float | Tensor) -> dict[str, object]:
-        limit: dict[str, object] = {"eps": None} if isinstance(eps, float) and eps >= _UNLIMITED else {}
-        return {**limit, "attack": self.attack}
+    def options(self, eps: float | Tensor) -> dict[str, object]:  # noqa: ARG002
+        return {"attack": self.attack}
 
     def __call__(self, task: Task, start: Tensor | None) -> None:  # noqa: ARG002
         threat, goal = task.region.threat, task.goal
@@ -335,7 +333,7 @@ class _Delegate:
         model = _Counted(task.oracle, goal.select(torch.arange(len(images), device=images.device))).eval()
         fmodel = foolbox.PyTorchModel(model, bounds=threat.bounds, device=images.device)
         criterion = TargetedMisclassification(classes) if goal.labels is None else Misclassification(classes)
-        epsilon = None if threat.eps >= _UNLIMITED else float(threat.eps)
+        epsilon = None if threat.eps >= UNLIMITED else float(threat.eps)
         with torch.enable_grad(), self._lent_streams(task.generator, images.device):
             _, clipped, _ = self.attack(fmodel, handed, criterion, epsilons=epsilon)
         if not isinstance(clipped, Tensor) or clipped.shape != images.shape:

@@ -28,7 +28,10 @@ from torch import Tensor, nn
 from orthattack.arguments import plain
 from orthattack.attacks.apgd import OrthoAPGD
 from orthattack.attacks.base import Attack
-from orthattack.attacks.pgd import OrthoFGSM, OrthoMIFGSM, OrthoNIFGSM, OrthoPGD
+from orthattack.attacks.fgsm import OrthoFGSM
+from orthattack.attacks.mifgsm import OrthoMIFGSM
+from orthattack.attacks.nifgsm import OrthoNIFGSM
+from orthattack.attacks.pgd import OrthoPGD
 from orthattack.lending import global_random_numbers, guarded
 from orthattack.models import Normalized
 from orthattack.projection import Scope

@@ -31,7 +31,7 @@ from orthattack import (
     Square,
     fooled,
 )
-from orthattack.attacks.base import Task
+from orthattack.attacks.task import Task
 from orthattack.interop import torchattacks
 from orthattack.interop.foolbox import FoolboxAttack, FromFoolbox
 from orthattack.threat import perturbation_norm

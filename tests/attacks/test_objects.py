@@ -16,8 +16,9 @@ from torch import Tensor, nn
 import orthattack
 from orthattack import DetectorEvasion, MinimumNorm, OrthoPGD, ThreatModel
 from orthattack.attacks.configured import options_of
+from orthattack.eval.attacks.ours import OURS
 
-NAMES = [name for name in orthattack.attacks.__all__ if name not in ("AttackResult", "DetectorEvasion", "MinimumNorm")]
+NAMES = [name for name in OURS if name != "MinimumNorm"]
 IMAGES = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
 

@@ -23,7 +23,7 @@ from orthattack import (
     OrthoPGD,
     ThreatModel,
 )
-from orthattack.attacks.rules import AutoStep, ScheduledStep
+from orthattack.attacks.rules import AutoStep, accumulated, chain, momentum, normalize
 from tests.attacks.test_attacks import Recorder, drawn, small_model
 from tests.conftest import examples, seeds
 
@@ -152,9 +152,10 @@ def test_first_steps_are_a_share_of_eps(kind, options, rate):
 
 @pytest.mark.parametrize(
     ("kind", "rule"),
-    [(FGSM, ScheduledStep()), (OrthoFGSM, ScheduledStep()), (PGD, ScheduledStep()), (OrthoPGD, ScheduledStep()),
-     (MIFGSM, ScheduledStep(momentum=1.0)), (OrthoMIFGSM, ScheduledStep(momentum=1.0)),
-     (NIFGSM, ScheduledStep(momentum=1.0, nesterov=True)), (OrthoNIFGSM, ScheduledStep(momentum=1.0, nesterov=True)),
+    [(FGSM, chain()), (OrthoFGSM, chain()), (PGD, chain()), (OrthoPGD, chain()),
+     (MIFGSM, chain(normalize("l1"), momentum(1.0))), (OrthoMIFGSM, chain(normalize("l1"), momentum(1.0))),
+     (NIFGSM, chain(normalize("l1"), momentum(1.0), look_ahead=1.0)),
+     (OrthoNIFGSM, chain(normalize("l1"), momentum(1.0), look_ahead=1.0)),
      (APGD, AutoStep(0.75)), (OrthoAPGD, AutoStep(0.75))],
 )  # fmt: skip
 def test_each_attack_steps_by_its_rule(kind, rule):
@@ -252,9 +253,9 @@ def test_every_iterate_of_apgd_stays_on_the_plane(norm):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ScheduledStep("step"), "schedule must be one of 'fixed', 'linear', 'cosine'; got 'step'"),
-        (lambda: ScheduledStep(momentum=-1), "momentum must be a finite number >= 0; got -1"),
-        (lambda: ScheduledStep(nesterov=True), "nesterov=True needs a momentum > 0"),
+        (lambda: chain(schedule="step"), "schedule must be one of 'fixed', 'linear', 'cosine'; got 'step'"),
+        (lambda: accumulated("fixed", -1, False), "momentum must be a finite number >= 0; got -1"),
+        (lambda: accumulated("fixed", 0, True), "nesterov=True needs a momentum > 0"),
         (lambda: AutoStep(1.0), r"rho must lie in \(0, 1\); got 1.0"),
         (lambda: PGD(small_model(), schedule="step"), "schedule must be one of"),
         (lambda: APGD(small_model(), rho=0), "rho must lie in"),

@@ -38,7 +38,6 @@ def test_one_pass_says_everything():
     assert found.unusable.tolist() == found.stuck.tolist() == [False] * 2
     assert found.forward_calls.tolist() == found.gradient_calls.tolist() == [1, 1]
     assert found.exact.tolist() == [True] * 2
-    assert found.avoid is None
     without = Oracle(linear).evaluate(X, GOAL, CE, None, with_gradient=False)
     assert without.gradient is None
     assert without.gradient_calls.tolist() == [0, 0]
@@ -131,7 +130,7 @@ def test_what_a_faster_copy_claims_is_confirmed_by_the_model():
 
     three = points([0.9, 0.1, 0.1, 0.5], [0.1, 0.4, 0.1, 0.5], [0.9, 0.1, 0.1, 0.5])
     goal = Goal(torch.zeros(3, dtype=torch.long))
-    oracle = Oracle(model, fast=fast)
+    oracle = Oracle(model, gradient_model=fast)
     claimed = oracle.evaluate(three, goal, MARGIN, None, with_gradient=True)
     assert claimed.success.tolist() == [True] * 3
     assert claimed.exact.tolist() == [False] * 3

@@ -29,7 +29,7 @@ from orthattack import (
     OrthoSquare,
     alignment,
 )
-from orthattack.attacks.base import AttackResult
+from orthattack.attacks.task import AttackResult
 from orthattack.interop.foolbox import FoolboxAttack, FoolboxMinimum, FromFoolbox
 
 EPS = 8 / 255

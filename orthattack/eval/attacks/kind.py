@@ -20,8 +20,8 @@ from orthattack.eval.errors import EvaluationError
 from orthattack.threat import Norm
 
 __all__ = [
-    "GIVEN", "STEP", "AttackKind", "Conditions", "Found", "Probe", "Runner", "check_options", "check_steps", "defaults",
-    "described", "family", "nearest",
+    "GIVEN", "STEP", "AttackKind", "Conditions", "Found", "OwnRunner", "Probe", "Runner", "check_options",
+    "check_steps", "defaults", "described", "family", "nearest",
 ]  # fmt: skip
 
 Source = Literal["orthattack", "foolbox", "torchattacks", "user"]
@@ -71,6 +71,18 @@ class Runner(Protocol):
 
     def __call__(self, images: Tensor, labels: Tensor, seeds: Sequence[int]) -> Found:
         """Attack images (N, 3, H, W) with labels (N,); the random numbers come from the seeds, one per image."""
+
+
+class OwnRunner:
+    """An attack with the interface of ours: it says what it took of each image, and draws from each image's seed."""
+
+    def __init__(self, attack: Any, batch_size: int | None = None) -> None:
+        self._attack = attack
+        self._more = {} if batch_size is None else {"batch_size": batch_size}
+
+    def __call__(self, images: Tensor, labels: Tensor, seeds: Sequence[int]) -> Found:
+        result = self._attack.run(images, labels, seeds=seeds, **self._more)
+        return Found(result.adversarials, result.steps, result.forward_calls, result.gradient_calls)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ relative step size.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from orthattack.eval.attacks.kind import (
     GIVEN,
     AttackKind,
     Conditions,
-    Found,
+    OwnRunner,
     Probe,
     Runner,
     check_options,
@@ -41,7 +41,9 @@ __all__ = ["DEFAULT_ATTACKS", "OURS", "attack_kind", "list_attacks"]
 OURS = tuple(
     name
     for name in ours.__all__
-    if inspect.isclass(getattr(ours, name)) and name not in ("AttackResult", "DetectorEvasion")
+    if inspect.isclass(kind := getattr(ours, name))
+    and issubclass(kind, (Attack, ours.MinimumNorm))
+    and kind not in (Attack, ours.DetectorEvasion)
 )
 """The names of our attacks; beside them there is DetectorEvasion, whose detector only Python can give."""
 
@@ -119,7 +121,7 @@ def _ours(name: str, options: dict[str, Any]) -> AttackKind:
         )
 
     def make(model: nn.Module, conditions: Conditions) -> Runner:
-        return _OwnRunner(_own(kind, options, model, conditions), conditions.batch_size)
+        return OwnRunner(_own(kind, options, model, conditions), conditions.batch_size)
 
     packs = bool(options.get("early_stop"))
     return _declared(name, options, partial(_own, kind, options), ("linf", "l2", "l1"), make, packs)
@@ -178,16 +180,6 @@ def _minimum(options: dict[str, Any]) -> AttackKind:
         return ours.MinimumNorm(_own(kind, inner_options, model, start), **own)
 
     def make(model: nn.Module, conditions: Conditions) -> Runner:
-        return _OwnRunner(attack(model, conditions))
+        return OwnRunner(attack(model, conditions))
 
     return _declared("MinimumNorm", options, attack, inner.norms, make)
-
-
-class _OwnRunner:
-    def __init__(self, attack: Any, batch_size: int | None = None) -> None:
-        self._attack = attack
-        self._more = {} if batch_size is None else {"batch_size": batch_size}
-
-    def __call__(self, images: Tensor, labels: Tensor, seeds: Sequence[int]) -> Found:
-        result = self._attack.run(images, labels, seeds=seeds, **self._more)
-        return Found(result.adversarials, result.steps, result.forward_calls, result.gradient_calls)

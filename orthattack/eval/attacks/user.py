@@ -1,23 +1,29 @@
-"""A user's own attack: a function of the model."""
+"""A user's own attack: a function of the model, or an `Attack` of the user's."""
 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from orthattack.attacks.base import Card
-from orthattack.eval.attacks.kind import AttackKind, Conditions, Found, Runner, check_options
+from orthattack.attacks import Attack, Card, MinimumNorm
+from orthattack.eval.attacks.kind import AttackKind, Conditions, Found, OwnRunner, Probe, Runner, check_options
 from orthattack.eval.attacks.seeds import drawing, joint_seed
 from orthattack.eval.errors import EvaluationError
+from orthattack.eval.plugin import kept_process
 
 __all__ = ["user_attack"]
 
 
 def user_attack(name: str, factory: Any, given: Mapping[str, Any] | None = None) -> AttackKind:
     """A user's own attack.
+
+    A subclass of `orthattack.attacks.Attack`, or a function that returns such an attack, is one of ours: what it
+    promises is read from its card, on a model of no account, and its calls are counted per image.
 
     Args:
         name: what it is called.
@@ -33,17 +39,41 @@ def user_attack(name: str, factory: Any, given: Mapping[str, Any] | None = None)
     if not takes_any:
         check_options(name, options, list(parameters)[1:])
 
-    def make(model: nn.Module, conditions: Conditions) -> Runner:
-        shared = {"norm": conditions.norm, "eps": conditions.eps, "steps": conditions.steps}
+    def made(model: nn.Module, conditions: Conditions) -> Any:
+        shared: dict[str, Any] = {"norm": conditions.norm, "eps": conditions.eps, "steps": conditions.steps}
+        if isinstance(factory, type) and issubclass(factory, Attack):
+            shared["generator"] = torch.Generator().manual_seed(0)
         more = {key: value for key, value in shared.items() if key in parameters}
         attack = factory(model, **{**more, **options})
+        if isinstance(attack, Attack):
+            attack._knows_radius = True  # which the suite has chosen
+        return attack
+
+    card = _card(made)
+
+    def make(model: nn.Module, conditions: Conditions) -> Runner:
+        attack = made(model, conditions)
         if not callable(attack):
             raise TypeError(f"{name} must return a function of images and labels; it returned {type(attack).__name__}")
+        if (found := attack.card if isinstance(attack, Attack | MinimumNorm) else None) != card:
+            raise TypeError(f"{name} must return an attack that promises the same for every model: {card}, not {found}")
+        own = OwnRunner(attack, conditions.batch_size if isinstance(attack, Attack) else None)
 
         def run(images: Tensor, labels: Tensor, seeds: Sequence[int]) -> Found:
             with drawing(joint_seed(seeds)):
-                return Found(attack(images, labels))
+                return Found(attack(images, labels)) if card is None else own(images, labels, seeds)
 
         return run
 
-    return AttackKind(name, "user", options, Card(name), ("linf", "l2", "l1"), make)
+    return AttackKind(name, "user", options, Card(name) if card is None else card, ("linf", "l2", "l1"), make)
+
+
+def _card(made: Any) -> Card | None:
+    """What an attack of ours says of itself; None of what is none, or cannot be made for any model but the real one."""
+    try:
+        with drawing(0), kept_process():
+            warnings.simplefilter("ignore")
+            attack = made(Probe(), Conditions())
+    except (Exception, SystemExit):  # a user's function may raise anything
+        return None
+    return attack.card if isinstance(attack, Attack | MinimumNorm) else None

@@ -1,0 +1,45 @@
+"""FGSM: one step of the gradient's signs, with and without the orthogonality."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from orthattack.attacks.ascent import Climb
+from orthattack.attacks.base import Attack, GradientOptions
+from orthattack.attacks.rules import chain
+from orthattack.models import Model
+from orthattack.threat import Norm
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["FGSM", "OrthoFGSM"]
+
+
+class FGSM(Attack):
+    """The fast gradient sign method (Goodfellow et al. 2015, arXiv:1412.6572): one step of size eps from the image::
+
+        x_adv = clip(x + eps * sign(∇L(x)))
+
+    Equal, bit for bit, to ``PGD(steps=1, alpha=eps, random_start=False)``. Arguments as for `OrthoPGD`.
+    """
+
+    def __init__(
+        self, model: Model, norm: Norm = "linf", eps: float | Tensor = 4 / 255, **options: Unpack[GradientOptions]
+    ) -> None:
+        super().__init__(model, norm, eps, Climb(chain(), steps=1, rate=1.0), **options)
+
+
+class OrthoFGSM(FGSM, scope="image"):
+    """One step of size eps from the image, orthogonal to it: ``OrthoPGD(steps=1, alpha=eps, random_start=False)``.
+
+    The step is the best one there is: the exact solution of the linear program for L-infinity. Arguments as for
+    `OrthoPGD`. Source: Goodfellow et al. 2015, arXiv:1412.6572, for FGSM.
+
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    >>> images, labels = torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])
+    >>> float(OrthoFGSM(model, eps=8 / 255).run(images, labels).cosine.max()) <= 1e-6
+    True
+    """

@@ -1,0 +1,56 @@
+"""MI-FGSM: iterated FGSM with momentum, with and without the orthogonality."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from orthattack.attacks.ascent import Climb, rate
+from orthattack.attacks.base import Attack, GradientOptions
+from orthattack.attacks.rules import accumulated
+from orthattack.models import Model
+from orthattack.threat import Norm
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["MIFGSM", "OrthoMIFGSM"]
+
+
+class MIFGSM(Attack):
+    """Iterated FGSM with momentum (Dong et al. 2018, arXiv:1710.06081), whose adversarials transfer better::
+
+        v_{t+1} = decay · v_t + ∇L(x_t) / mean|∇L(x_t)|
+        x_{t+1} = project(x_t + alpha * sign(v_{t+1}))
+
+    Args:
+        model: as for `OrthoPGD`, like `norm` and `eps`.
+        alpha: step size in pixel units; by default ``eps / steps``.
+        steps: gradient steps, at least 1.
+        decay: how much of the momentum is kept at each step, at least 0.
+        **options: as for `OrthoPGD`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        norm: Norm = "linf",
+        eps: float | Tensor = 4 / 255,
+        alpha: float | None = None,
+        steps: int = 10,
+        decay: float = 1.0,
+        **options: Unpack[GradientOptions],
+    ) -> None:
+        rule = accumulated("fixed", decay, nesterov=False)
+        super().__init__(model, norm, eps, Climb(rule, steps, rate(1.0, steps), alpha), **options)
+
+
+class OrthoMIFGSM(MIFGSM, scope="image"):
+    """`MIFGSM` whose perturbation stays orthogonal to the image: each step is OrthoPGD's best one along v.
+
+    The momentum itself is not projected, the step is, so nothing of the image's direction is left to accumulate.
+
+    Args:
+        model: arguments as for `MIFGSM`.
+    """

@@ -1,0 +1,294 @@
+"""What a search works on: some samples of a batch, what it may ask about them, and the best point of each so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from orthattack.attacks.gradient_form import GradientForm
+from orthattack.attacks.scoring import Draws, Evaluation, LossFunction, Scorer
+from orthattack.losses import Goal
+from orthattack.threat import Norm, Region, ThreatModel, perturbation_norm
+
+__all__ = ["AttackResult", "Best", "Merit", "OnStep", "ScoredStep", "Search", "Streams", "Task"]
+
+Merit = Literal["loss", "margin", "norm"]
+"""What says which of two points is better: the larger loss or margin, or, once both fool, the smaller norm."""
+
+
+@dataclass(frozen=True, repr=False)
+class AttackResult:
+    """What an attack found, one entry per sample.
+
+    Attributes:
+        adversarials: (N, C, H, W), shape, dtype and device of the images.
+        success: (N,) bool: the model, in its own precision, is fooled by exactly this adversarial (targeted: predicts
+            the target).
+        loss: (N,) the loss that the attack maximised, at the adversarial; negated if targeted. For attacks with
+            several losses, the margin.
+        steps: (N,) int64: gradient steps (Square: queries) from the start of its restart to the adversarial.
+        cosine: (N,) largest ``|cos(delta, image)|`` over the vectors of the scope and with the directions, in float64.
+        norm: (N,) norm of the perturbation, in the norm of the attack and in pixel units.
+        zero_gradients: (N,) int64: at how many steps the loss had no usable gradient: zero, or not finite.
+        forward_calls: (N,) int64: how often the model was evaluated on the sample.
+        gradient_calls: (N,) int64: how often its gradient was.
+    """
+
+    adversarials: Tensor
+    success: Tensor
+    loss: Tensor
+    steps: Tensor
+    cosine: Tensor
+    norm: Tensor
+    zero_gradients: Tensor
+    forward_calls: Tensor
+    gradient_calls: Tensor
+
+    def __repr__(self) -> str:
+        n = len(self.success)
+        if n == 0:
+            return "AttackResult: no images"
+        norm, zero = self.norm.double(), self.samples_with_zero_gradient
+        forwards, gradients = int(self.forward_calls.sum()), int(self.gradient_calls.sum())
+        return (
+            f"AttackResult: {int(self.success.sum())} of {n} fooled; norm {float(norm.median()):.4g} (median), "
+            f"{float(norm.max()):.4g} (max); |cos| at most {float(self.cosine.max()):.2g};\n"
+            f"{forwards} forward and {gradients} gradient calls"
+            + (f", no usable gradient at least once for {zero} of {n}" if zero else "")
+        )
+
+    @property
+    def samples_with_zero_gradient(self) -> int:
+        """How many samples met a zero gradient at least once: a sign of a masked gradient or a saturated loss."""
+        return int((self.zero_gradients > 0).sum())
+
+
+@dataclass(frozen=True)
+class ScoredStep:
+    """What `on_step` is told of each batch of points that is scored, one entry per sample; all copies.
+
+    Attributes:
+        step: number of the iterate, from 0 in each restart; of `Square`, of the query.
+        index: (n,) positions in the batch: those that are still attacked.
+        success: (n,) bool: whether the model is fooled. Where a pass only claims that, as in reduced precision, it is
+            the claim.
+        loss: (n,) what is climbed.
+        margin: (n,) how far beyond the goal the logits are.
+        norm: (n,) of the perturbation, in the norm of the attack and in pixel units.
+    """
+
+    step: int
+    index: Tensor
+    success: Tensor
+    loss: Tensor
+    margin: Tensor
+    norm: Tensor
+
+
+OnStep = Callable[[ScoredStep], object]
+
+
+class Best:
+    """The best point of each sample so far, and what it took.
+
+    Args:
+        images: (N, C, H, W) the clean ones.
+        by: what makes a point better than another that fools as well, or as little; by "norm", the larger margin until
+            something fools.
+        norm: of the perturbation, in the norm of the threat model.
+    """
+
+    def __init__(self, images: Tensor, by: Merit = "loss", norm: Norm = "linf") -> None:
+        n, device = len(images), images.device
+        self.success = torch.zeros(n, dtype=torch.bool, device=device)
+        self.adversarials = images.clone()
+        self.exact = torch.zeros_like(self.success)
+        self.by: Merit = by
+        self._images, self._norm = images, norm
+        self._merit = torch.full(
+            (n,), -torch.inf, dtype=torch.promote_types(images.dtype, torch.float32), device=device
+        )
+        self._loss = self._merit.clone() if by == "norm" else None  # otherwise the merit
+        self._steps, self._zero, self._forwards, self._gradients, self.stuck = torch.zeros(
+            5, n, dtype=torch.long, device=device
+        )
+        self.unanswered = torch.zeros_like(self.success)  # whether some point's margin was not finite
+
+    def offer(self, index: Tensor, points: Tensor, evaluation: Evaluation, step: int) -> None:
+        """Keep each of `points`, candidates of the samples at `index`, that beats what there is."""
+        success, merit = evaluation.success, self._told(evaluation)
+        loss = merit
+        if self._loss is not None:
+            length = perturbation_norm(points.double() - self._images[index].double(), self._norm)
+            merit = torch.where(success, -length.to(merit.dtype), merit)
+        better = success & ~self.success[index]
+        # The later of two equals: a confident model's loss is exactly 0 long before its gradient is.
+        better |= (success == self.success[index]) & (merit >= self._merit[index])
+        self._zero[index] += evaluation.unusable
+        self.stuck[index] += evaluation.stuck
+        self.unanswered[index] |= ~evaluation.margin.isfinite()
+        self.count(index, evaluation.forward_calls, evaluation.gradient_calls)
+        if len(index) == len(self.success):  # all samples, in order: one pass, and nothing that stops a GPU
+            torch.where(better.view(-1, 1, 1, 1), points, self.adversarials, out=self.adversarials)
+            self.success, self._merit = self.success | success, torch.where(better, merit, self._merit)
+            self._loss = None if self._loss is None else torch.where(better, loss, self._loss)
+            self._steps.masked_fill_(better, step)
+            self.exact = torch.where(better, evaluation.exact, self.exact)
+            return
+        rows = index[better]
+        self.adversarials[rows] = points[better]
+        self.success[rows], self._merit[rows], self._steps[rows] = success[better], merit[better], step
+        if self._loss is not None:
+            self._loss[rows] = loss[better]
+        self.exact[rows] = evaluation.exact[better]
+
+    def count(self, index: Tensor, forward_calls: Tensor, gradient_calls: Tensor) -> None:
+        """Count calls of the model for the samples at `index`."""
+        self._forwards[index] += forward_calls
+        self._gradients[index] += gradient_calls
+
+    def skip(self, index: Tensor) -> None:
+        """Count a step without a gradient for the samples at `index`, which no step was taken for."""
+        self._zero[index] += 1
+        self.stuck[index] += 1
+
+    def judge(self, rows: Tensor, evaluation: Evaluation) -> None:
+        """Replace success and loss by those of a final evaluation of the adversarials at `rows`."""
+        self.success[rows] = evaluation.success
+        (self._merit if self._loss is None else self._loss)[rows] = self._told(evaluation)
+        self._forwards[rows] += evaluation.forward_calls
+
+    def result(self, images: Tensor, threat: ThreatModel) -> AttackResult:
+        delta = self.adversarials.double() - images.double()
+        return AttackResult(
+            self.adversarials, self.success, self._merit if self._loss is None else self._loss, self._steps,
+            threat.cosine(delta, images), perturbation_norm(delta, threat.norm), self._zero, self._forwards,
+            self._gradients,
+        )  # fmt: skip
+
+    def _told(self, evaluation: Evaluation) -> Tensor:
+        return (evaluation.loss if self.by == "loss" else evaluation.margin).to(self._merit.dtype)
+
+
+class Streams:
+    """Random numbers of a batch: those that all samples share, and each sample's own.
+
+    Args:
+        shared: where shared numbers come from.
+        seeds: of the samples' own; None: drawn from `shared` when they are first needed.
+        count: how many samples there are.
+    """
+
+    def __init__(self, shared: torch.Generator, seeds: Sequence[int] | None, count: int) -> None:
+        self.shared, self.is_seeded, self._count = shared, seeds is not None, count
+        self._own: list[torch.Generator] | None = None if seeds is None else self._made(seeds)
+
+    def _made(self, seeds: Sequence[int]) -> list[torch.Generator]:
+        return [torch.Generator(self.shared.device).manual_seed(seed) for seed in seeds]
+
+    def of(self, index: Tensor) -> list[torch.Generator]:
+        """The own streams of the samples at `index`."""
+        if self._own is None:
+            device = self.shared.device
+            seeds = torch.randint(2**63 - 1, (self._count,), generator=self.shared, device=device)
+            self._own = self._made(seeds.tolist())
+        return [self._own[row] for row in index.tolist()]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a search works on: some samples of a batch, and all that it may ask about them.
+
+    Attributes:
+        oracle: the model.
+        loss: what to climb.
+        goal: what counts as success.
+        region: the allowed images; ``region.images`` are the clean ones.
+        index: positions of these samples in the batch, for `best`.
+        best: where to offer every point that was scored.
+        early_stop: whether a sample is done as soon as it is fooled.
+        streams: of random numbers.
+        form: what is done to each direction before a step, for ``enforce="gradient"``.
+        is_random: whether the model draws, so that a success is confirmed where it is found.
+        on_step: who is told of every point that was scored.
+    """
+
+    oracle: Scorer
+    loss: LossFunction
+    goal: Goal
+    region: Region
+    index: Tensor
+    best: Best
+    early_stop: bool
+    streams: Streams
+    form: GradientForm | None = None
+    is_random: bool = False
+    on_step: OnStep | None = None
+
+    @property
+    def generator(self) -> torch.Generator:
+        """Of random numbers that all samples share."""
+        return self.streams.shared
+
+    @property
+    def draws(self) -> Draws:
+        """Random numbers for these samples, each from its own stream."""
+        images = self.region.images
+        return Draws(lambda: self.streams.of(self.index), images.device, images.dtype)
+
+    def score(self, points: Tensor, step: int, with_gradient: bool) -> Evaluation:
+        """Evaluate `points` of these samples and offer them to `best`."""
+        # A sample that leaves the batch must be fooled for certain; the others are judged in the end. Every claim is
+        # confirmed about a model that draws, so that points are compared by means over draws, and by the norm, where
+        # a claim that does not hold would hide the larger one that does.
+        solved = self.best.success[self.index] if self.early_stop else None
+        if (self.is_random and solved is None) or self.best.by == "norm":
+            solved = torch.zeros_like(self.index, dtype=torch.bool)
+        self.region.release()
+        evaluation = self.oracle.evaluate(points, self.goal, self.loss, solved, with_gradient, step, self.draws)
+        self.best.offer(self.index, points, evaluation, step)
+        if self.on_step is not None:
+            norm = perturbation_norm(points.double() - self.region.images.double(), self.region.threat.norm)
+            told = [t.clone() for t in (self.index, evaluation.success, evaluation.loss, evaluation.margin)]
+            self.on_step(ScoredStep(step, told[0], told[1], told[2], told[3], norm))
+        return evaluation
+
+    def gradient(self, points: Tensor) -> Tensor:
+        """The loss's gradient (n, C, H, W) at any `points`: they need not be allowed, and are no candidates."""
+        found = self.oracle.gradient(points, self.goal, self.loss, self.draws)
+        self.best.count(self.index, found.forward_calls, found.gradient_calls)
+        assert found.gradient is not None
+        return found.gradient
+
+    def select(self, rows: Tensor) -> Task:
+        """The task for the samples at `rows`, positions in this task, only."""
+        return replace(self, goal=self.goal.select(rows), region=self.region.select(rows), index=self.index[rows])
+
+    def random_start(self) -> Tensor:
+        """A random point of the region, each sample's from its own stream if it was given one."""
+        return self.region.random_start(self.streams.of(self.index) if self.streams.is_seeded else self.generator)
+
+    def unsolved(self) -> Task | None:
+        """The task for the samples that no point fools yet, or None if there are none."""
+        rows = (~self.best.success[self.index]).nonzero().squeeze(1)
+        if len(rows) == len(self.index):
+            return self
+        return self.select(rows) if len(rows) > 0 else None
+
+
+class Search(Protocol):
+    """Scores points of a task."""
+
+    @property
+    def merit(self) -> Merit:
+        """What says which of two points is better."""
+
+    def options(self, eps: float | Tensor) -> dict[str, Any]:
+        """What the attack's repr shows of it, at a radius."""
+
+    def __call__(self, task: Task, start: Tensor | None) -> None:
+        """Search, from `start` (points of the region) if given."""
