@@ -1,10 +1,7 @@
 """The plane ⟨y - x, x⟩ = 0 inside a box: the best step on it, the nearest point of it, and staying on it when stored.
 
-A `Plane` works on images y directly, not on perturbations: `lower <= y <= upper` are numbers of the images' dtype, so
-a pixel at its bound is exact. Each group of pixels that `scope` names (see `orthattack.projection`) has a plane of its
-own, and x itself is always allowed, which makes every problem here feasible.
-
-Both optimisations are the same search for one multiplier λ per group: docs/method.md, "One multiplier".
+Each group of pixels that `scope` names (see `orthattack.projection`) has a plane of its own. All here is a search for
+one multiplier λ per group: docs/method.md, "One multiplier".
 """
 
 from __future__ import annotations
@@ -16,10 +13,12 @@ import torch
 from torch import Tensor
 
 from orthattack.projection import Scope, dot, orthogonalize, reciprocal, scaled, scope_dims, total
+from orthattack.threat.norms import by_secant, by_threshold, filled, sparsity
 from orthattack.threat.rootfind import Bracket, ends_of, search, try_all
 from orthattack.threat.rounding import Box, settled_rows
+from orthattack.threat.sets import soften
 
-__all__ = ["Plane", "soften"]
+__all__ = ["Plane"]
 
 _IMAGE = scope_dims("image")
 # A pixel's colour has so few breakpoints that trying them all beats a search.
@@ -33,13 +32,14 @@ _NEWTON = 8
 
 
 class Plane:
-    """The points y of a box with ⟨y - x, x⟩ = 0 in every group of pixels, around a batch of images x.
+    """The points y of a box with ⟨y - x, x⟩ = 0 in every group of pixels, a set of `sets.Allowed`.
 
     Args:
         images: x, (N, C, H, W), float32 or float64.
         lower: the smallest value of each pixel, at most x.
         upper: the largest, at least x.
         scope: which pixels share a plane.
+        normal: what the planes are orthogonal to, the images' shape; x by default, as everything here is written.
 
     `is_small` says that a group has only a few pixels, for which all is tried that might be the solution.
 
@@ -47,17 +47,21 @@ class Plane:
     at once.
     """
 
-    def __init__(self, images: Tensor, lower: Tensor, upper: Tensor, scope: Scope) -> None:
+    def __init__(
+        self, images: Tensor, lower: Tensor, upper: Tensor, scope: Scope, normal: Tensor | None = None
+    ) -> None:
         self.images, self.lower, self.upper, self.scope = images, lower, upper, scope
         self.dims = scope_dims(scope)
-        # The normal of the plane, in a range where its square neither overflows nor vanishes.
-        normal, exponent = scaled(images, self.dims)
-        self.normal = normal if bool((exponent.abs() > 16).any()) else images
+        # In a range where its square neither overflows nor vanishes.
+        scaled_normal, exponent = scaled(images if normal is None else normal, self.dims)
+        self.normal = images if normal is None and not bool((exponent.abs() > 16).any()) else scaled_normal
+        self._settling = images if normal is None else scaled_normal
         self._normal2 = dot(self.normal, self.normal, self.dims)
+        self._grid = self._normal2 if normal is None else dot(images.abs(), self.normal.abs(), self.dims)
         self._normal1 = total(self.normal.abs(), self.dims)
         self._width2 = total((upper - lower).square_(), self.dims)
         self.is_small = images.numel() <= _FEW * self._normal2.numel()
-        self._has_negative = bool((images < 0).any())
+        self._has_negative = bool((self.normal < 0).any())
         # Beside perturbations as wide as this, rounding is nothing, and nothing has to be repaired pixel by pixel.
         wide = 1e6 * torch.finfo(images.dtype).eps * images.abs().amax(self.dims, keepdim=True)
         self._is_coarse = not self.is_small and bool((self._width2 > wide**2).all())
@@ -67,33 +71,22 @@ class Plane:
         return tuple(torch.empty_like(self.images) for _ in range(4))
 
     def release(self) -> None:
-        """Give back the working memory; the next call takes it again."""
         self.__dict__.pop("_scratch", None)
 
     def tangent(self, gradient: Tensor) -> Tensor:
-        """The gradient's projection onto the plane's own directions."""
-        return orthogonalize(gradient, self.images, self.scope)
+        return orthogonalize(gradient, self.normal, self.scope)
 
     def step(self, start: Tensor, gradient: Tensor, alpha: Tensor | float) -> Tensor:
-        """Solve the linear program of the best L-infinity step, exactly and without sorting::
-
-            max_y ⟨g, y⟩  subject to  |y - s| <= α,  lower <= y <= upper,  ⟨y - x, x⟩ = 0
+        """Solve the linear program, exactly and without sorting.
 
         Its solution is the usual step along a shifted gradient, y(λ) = clip(s + α sign(g - λx)), at the λ for which
-        the plane holds; pixels with g = λx at that λ may take any value between and settle the equation.
-
-        Args:
-            start: s, (N, C, H, W), in the box and on the plane.
-            gradient: g, the same shape, finite, any scale.
-            alpha: α, in pixel units; one number, or (N, 1, 1, 1).
-
-        Returns:
-            y, (N, C, H, W), with a duality gap below 1e-8 of α‖g‖₁ plus round-off. A group whose gradient is zero, or
-            parallel to the image, stays at s.
+        the plane holds; pixels with g = λx at that λ may take any value between and settle the equation. The duality
+        gap is below 1e-8 of α‖g‖₁ plus round-off. A group whose gradient is zero, or parallel to the image, stays.
 
         Source: docs/method.md, "The best step".
         """
         dims, normal = self.dims, self.normal
+        start, gradient = start.contiguous(), gradient.contiguous()
         ratio, bottom, weight, scratch = self._scratch
         alpha = torch.as_tensor(alpha, dtype=start.dtype, device=start.device)
         # The optimum is the same for g and g - cx; projected, λ is near 0 and a parallel gradient is 0, not round-off.
@@ -129,89 +122,113 @@ class Plane:
         y = self._mixture(mix, bracket, start)
         return y if not y.is_cuda and bool(moves.all()) else torch.where(moves, y, start)
 
-    def sparse_step(self, start: Tensor, gradient: Tensor, alpha: Tensor, count: int) -> Tensor:
-        """Solve the linear program of the best L1 step that spreads over at least `count` pixels::
+    def sparse_step(self, start: Tensor, gradient: Tensor, alpha: Tensor, count: int | None = None) -> Tensor:
+        """See `sets.Allowed`; with a duality gap below 1e-4 of the optimum as a rule.
 
-            max_y ⟨g, y⟩  subject to  ‖y - s‖₁ <= α,  |y - s| <= α / count,  lower <= y <= upper,  ⟨y - x, x⟩ = 0
-
-        With a multiplier ν >= 0 for the first constraint, y(λ, ν) is at one end of its range where g - λx > ν, at the
-        other where it is < -ν, and s between. For each ν that is a search for λ, and ‖y - s‖₁ falls as ν grows, so ν is
-        searched for around it. Where the second constraint keeps α from being spent, it is left out.
-
-        Args:
-            start: s, (N, C, H, W), in the box and on the plane.
-            gradient: g, the same shape, finite, any scale.
-            alpha: α, (N, 1, 1, 1), in pixel units.
-            count: of pixels, at least 1.
-
-        Returns:
-            y, (N, C, H, W), with a duality gap below 1e-4 of the optimum as a rule. A sample whose gradient is zero, or
-            parallel to the image in every group, stays at s.
+        A sample whose gradient is zero, or parallel to the image in every group, stays at s.
 
         Source: docs/method.md, "The L1 step".
         """
-        g, size = self._projected(gradient, _IMAGE)
+        count, start = sparsity(start) if count is None else count, start.contiguous()
+        g, size = self._projected(gradient.contiguous(), _IMAGE)
         g, moves = g.clone(), size.sum(_IMAGE, keepdim=True) > 0
-        down = torch.maximum(self.lower - start, -alpha / count)
         up = torch.minimum(self.upper - start, alpha / count)
-        largest = g.abs().flatten(1).topk(count, dim=1).values
-        high = largest[:, 0].view_as(alpha)
-        low, guess = torch.zeros_like(high), largest[:, -1].view_as(alpha)
-        many, spent, near = self._beyond(low, g, up, down, None)
-        few, less = torch.zeros_like(many), torch.zeros_like(spent)
-        short = spent <= alpha
-        done, asks = short, not g.is_cuda
-        for attempt in range(40 if asks else 16):
-            share = (alpha - less) * reciprocal(spent - less)  # of the larger move in what is returned
-            done = done | (share * (spent - alpha) * (high - low) <= _SPARSE_GAP * dot(g, few, _IMAGE))
-            if asks and bool(done.all()):
-                break
-            tried = guess if attempt == 0 else high - (high - low) * (share.clamp(0.02, 0.98) if attempt % 3 else 0.5)
-            found, length, near = self._beyond(tried, g, up, down, near)
-            over, under = ~done & (length > alpha), ~done & (length <= alpha)
-            low, high = torch.where(over, tried, low), torch.where(under, tried, high)
-            many, spent = torch.where(over, found, many), torch.where(over, length, spent)
-            few, less = torch.where(under, found, few), torch.where(under, length, less)
-        move = torch.where(short, many, torch.lerp(few, many, share))
+        down = torch.minimum(start - self.lower, alpha / count)
+        solve = self._greedy if self._normal2.numel() == len(g) else self._beyond
+        move, spent = solve(g, up, down, alpha, count)
         y = self._settled((start + move * moves).clamp_(self.lower, self.upper), [self._box], start)
         short = moves & (spent < (1 - 1e-6) * alpha)
         if count > 1 and bool(short.any()):
             y = torch.where(short, self.sparse_step(start, gradient, alpha, 1), y)
         return y
 
-    def _beyond(
+    def _greedy(self, g: Tensor, up: Tensor, down: Tensor, alpha: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The best L1 move on one plane, and its L1 norm: the greedy one along g - λx, at the λ for which the plane
+        holds."""
+
+        def move(multiplier: Tensor) -> Tensor:
+            rest = torch.addcmul(g, self.normal, multiplier, value=-1)
+            room = torch.where(rest > 0, up, down)
+            return filled(rest.abs() * (room > 0), room, alpha).copysign_(rest)
+
+        def residual(multiplier: Tensor) -> Tensor:
+            return dot(move(multiplier), self.normal, _IMAGE)
+
+        scale = self._scale(g)
+        _, most, _, least = ends_of(residual, scale)
+        tolerance = _SPARSE_GAP / 10 * dot(g, move(torch.zeros_like(scale)), _IMAGE)
+        a, fa, b, fb = search(residual, scale, tolerance, (most, least), None)
+        found = torch.lerp(move(a), move(b), fa * reciprocal(fa - fb))
+        return found, total(found.abs(), _IMAGE)
+
+    def _scale(self, g: Tensor) -> Tensor:
+        """The order of magnitude of λ, not 0."""
+        scale = total(g.abs(), self.dims) * reciprocal(self._normal1)
+        return torch.where(scale > 0, scale, 1)
+
+    def _beyond(self, g: Tensor, up: Tensor, down: Tensor, alpha: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The same where groups have planes of their own, by the multiplier ν of the L1 norm.
+
+        A pixel is at the end of its range to which g - λx points where that is beyond ±ν, and stays where it is
+        between. For each ν that is a search for λ, and the move's norm L falls as ν grows. Of the concave gain V(L) a
+        bracket gives two points, and the slope between them is the next ν, until the chord is the curve.
+        """
+        largest = g.abs().flatten(1).topk(count, dim=1).values
+        low, high = torch.zeros_like(alpha), largest[:, 0].view_as(alpha)
+        many, spent, near = self._moved(low, g, up, down, None)
+        few, less = torch.zeros_like(many), torch.zeros_like(spent)
+        gain, won, bound = dot(g, many, _IMAGE), torch.zeros_like(spent), torch.full_like(spent, torch.inf)
+        short = spent <= alpha
+        done, asks, share = short, not g.is_cuda, less
+        for attempt in range(40 if asks else 16):
+            share = torch.where(done, share, (alpha - less) * reciprocal(spent - less))  # of the larger move
+            reached = won + share * (gain - won)
+            done = done | (bound - reached <= _SPARSE_GAP * reached)
+            if asks and bool(done.all()):
+                break
+            tried = (gain - won) * reciprocal(spent - less)
+            if attempt == 0:
+                tried = largest[:, -1].view_as(alpha)
+            elif attempt % 2:
+                tried = low + (high - low) * (1 - share).clamp(0.1, 0.9)
+            found, size, near = self._moved(tried, g, up, down, near)
+            value = dot(g, found, _IMAGE)
+            over, under = ~done & (size > alpha), ~done & (size <= alpha)
+            bound = torch.where(done, bound, torch.minimum(bound, value + tried * (alpha - size)))
+            low, high = torch.where(over, tried, low), torch.where(under, tried, high)
+            many, spent, gain = (torch.where(over, *pair) for pair in ((found, many), (size, spent), (value, gain)))
+            few, less, won = (torch.where(under, *pair) for pair in ((found, few), (size, less), (value, won)))
+        return torch.where(short, many, torch.lerp(few, many, share)), spent
+
+    def _moved(
         self, threshold: Tensor, g: Tensor, up: Tensor, down: Tensor, near: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """For one ν, the move on the plane of the pixels whose g - λx is beyond it, its L1 norm, (N, 1, 1, 1), and
+        """For one ν, the move on the planes of the pixels whose g - λx is beyond it, its L1 norm, (N, 1, 1, 1), and
         where to start the search for λ with a similar ν."""
         dims, normal = self.dims, self.normal
 
         def move(multiplier: Tensor) -> Tensor:
             rest = torch.addcmul(g, normal, multiplier, value=-1)
-            return torch.where(rest > threshold, up, torch.where(rest < -threshold, down, 0))
+            return torch.where(rest > threshold, up, torch.where(rest < -threshold, -down, 0))
 
         def residual(multiplier: Tensor) -> Tensor:
             return dot(move(multiplier), normal, dims)
 
-        scale = total(g.abs(), dims) * reciprocal(self._normal1)
-        scale = torch.where(scale > 0, scale, 1)
+        scale = self._scale(g)
         if self.is_small:
             jumps = [_by_group(((g + side) / normal).nan_to_num(0), dims) for side in (threshold, -threshold)]
             at = torch.cat(jumps).sort(dim=0).values
             bracket = try_all(residual, scale, at[1:] / 2 + at[:-1] / 2)
         else:
-            ends = [total(pick(up * normal, down * normal), dims) for pick in (torch.maximum, torch.minimum)]
+            ends = [total(pick(up * normal, -down * normal), dims) for pick in (torch.maximum, torch.minimum)]
             bracket = search(residual, scale, 1e-6 * scale * (ends[0] - ends[1]), (ends[0], ends[1]), near)
         a, fa, b, fb = bracket
         found = torch.lerp(move(a), move(b), fa * reciprocal(fa - fb))
         return found, total(found.abs(), _IMAGE), (a / 2 + b / 2, (fb - fa) * reciprocal(b - a))
 
     def unit_tangent(self, gradient: Tensor) -> Tensor:
-        """The gradient's projection onto the plane's own directions, at length 1 for the whole image; 0 stays 0.
-
-        It is in the plane's working memory, until the next call.
-        """
-        g, _ = self._projected(gradient, _IMAGE)
+        """See `sets.Allowed`. It is in the plane's working memory, until the next call."""
+        g, _ = self._projected(gradient.contiguous(), _IMAGE)
         length2 = dot(g, g, self.dims, self._scratch[3]).sum(_IMAGE, keepdim=True)
         return g.mul_(reciprocal(length2.sqrt()))
 
@@ -237,24 +254,13 @@ class Plane:
         torch.maximum(torch.sub(start, alpha, out=bottom), self.lower, out=bottom)
         torch.minimum(torch.add(start, alpha, out=top), self.upper, out=top)
         if self._has_negative:
-            low, negative = bottom.clone(), self.images < 0
+            low, negative = bottom.clone(), self.normal < 0
             torch.where(negative, top, bottom, out=bottom)
             torch.where(negative, low, top, out=top)
 
     def nearest(self, points: Tensor, shrink: Tensor | None = None) -> Tensor:
-        """Project points p onto box and plane in the Euclidean norm::
-
-            min_y ½‖y - p‖₂² + μ‖y - x‖₁  subject to  lower <= y <= upper,  ⟨y - x, x⟩ = 0
-
-        The solution is y(λ) = clip(p - λx), or with μ > 0 clip(x + soft(p - λx - x, μ)), at the λ for which the plane
-        holds; soft(v, μ) takes μ off every ``|v_i|``, down to 0.
-
-        Args:
-            points: p, (N, C, H, W).
-            shrink: μ, (N, 1, 1, 1), at least 0; None is 0.
-
-        Returns:
-            y, (N, C, H, W), within 1e-7 ‖p - x‖ of the projection plus round-off.
+        """y(λ) = clip(p - λx), or with μ > 0 clip(x + soft(p - λx - x, μ)), at the λ for which the plane holds;
+        soft(v, μ) takes μ off every ``|v_i|``, down to 0. Within 1e-7 ‖p - x‖ of the projection plus round-off.
 
         Source: docs/method.md, "The nearest point".
         """
@@ -265,23 +271,15 @@ class Plane:
             y = torch.where(found, y, self._searched(points, None))
         return self._settled(y, [self._box], self.images)
 
-    def nearest_in_ball(self, points: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-        """Project points p onto box, plane and L2 ball in the Euclidean norm::
-
-            min_y ‖y - p‖₂  subject to  lower <= y <= upper,  ⟨y - x, x⟩ = 0,  ‖y - x‖₂ <= radius
-
-        Args:
-            points: p, (N, C, H, W).
-            radius: (N, 1, 1, 1), in pixel units.
-
-        Returns:
-            y, (N, C, H, W), its norm within 3e-7 of the radius if the ball binds; and (N, 1, 1, 1) bool, whether that
-            was found: Newton's method may fail where few pixels are free.
-
-        Source: docs/method.md, "The nearest point".
-        """
+    def nearest_in_l2_ball(self, points: Tensor, radius: Tensor) -> Tensor:
+        """By Newton's method, which may fail where few pixels are free; then by a search that cannot."""
+        if self.is_small:
+            return by_secant(self, points, radius)
         y, found = self._newton(points, radius.to(points.dtype))
-        return self._settled(y, [self._box], self.images), found
+        y = self._settled(y, [self._box], self.images)
+        return y if y.is_cuda or bool(found.all()) else torch.where(found, y, by_secant(self, points, radius))
+
+    nearest_in_l1_ball = by_threshold
 
     def _newton(self, points: Tensor, radius: Tensor | None) -> tuple[Tensor, Tensor]:
         """y(s, λ) = clip(x + s (p - x) - λx) on the plane and, with a radius, in the ball; per sample, whether it is.
@@ -299,7 +297,7 @@ class Plane:
         along, distance2 = dot(delta0, normal, dims, scratch), dot(delta0, delta0, dims, scratch)
         # Of equal pixels with a perturbation below their grid, all round the same way: λ cannot settle more than that.
         unit = torch.finfo(x.dtype).eps
-        noise = unit * ((torch.minimum(distance2, self._width2) * self._normal2).sqrt() + self._normal2 / 4)
+        noise = unit * ((torch.minimum(distance2, self._width2) * self._normal2).sqrt() + self._grid / 4)
         s = torch.ones_like(x[:, :1, :1, :1])
         if radius is not None:
             s = (radius * reciprocal(distance2.sum(_IMAGE, keepdim=True).sqrt())).clamp(max=1)
@@ -368,15 +366,6 @@ class Plane:
         return self._mixture(lambda share, out: torch.lerp(high, low, share, out=out), bracket, self.images)
 
     def settle(self, points: Tensor) -> Tensor:
-        """Points near the plane, moved onto it as exactly as their dtype allows.
-
-        Args:
-            points: y, (N, C, H, W), in the box.
-
-        Returns:
-            y with ``|cos(y - x, x)|`` at most 1e-6 (float32) or 1e-12 (float64) in every group; the same tensor if that
-            held already. A group that cannot be so gives up its perturbation.
-        """
         return self._settled(points, [self._box], self.images)
 
     def _box(self) -> Box:
@@ -413,9 +402,9 @@ class Plane:
             return rows(low)[groups], rows(high)[groups]
 
         settled = points.clone(memory_format=torch.contiguous_format)
-        y, x, z = (rows(tensor)[groups] for tensor in (points, self.images, fallback))
+        y, x, n, z = (rows(tensor)[groups] for tensor in (points, self.images, self._settling, fallback))
         unit = 1e-6 if points.dtype == torch.float32 else 1e-12
-        rows(settled)[groups] = settled_rows(y, x, [partial(lost_rows, box) for box in boxes], z, 0.75 * unit)
+        rows(settled)[groups] = settled_rows(y, x, n, [partial(lost_rows, box) for box in boxes], z, 0.75 * unit)
         return settled
 
     def _mixture(self, mix: Callable[[Tensor, Tensor], Tensor], bracket: Bracket, fallback: Tensor) -> Tensor:
@@ -460,12 +449,6 @@ class Plane:
         kinks = (((points - end) / self.normal).nan_to_num(0) for end in ends)
         by_group = [_by_group(k, self.dims) for k in kinks]
         return torch.cat([torch.zeros_like(by_group[0][:1]), *by_group])
-
-
-def soften(points: Tensor, images: Tensor, shrink: Tensor) -> Tensor:
-    """The soft threshold of the perturbation, in place: each ``|y_i - x_i|`` less `shrink`, down to 0."""
-    delta = points.sub_(images)
-    return delta.sub_(delta.clamp(-shrink, shrink)).add_(images)
 
 
 def _by_group(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:

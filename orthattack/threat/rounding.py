@@ -19,18 +19,19 @@ Box = tuple[Tensor, Tensor]
 
 
 def settled_rows(
-    points: Tensor, images: Tensor, boxes: list[Callable[[], Box]], fallback: Tensor, allowed: float
+    points: Tensor, images: Tensor, normals: Tensor, boxes: list[Callable[[], Box]], fallback: Tensor, allowed: float
 ) -> Tensor:
-    """Rows y (R, n) of a box, moved onto the plane of `images` x as nearly as their dtype allows.
+    """Rows y (R, n) of a box, moved onto the plane ⟨y - x, n⟩ = 0 as nearly as their dtype allows.
 
     Args:
         points: y, near the plane.
         images: x.
+        normals: n.
         boxes: where to move them, each asked for only when it is needed, the first tried first.
         fallback: what a row becomes that cannot be moved so.
-        allowed: the largest |cos(y - x, x)|.
+        allowed: the largest |cos(y - x, n)|.
     """
-    y, x, dtype = points.double(), images.double(), points.dtype
+    y, x, n, dtype = points.double(), images.double(), normals.double(), points.dtype
     # Among many pixels there is one that will do in any thousand of them.
     few = slice(None, None, y.shape[1] // 1024 | 1)
     Attempt = tuple[Callable[[], Box], slice, Callable[..., Tensor]]
@@ -40,50 +41,49 @@ def settled_rows(
         *((boxes[-1], slice(None), partial(_combine, radius=radius)) for radius in (1, 8, 64)),
     ]
     for box, columns, attempt in attempts[y.shape[1] < 4096 :]:
-        excess, limit = _excess(y, x, allowed)
+        excess, limit = _excess(y - x, n, allowed)
         off = (excess.abs() > limit).squeeze(1).nonzero().squeeze(1)
         if len(off) == 0:
             return y.to(dtype)
         low, high = box()
-        part, x_off = y[off][:, columns], x[off][:, columns]
+        part, n_off = y[off][:, columns], n[off][:, columns]
         # No pixel moves by more than the whole perturbation: that would not repair it but replace it.
         size = torch.linalg.vector_norm(y[off] - x[off], dim=1, keepdim=True)
         low, high = torch.maximum(low[off][:, columns], part - size), torch.minimum(high[off][:, columns], part + size)
         # The limits may lie between two numbers of the dtype, so what an attempt gives is judged as it will be stored.
         part = part.clamp(low, high)
-        moved = attempt(part, x_off, low, high, excess[off], limit[off], dtype=dtype)
+        moved = attempt(part, n_off, low, high, excess[off], limit[off], dtype=dtype)
         y[off.unsqueeze(1), torch.arange(y.shape[1], device=y.device)[columns]] = moved.to(dtype).double()
-    excess, limit = _excess(y, x, allowed)
+    excess, limit = _excess(y - x, n, allowed)
     return torch.where(excess.abs() > limit, fallback.double(), y).to(dtype)
 
 
-def _excess(y: Tensor, x: Tensor, allowed: float) -> tuple[Tensor, Tensor]:
-    """⟨y - x, x⟩ and allowed ‖y - x‖ ‖x‖ per row, (R, 1)."""
-    delta = y - x
-    norms = torch.linalg.vector_norm(delta, dim=1, keepdim=True) * torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    return (delta * x).sum(1, keepdim=True), allowed * norms
+def _excess(delta: Tensor, n: Tensor, allowed: float) -> tuple[Tensor, Tensor]:
+    """⟨δ, n⟩ and allowed ‖δ‖ ‖n‖ per row, (R, 1)."""
+    norms = torch.linalg.vector_norm(delta, dim=1, keepdim=True) * torch.linalg.vector_norm(n, dim=1, keepdim=True)
+    return (delta * n).sum(1, keepdim=True), allowed * norms
 
 
 def _take_up(
-    y: Tensor, x: Tensor, low: Tensor, high: Tensor, amount: Tensor, limit: Tensor, *, dtype: torch.dtype
+    y: Tensor, n: Tensor, low: Tensor, high: Tensor, amount: Tensor, limit: Tensor, *, dtype: torch.dtype
 ) -> Tensor:
-    """(R, n) float64 rows with ⟨y - x, x⟩ = amount taken up by a pixel that has the room: of those with a grid fine
+    """(R, n) float64 rows with ⟨y - x, n⟩ = amount taken up by a pixel that has the room: of those with a grid fine
     enough the one that moves least, or else the one with the finest grid."""
-    room = torch.where(amount * x > 0, y - low, high - y) * x.abs()
-    grid = _spacing(y, dtype) * x.abs()
+    room = torch.where(amount * n > 0, y - low, high - y) * n.abs()
+    grid = _spacing(y, dtype) * n.abs()
     enough = room >= amount.abs()
     fine = enough & (grid <= limit)
     finest = torch.where(enough, grid, torch.inf).argmin(1, keepdim=True)
-    brightest = torch.where(fine, x.abs(), -1).argmax(1, keepdim=True)
+    brightest = torch.where(fine, n.abs(), -1).argmax(1, keepdim=True)
     pixel = torch.where(enough.any(1, keepdim=True), finest, room.argmax(1, keepdim=True))
     pixel = torch.where(fine.any(1, keepdim=True), brightest, pixel)
-    xs, ys, lows, highs = (t.gather(1, pixel) for t in (x, y, low, high))
-    return y.scatter(1, pixel, _lowered(ys, xs, amount, dtype).clamp(lows, highs))
+    ns, ys, lows, highs = (t.gather(1, pixel) for t in (n, y, low, high))
+    return y.scatter(1, pixel, _lowered(ys, ns, amount, dtype).clamp(lows, highs))
 
 
 def _combine(
     y: Tensor,
-    x: Tensor,
+    n: Tensor,
     low: Tensor,
     high: Tensor,
     excess: Tensor,
@@ -96,30 +96,30 @@ def _combine(
 
     The one tried is the one with most room to both sides; the other that with the finest grid or else the widest range.
     """
-    size = x.abs()
+    size = n.abs()
     first = (torch.minimum(y - low, high - y) * size).argmax(1, keepdim=True)
     others = ((high - low) * size).scatter(1, first, 0)
     finest = torch.where(others > 0, _spacing(y, dtype) * size, torch.inf).argmin(1, keepdim=True)
     offsets = torch.arange(-radius, radius + 1, device=y.device)
     for other in (finest, others.argmax(1, keepdim=True)):
-        y1, x1, low1, high1 = (t.gather(1, other) for t in (y, x, low, high))
-        y2, x2, low2, high2 = (t.gather(1, first) for t in (y, x, low, high))
+        y1, n1, low1, high1 = (t.gather(1, other) for t in (y, n, low, high))
+        y2, n2, low2, high2 = (t.gather(1, first) for t in (y, n, low, high))
         tried = (y2 + offsets * _spacing(y2, dtype)).to(dtype).double().clamp(low2, high2)
-        amount = excess + (tried - y2) * x2
-        answer = _lowered(y1, x1, amount, dtype).clamp(low1, high1)
-        left = (amount + (answer - y1) * x1).abs()
+        amount = excess + (tried - y2) * n2
+        answer = _lowered(y1, n1, amount, dtype).clamp(low1, high1)
+        left = (amount + (answer - y1) * n1).abs()
         # The smallest move that is good enough, or else the best.
         best = torch.where(left <= limit, offsets.abs() - 1000.0, left).argmin(1, keepdim=True)
         moved = y.scatter(1, first, tried.gather(1, best)).scatter(1, other, answer.gather(1, best))
         better = left.gather(1, best) <= excess.abs()
-        excess = excess + torch.where(better, ((moved - y) * x).sum(1, keepdim=True), 0)
+        excess = excess + torch.where(better, ((moved - y) * n).sum(1, keepdim=True), 0)
         y = torch.where(better, moved, y)
     return y
 
 
-def _lowered(values: Tensor, images: Tensor, amount: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values of the dtype whose product with the image is smaller by `amount`, as nearly as can be."""
-    return (values - amount / torch.where(images != 0, images, 1)).to(dtype).double()
+def _lowered(values: Tensor, normals: Tensor, amount: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values of the dtype whose product with the normal is smaller by `amount`, as nearly as can be."""
+    return (values - amount / torch.where(normals != 0, normals, 1)).to(dtype).double()
 
 
 def _spacing(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from orthattack.projection import dot, orthonormal_basis, reciprocal, remove_directions, scaled, scope_dims
-from orthattack.threat.plane import soften
+from orthattack.threat.norms import by_secant, greedy_step, unit
+from orthattack.threat.plane import Plane
+from orthattack.threat.sets import soften
 
 __all__ = ["Subspace"]
 
@@ -25,31 +27,43 @@ _SETTLE = 24
 
 
 class Subspace:
-    """The points y of a box with ⟨y - x, b_j⟩ = 0 for every direction b_j, around a batch of images x.
+    """The points y of a box with ⟨y - x, b_j⟩ = 0 for every direction b_j, a set of `sets.Allowed`.
 
     Args:
         images: x, (N, C, H, W), float32 or float64.
         lower: the smallest value of each pixel, at most x.
         upper: the largest, at least x.
         directions: b, (N, K, C, H, W), any scale; they may be zero or depend on each other.
+        plane: the same set, where each group of pixels has one direction: it then steps in L1, and settles, since a
+            group may have so little of the perturbation that the whole says nothing of it.
     """
 
-    def __init__(self, images: Tensor, lower: Tensor, upper: Tensor, directions: Tensor) -> None:
-        self.images, self.lower, self.upper = images, lower, upper
+    def __init__(
+        self, images: Tensor, lower: Tensor, upper: Tensor, directions: Tensor, plane: Plane | None = None
+    ) -> None:
+        self.images, self.lower, self.upper, self._plane = images, lower, upper, plane
         self.basis = orthonormal_basis(directions.double())
         self._rows = self.basis.unbind(-4)
         # A direction that was dropped as dependent would make the Newton matrix singular.
         self._dropped = torch.diag_embed((self.basis == 0).flatten(2).all(2).double())
 
     def tangent(self, gradient: Tensor) -> Tensor:
-        """The gradient without its components along the directions."""
         return remove_directions(gradient, self.basis)
 
+    def unit_tangent(self, gradient: Tensor) -> Tensor:
+        return unit(self.tangent(gradient))
+
     def step(self, start: Tensor, gradient: Tensor, alpha: Tensor) -> Tensor:
-        """`ascend`, and `settle` what its rounding moved off the planes; where that cannot be, `start`, which must be
-        on them."""
+        """`ascend`, settled; where that cannot be, `start`."""
         lower, upper = torch.maximum(self.lower, start - alpha), torch.minimum(self.upper, start + alpha)
-        return self._settled(self.ascend(start, gradient, alpha), lower, upper, start)
+        y = self.ascend(start.contiguous(), gradient.contiguous(), alpha)
+        return self._settled(y, lower, upper, start)
+
+    def sparse_step(self, start: Tensor, gradient: Tensor, alpha: Tensor) -> Tensor:
+        """Exact on the planes of the groups; in others by the projected gradient, which leaves them."""
+        if self._plane is not None:
+            return self._plane.sparse_step(start, gradient, alpha)
+        return greedy_step(start, self.tangent(gradient), alpha, self.lower, self.upper)
 
     def ascend(self, start: Tensor, gradient: Tensor, alpha: Tensor) -> Tensor:
         """Solve the linear program of the best L-infinity step::
@@ -104,22 +118,11 @@ class Subspace:
         return y.to(start.dtype).clamp_(self.lower, self.upper)
 
     def nearest(self, points: Tensor, shrink: Tensor | None = None) -> Tensor:
-        """Project points p onto box and planes in the Euclidean norm::
-
-            min_y ½‖y - p‖₂² + μ‖y - x‖₁  subject to  lower <= y <= upper,  ⟨y - x, b_j⟩ = 0
-
-        Args:
-            points: p, (N, C, H, W).
-            shrink: μ, (N, 1, 1, 1), at least 0; None is 0.
-
-        Returns:
-            y, (N, C, H, W).
-
-        Source: docs/method.md, "Several directions".
-        """
         lower, upper = self.lower.double(), self.upper.double()
         y = self._nearest(points.double(), lower, upper, self.images.double(), shrink)
-        return self.settle(y.to(points.dtype).clamp_(self.lower, self.upper))
+        return self._kept(y.to(points.dtype).clamp_(self.lower, self.upper))
+
+    nearest_in_l2_ball = by_secant
 
     def nearest_in_l1_ball(self, points: Tensor, eps: Tensor) -> Tensor:
         """Project points p onto box, planes and L1 ball in the Euclidean norm::
@@ -144,18 +147,16 @@ class Subspace:
         if bool(outside.any()):
             inside = self._nearest(points.double(), lower, upper, x, None, outside, eps)
             y = torch.where(outside.view(-1, 1, 1, 1), inside, y)
-        return self.settle(y.to(points.dtype).clamp_(self.lower, self.upper))
+        return self.settle(self._kept(y.to(points.dtype).clamp_(self.lower, self.upper)))
 
     def settle(self, points: Tensor) -> Tensor:
-        """Points near the planes, moved onto them as exactly as their dtype allows.
+        return self._kept(points) if self._plane is None else self._plane.settle(points)
 
-        Args:
-            points: y, (N, C, H, W), in the box.
+    def release(self) -> None:
+        if self._plane is not None:
+            self._plane.release()
 
-        Returns:
-            y with ``|cos(y - x, b_j)|`` at most 1e-6 (float32) or 1e-12 (float64) for every direction in the span; a
-            sample that cannot be so gives up its perturbation.
-        """
+    def _kept(self, points: Tensor) -> Tensor:
         return self._settled(points, self.lower, self.upper, self.images)
 
     def _settled(self, points: Tensor, lower: Tensor, upper: Tensor, fallback: Tensor) -> Tensor:

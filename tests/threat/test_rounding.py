@@ -37,7 +37,7 @@ def cosine(y: Tensor, x: Tensor) -> Tensor:
 @given(image_kinds, st.sampled_from([3, 12, 300, 5000]), seeds, st.sampled_from([1e-6, 1e-4, 1 / 255]))
 def test_settled_rows_are_in_the_box_and_orthogonal_as_stored(kind, n, seed, eps):
     y, x, low, high = problem(kind, n, seed, eps)
-    settled = settled_rows(y, x, [lambda: (low, high)], x, ALLOWED)
+    settled = settled_rows(y, x, x, [lambda: (low, high)], x, ALLOWED)
     assert settled.dtype == torch.float32
     assert (settled >= low).all()
     assert (settled <= high).all()
@@ -53,7 +53,7 @@ def test_rows_that_can_be_settled_are_not_given_up():
     y, x, low, high = problem("uniform", 300, 0, 1 / 255, rows=50)
     y[:, 7] += 2e-4
     assert (cosine(y, x) > ALLOWED).all()
-    settled = settled_rows(y, x, [lambda: (low, high)], x, ALLOWED)
+    settled = settled_rows(y, x, x, [lambda: (low, high)], x, ALLOWED)
     assert ((settled != y).sum(1) <= 2).all()
     assert (cosine(settled, x) <= ALLOWED).all()
 
@@ -63,7 +63,7 @@ def test_a_row_that_cannot_be_settled_becomes_the_fallback():
     y = torch.tensor([[1.0, 0.9], [0.9, 0.5]])
     low, high = torch.tensor([[1.0, 0.9], [0.9, 0.5]]), torch.tensor([[1.0, 0.95], [1.0, 0.5]])
     fallback = torch.tensor([[0.25, 0.25], [0.75, 0.5]])
-    settled = settled_rows(y, x, [lambda: (low, high)], fallback, ALLOWED)
+    settled = settled_rows(y, x, x, [lambda: (low, high)], fallback, ALLOWED)
     assert torch.equal(settled[0], fallback[0])
     assert torch.equal(settled[1], torch.tensor([1.0, 0.5]))  # moved back to the image, which is on its plane
 
@@ -80,16 +80,16 @@ def test_the_boxes_are_tried_in_order_and_only_when_they_are_needed():
     first = torch.zeros_like(y)
     first[:, 11] = 1
     boxes = [lambda: box("first", first), lambda: box("second", 1.0)]
-    settled = settled_rows(y, x, boxes, x, ALLOWED)
+    settled = settled_rows(y, x, x, boxes, x, ALLOWED)
     assert asked == ["first"]
     assert (settled != y).nonzero()[:, 1].unique().tolist() == [11]
     asked.clear()
     boxes[0] = lambda: box("first", 0.0)
-    settled = settled_rows(y, x, boxes, x, ALLOWED)
+    settled = settled_rows(y, x, x, boxes, x, ALLOWED)
     assert asked[:2] == ["first", "second"]
     assert (cosine(settled, x) <= ALLOWED).all()
     asked.clear()
-    assert torch.equal(settled_rows(settled, x, boxes, x, ALLOWED), settled)
+    assert torch.equal(settled_rows(settled, x, x, boxes, x, ALLOWED), settled)
     assert asked == []
 
 
@@ -103,7 +103,7 @@ def test_one_pixel_takes_up_what_is_too_much(seed):
     y, x, low, high = problem("uniform", 60, seed, 8e-3, rows=1)
     y[0, 5] += 4e-5 * (-1) ** seed
     low, high = torch.maximum(low, y - 2e-4), torch.minimum(high, y + 2e-4)
-    settled = settled_rows(y, x, [lambda: (low, high)], x, ALLOWED)
+    settled = settled_rows(y, x, x, [lambda: (low, high)], x, ALLOWED)
     ys, xs, lows, highs = (t[0].double().numpy() for t in (y, x, low, high))
     excess = ((ys - xs) * xs).sum()
     limit = ALLOWED * np.linalg.norm(ys - xs) * np.linalg.norm(xs)
@@ -144,7 +144,7 @@ def test_two_pixels_settle_three_numbers_where_one_cannot(allowed, share):
     delta -= (delta * x64).sum(1, keepdim=True) / (x64 * x64).sum(1, keepdim=True) * x64
     low, high = x - 0.1, x + 0.1
     y = (x64 + delta).float()
-    settled = settled_rows(y, x, [lambda: (low, high)], x, allowed)
+    settled = settled_rows(y, x, x, [lambda: (low, high)], x, allowed)
     found = (settled != x).any(1)
     assert (cosine(settled, x) <= allowed * (1 + 1e-9)).all()
     assert found.double().mean() >= share

@@ -1,0 +1,210 @@
+"""The norms: how each measures a perturbation, steps, projects onto its ball and draws from it.
+
+A norm is a row of `BALLS`, functions that ask the set of allowed points (`sets.Allowed`) for what they need; another
+norm is another row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from orthattack.projection import reciprocal, scaled, scope_dims, total
+
+if TYPE_CHECKING:
+    from orthattack.threat.sets import Allowed
+
+__all__ = [
+    "BALLS",
+    "Ball",
+    "Norm",
+    "by_secant",
+    "by_threshold",
+    "greedy_step",
+    "length",
+    "perturbation_norm",
+    "sparsity",
+    "unit",
+]
+
+Norm = Literal["linf", "l2", "l1"]
+
+_IMAGE = scope_dims("image")
+
+
+@dataclass(frozen=True)
+class Ball:
+    """What a norm is to a region.
+
+    Attributes:
+        order: of `torch.linalg.vector_norm`.
+        is_box: whether its ball is a box; the set of allowed points then lies in it.
+        step: the best step (allowed, start, gradient, alpha), which may leave the ball unless that is a box.
+        project: the nearest allowed point in the ball (allowed, points, radius), but for round-off.
+        direction: a random direction (draw, shape), uniform on the ball's surface, or in it if that is a box.
+    """
+
+    order: float
+    is_box: bool
+    step: Callable[[Allowed, Tensor, Tensor, Tensor], Tensor]
+    project: Callable[[Allowed, Tensor, Tensor], Tensor]
+    direction: Callable[[Callable[..., Tensor], Sequence[int]], Tensor]
+
+
+def _laplace(draw: Callable[..., Tensor], shape: Sequence[int]) -> Tensor:
+    """Exponential sizes with random signs."""
+    uniform = 2 * draw(shape) - 1
+    return uniform.sign() * -torch.log1p(-uniform.abs())
+
+
+BALLS: dict[Norm, Ball] = {
+    "linf": Ball(
+        order=torch.inf,
+        is_box=True,
+        step=lambda allowed, start, g, alpha: allowed.step(start, g, alpha),
+        project=lambda allowed, points, _: allowed.nearest(points),
+        direction=lambda draw, shape: 2 * draw(shape) - 1,
+    ),
+    "l2": Ball(
+        order=2,
+        is_box=False,
+        step=lambda allowed, start, g, alpha: torch.addcmul(start, allowed.unit_tangent(g), alpha),
+        project=lambda allowed, points, radius: allowed.nearest_in_l2_ball(points, radius),
+        direction=lambda draw, shape: draw(shape, torch.randn),
+    ),
+    "l1": Ball(
+        order=1,
+        is_box=False,
+        step=lambda allowed, start, g, alpha: allowed.sparse_step(start, g, alpha),
+        project=lambda allowed, points, radius: allowed.nearest_in_l1_ball(points, radius),
+        direction=_laplace,
+    ),
+}
+
+
+def perturbation_norm(delta: Tensor, norm: Norm) -> Tensor:
+    """The norm of each perturbation.
+
+    Args:
+        delta: (N, C, H, W).
+        norm: "linf", "l2" or "l1".
+
+    Returns:
+        (N,), the dtype of `delta`.
+    """
+    order = BALLS[norm].order
+    size: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(delta, order, dim=-1), order, dim=(-2, -1))
+    return size
+
+
+def length(delta: Tensor, order: float) -> Tensor:
+    """Norms in float64, (N, 1, 1, 1); rows first, as `orthattack.projection.total` does."""
+    rows = torch.linalg.vector_norm(delta, order, dim=-1, keepdim=True)
+    size: Tensor = torch.linalg.vector_norm(rows, order, dim=_IMAGE, keepdim=True, dtype=torch.float64)
+    return size
+
+
+def unit(gradient: Tensor, order: float = 2) -> Tensor:
+    """The gradient at length 1, or 0 if it is zero."""
+    gradient, _ = scaled(gradient, _IMAGE)
+    return gradient * reciprocal(torch.linalg.vector_norm(gradient, order, dim=_IMAGE, keepdim=True))
+
+
+def by_secant(allowed: Allowed, points: Tensor, radius: Tensor) -> Tensor:
+    """The projection of `points` onto a set and an L2 ball, a factor on the perturbation being sought."""
+    x = allowed.images
+    nearest, delta = allowed.nearest(points), points - x
+    size = length(nearest - x, 2)
+    s, s_before, before = torch.ones_like(size), torch.zeros_like(size), torch.zeros_like(size)
+    for _ in range(20):
+        off = (size > radius * (1 + 1e-6)) | ((s < 1) & (size < radius * (1 - 1e-6)))
+        if not bool(off.any()):
+            break
+        # The length grows with s, in proportion but for what is clipped, so a secant converges in a step or two.
+        slope = (size - before) / torch.where(s != s_before, s - s_before, 1)
+        s_next = torch.where(off, (s + (radius - size) * reciprocal(slope)).clamp(0, 1), s)
+        s, s_before, before = s_next, s, size
+        # What was right stays bit for bit, so that a sample does not depend on its batch.
+        nearest = torch.where(off, allowed.nearest(x + s.to(x.dtype) * delta), nearest)
+        size = length(nearest - x, 2)
+    return nearest
+
+
+def by_threshold(allowed: Allowed, points: Tensor, radius: Tensor) -> Tensor:
+    """The projection of `points` onto a set and an L1 ball, a soft threshold μ on the perturbation being sought.
+
+    ‖y(μ) - x‖₁ falls as μ grows, by 1 for each pixel that moves with μ, which is neither at x nor at a bound. So
+    Newton's method, kept inside a bracket, finds where it is the radius.
+    """
+    x = allowed.images
+
+    def moving(points: Tensor) -> Tensor:
+        free = (points != x) & (points > allowed.lower) & (points < allowed.upper)
+        return free.sum(_IMAGE, keepdim=True).double()
+
+    nearest = allowed.nearest(points)
+    size = length(nearest - x, 1)
+    low, high = torch.zeros_like(size), (points - x).abs().amax(_IMAGE, keepdim=True).double()
+    f_low, slope = size - radius, moving(nearest)
+    done = size <= radius * (1 + 1e-7)
+    inside = torch.where(done, nearest, x)
+    for attempt in range(60):
+        if bool(done.all()):
+            break
+        newton = low + f_low * reciprocal(slope)
+        usable = (newton > low) & (newton < high) & (attempt % 8 < 7)
+        mu = torch.where(usable, newton, (low + high) / 2)
+        tried = allowed.nearest(points, mu.to(x.dtype))
+        f = length(tried - x, 1) - radius
+        over, under = (f > 0) & ~done, (f <= 0) & ~done
+        near = ~done & (f.abs() <= 1e-6 * radius)  # a little outside is as good: storing scales that back
+        inside = torch.where(under | near, tried, inside)
+        low, f_low = torch.where(over, mu, low), torch.where(over, f, f_low)
+        slope = torch.where(over, moving(tried), slope)
+        high = torch.where(under, mu, high)
+        done = done | near | (high - low <= 1e-9 * high)
+    return inside
+
+
+def sparsity(points: Tensor) -> int:
+    """k, how many pixels an L1 step changes at least: a hundredth, as SLIDE (Tramèr & Boneh 2019)."""
+    return max(1, round(0.01 * points[0].numel()))
+
+
+def greedy_step(points: Tensor, gradient: Tensor, alpha: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """The best L1 step in a box alone: see `sets.Allowed`.
+
+    The pixels with the largest gradient take what they may, one after the other, until α is spent; those that tie for
+    the last share what is left.
+    """
+    gradient, _ = scaled(gradient, _IMAGE)
+    room = torch.where(gradient > 0, upper - points, points - lower) * (gradient != 0)
+    size, limit = gradient.abs() * (room > 0), torch.minimum(room, alpha / sparsity(points))
+    spent = filled(size, limit, alpha)
+    left = alpha - total(spent, _IMAGE)
+    if points.is_cuda or not bool((left <= 1e-6 * alpha).all()):
+        spent = spent + filled(size, room - spent, left)
+    return points + spent.copysign_(gradient)
+
+
+def filled(size: Tensor, limit: Tensor, amount: Tensor) -> Tensor:
+    """Amounts of at most `limit`, the pixels of the largest `size` first, that add up to `amount` or all they may."""
+    flat, limits, amount = size.flatten(1), limit.flatten(1), amount.flatten(1).double()
+    count = flat.shape[1]
+    few = count if size.is_cuda else min(count, 4 * sparsity(size))
+    for number in (few, count):
+        top = flat.topk(number, dim=1)
+        reached = limits.gather(1, top.indices).double().cumsum(1) >= amount
+        if number == count or bool(reached[:, -1].all()):
+            break
+    # The size of the pixel at which the amount is reached; 0 where it never is.
+    last = torch.where(reached.any(1), top.values.gather(1, reached.long().argmax(1, keepdim=True)).squeeze(1), 0)
+    last = last.view(-1, 1, 1, 1)
+    full = limit * (size > last)
+    tied = limit * ((size == last) & (size > 0))
+    rest = (amount.view(-1, 1, 1, 1).to(size.dtype) - total(full, _IMAGE)).clamp(min=0)
+    return full + tied * (rest * reciprocal(total(tied, _IMAGE))).clamp(max=1)
