@@ -87,15 +87,7 @@ BALLS: dict[Norm, Ball] = {
 
 
 def perturbation_norm(delta: Tensor, norm: Norm) -> Tensor:
-    """The norm of each perturbation.
-
-    Args:
-        delta: (N, C, H, W).
-        norm: "linf", "l2" or "l1".
-
-    Returns:
-        (N,), the dtype of `delta`.
-    """
+    """The norm of each perturbation (N, C, H, W): (N,), the dtype of `delta`."""
     order = BALLS[norm].order
     size: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(delta, order, dim=-1), order, dim=(-2, -1))
     return size

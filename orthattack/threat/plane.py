@@ -36,15 +36,12 @@ class Plane:
 
     Args:
         images: x, (N, C, H, W), float32 or float64.
-        lower: the smallest value of each pixel, at most x.
-        upper: the largest, at least x.
+        lower, upper: the box, which holds x.
         scope: which pixels share a plane.
         normal: what the planes are orthogonal to, the images' shape; x by default, as everything here is written.
 
-    `is_small` says that a group has only a few pixels, for which all is tried that might be the solution.
-
-    A plane keeps four image batches of working memory until its `release`, so one plane must not be used by two threads
-    at once.
+    `is_small` says that a group has only a few pixels, for which all is tried that might be the solution. A plane keeps
+    four image batches of working memory until its `release`, so no two threads may use it at once.
     """
 
     def __init__(
@@ -135,14 +132,14 @@ class Plane:
         up = torch.minimum(self.upper - start, alpha / count)
         down = torch.minimum(start - self.lower, alpha / count)
         solve = self._greedy if self._normal2.numel() == len(g) else self._beyond
-        move, spent = solve(g, up, down, alpha, count)
+        move, spent = solve(g, up, down, alpha)
         y = self._settled((start + move * moves).clamp_(self.lower, self.upper), [self._box], start)
         short = moves & (spent < (1 - 1e-6) * alpha)
         if count > 1 and bool(short.any()):
             y = torch.where(short, self.sparse_step(start, gradient, alpha, 1), y)
         return y
 
-    def _greedy(self, g: Tensor, up: Tensor, down: Tensor, alpha: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def _greedy(self, g: Tensor, up: Tensor, down: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """The best L1 move on one plane, and its L1 norm: the greedy one along g - λx, at the λ for which the plane
         holds."""
 
@@ -166,14 +163,14 @@ class Plane:
         scale = total(g.abs(), self.dims) * reciprocal(self._normal1)
         return torch.where(scale > 0, scale, 1)
 
-    def _beyond(self, g: Tensor, up: Tensor, down: Tensor, alpha: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def _beyond(self, g: Tensor, up: Tensor, down: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """The same where groups have planes of their own, by the multiplier ν of the L1 norm.
 
         A pixel is at the end of its range to which g - λx points where that is beyond ±ν, and stays where it is
         between. For each ν that is a search for λ, and the move's norm L falls as ν grows. Of the concave gain V(L) a
         bracket gives two points, and the slope between them is the next ν, until the chord is the curve.
         """
-        largest = g.abs().flatten(1).topk(count, dim=1).values
+        largest = g.abs().flatten(1).topk(sparsity(g), dim=1).values
         low, high = torch.zeros_like(alpha), largest[:, 0].view_as(alpha)
         many, spent, near = self._moved(low, g, up, down, None)
         few, less = torch.zeros_like(many), torch.zeros_like(spent)
@@ -381,12 +378,8 @@ class Plane:
         return along > 0.9 * unit * (dot(delta, delta, self.dims, scratch) * self._normal2).sqrt()
 
     def _settled(self, points: Tensor, boxes: list[Callable[[], Box]], fallback: Tensor) -> Tensor:
-        """`points`, with the orthogonality restored that rounding has cost, by moving a pixel or two per group.
-
-        Rounding moves ⟨y - x, x⟩ by about 1e-8 per pixel, at random. Beside a whole image that is nothing; beside one
-        pixel's colour, or a tiny perturbation, it is more than a cosine of 1e-6. Groups where it is too much are
-        settled inside the first of the `boxes` in which they can be, or else take the `fallback`.
-        """
+        """`points`, with the orthogonality restored that rounding has cost (see `rounding`) in the groups where it is
+        too much: inside the first of the `boxes` in which it can be, or else by the `fallback`."""
         lost = self._lost(points)
         if points.is_cuda and self._is_coarse:  # so rare here that it is not worth asking, which would stop the GPU
             return torch.where(lost, fallback, points)
@@ -408,15 +401,11 @@ class Plane:
         return settled
 
     def _mixture(self, mix: Callable[[Tensor, Tensor], Tensor], bracket: Bracket, fallback: Tensor) -> Tensor:
-        """The point on the plane between the ends of a bracket.
+        """The point on the plane between the ends of a bracket, f(a) >= 0 >= f(b).
 
-        f(λ) = ⟨y(λ) - x, x⟩ is the derivative of the concave dual, so it falls as λ grows, and a bracket
-        f(a) >= 0 >= f(b) holds the solution. y(a) and y(b) lie in the box, which is convex, so the mixture of the two
-        that is on the plane does too, and its duality gap is at most
-
-            f(a) |f(b)| / (f(a) + |f(b)|) · (b - a),
-
-        which is what the searches make small: the answer comes with its certificate, and nothing is sorted.
+        y(a) and y(b) lie in the box, which is convex, so their mixture that is on the plane does too, and its duality
+        gap is at most f(a) |f(b)| / (f(a) + |f(b)|) · (b - a), which is what the searches make small: the answer comes
+        with its certificate.
 
         Args:
             mix: writes y(a) at a share of 0, y(b) at 1 to a tensor, and uses none of the second and the last scratch.

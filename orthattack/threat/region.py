@@ -54,9 +54,7 @@ class Region:
             x = torch.where(zero, 0.0, x)  # not -0: the side of a ratio g / x is read off its sign
         eps = torch.as_tensor(threat.eps, dtype=torch.float64, device=x.device)
         if eps.shape not in ((), (len(x),)):
-            raise ValueError(
-                f"eps has {eps.numel()} values for {len(x)} images: it must have one per sample, or be one"
-            )
+            raise ValueError(f"eps has {eps.numel()} values for {len(x)} images: it must have one per sample or be one")
         self.eps = eps.expand(len(x)).view(-1, 1, 1, 1)
         fixed = self.eps == 0
         if threat.scope is not None:
@@ -97,14 +95,13 @@ class Region:
 
             max_y ⟨g, y⟩  subject to  ‖y - x_t‖∞ <= α  and  y in the region
 
-        which is ``clip(x_t + alpha * sign(g))`` without orthogonality and ``clip(x_t + alpha * sign(g - λ x))`` with
-        it. L2: `alpha` along the normalised (projected) gradient, then `project`. L1: the exact solution of::
+        L2: `alpha` along the normalised (projected) gradient, then `project`. L1: the exact solution of::
 
             max_y ⟨g, y⟩  subject to  ‖y - x_t‖₁ <= α,  |y - x_t| <= α/k,  bounds,  orthogonality
 
         with k a hundredth of the pixels, where that lets α be spent, or else without it; then `project`, for the ball.
-        With `directions`, L1 chooses pixels by the projected gradient and leaves orthogonality to `project`. Where the
-        gradient is zero, or parallel to the image, the points stay.
+        Where several vectors share pixels, L1 chooses these by the projected gradient and leaves orthogonality to
+        `project`. Where the gradient is zero, or parallel to the image, the points stay.
 
         Args:
             points: (N, C, H, W), in the region.

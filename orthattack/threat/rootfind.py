@@ -49,14 +49,9 @@ def search(
 ) -> Bracket:
     """A bracket whose mixture has a duality gap of at most `tolerance`, by a safeguarded secant.
 
-    It runs over u = λ / (scale + |λ|), which maps all λ to [-1, 1].
-
-    Args:
-        residual: f.
-        scale: per group, the order of magnitude of λ, not 0.
-        tolerance: per group, the duality gap at which to stop.
-        ends: f where λ is -infinity and infinity.
-        near: a λ to start at and the slope of f there; by default 0, and that between the ends.
+    It runs over u = λ / (scale + |λ|), which maps all λ to [-1, 1]; `scale` is the order of magnitude of λ, not 0.
+    `ends` are f where λ is -infinity and infinity, `near` a λ to start at and the slope of f there, by default 0 and
+    that between the ends. All are per group.
     """
     scale64 = scale.double()
     largest = _largest(scale)

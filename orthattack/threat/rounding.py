@@ -21,15 +21,10 @@ Box = tuple[Tensor, Tensor]
 def settled_rows(
     points: Tensor, images: Tensor, normals: Tensor, boxes: list[Callable[[], Box]], fallback: Tensor, allowed: float
 ) -> Tensor:
-    """Rows y (R, n) of a box, moved onto the plane ⟨y - x, n⟩ = 0 as nearly as their dtype allows.
+    """Rows y (R, n) of a box near the plane ⟨y - x, n⟩ = 0, moved onto it as nearly as their dtype allows.
 
-    Args:
-        points: y, near the plane.
-        images: x.
-        normals: n.
-        boxes: where to move them, each asked for only when it is needed, the first tried first.
-        fallback: what a row becomes that cannot be moved so.
-        allowed: the largest |cos(y - x, n)|.
+    They are moved inside the `boxes`, each asked for only when it is needed, the first tried first. A row whose |cos|
+    stays above `allowed` becomes the `fallback`.
     """
     y, x, n, dtype = points.double(), images.double(), normals.double(), points.dtype
     # Among many pixels there is one that will do in any thousand of them.

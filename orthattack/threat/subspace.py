@@ -31,8 +31,7 @@ class Subspace:
 
     Args:
         images: x, (N, C, H, W), float32 or float64.
-        lower: the smallest value of each pixel, at most x.
-        upper: the largest, at least x.
+        lower, upper: the box, which holds x.
         directions: b, (N, K, C, H, W), any scale; they may be zero or depend on each other.
         plane: the same set, where each group of pixels has one direction: it then steps in L1, and settles, since a
             group may have so little of the perturbation that the whole says nothing of it.
@@ -66,21 +65,11 @@ class Subspace:
         return greedy_step(start, self.tangent(gradient), alpha, self.lower, self.upper)
 
     def ascend(self, start: Tensor, gradient: Tensor, alpha: Tensor) -> Tensor:
-        """Solve the linear program of the best L-infinity step::
+        """Solve the linear program of the best L-infinity step, ⟨y - s, b_j⟩ = 0, from any s in the box.
 
-            max_y ⟨g, y⟩  subject to  |y - s| <= α,  lower <= y <= upper,  ⟨y - s, b_j⟩ = 0
-
-        as the projection of s + τg onto the same set, for growing τ, each search starting from the last one's
-        multipliers; from some τ on, that is the solution.
-
-        Args:
-            start: s, (N, C, H, W), in the box; where it is on the planes through x, so is the solution.
-            gradient: g, the same shape, finite, any scale.
-            alpha: α, (N, 1, 1, 1), in pixel units.
-
-        Returns:
-            y, (N, C, H, W), with a duality gap below 1e-5 of α‖g‖₁ as a rule; a sample whose gradient is zero, or in
-            the span of the directions, stays at s.
+        It is done as the projection of s + τg onto the same set, for growing τ, each search starting from the last
+        one's multipliers; from some τ on, that is the solution. The duality gap is below 1e-5 of α‖g‖₁ as a rule; a
+        sample whose gradient is zero, or in the span of the directions, stays at s.
 
         Source: docs/method.md, "Several directions".
         """
@@ -125,19 +114,8 @@ class Subspace:
     nearest_in_l2_ball = by_secant
 
     def nearest_in_l1_ball(self, points: Tensor, eps: Tensor) -> Tensor:
-        """Project points p onto box, planes and L1 ball in the Euclidean norm::
-
-            min_y ‖y - p‖₂  subject to  lower <= y <= upper,  ⟨y - x, b_j⟩ = 0,  ‖y - x‖₁ <= ε
-
-        y(m, μ) = clip(x + soft(p - Σ m_j b_j - x, μ)), and ‖y - x‖₁ = ε is one more equation for Newton's method, with
-        the signs of y - x as its direction.
-
-        Args:
-            points: p, (N, C, H, W).
-            eps: ε, (N, 1, 1, 1).
-
-        Returns:
-            y, (N, C, H, W), off the ball by 1e-9 ε as a rule.
+        """y(m, μ) = clip(x + soft(p - Σ m_j b_j - x, μ)), off the ball by 1e-9 ε as a rule: ‖y - x‖₁ = ε is one more
+        equation for Newton's method, with the signs of y - x as its direction.
 
         Source: docs/method.md, "The nearest point".
         """
