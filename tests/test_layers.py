@@ -33,9 +33,12 @@ HEAVY = {
 
 
 def imported(path: Path) -> set[str]:
-    """Every module that a file imports, also inside functions."""
+    """Every module that a file imports when it runs, also inside functions."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    only_typed = [n for n in nodes if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    unread = {id(inner) for node in only_typed for inner in ast.walk(node)}
+    for node in (node for node in nodes if id(node) not in unread):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -121,9 +121,9 @@ def test_the_signs_of_pixels_make_no_difference(n, allowed):
     y[:, 0] += 4e-5
     sign = torch.where(torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.5, -1.0, 1.0)
     ends = torch.minimum(sign * low, sign * high), torch.maximum(sign * low, sign * high)
-    settled = settled_rows(y, x, [lambda: (low, high)], x, allowed)
+    settled = settled_rows(y, x, x, [lambda: (low, high)], x, allowed)
     assert (settled != x).any()
-    assert torch.equal(settled_rows(sign * y, sign * x, [lambda: ends], sign * x, allowed), sign * settled)
+    assert torch.equal(settled_rows(sign * y, sign * x, sign * x, [lambda: ends], sign * x, allowed), sign * settled)
 
 
 def test_of_two_pixels_the_first_moves_no_more_than_it_must():
