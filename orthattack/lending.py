@@ -2,19 +2,18 @@
 
 `borrowed` puts back what the attacks of this package change on purpose. `guarded` watches code that could do anything:
 it puts back all that was changed, and raises if the results may depend on it. Both are counted, so that several threads
-may attack one model, or models that share layers, at the same time: nothing is put back under another thread, and the
-last one to finish leaves everything as the first one found it.
+may attack one model, or models that share layers, at once: the last to finish leaves all as the first found it.
 """
 
 from __future__ import annotations
 
-import functools
 import random
 import sys
 import threading
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -45,9 +44,8 @@ def borrowed(model: Model, device: torch.device) -> Iterator[Model]:
     """Lend a model to an attack, in evaluation mode and without gradients for its parameters.
 
     On the way out, also after an exception, every module's own training mode, every parameter's requires_grad, the
-    buffers, and the global random state of the CPU and of `device` are what they were; of several threads that borrow
-    the same at the same time, the last one sees to that. Parameters' ``.grad`` is never touched. Works inside
-    ``torch.inference_mode()``, on models made there too.
+    buffers, and torch's global random state on the CPU and `device` are what they were. Parameters' ``.grad`` is never
+    touched. Works inside ``torch.inference_mode()``, on models made there too.
 
     Raises:
         ModelChangedError: what another thread ran under `guarded` meanwhile has changed the model.
@@ -58,9 +56,8 @@ def borrowed(model: Model, device: torch.device) -> Iterator[Model]:
     with torch.inference_mode(False), torch.no_grad():
         try:
             with _LOCK:
-                borrower.take(_RANDOM, "cpu")
-                if device.type == "cuda":
-                    borrower.take(_RANDOM, str(device))
+                for where in ("cpu", str(device)) if device.type == "cuda" else ("cpu",):
+                    borrower.take(_DRAWN, where)
                 for aspect, things in ((_BUFFERS, modules), (_FLAG, parameters), (_MODE, modules)):
                     for thing in things:
                         borrower.take(aspect, thing)
@@ -73,7 +70,8 @@ def borrowed(model: Model, device: torch.device) -> Iterator[Model]:
         finally:
             with _LOCK:
                 borrower.give_back()
-    borrower.complain()
+    if borrower.error is not None:
+        raise borrower.error
 
 
 @contextmanager
@@ -85,14 +83,12 @@ def guarded(
     On the way out, also after an exception, everything is as it was: each module's training mode, the parameters'
     requires_grad and ``.grad``, weights and buffers by value, layers, hooks, methods and attributes of each module, and
     of the process the random states (torch, NumPy, Python), grad mode, autocast, default dtype and device, number of
-    threads, and the deterministic and cuDNN flags.
-
-    The model may be any callable: the modules in a function's closure, a bound method, a partial or an object's
-    attributes are watched too. It stays in the mode it is in. While the guard lasts there is one copy of all weights
-    and buffers in memory; comparing reads them once more.
+    threads, hooks of all modules, and the deterministic and cuDNN flags. The model stays in the mode it is in. There is
+    one copy of all weights and buffers in memory meanwhile; comparing reads them once more.
 
     Args:
-        model: what the code could reach.
+        model: what the code could reach; also the modules in a function's closure, or behind a bound method, a partial
+            or an object's attributes.
         images: (N, C, H, W) that the model takes. If it changed, it is asked about these once more, alone, in
             evaluation mode: what its own forward pass changes, such as a counter or a cache, is not held against the
             code. Buffers are put back all the same.
@@ -100,18 +96,18 @@ def guarded(
         may_draw: let the random states go on, as where each call is to draw anew.
 
     Raises:
-        ModelChangedError: anything but training mode, requires_grad and ``.grad`` was changed, and the code itself
-            raised nothing.
+        ModelChangedError: anything but training mode, requires_grad and ``.grad`` of the model was changed, and the
+            code itself raised nothing.
     """
-    borrower = _Borrower()
+    borrower, watched = _Borrower(), None
     thread, has_grad = _read(_THREAD), torch.is_grad_enabled()  # which inference_mode(False) would turn on
-    watched = None
     with torch.inference_mode(torch.is_inference_mode_enabled()), torch.set_grad_enabled(has_grad):
         try:
             with _LOCK, torch.inference_mode(False), torch.no_grad():
                 borrower.take(_PROCESS, "process")
-                if not may_draw:
-                    borrower.take(_NUMBERS, "numbers")
+                cards = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)  # type: ignore[no-untyped-call]
+                for stream in () if may_draw else ("Python", "NumPy", "cpu", *(f"cuda:{card}" for card in cards)):
+                    borrower.take(_DRAWN, stream)
                 if isinstance(model, nn.Module) and images is not None and any(map(is_lazy, model.parameters())):
                     model(images[:1])  # which makes its parameters
                 watched = _watched(borrower, model)
@@ -124,7 +120,8 @@ def guarded(
                         _settle(borrower, watched, model, images, who)
                 finally:
                     borrower.give_back()
-    borrower.complain()
+    if borrower.error is not None:
+        raise borrower.error
 
 
 def in_evaluation(models: Sequence[Model]) -> bool:
@@ -159,25 +156,17 @@ def _differentiable(model: Model) -> Model:
     return call
 
 
-# --- Who has borrowed what ------------------------------------------------------------------------------------------
-
-
 class _Aspect(NamedTuple):
     """Something about an object that is remembered, and how it is put back."""
 
     read: Callable[[Any], Any]
-    write: Callable[[Any, Any], None] | None
+    write: Callable[[Any, Any], object] | None
 
 
-class _Loan:
-    """One aspect of one object: as the first borrower found it, and the threads of all who have it."""
-
-    def __init__(self, before: Any) -> None:
-        self.before = before
-        self.threads: list[int] = []
-
-
-_LOANS: dict[tuple[int, object], _Loan] = {}
+_Setting = tuple[Callable[[], Any], Callable[[Any], object]]
+"""How something of the process is read and written."""
+_LOANS: dict[tuple[int, object], tuple[Any, list[int]]] = {}
+"""Aspects of objects, each as the first borrower found it, with the threads of all who have it."""
 _BORROWERS: list[_Borrower] = []
 
 
@@ -186,70 +175,40 @@ class _Borrower:
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
-        self.taken: list[tuple[_Aspect, Any, Any]] = []
+        self.taken: dict[tuple[int, object], tuple[_Aspect, Any, Any]] = {}
         self.error: ModelChangedError | None = None
         _BORROWERS.append(self)
 
     def take(self, aspect: _Aspect, thing: Any) -> Any:
-        """Remember `aspect` of `thing`: as it is or, if another thread has it, as that found it."""
-        key = _key(aspect, thing)
-        loan = _LOANS.get(key)
-        if loan is not None and not loan.threads:  # of a borrower that was interrupted
-            loan = None
-        state = loan.before if loan is not None and self._is_shared(loan) else aspect.read(thing)
-        if loan is None:
-            loan = _LOANS[key] = _Loan(state)
-        loan.threads.append(self.thread)
-        self.taken.append((aspect, thing, state))
-        return state
+        """Remember `aspect` of an object or a name: as it is or, if another thread has it, as that found it."""
+        key = (id(aspect), thing if isinstance(thing, str) else id(thing))
+        if key not in self.taken:
+            first, threads = _LOANS.get(key, (None, []))
+            state = first if set(threads) - {self.thread} else aspect.read(thing)
+            if not threads:  # or they were those of a borrower that was interrupted
+                _LOANS[key] = (state, threads)
+            threads.append(self.thread)
+            self.taken[key] = (aspect, thing, state)
+        return self.taken[key][2]
 
     def give_back(self) -> None:
         """Put back what no other thread has: as this borrower found it, the last one as the first did."""
         _BORROWERS.remove(self)
         with ExitStack() as stack:  # which goes on after an error
-            for aspect, thing, state in self.taken:
-                key = _key(aspect, thing)
-                loan = _LOANS[key]
-                loan.threads.remove(self.thread)
-                if not loan.threads:
+            for key, (aspect, thing, state) in self.taken.items():
+                first, threads = _LOANS[key]
+                threads.remove(self.thread)
+                if not threads:
                     del _LOANS[key]
-                if aspect.write is not None and not self._is_shared(loan):
-                    stack.callback(aspect.write, thing, state if loan.threads else loan.before)
+                if aspect.write is not None and not set(threads) - {self.thread}:
+                    stack.callback(aspect.write, thing, state if threads else first)
         self.taken.clear()
 
     def others(self) -> list[_Borrower]:
         """Those in other threads who have something of the same model."""
-        mine = {id(thing) for _, thing, _ in self.taken if not isinstance(thing, str)}
+        mine = {key[1] for key in self.taken if isinstance(key[1], int)}
         others = [other for other in _BORROWERS if other.thread != self.thread]
-        return [other for other in others if any(id(thing) in mine for _, thing, _ in other.taken)]
-
-    def complain(self) -> None:
-        if self.error is not None:
-            raise self.error
-
-    def _is_shared(self, loan: _Loan) -> bool:
-        return any(thread != self.thread for thread in loan.threads)
-
-
-def _key(aspect: _Aspect, thing: Any) -> tuple[int, object]:
-    return id(aspect), thing if isinstance(thing, str) else id(thing)
-
-
-# --- What an attack of this package changes -------------------------------------------------------------------------
-
-
-def _set_training(module: nn.Module, mode: bool) -> None:
-    module.training = mode
-
-
-def _set_requires_grad(tensor: Tensor, flag: bool) -> None:
-    if tensor.requires_grad != flag and tensor.is_leaf:
-        tensor.requires_grad_(flag)
-
-
-def _buffers(module: nn.Module) -> tuple[dict[str, Tensor | None], dict[str, Tensor]]:
-    owned = dict(module._buffers)
-    return owned, {name: b.clone() for name, b in owned.items() if b is not None}
+        return [other for other in others if any(key[1] in mine for key in other.taken)]
 
 
 def _set_buffers(module: nn.Module, state: tuple[dict[str, Tensor | None], dict[str, Tensor]]) -> None:
@@ -266,189 +225,136 @@ def _set_buffers(module: nn.Module, state: tuple[dict[str, Tensor | None], dict[
             module._buffers[name] = kept
 
 
-def _random_state(device: str) -> Tensor:
-    return torch.get_rng_state() if device == "cpu" else torch.cuda.get_rng_state(device)
+def _stream(name: str) -> _Setting:
+    """How the state of a stream of random numbers is read and written."""
+    if name == "Python":
+        return random.getstate, random.setstate
+    if name == "NumPy":  # if somebody has imported it
+        numpy = getattr(sys.modules.get("numpy"), "random", None)
+        return (lambda: None, lambda _: None) if numpy is None else (numpy.get_state, numpy.set_state)
+    if name == "cpu":
+        return torch.get_rng_state, torch.set_rng_state
+    return partial(torch.cuda.get_rng_state, name), lambda state: torch.cuda.set_rng_state(state, name)
 
 
-def _set_random_state(device: str, state: Tensor) -> None:
-    if device == "cpu":
-        torch.set_rng_state(state)
-    else:
-        torch.cuda.set_rng_state(state, device)
+def _named(holder: Any, name: str) -> _Setting:
+    return lambda: getattr(holder, name, None), lambda value: setattr(holder, name, value)
 
 
-_MODE = _Aspect(lambda module: module.training, _set_training)
-_FLAG = _Aspect(lambda tensor: tensor.requires_grad, _set_requires_grad)
-_BUFFERS = _Aspect(_buffers, _set_buffers)
-_RANDOM = _Aspect(_random_state, _set_random_state)
+def _entered(kind: Any, read: Callable[[], Any]) -> _Setting:
+    """Modes that are entered, and may not be left."""
 
-
-# --- What others may change in the process --------------------------------------------------------------------------
-
-_Settings = dict[str, tuple[Callable[[], Any], Callable[[Any], object]]]
-
-
-def _flag(holder: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], object]]:
-    return lambda: getattr(holder, name), lambda value: setattr(holder, name, value)
-
-
-def _autocast(device: str) -> tuple[Callable[[], Any], Callable[[Any], object]]:
-    def write(value: tuple[bool, torch.dtype]) -> None:
-        torch.set_autocast_enabled(device, value[0])
-        torch.set_autocast_dtype(device, value[1])
-
-    return lambda: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)), write
-
-
-def _modes() -> tuple[Any, ...]:
-    """Function and dispatch modes, entered and not left, and what is remembered of the default device, which is one."""
-    return (
-        overrides._get_current_function_mode_stack(),  # type: ignore[no-untyped-call]
-        _python_dispatch._get_current_dispatch_mode_stack(),
-        _device.CURRENT_DEVICE,
-        getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None),
-    )
-
-
-def _set_modes(modes: tuple[Any, ...]) -> None:
-    for stack, kind in ((_modes()[0], overrides), (_modes()[1], _python_dispatch)):
-        for _ in stack:
+    def write(modes: list[Any]) -> None:
+        for _ in read():
             kind._pop_mode()
-    for mode in modes[0]:
-        overrides._push_mode(mode)  # type: ignore[no-untyped-call]
-    for mode in modes[1]:
-        _python_dispatch._push_mode(mode)
-    _device.CURRENT_DEVICE, torch._GLOBAL_DEVICE_CONTEXT.device_context = modes[2:]
+        for mode in modes:
+            kind._push_mode(mode)
+
+    return read, write
 
 
-def _flushes() -> bool:
-    """Whether numbers too small for the full precision become zero."""
-    least = torch.full((1,), 1e-40, dtype=torch.float32, device="cpu")
-    return bool((least + least == 0).all())
+_OF_MODULES = vars(nn.modules.module)
+_HOOKS = [name for name in _OF_MODULES if name.startswith("_global_")]  # called for each module that there is
 
 
-_HOOKS = [name for name in vars(nn.modules.module) if name.startswith("_global_")]
+def _hooks(name: str) -> _Setting:
+    if not isinstance(_OF_MODULES[name], dict):
+        return _named(nn.modules.module, name)
+    held = _OF_MODULES[name]  # which handles refer to
+    return lambda: dict(held), lambda before: (held.clear(), held.update(before))
 
 
-def _global_hooks() -> dict[str, Any]:
-    """The hooks that are called for each module that there is."""
-    held = {name: getattr(nn.modules.module, name) for name in _HOOKS}
-    return {name: dict(hooks) if isinstance(hooks, dict) else hooks for name, hooks in held.items()}
-
-
-def _set_global_hooks(before: dict[str, Any]) -> None:
-    for name, hooks in before.items():
-        if isinstance(hooks, dict):
-            held = getattr(nn.modules.module, name)
-            held.clear()
-            held.update(hooks)
-        else:
-            setattr(nn.modules.module, name, hooks)
-
-
-def _numpy_state() -> Any:
-    numpy = sys.modules.get("numpy")
-    return None if numpy is None else numpy.random.get_state()
-
-
-_THREAD: _Settings = {
-    "modes and default device": (_modes, _set_modes),
-    "autocast on the CPU": _autocast("cpu"),
-    "autocast on CUDA": _autocast("cuda"),
-    "denormal numbers": (_flushes, torch.set_flush_denormal),
-}
-_GLOBAL: _Settings = {
-    "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
-    "deterministic algorithms": (
+_AUTOCAST: Any = [
+    (torch.is_autocast_enabled, torch.set_autocast_enabled),
+    (torch.get_autocast_dtype, torch.set_autocast_dtype),
+]
+_THREAD = [
+    _entered(overrides, overrides._get_current_function_mode_stack),  # the default device is one
+    _entered(_python_dispatch, _python_dispatch._get_current_dispatch_mode_stack),
+    _named(_device, "CURRENT_DEVICE"),
+    _named(torch._GLOBAL_DEVICE_CONTEXT, "device_context"),
+    *((partial(read, device), partial(write, device)) for read, write in _AUTOCAST for device in ("cpu", "cuda")),
+    # Whether numbers too small for the full precision become zero.
+    (
+        lambda: bool((torch.full((1,), 1e-40, dtype=torch.float32, device="cpu") * 2 == 0).all()),
+        torch.set_flush_denormal,
+    ),
+]
+_GLOBAL = [
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (
         lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
         lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
     ),
-    "precision of products": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
-    "threads": (torch.get_num_threads, torch.set_num_threads),
-    "anomaly detection": (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
-    "hooks of all modules": (_global_hooks, _set_global_hooks),
-    "oneDNN": (lambda: torch.backends.mkldnn.enabled, torch.backends.mkldnn.set_flags),
-    "cuDNN": _flag(torch.backends.cudnn, "enabled"),
-    "cuDNN deterministic": _flag(torch.backends.cudnn, "deterministic"),
-    "cuDNN benchmark": _flag(torch.backends.cudnn, "benchmark"),
-}
-_DRAWN: _Settings = {
-    "Python": (random.getstate, random.setstate),
-    "NumPy": (_numpy_state, lambda state: state and sys.modules["numpy"].random.set_state(state)),
-    "torch": (torch.get_rng_state, torch.set_rng_state),
-    "CUDA": (
-        lambda: torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
-        torch.cuda.set_rng_state_all,
-    ),
-}
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+    *map(_hooks, _HOOKS),
+    (lambda: torch.backends.mkldnn.enabled, torch.backends.mkldnn.set_flags),
+    *(_named(torch.backends.cudnn, name) for name in ("enabled", "deterministic", "benchmark")),
+]
 
 
-def _read(settings: _Settings) -> dict[str, Any]:
-    return {name: read() for name, (read, _) in settings.items()}
+def _read(settings: Sequence[Any]) -> list[Any]:
+    return [read() for read, _ in settings]
 
 
-def _write(settings: _Settings, values: dict[str, Any]) -> None:
-    for name, (read, write) in settings.items():
-        if settings is _DRAWN or read() != values[name]:
-            write(values[name])
+def _write(settings: Sequence[Any], values: list[Any]) -> None:
+    for (read, write), value in zip(settings, values, strict=True):
+        if read() != value:
+            write(value)
 
 
+_MODE = _Aspect(lambda module: module.training, lambda module, mode: setattr(module, "training", mode))
+_FLAG = _Aspect(
+    lambda tensor: tensor.requires_grad,
+    lambda tensor, flag: tensor.requires_grad != flag and tensor.is_leaf and tensor.requires_grad_(flag),
+)
+_BUFFERS = _Aspect(
+    lambda module: (dict(module._buffers), {k: b.clone() for k, b in module._buffers.items() if b is not None}),
+    _set_buffers,
+)
+_DRAWN = _Aspect(lambda name: _stream(name)[0](), lambda name, state: _stream(name)[1](state))
 _PROCESS = _Aspect(lambda _: _read(_GLOBAL), lambda _, values: _write(_GLOBAL, values))
-_NUMBERS = _Aspect(lambda _: _read(_DRAWN), lambda _, values: _write(_DRAWN, values))
 
-
-# --- What others may change in a model ------------------------------------------------------------------------------
 
 _NOTHING = object()
 _KINDS = {"_parameters": "weights", "_buffers": "buffers", "_modules": "layers"}
 _ORDER = ["weights", "buffers", "layers", "hooks", "methods", "attributes"]
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, tuple, set)
 _DESCRIPTORS = (property, classmethod, staticmethod)
+_PLAIN = bool | int | float | complex | str | bytes | None | torch.dtype | torch.device | torch.Size
 _REACHED = "reached"  # the kind of what only leads to layers and tensors, and is not watched itself
 
 
 class _Was:
-    """One object that is watched, as it was: a tensor's values, or what any other holds, by name or position."""
+    """One object that is watched, as it was: its class, what it holds, by name or position, and a tensor's values."""
 
     def __init__(self, thing: Any) -> None:
-        self.type = type(thing)
-        self.holds: dict[Any, Any] = {} if isinstance(thing, Tensor) else _holdings(thing)
+        self.type, self.holds = type(thing), _holdings(thing)
         if isinstance(thing, Tensor):
             # The memory too: `.data` may have been pointed elsewhere.
             self.memory = thing if thing.is_inference() else thing.data
             self.values = _copy(thing)
-            self.grad = thing.grad if thing.is_leaf else None
-            self.grad_values = None if self.grad is None else _copy(self.grad)
 
 
 _PICTURE = _Aspect(_Was, None)  # _mend puts it back
+_Watched = dict[int, tuple[Any, _Was, str, str]]
+"""By their ids, the objects that are watched, each as it was, its name, and the kind of what it is."""
+_Change = tuple[str, str, Callable[[], object] | None]
+"""What was found changed and has been put back, its kind, "" if it makes no difference, and how to change it again."""
 
 
-class _Watched(NamedTuple):
-    thing: Any
-    was: _Was
-    name: str
-    kind: str
-
-
-class _Change(NamedTuple):
-    """Something that was found changed and has been put back; one that makes no difference has no kind."""
-
-    name: str
-    kind: str
-    redo: Callable[[], object] | None = None
-
-
-def _watched(borrower: _Borrower, model: Any) -> dict[int, _Watched]:
+def _watched(borrower: _Borrower, model: Any) -> _Watched:
     """Everything that can be reached from a model through its layers and their containers, with a name for each."""
-    found: dict[int, _Watched] = {}
+    found: _Watched = {}
     queue = deque([(model, "", _REACHED if _is_fixed(model) else "attributes")])
     while queue:
         thing, name, kind = queue.popleft()
         if id(thing) in found:
             continue
         was: _Was = borrower.take(_PICTURE, thing)
-        found[id(thing)] = _Watched(thing, was, name, kind)
+        found[id(thing)] = (thing, was, name, kind)
         if isinstance(thing, nn.Module):
             borrower.take(_MODE, thing)
             queue.extend((cls, cls.__name__, "methods") for cls in was.type.__mro__ if _is_layer_class(cls))
@@ -457,8 +363,10 @@ def _watched(borrower: _Borrower, model: Any) -> dict[int, _Watched]:
         for key, held in was.holds.items():
             if isinstance(held, Tensor | nn.Module) or type(held) in _CONTAINERS or _is_array(held):
                 queue.append((held, *_place(thing, name, kind, key, held)))
-            elif not isinstance(thing, nn.Module) and (kind == _REACHED or thing is model) and _is_near(thing, held):
-                queue.append((held, name, _REACHED))
+            elif not isinstance(thing, nn.Module) and (kind == _REACHED or thing is model) and _is_fixed(held):
+                home = getattr(thing, "__globals__", None)
+                if home is None or getattr(held, "__globals__", home) is home:  # no library's, that a function uses
+                    queue.append((held, name, _REACHED))
     return found
 
 
@@ -472,31 +380,25 @@ def _is_array(thing: Any) -> bool:
 
 def _is_fixed(thing: Any) -> bool:
     """Whether it is a function, a method or a partial, of which only what it refers to can be watched."""
-    return isinstance(thing, functools.partial) or hasattr(thing, "__code__") or hasattr(thing, "__func__")
-
-
-def _is_near(thing: Any, other: Any) -> bool:
-    """Whether `other` is a function that `thing` refers to, and not one of a library that a function refers to."""
-    home = getattr(thing, "__globals__", None)
-    return _is_fixed(other) and (home is None or getattr(other, "__globals__", home) is home)
+    return isinstance(thing, partial) or hasattr(thing, "__code__") or hasattr(thing, "__func__")
 
 
 def _holdings(thing: Any) -> dict[Any, Any]:
     """What an object holds: names or positions to objects."""
+    if isinstance(thing, Tensor):
+        return {"grad": thing.grad} if thing.is_leaf else {}
     if isinstance(thing, torch.jit.ScriptModule):
         own = (thing.named_parameters(), thing.named_buffers(), thing.named_children())
         return {name: held for named in own for name, held in named}
     if _is_layer_class(thing):  # what it inherits is watched there
         return {name: held for name, held in vars(thing).items() if callable(held) or isinstance(held, _DESCRIPTORS)}
-    if isinstance(thing, dict):
-        return dict(thing)
+    if isinstance(thing, dict | set):
+        return dict(thing) if isinstance(thing, dict) else dict.fromkeys(thing)
     if isinstance(thing, list | tuple):
         return dict(enumerate(thing))
-    if isinstance(thing, set):
-        return dict.fromkeys(thing)
     if _is_array(thing):
         return {"values": thing.tobytes()}
-    if isinstance(thing, functools.partial):
+    if isinstance(thing, partial):
         return {"function": thing.func, "arguments": thing.args, "options": thing.keywords}
     if not _is_fixed(thing):
         return dict(getattr(thing, "__dict__", {}))
@@ -505,13 +407,9 @@ def _holdings(thing: Any) -> dict[Any, Any]:
     for name, cell in zip(getattr(code, "co_freevars", ()), getattr(thing, "__closure__", None) or (), strict=False):
         with suppress(ValueError):  # not filled yet
             holds[name] = cell.cell_contents
-    for name in getattr(code, "co_names", ()):
-        if name in thing.__globals__:
-            holds[name] = thing.__globals__[name]
+    holds |= {name: thing.__globals__[name] for name in getattr(code, "co_names", ()) if name in thing.__globals__}
     owner = getattr(thing, "__self__", None)
-    if owner is not None:
-        holds |= {"self": owner} if isinstance(owner, nn.Module) else dict(getattr(owner, "__dict__", {}))
-    return holds
+    return holds | ({"self": owner} if isinstance(owner, nn.Module) else dict(getattr(owner, "__dict__", {})))
 
 
 def _place(thing: Any, name: str, kind: str, key: Any, held: Any) -> tuple[str, str]:
@@ -519,6 +417,8 @@ def _place(thing: Any, name: str, kind: str, key: Any, held: Any) -> tuple[str, 
     if isinstance(thing, nn.Module) and key in _KINDS:
         return name, _KINDS[key]
     place = f"{name}.{key}" if name else str(key)
+    if isinstance(thing, Tensor):
+        return place, ""
     if isinstance(held, nn.Parameter):
         return place, "weights"
     if kind == _REACHED:
@@ -530,63 +430,62 @@ def _place(thing: Any, name: str, kind: str, key: Any, held: Any) -> tuple[str, 
     return place, "methods" if callable(held) and not isinstance(held, nn.Module) else "attributes"
 
 
-def _settle(borrower: _Borrower, watched: dict[int, _Watched], model: Model, images: Tensor | None, who: str) -> None:
+def _settle(borrower: _Borrower, watched: _Watched, model: Model, images: Tensor | None, who: str) -> None:
     """Put a watched model right; if it was changed, the borrower and all who share the model get an error."""
     changes = _mended(watched)
-    bad = [change for change in changes if change.kind]
+    bad = [(name, kind) for name, kind, _ in changes if kind]
     if bad and images is not None:
-        for item in watched.values():
-            if isinstance(item.thing, nn.Module):
-                item.thing.training = False
+        for thing, *_ in watched.values():
+            if isinstance(thing, nn.Module):
+                thing.training = False
         for sample in (images, images[:1]):
             with suppress(Exception):  # a model's own code may raise anything
                 model(sample.detach().clone())
-        own = {change.name for change in _mended(watched)}
-        bad = [change for change in bad if change.name not in own]
-        for change in changes:
-            if change.name in own and change.redo is not None:
-                change.redo()
+        own = {name for name, *_ in _mended(watched)}
+        bad = [(name, kind) for name, kind in bad if name not in own]
+        for name, _, redo in changes:
+            if name in own and redo is not None:
+                redo()
     if not bad:
         return
-    first = min(bad, key=lambda change: _ORDER.index(change.kind))
+    first, kind = min(bad, key=lambda found: _ORDER.index(found[1]))
     if others := borrower.others():
         who += ", or what ran at the same time in another thread,"
     for one in (borrower, *others):
         one.error = ModelChangedError(
-            f"{who} changed the model's {first.kind} (first: {first.name}); they have been put back, and the results "
-            "are not kept"
+            f"{who} changed the model's {kind} (first: {first}); they have been put back, and the results are not kept"
         )
 
 
-def _mended(watched: dict[int, _Watched]) -> list[_Change]:
-    return [change for item in watched.values() for change in _mend(item, watched)]
+def _mended(watched: _Watched) -> list[_Change]:
+    """Put everything right; what was found."""
+    return [change for item in watched.values() for change in _mend(*item, watched)]
 
 
-def _mend(item: _Watched, watched: dict[int, _Watched]) -> list[_Change]:
-    """Put one object right; what was found."""
-    thing, was = item.thing, item.was
-    if isinstance(thing, Tensor):
-        return _mend_tensor(item)
-    if item.kind == _REACHED and not isinstance(thing, nn.Module):
+def _mend(thing: Any, was: _Was, at: str, of: str, watched: _Watched) -> list[_Change]:
+    if of == _REACHED and not isinstance(thing, nn.Module):
         return []
-    changes = []
+    changes: list[_Change] = []
+    if isinstance(thing, Tensor) and _mend_values(thing, was):
+        changes.append((at, of, None))
     if isinstance(thing, nn.Module) and type(thing) is not was.type:
-        changes.append(_Change(item.name or "the model's class", "layers"))
+        changes.append((at or "the model's class", "layers", None))
         thing.__class__ = was.type
     now = _holdings(thing)
-    for key in {**was.holds, **now}:
+    for key in now if now.keys() == was.holds.keys() else {**was.holds, **now}:
         old, new = was.holds.get(key, _NOTHING), now.get(key, _NOTHING)
-        if old is new or (isinstance(thing, nn.Module) and key == "training") or _is_equal(old, new):
+        if old is new or (key == "training" and isinstance(thing, nn.Module)):
             continue
-        name, kind = _place(thing, item.name, item.kind, key, new if old is _NOTHING else old)
-        if isinstance(old, Tensor) and isinstance(new, Tensor) and _is_same(watched[id(old)].was.values, new):
+        if type(old) is type(new) and isinstance(old, _PLAIN) and (old == new or (old != old and new != new)):
+            continue
+        name, kind = _place(thing, at, of, key, new if old is _NOTHING else old)
+        if isinstance(old, Tensor) and isinstance(new, Tensor) and _is_same(watched[id(old)][1].values, new):
             kind = ""
-        redo = None if kind in ("", "buffers") else functools.partial(_hold, thing, key, new)
-        changes.append(_Change(name, kind, redo))
+        changes.append((name, kind, None if kind in ("", "buffers") else partial(_hold, thing, key, new)))
         _hold(thing, key, old)
     if isinstance(thing, dict) and list(thing) != list(was.holds):  # the order of layers is that of a Sequential
         if not changes:
-            changes.append(_Change(item.name or "their order", item.kind))
+            changes.append((at or "their order", of, None))
         thing.clear()
         thing.update(was.holds)
     return changes
@@ -594,25 +493,23 @@ def _mend(item: _Watched, watched: dict[int, _Watched]) -> list[_Change]:
 
 def _hold(thing: Any, key: Any, value: Any) -> None:
     """Let `thing` hold `value` as `key`, or nothing there, past what its class does on assignment."""
+    is_gone = value is _NOTHING
     if _is_array(thing):
         thing.setflags(write=True)
         thing[...] = type(thing)(thing.shape, thing.dtype, value)
     elif isinstance(thing, list):
-        thing[key : None if value is _NOTHING else key + 1] = [] if value is _NOTHING else [value]
+        thing[key : None if is_gone else key + 1] = [] if is_gone else [value]
     elif isinstance(thing, set):
-        (thing.discard if value is _NOTHING else thing.add)(key)
-    elif isinstance(thing, type):
-        delattr(thing, key) if value is _NOTHING else setattr(thing, key, value)
+        (thing.discard if is_gone else thing.add)(key)
+    elif isinstance(thing, type | Tensor):
+        delattr(thing, key) if is_gone else setattr(thing, key, value)
     elif isinstance(thing, dict) or hasattr(thing, "__dict__"):
         held = thing if isinstance(thing, dict) else vars(thing)
-        if value is _NOTHING:
-            held.pop(key, None)
-        else:
-            held[key] = value
+        held.pop(key, None) if is_gone else held.update({key: value})
 
 
-def _mend_tensor(item: _Watched) -> list[_Change]:
-    tensor, was = item.thing, item.was
+def _mend_values(tensor: Tensor, was: _Was) -> bool:
+    """Give a tensor its memory and values back; whether these had changed."""
     changed = not _is_same(was.values, tensor)
     if not tensor.is_inference() and (changed or _address(tensor) != _address(was.memory)):
         tensor.data = was.memory
@@ -622,11 +519,7 @@ def _mend_tensor(item: _Watched) -> list[_Change]:
                 tensor.copy_(was.values)
         except RuntimeError:  # memory that overlaps itself
             tensor.data = was.values.clone()
-    if tensor.is_leaf and tensor.grad is not was.grad:
-        tensor.grad = was.grad
-    if was.grad is not None and was.grad_values is not None and not _is_same(was.grad_values, was.grad):
-        was.grad.copy_(was.grad_values)
-    return [_Change(item.name, item.kind)] if changed else []
+    return changed
 
 
 def _address(tensor: Tensor) -> int | None:
@@ -659,8 +552,3 @@ def _is_same(values: Tensor | None, tensor: Tensor) -> bool:
                 return True
             is_compared = True
     return not is_compared
-
-
-def _is_equal(old: Any, new: Any) -> bool:
-    plain = bool | int | float | complex | str | bytes | None | torch.dtype | torch.device | torch.Size
-    return type(old) is type(new) and isinstance(old, plain) and (old == new or (old != old and new != new))
