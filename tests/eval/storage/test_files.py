@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -116,6 +117,21 @@ def test_a_file_in_a_growing_store_is_moved_to_its_name(place, monkeypatch):
     (partial,) = piped
     assert partial.startswith("/bucket/place/.a.txt.")
     assert partial.endswith(".partial")
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    flushed = []
+
+    def fsync(number):
+        flushed.append((os.fstat(number).st_ino, (tmp_path / "a").exists(), (tmp_path / "b").exists()))
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    disk = Disk(tmp_path)
+    with disk.writing("a") as partial:
+        partial.write_bytes(b"1")
+    assert disk.create("b", b"2")
+    inodes = [(tmp_path / name).stat().st_ino for name in "ab"]
+    assert flushed == [(inodes[0], False, False), (inodes[1], True, False)]
 
 
 def test_a_disk_without_links_still_creates_once(tmp_path, monkeypatch):
