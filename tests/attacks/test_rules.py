@@ -126,6 +126,16 @@ def test_ni_fgsm_looks_ahead_by_a_step_of_its_norm(norm, order, decay):
         torch.testing.assert_close(seen, images + (alpha * t + ahead) * unit, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("size", [1e-37, 1.0, 1e37])
+@pytest.mark.parametrize(
+    ("norm", "expected"), [("l1", [0.5, -1.5]), ("l2", [0.2**0.5, -(1.8**0.5)]), ("linf", [1 / 3, -1])]
+)
+def test_a_direction_is_scaled_to_ones_and_none_stays_none(norm, expected, size):
+    direction = size * torch.tensor([[1.0, -3.0], [0.0, 0.0]]).view(2, 1, 1, 2)
+    scaled, _ = normalize(norm).update({}, direction, None)
+    torch.testing.assert_close(scaled.flatten(1), torch.tensor([expected, [0.0, 0.0]]))
+
+
 def test_momentum_survives_gradients_of_any_size():
     """Cross-entropy gradients of 1e-30 and less, whose mean alone would underflow, and such as have no finite sum."""
     images, labels = drawn()

@@ -26,7 +26,7 @@ from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models.load import load_classifier
 from orthattack.eval.running import chunk as jobs
 from orthattack.eval.running.plan import GALLERY
-from orthattack.eval.running.run import Source, run_suite, suite_source
+from orthattack.eval.running.run import Source, _working_in, run_suite, suite_source
 from orthattack.eval.storage.run_folder import RunFolder
 from orthattack.eval.suite import make_suite
 from tests.eval.tiny import Net, dataset
@@ -615,6 +615,18 @@ def test_what_a_person_should_know_of_models_and_images_is_said_once_and_kept(tm
     said = capsys.readouterr().err
     for note in ("a: resized", "b: resized", "names were guessed"):
         assert session["warnings"].count(note) == said.count(note) == 1
+
+
+def test_who_may_still_do_the_same_work_in_a_store_is_named():
+    folder, said = RunFolder("memory://bucket/working"), []
+    others = [(1, "running", None), (2, "complete", None), (3, "running", [1, 2])]
+    for process, outcome, shard in others:
+        about = {"host": "far", "process": process, "started": "today", "warnings": []}
+        folder.write_session({"id": f"{process:05d}", "outcome": outcome, "shard": shard, **about})
+    with _working_in(folder, None, {"shard": None}, said.append):
+        pass
+    (message,) = said
+    assert message.startswith("process 1 on far, since today, has not ended its work on memory://bucket/working")
 
 
 def test_no_more_than_two_chunks_are_decoded_ahead():
