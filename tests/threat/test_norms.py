@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from orthattack.threat import Norm, perturbation_norm
-from orthattack.threat.norms import BALLS, length, sparsity, unit
+from orthattack.threat.norms import BALLS, filled, length, sparsity, unit
 from tests.conftest import make_gradient, make_images
 
 
@@ -41,3 +41,14 @@ def test_lengths_are_norms_in_float64_and_units_have_length_1_at_any_scale(norm)
 
 def test_an_l1_step_changes_a_hundredth_of_the_pixels():
     assert [sparsity(torch.zeros(2, 3, n, n)) for n in (1, 8, 32, 224)] == [1, 2, 31, 1505]
+
+
+@pytest.mark.parametrize("limit", [0.5, 0.02])
+def test_an_amount_fills_the_largest_pixels_first_however_many_it_takes(limit):
+    size = torch.rand(3, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    amount = torch.tensor([0.01, 2.0, 1e4]).view(3, 1, 1, 1)
+    found = filled(size, torch.full_like(size, limit), amount).flatten(1)
+    for given, sizes, total in zip(found, size.flatten(1), (0.01, 2.0, limit * 1200), strict=True):
+        assert float(given.sum()) == pytest.approx(total, rel=1e-5)
+        whole = round(total / limit - 0.5)
+        assert (given[sizes.argsort(descending=True)[:whole]] == limit).all()
