@@ -16,8 +16,10 @@ from torch import Tensor
 from benchmarks.stored import Row
 from benchmarks.timing import side_by_side
 from orthattack import Normalized, ThreatModel
-from orthattack.eval.data.load import Batch, load_dataset
-from orthattack.eval.models.load import IMAGENET_MEAN, IMAGENET_STD, Classifier, Preprocessing
+from orthattack.eval.data.dataset import Batch
+from orthattack.eval.data.load import load_dataset
+from orthattack.eval.models.classifier import Classifier
+from orthattack.eval.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
 EPS, ALPHA = 4 / 255, 1 / 255
 

@@ -57,7 +57,8 @@ def labels(folder: Path) -> Target:
     """The first byte says what the rest is: a label file, a class file or a subset."""
     import torch
 
-    from orthattack.eval.data.load import load_dataset, read_names
+    from orthattack.eval.data.dataset import read_names
+    from orthattack.eval.data.load import load_dataset
     from orthattack.eval.errors import EvaluationError
     from orthattack.eval.models.classifier import Classifier
     from orthattack.eval.models.preprocessing import Preprocessing

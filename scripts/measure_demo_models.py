@@ -16,7 +16,8 @@ from tqdm import tqdm
 from train_demo_models import read_tar
 
 from orthattack import PGD, OrthoPGD
-from orthattack.eval.models.load import BUNDLED, load_classifier
+from orthattack.eval.models import BUNDLED
+from orthattack.eval.models.load import load_classifier
 from orthattack.eval.results.rates import Rate
 
 WEIGHTS = Path(__file__).parents[1] / "orthattack" / "eval" / "weights"

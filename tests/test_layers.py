@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import orthattack
+from tests.eval.synthetic import make_run
 
 ROOT = Path(orthattack.__file__).parent
 HEAVY = {
@@ -103,6 +104,56 @@ except SystemExit:
     print("torch" in sys.modules)
 """
     assert run(code).endswith("False\n")
+
+
+LOADED = """
+import os, sys
+from orthattack.eval.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit:
+    pass
+sys.stdout.flush()
+print("", *{name.partition(".")[0] for name in sys.modules}, file=sys.stderr)
+"""
+
+
+def loaded(*arguments: object) -> set[str]:
+    """The packages that a command has imported when it is done."""
+    command = [sys.executable, "-c", LOADED, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    return set(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("command", "without"),
+    [
+        (("eval", "--help"), {"torch", "numpy", "torchvision", "foolbox"}),
+        (("eval", "SUITE", "--steps", "3"), {"torch", "numpy", "torchvision", "foolbox"}),
+        (("compare", "RUN", "RUN"), {"torch", "torchvision", "foolbox", "matplotlib"}),
+        (("report", "RUN"), {"torchvision", "foolbox"}),
+        (("attacks", "Ortho"), {"torchvision", "pandas", "matplotlib"}),
+        (("models", "resnet18"), {"foolbox", "pandas", "matplotlib"}),
+    ],
+)
+def test_a_command_loads_what_it_uses(tmp_path, command, without):
+    make_run(tmp_path / "run", models=("m",), n=10, stored=2)
+    (tmp_path / "suite.toml").write_text('models = ["cifar10-robust"]\ndata = "cifar10-samples"\n')
+    places = {"RUN": tmp_path / "run", "SUITE": tmp_path / "suite.toml"}
+    found = loaded(*(places.get(word, word) for word in command))
+    assert "orthattack" in found
+    assert not found & without
+
+
+def test_reading_a_suite_loads_no_attack_and_no_model():
+    """Nor does a worker that is to run ours on a model of a user's load other libraries' attacks."""
+    reads = "import sys; from orthattack.eval.suite import make_suite\n"
+    reads += "suite = make_suite({'models': ['a.b:c'], 'data': 'd.e:f', 'attacks': ['PGD', 'OrthoPGD']}, 'x')\n"
+    shows = "print(*{name.partition('.')[0] for name in sys.modules})"
+    assert not {"torch", "numpy", "torchvision", "foolbox"} & set(run(reads + shows).split())
+    works = "from orthattack.eval.running.run import suite_source\nfrom orthattack.eval.running.ray import RayWorker\n"
+    works += "suite.entries(suite_source(suite).kinds)\n"
+    assert not {"torchvision", "foolbox", "matplotlib", "scipy"} & set(run(reads + works + shows).split())
 
 
 def test_every_public_name_is_there():

@@ -15,7 +15,7 @@ from benchmarks.study.panel import Group, Study
 from orthattack import Normalized, OrthoFGSM, OrthoPGD, alignment, orthogonalize
 from orthattack.attacks.scoring import input_gradient
 from orthattack.eval.data.dataset import Batch
-from orthattack.eval.models.load import Classifier
+from orthattack.eval.models.classifier import Classifier
 from orthattack.projection import Scope
 
 __all__ = ["SCOPES", "blocks", "depth", "gradients", "loss_gradient", "random_cosine"]

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from orthattack.eval import evaluate
-from orthattack.eval.data.dataset import evenly
-from orthattack.eval.data.load import ImageDataset, load_dataset
+from orthattack.eval.data.dataset import ImageDataset, evenly
+from orthattack.eval.data.load import load_dataset
 from orthattack.eval.errors import EvaluationError
-from orthattack.eval.models.load import IMAGENET_MEAN, IMAGENET_STD, Classifier, load_classifier
+from orthattack.eval.models.classifier import Classifier
+from orthattack.eval.models.load import load_classifier
+from orthattack.eval.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from orthattack.eval.results.stored_run import Run
 
 __all__ = ["Budget", "Group", "Study", "own_study", "shared_study"]

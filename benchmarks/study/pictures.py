@@ -14,7 +14,7 @@ from benchmarks.study.cost import SCOPES
 from benchmarks.study.panel import Group, Study
 from benchmarks.study.training import network_path, small_network
 from orthattack import Normalized
-from orthattack.eval.models.load import Classifier
+from orthattack.eval.models.classifier import Classifier
 from orthattack.eval.results.stored_run import Run
 
 __all__ = ["SMALL", "likeness", "transfer"]

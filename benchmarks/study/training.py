@@ -19,7 +19,8 @@ from benchmarks.study.panel import Group, Study, unpacked
 from orthattack import PGD, Normalized, OrthoPGD, alignment
 from orthattack.eval.data.dataset import Batch, ImageDataset
 from orthattack.eval.data.load import load_dataset
-from orthattack.eval.models.load import Classifier, load_classifier
+from orthattack.eval.models.classifier import Classifier
+from orthattack.eval.models.load import load_classifier
 from orthattack.eval.results.outcomes import ROBUST
 
 __all__ = ["ARMS", "BASE", "scratch", "small_network", "tuning"]

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from orthattack.attacks.base import Attack
 from orthattack.attacks.minimum import MinimumNorm
 from orthattack.eval.attacks.kind import described
 from orthattack.eval.attacks.ours import attack_kind
 from orthattack.eval.attacks.user import user_attack
-from orthattack.eval.checks.assess import assess
-from orthattack.eval.data.load import ImageDataset
-from orthattack.eval.errors import EvaluationError, printable
-from orthattack.eval.models.load import Classifier
-from orthattack.eval.report.text import write_report
+from orthattack.eval.data.dataset import ImageDataset
+from orthattack.eval.errors import EvaluationError, say
+from orthattack.eval.models.classifier import Classifier
+from orthattack.eval.report.text import reported
 from orthattack.eval.results.stored_run import Run
 from orthattack.eval.running.run import run_suite, suite_source
 from orthattack.eval.storage.run_folder import RunFolder
 from orthattack.eval.suite import AttackSpec, is_json, make_suite
-
-__all__ = ["evaluate", "reported", "run_folder"]
 
 
 def evaluate(
@@ -129,7 +123,7 @@ def evaluate(
     folder = run_folder(out)
     modes = [(module, module.training) for model in classifiers.values() for module in model.model.modules()]
     try:
-        run_suite(suite, source, folder, device=device, part=shard, progress=progress, command=sys.argv, say=_say)
+        run_suite(suite, source, folder, device=device, part=shard, progress=progress, command=sys.argv, say=say)
     finally:
         for module, training in modes:
             module.training = training
@@ -137,22 +131,6 @@ def evaluate(
     if report and (shard is None or manifest["status"] == "complete"):
         return reported(folder)
     return Run(folder, manifest)
-
-
-def reported(folder: RunFolder, to: Path | None = None) -> Run:
-    """Judge the trust checks of a run, finished or not, and write its report, into its folder or another."""
-    manifest = folder.manifest()
-    run = Run(folder, manifest)  # which refuses a manifest that lacks something
-    checks = [asdict(check) for check in assess(folder, manifest)] if manifest["config"]["checks"] else []
-    try:
-        folder.write_text("checks.json", json.dumps(checks, indent=1) + "\n")
-        write_report(run, None if to is None else RunFolder(to))
-    except OSError as error:
-        raise EvaluationError(
-            f"could not write the report to {to or folder} ({error.strerror or error}): the results are kept; mend it, "
-            f"and write the report with: orthattack report {folder}"
-        ) from error
-    return run
 
 
 def run_folder(
@@ -167,10 +145,6 @@ def run_folder(
     while path.exists():  # another run has started in the same second
         path = path.with_name(path.name + "-2")
     return RunFolder(path, say)
-
-
-def _say(text: str) -> None:
-    tqdm.write(f"orthattack: {printable(text)}", file=sys.stderr)
 
 
 def _sequence(models: Any) -> Sequence[Any]:

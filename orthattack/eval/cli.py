@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from orthattack import __version__
+from orthattack.eval.errors import EvaluationError, printable, say
 
 if TYPE_CHECKING:
     from orthattack.eval.storage.run_folder import RunFolder
     from orthattack.eval.suite import Suite
-
-__all__ = ["main"]
 
 _EPILOG = """\
 with no options: two bundled CIFAR-10 models on 20 images at eps 8/255, offline, in about a minute
@@ -47,8 +46,6 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        from orthattack.eval.errors import EvaluationError, printable
-
         try:
             code: int = options.run(options)
         except EvaluationError as error:
@@ -96,30 +93,7 @@ def _add_eval(commands: Any) -> None:
     )
     evaluate.set_defaults(run=_evaluate)
     evaluate.add_argument("suite", nargs="?", type=Path, metavar="SUITE.toml", help="a benchmark, instead of the flags")
-    add = evaluate.add_argument_group("what to run").add_argument
-    add(
-        "--model", action="extend", nargs="+", metavar="NAME",
-        help="one or several: see `orthattack models`, timm:NAME, or module:function",
-    )  # fmt: skip
-    add("--weights", metavar="FILE", help="state dict, or name of torchvision weights (default: the model's own)")
-    add(
-        "--data", metavar="SOURCE", help="folder of class folders, Parquet files, imagenet-samples, cifar10-samples ..."
-    )
-    add("--labels", metavar="CSV", help="columns file and label, for folders that are not the class list")
-    add("--classes", metavar="CSV", help="columns folder and label; or text or numbers, what sorts class folders")
-    add("--subset", metavar="FILE", help="names of images, one a line: only these, in that order")
-    add("--limit", type=_count, metavar="N", help="only N images, evenly spaced")
-    add("--image-size", type=_count, metavar="N", help="pixels of the model's input, if not the weights' own")
-    add("--attacks", nargs="+", metavar="NAME", help="see `orthattack attacks`; options as NAME,key=value,...")
-    add("--norm", choices=("linf", "l2", "l1"), help="norm of the perturbation (default: linf)")
-    add("--eps", nargs="+", type=_fraction, metavar="E", help="radii in [0, 1] pixels (default: 4/255, l2: 0.5)")
-    add("--steps", type=_count, metavar="N", help="steps of the iterative attacks (default: 10)")
-    add("--seed", nargs="+", type=_whole, metavar="N", help="seeds of the random numbers (default: 0)")
-    add("--batch-size", type=_count, metavar="N", help="images at a time (default: 32)")
-    add("--shard-size", type=_count, metavar="N", help="images per file, what a stop may lose (default: 128)")
-    add("--save-images", choices=("gallery", "all", "none"), help="adversarial images to keep (default: gallery)")
-    add("--attack-misclassified", action="store_true", default=None, help="attack what is wrong to begin with too")
-    add("--no-checks", dest="checks", action="store_false", default=None, help="leave out the trust checks")
+    _add_flags(evaluate.add_argument_group("what to run"))
     how = evaluate.add_argument_group("how to run it").add_argument
     how("--device", metavar="D", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     how("--engine", choices=("ray",), help="let Ray hand the work to many workers (extra ray)")
@@ -129,21 +103,46 @@ def _add_eval(commands: Any) -> None:
     how("--shard", type=_part, metavar="I/N", help="do only every N-th piece of the work, from the I-th on (1 to N)")
 
 
+def _add_flags(group: Any) -> None:
+    """The flags of a suite's keys."""
+    from orthattack.eval.suite import MODELS
+
+    for model in MODELS:
+        for name, field in model.model_fields.items():
+            about: Any = field.json_schema_extra
+            flag, _, metavar = (about["flag"] or "").partition(" ")
+            if flag:
+                known = field.default if isinstance(field.default, str | int | tuple) else None
+                shown = " ".join(map(str, known)) if isinstance(known, tuple) else known
+                default = "" if known is None or isinstance(known, bool) else f" (default: {shown})"
+                more: dict[str, Any] = {"dest": name, "default": None, "help": f"{field.description}{default}"}
+                more |= {"metavar": metavar} if metavar else {}
+                if about["of"] is not None:
+                    is_choice = get_origin(about["of"]) is Literal
+                    more |= {"choices": get_args(about["of"])} if is_choice else {"type": _typed(about)}
+                group.add_argument(flag, **more | about["argparse"])
+
+
+def _typed(about: dict[str, Any]) -> Callable[[str], Any]:
+    """What reads a value of a flag, or refuses it."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from orthattack.eval.suite import wrong
+
+    def read(text: str) -> Any:
+        try:
+            return TypeAdapter(about["of"]).validate_python(_value(text))
+        except ValidationError as error:
+            several = ": several stand apart, with spaces" if "," in text and "nargs" in about["argparse"] else ""
+            raise argparse.ArgumentTypeError(wrong(error.errors()[0], about["accepted"]) + several) from None
+
+    return read
+
+
 def _count(text: str) -> int:
-    value = _whole(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; got {text}")
-    return value
-
-
-def _whole(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number; got {text!r}") from None
-    if abs(value) >= 2**63:
-        raise argparse.ArgumentTypeError(f"must be below 2**63; got {text}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 1; got {text!r}")
+    return int(text)
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -153,28 +152,7 @@ def _part(text: str) -> tuple[int, int]:
     return int(first), int(count)
 
 
-def _fraction(text: str) -> float:
-    numerator, slash, denominator = text.partition("/")
-    try:
-        value = float(numerator) / (float(denominator) if slash else 1)
-    except (ValueError, ZeroDivisionError):
-        value = math.nan
-    if not math.isfinite(value):
-        several = ": several stand apart, with spaces" if "," in text else ""
-        raise argparse.ArgumentTypeError(f"must be a number or a fraction such as 4/255; got {text!r}{several}")
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0; got {text}")
-    return value
-
-
-_OF_THE_SUITE = (
-    "model", "weights", "data", "labels", "classes", "subset", "limit", "image_size", "attacks", "norm", "eps", "steps",
-    "seed", "batch_size", "shard_size", "save_images", "attack_misclassified", "checks",
-)  # fmt: skip
-
-
 def _evaluate(options: argparse.Namespace) -> int:
-    from orthattack.eval.errors import EvaluationError
     from orthattack.eval.suite import read_suite
 
     suite = _from_flags(options)
@@ -190,7 +168,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     source = suite_source(suite)
     if options.shard is not None and options.out is None and options.suite is None:
         raise EvaluationError("--shard needs --out, the folder that all shards share")
-    folder = run_folder(options.out, None if options.suite is None else options.suite.stem, _say)
+    folder = run_folder(options.out, None if options.suite is None else options.suite.stem, say)
     signal.signal(signal.SIGTERM, _interrupt)  # stop in order, as by Ctrl-C
     with ExitStack() as stack:
         crew = None
@@ -206,7 +184,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             part=options.shard,
             engine=crew,
             command=sys.argv,
-            say=_say,
+            say=say,
         )
     if options.shard is not None and complete and folder.manifest()["status"] != "complete":
         i, n = options.shard
@@ -222,56 +200,48 @@ def _interrupt(*_: object) -> None:
 
 def _from_flags(options: argparse.Namespace) -> Suite | None:
     """The suite that the flags describe, or None if they name a file."""
-    from orthattack.eval.errors import EvaluationError
-    from orthattack.eval.models.load import BUNDLED
-    from orthattack.eval.suite import make_suite
+    from orthattack.eval.models import BUNDLED
+    from orthattack.eval.suite import MODELS, DataSpec, make_suite
 
-    given: dict[str, Any] = {name: value for name in _OF_THE_SUITE if (value := getattr(options, name)) is not None}
+    flags: dict[str, Any] = {
+        name: field.json_schema_extra for model in MODELS for name, field in model.model_fields.items()
+    }
+    given = {name: value for name in flags if (value := getattr(options, name, None)) is not None}
     if options.suite is not None:
         if given:
-            flag = next(iter(given)).replace("_", "-")
+            flag = flags[next(iter(given))]["flag"].partition(" ")[0]
             if options.suite.suffix != ".toml" and not options.suite.is_file():
                 raise EvaluationError(
                     f"{options.suite} stands alone, so it was taken for a suite, and there is no such file: what it "
                     "belongs to takes one value; a name with spaces needs quotes"
                 )
-            raise EvaluationError(f"--{flag} goes into the suite: beside {options.suite} only --out and --device")
+            raise EvaluationError(f"{flag} goes into the suite: beside {options.suite} only --out and --device")
         return None
-    names = list(dict.fromkeys(given.pop("model", BUNDLED)))
+    names = list(dict.fromkeys(given.pop("name", BUNDLED)))
     suites = [name for name in names if name.endswith(".toml")]
     if suites:
         raise EvaluationError(
             f"{suites[0]} is a suite, not a model: put the models into it, as [[models]] with a name each, and run "
             f"orthattack eval {suites[0]}"
         )
-    weights, size = given.pop("weights", None), given.pop("image_size", None)
-    if weights is not None and len(names) != 1:
+    if "weights" in given and len(names) != 1:
         raise EvaluationError(
             f"--weights goes with one --model, the architecture of the weights; got {len(names)}: for several put them "
             "into a suite, each as [[models]] with name and weights"
         )
+    about = {key: given.pop(key) for key in ("weights", "image_size") if key in given}
+    data = {key: given.pop(key) for key in DataSpec.model_fields if key in given}
     others = [name for name in names if name not in BUNDLED]
-    data: dict[str, Any] = {key: given.pop(key) for key in ("labels", "classes", "subset", "limit") if key in given}
-    data["source"] = given.pop("data", None if others else "cifar10-samples")
-    if data["source"] is None:
+    if others and "source" not in data:
         raise EvaluationError(f"--model {others[0]} needs --data: a folder of class folders, or imagenet-samples")
-    about = {"weights": weights, "image_size": size}
-    content: dict[str, Any] = {
-        "models": [{"name": name, **{k: v for k, v in about.items() if v is not None}} for name in names],
-        "data": data,
-        **given,
-    }
-    if "attacks" in content:
-        content["attacks"] = [_attack(text) for text in content["attacks"]]
-    if "seed" in content:
-        content["seeds"] = content.pop("seed")
-    return make_suite(content, "options")
+    if "attacks" in given:
+        given["attacks"] = [_attack(text) for text in given["attacks"]]
+    models = [{"name": name, **about} for name in names]
+    return make_suite({"models": models, "data": {"source": "cifar10-samples", **data}, **given}, "options")
 
 
 def _attack(text: str) -> dict[str, Any]:
     """An attack of the command line, NAME,key=value,..., as a table of a suite."""
-    from orthattack.eval.errors import EvaluationError
-
     name, *pairs = text.split(",")
     if "=" in name:
         raise EvaluationError(
@@ -300,8 +270,6 @@ def _value(text: str) -> Any:
 def _device(name: str | None) -> str:
     import torch
 
-    from orthattack.eval.errors import EvaluationError
-
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -311,18 +279,9 @@ def _device(name: str | None) -> str:
     return name
 
 
-def _say(line: str) -> None:
-    from tqdm import tqdm
-
-    from orthattack.eval.errors import printable
-
-    tqdm.write(f"orthattack: {printable(line)}", file=sys.stderr)
-
-
 def _tell(folder: RunFolder, complete: bool, to: Path | None = None) -> int:
     """Write the report of a run and print its table; returns the exit code."""
-    from orthattack.eval.api import reported
-    from orthattack.eval.report.text import leaderboard_table
+    from orthattack.eval.report.text import leaderboard_table, reported
 
     run = reported(folder, to)
     views = [run, *map(run.in_norm, run.other_norms)]
@@ -340,7 +299,7 @@ def _tell(folder: RunFolder, complete: bool, to: Path | None = None) -> int:
 def _report(options: argparse.Namespace) -> int:
     from orthattack.eval.storage.run_folder import RunFolder
 
-    return _tell(RunFolder(options.folder, _say), complete=True, to=options.to)
+    return _tell(RunFolder(options.folder, say), complete=True, to=options.to)
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -354,7 +313,7 @@ def _compare(options: argparse.Namespace) -> int:
 def _models(options: argparse.Namespace) -> int:
     from tabulate import tabulate
 
-    from orthattack.eval.models.load import list_models
+    from orthattack.eval.models.torchvision import list_models
 
     rows = [
         [model["name"], model["source"], model["input_size"], ", ".join(_weights(model))]

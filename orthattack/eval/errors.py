@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["FAILURES", "EvaluationError", "first_line", "printable", "told"]
+import sys
 
 FAILURES = (Exception, SystemExit)
 """What the code of other people may raise. A model that calls ``sys.exit`` does not end the run."""
@@ -42,3 +42,10 @@ def printable(text: str) -> str:
     'a\\x1b[31m\nb'
     """
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def say(line: str) -> None:
+    """Tell a person something at once, beside whatever bar there is."""
+    from tqdm import tqdm
+
+    tqdm.write(f"orthattack: {printable(line)}", file=sys.stderr)

@@ -13,8 +13,6 @@ from pathlib import Path
 
 from orthattack.eval.errors import FAILURES, EvaluationError, first_line
 
-__all__ = ["call", "find", "is_plugin", "kept_process"]
-
 
 @contextmanager
 def kept_process() -> Iterator[None]:

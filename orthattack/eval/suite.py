@@ -1,4 +1,7 @@
-"""What a run consists of: models, data, attacks, radii. Read from a TOML file or made of the command line's flags."""
+"""What a run consists of: models, data, attacks, radii. Read from a TOML file or made of the command line's flags.
+
+Each key is described once, by `_key`: what it is, what it may be, and the flag that sets it. Nothing heavy is imported.
+"""
 
 from __future__ import annotations
 
@@ -9,33 +12,22 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from orthattack.eval.attacks.kind import AttackKind
-from orthattack.eval.attacks.ours import DEFAULT_ATTACKS, attack_kind
 from orthattack.eval.errors import EvaluationError, first_line
-from orthattack.eval.models.load import BUNDLED
-from orthattack.threat import Norm
+from orthattack.eval.models import BUNDLED
+
+if TYPE_CHECKING:
+    from orthattack.eval.attacks.kind import AttackKind
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-__all__ = [
-    "AttackSpec",
-    "DataSpec",
-    "Entry",
-    "ModelSpec",
-    "Suite",
-    "differences",
-    "is_json",
-    "make_suite",
-    "parse_fraction",
-    "read_suite",
-]
+DEFAULT_ATTACKS = ["FGSM", "OrthoFGSM", "foolbox:FGSM", "PGD", "OrthoPGD", "foolbox:PGD"]
 
 
 def parse_fraction(value: object) -> object:
@@ -61,9 +53,32 @@ def _radius(value: float) -> float:
     return value
 
 
+Norm = Literal["linf", "l2", "l1"]  # `orthattack.threat.Norm`, which would bring torch
 Radius = Annotated[float, BeforeValidator(_number), AfterValidator(_radius)]
-Count = Annotated[int, Field(ge=1, strict=True)]
 Whole = Annotated[int, Field(strict=True, gt=-(2**63), lt=2**63)]
+Count = Annotated[int, Field(strict=True, ge=1, lt=2**63)]
+Kept = Literal["gallery", "all", "none"]
+
+_NAME = "text: see orthattack models and orthattack attacks"
+_IMAGES = "a whole number of images, at least 1"
+_EPS = "one radius or more, each a number >= 0 or a fraction such as 4/255: leave it out for the default one"
+
+
+def _key(default: Any, says: str, accepted: str, flag: str | None = None, of: Any = None, **more: Any) -> Any:
+    """A key of a suite.
+
+    Args:
+        default: what it is if not said, or a function that makes it; ... if it must be said.
+        says: what it is, for help and documentation.
+        accepted: what it may be, for who says something else.
+        flag: of the command line, and what its value is called there; none for a flag without a value.
+        of: the type of one of its values.
+        **more: for pydantic; or, of the flag, for argparse: ``nargs``, ``action``, ``const``, ``help``.
+    """
+    about = {name: more.pop(name) for name in ("nargs", "action", "const", "help") if name in more}
+    extra = {"accepted": accepted, "flag": flag, "of": of, "argparse": about}
+    default = {"default_factory" if callable(default) else "default": default}
+    return Field(**default, description=says, json_schema_extra=extra, **more)
 
 
 def _labelled(value: Any) -> Any:
@@ -89,19 +104,21 @@ class _Strict(BaseModel):
 
 
 class ModelSpec(_Strict):
-    """A classifier.
+    """A classifier."""
 
-    Attributes:
-        name: torchvision's name, ``timm:NAME``, a bundled model, or ``package.module:function``.
-        label: what the results call it; unique.
-        weights: a file, or the name of torchvision weights; by default the architecture's own.
-        image_size: pixels of its square input, where it differs from the weights' own.
-    """
-
-    name: str
-    label: str
-    weights: str | None = None
-    image_size: Count | None = None
+    name: str = _key(
+        ..., "one or several: see `orthattack models`, timm:NAME, or module:function",
+        _NAME, "--model NAME", nargs="+", action="extend",
+    )  # fmt: skip
+    label: str = _key(..., "what the results call it; unique", "text")
+    weights: str | None = _key(
+        None, "state dict, or name of torchvision weights (default: the model's own)",
+        "text: a file, or the name of torchvision weights", "--weights FILE",
+    )  # fmt: skip
+    image_size: Count | None = _key(
+        None, "pixels of the model's square input, if not the weights' own", "a whole number of pixels, at least 1",
+        "--image-size N", Count,
+    )  # fmt: skip
 
     @model_validator(mode="before")
     @classmethod
@@ -110,22 +127,27 @@ class ModelSpec(_Strict):
 
 
 class DataSpec(_Strict):
-    """Images.
+    """Images."""
 
-    Attributes:
-        source: a folder of class folders, Parquet files, imagenet-samples, cifar10-samples, ``torchvision:NAME``, or
-            ``package.module:function``.
-        labels: CSV file with columns file and label.
-        classes: CSV file that maps folders to class indices; or "text" or "numbers", what sorts numbered folders.
-        subset: file with a name per line: only these images, in that order.
-        limit: only so many, evenly spaced.
-    """
-
-    source: str
-    labels: str | None = None
-    classes: str | None = None
-    subset: str | None = None
-    limit: Count | None = None
+    source: str = _key(
+        ..., "folder of class folders, Parquet files, imagenet-samples, cifar10-samples, torchvision:NAME ...",
+        "text: a folder, imagenet-samples, cifar10-samples, Parquet files, torchvision:NAME or module:function",
+        "--data SOURCE",
+    )  # fmt: skip
+    labels: str | None = _key(
+        None, "columns file and label, for folders that are not the class list",
+        "text: a CSV file with columns file and label", "--labels CSV",
+    )  # fmt: skip
+    classes: str | None = _key(
+        None, "columns folder and label; or text or numbers, what sorts class folders",
+        "text: a CSV file with columns folder and label, or text or numbers, the order of class folders",
+        "--classes CSV",
+    )  # fmt: skip
+    subset: str | None = _key(
+        None, "names of images, one a line: only these, in that order",
+        "text: a file with names of images, one a line", "--subset FILE",
+    )  # fmt: skip
+    limit: Count | None = _key(None, "only N images, evenly spaced", _IMAGES, "--limit N", Count)
 
     @model_validator(mode="before")
     @classmethod
@@ -134,23 +156,18 @@ class DataSpec(_Strict):
 
 
 class AttackSpec(BaseModel):
-    """An attack: a name, and its options beside it.
-
-    Attributes:
-        name: see `orthattack.eval.attacks.ours.attack_kind`.
-        label: what the results call it; unique.
-        norm: another norm than the suite's, with radii of its own.
-        eps: those radii.
-        baselines: labels of the attacks to compare it with; by default those of its family.
-    """
+    """An attack: a name, and its options beside it."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    name: str
-    label: str
-    norm: Norm | None = None
-    eps: Annotated[tuple[Radius, ...], Field(min_length=1)] | None = None
-    baselines: tuple[str, ...] | None = None
+    name: str = _key(..., "see `orthattack attacks`", _NAME)
+    label: str = _key(..., "what the results call it; unique", "text")
+    norm: Norm | None = _key(None, "another norm than the suite's, with radii of its own", "linf, l2 or l1")
+    eps: tuple[Radius, ...] | None = _key(None, "those radii", _EPS, min_length=1)
+    baselines: tuple[str, ...] | None = _key(
+        None, "labels of the attacks to compare it with; by default those of its family",
+        "a list of other attacks' labels",
+    )  # fmt: skip
 
     @model_validator(mode="before")
     @classmethod
@@ -161,13 +178,9 @@ class AttackSpec(BaseModel):
         return value
 
     @model_validator(mode="after")
-    def _own_radii(self) -> AttackSpec:
+    def _is_whole(self) -> AttackSpec:
         if self.norm is not None and self.eps is None:
             raise ValueError("an attack with its own norm needs its own eps, for radii differ from norm to norm")
-        return self
-
-    @model_validator(mode="after")
-    def _storable(self) -> AttackSpec:
         for key, value in (self.model_extra or {}).items():
             if not is_json(value):
                 raise ValueError(
@@ -182,6 +195,8 @@ class AttackSpec(BaseModel):
 
     def kind(self) -> AttackKind:
         """The attack; EvaluationError if there is none."""
+        from orthattack.eval.attacks.ours import attack_kind
+
         return attack_kind(self.name, self.parameters)
 
 
@@ -198,40 +213,46 @@ class Entry:
 
 
 class Suite(_Strict):
-    """A whole benchmark: every attack at every radius on every model.
+    """A whole benchmark: every attack at every radius on every model."""
 
-    Attributes:
-        models: what to attack.
-        data: on what.
-        attacks: by what; `DEFAULT_ATTACKS` if not said.
-        norm: of the perturbations.
-        eps: radii in units of [0, 1] pixels.
-        steps: of the iterative attacks, where they do not say themselves.
-        seeds: of the random numbers; with several, each attack is run once with each.
-        batch_size: images at a time.
-        shard_size: images per file of results, the unit of work that a stop may lose.
-        save_images: which adversarial images to keep: a few for the report's gallery, all, or none.
-        attack_misclassified: attack also what the model gets wrong to begin with. No rate changes, for it is not robust
-            either way; without it, such images are recorded and left alone.
-        checks: run the trust checks, a few short attacks on `check_images` images of each model.
-        check_images: how many.
-    """
-
-    models: tuple[ModelSpec, ...] = Field(min_length=1)
-    data: DataSpec
-    attacks: tuple[AttackSpec, ...] = Field(
-        default_factory=lambda: tuple(AttackSpec.model_validate(name) for name in DEFAULT_ATTACKS), min_length=1
+    models: tuple[ModelSpec, ...] = _key(
+        ..., "what to attack: names, or tables of name, label, weights and image_size",
+        "a list of one model or more, each a name or a table with a name: leave no empty list", min_length=1,
+    )  # fmt: skip
+    data: DataSpec = _key(
+        ..., "on what: a source, or a table of source, labels, classes, subset and limit",
+        "a source by name, such as a folder, or a table with a source",
+    )  # fmt: skip
+    attacks: tuple[AttackSpec, ...] = _key(
+        lambda: tuple(AttackSpec.model_validate(name) for name in DEFAULT_ATTACKS),
+        "see `orthattack attacks`; options as NAME,key=value,...",
+        "a list of one attack or more, each a name or a table with a name: leave it out for the default ones",
+        "--attacks NAME", nargs="+", min_length=1,
+    )  # fmt: skip
+    norm: Norm = _key("linf", "norm of the perturbation", "linf, l2 or l1", "--norm", Norm)
+    eps: tuple[Radius, ...] = _key(
+        ..., "radii in [0, 1] pixels (default: 4/255, l2: 0.5)", _EPS, "--eps E", Radius, nargs="+", min_length=1
     )
-    norm: Norm = "linf"
-    eps: tuple[Radius, ...] = Field(min_length=1)
-    steps: Count = 10
-    seeds: tuple[Whole, ...] = Field(default=(0,), min_length=1)
-    batch_size: Count = 32
-    shard_size: Count = 128
-    save_images: Literal["gallery", "all", "none"] = "gallery"
-    attack_misclassified: bool = False
-    checks: bool = True
-    check_images: Count = 32
+    steps: Count = _key(
+        10, "steps of the iterative attacks, where they do not say themselves", "a whole number, at least 1",
+        "--steps N", Count,
+    )  # fmt: skip
+    seeds: tuple[Whole, ...] = _key(
+        (0,), "seeds of the random numbers; with several, each attack is run once with each",
+        "one whole number or more, below 2**63: leave it out for 0", "--seed N", Whole, nargs="+", min_length=1,
+    )  # fmt: skip
+    batch_size: Count = _key(32, "images at a time", _IMAGES, "--batch-size N", Count)
+    shard_size: Count = _key(128, "images per file, what a stop may lose", _IMAGES, "--shard-size N", Count)
+    save_images: Kept = _key("gallery", "adversarial images to keep", "gallery, all or none", "--save-images", Kept)
+    attack_misclassified: bool = _key(
+        False, "attack what is wrong to begin with too; no rate changes, for it is not robust either way",
+        "true or false", "--attack-misclassified", action="store_const", const=True,
+    )  # fmt: skip
+    checks: bool = _key(
+        True, "run the trust checks", "true or false", "--no-checks", help="leave out the trust checks",
+        action="store_const", const=False,
+    )  # fmt: skip
+    check_images: Count = _key(32, "on how many images of each model", _IMAGES)
 
     @model_validator(mode="before")
     @classmethod
@@ -354,67 +375,41 @@ def make_suite(content: Mapping[str, Any], origin: str) -> Suite:
         # A key that nobody knows first: what seems to be missing may only be misspelt.
         first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
         where = "".join(f"[{part + 1}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
-        where = where or "suite"
-        message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            word, known = str(first["loc"][-1]), _known_keys(first["loc"])
+            within: dict[str, type[BaseModel]] = {"models": ModelSpec, "data": DataSpec, "attacks": AttackSpec}
+            word = str(first["loc"][-1])
+            model = within.get(str(first["loc"][0]), Suite) if len(first["loc"]) > 1 else Suite
+            known = [*model.model_fields]
             close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
-            message = (
-                f"unknown key; did you mean {close[0]}?" if close else f"unknown key; there are {', '.join(known)}"
-            )
-        elif first["type"] != "value_error":
-            message = _expected(first)
-        raise EvaluationError(f"{origin}: {where}: {message}") from error
+            message = "unknown key; " + (f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}")
+        else:
+            message = wrong(first)
+        raise EvaluationError(f"{origin}: {where or 'suite'}: {message}") from error
 
 
-_ACCEPTED = {
-    "models": "a list of one model or more, each a name or a table with a name: leave no empty list",
-    "name": "text: see orthattack models and orthattack attacks",
-    "label": "text",
-    "weights": "text: a file, or the name of torchvision weights",
-    "image_size": "a whole number of pixels, at least 1",
-    "data": "a source by name, such as a folder, or a table with a source",
-    "source": "text: a folder, imagenet-samples, cifar10-samples, Parquet files, torchvision:NAME or module:function",
-    "labels": "text: a CSV file with columns file and label",
-    "classes": "text: a CSV file with columns folder and label, or text or numbers, the order of class folders",
-    "subset": "text: a file with names of images, one a line",
-    "limit": "a whole number of images, at least 1",
-    "attacks": "a list of one attack or more, each a name or a table with a name: leave it out for the default ones",
-    "norm": "linf, l2 or l1",
-    "eps": "one radius or more, each a number >= 0 or a fraction such as 4/255: leave it out for the default one",
-    "baselines": "a list of other attacks' labels",
-    "steps": "a whole number, at least 1",
-    "seeds": "one whole number or more, below 2**63: leave it out for 0",
-    "batch_size": "a whole number of images, at least 1",
-    "shard_size": "a whole number of images, at least 1",
-    "save_images": "gallery, all or none",
-    "attack_misclassified": "true or false",
-    "checks": "true or false",
-    "check_images": "a whole number of images, at least 1",
-}  # fmt: skip
-"""What each key of a suite may be."""
-
-
-def _expected(error: Any) -> str:
-    """What is accepted where pydantic found something else."""
+def wrong(error: Any, accepted: str | None = None) -> str:
+    """What is accepted, where pydantic found something else, and what it is."""
+    if error["type"] == "value_error":  # one of ours
+        return str(error["msg"].removeprefix("Value error, "))
     key = next((part for part in reversed(error["loc"]) if isinstance(part, str)), "")
-    accepted = _ACCEPTED.get(key, "a table of the keys " + ", ".join(Suite.model_fields))
+    if accepted is None:
+        specs: tuple[type[BaseModel], ...] = (AttackSpec, *MODELS)
+        known: dict[str, Any] = {k: f.json_schema_extra for m in specs for k, f in m.model_fields.items()}
+        accepted = known[key]["accepted"] if key in known else f"a table of the keys {', '.join(Suite.model_fields)}"
     if error["type"] == "missing":
         return f"is missing: it must be {accepted}"
-    value = error["input"]
-    shown = repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:77]}..."
-    table = (
-        f": each is a table of its own, [[{key}]] in two brackets"
-        if isinstance(value, dict) and "list" in accepted
-        else ""
-    )
-    return f"must be {accepted}; got {shown}{table}"
+    value = repr(error["input"])
+    brackets = isinstance(error["input"], dict) and "list" in accepted
+    table = f": each is a table of its own, [[{key}]] in two brackets" if brackets else ""
+    return f"must be {accepted}; got {value if len(value) <= 80 else f'{value[:77]}...'}{table}"
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    models: dict[str, type[BaseModel]] = {"models": ModelSpec, "data": DataSpec, "attacks": AttackSpec}
-    model = models.get(str(location[0]), Suite) if len(location) > 1 else Suite
-    return list(model.model_fields)
+MODELS: tuple[type[_Strict], ...] = (ModelSpec, DataSpec, Suite)
+"""Whose keys the flags of the command line are."""
+
+Suite.__doc__ = f"{Suite.__doc__}\n\nAttributes:\n" + "".join(
+    f"    {name}: {field.description}.\n" for name, field in Suite.model_fields.items()
+)
 
 
 def _anchor(content: dict[str, Any], folder: Path) -> dict[str, Any]:

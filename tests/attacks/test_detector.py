@@ -9,7 +9,9 @@ from torch.nn import functional
 
 from orthattack import PGD, DetectorEvasion, alignment
 from orthattack.eval.data.load import load_dataset
-from orthattack.eval.models.load import Classifier, Preprocessing, load_classifier
+from orthattack.eval.models.classifier import Classifier
+from orthattack.eval.models.load import load_classifier
+from orthattack.eval.models.preprocessing import Preprocessing
 from tests.attacks.test_attacks import SIZE, Recorder, drawn, small_model
 
 EPS = 8 / 255

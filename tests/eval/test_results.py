@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from scipy.stats import binomtest
 
-from orthattack.eval.models.load import EvaluationError
+from orthattack.eval.errors import EvaluationError
 from orthattack.eval.results.comparison import CLEAN, compared, differences
 from orthattack.eval.results.outcomes import by_cause, cause
 from orthattack.eval.results.stored_run import COSINE_EDGES, WORST, Run

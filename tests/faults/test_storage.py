@@ -15,8 +15,9 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from orthattack.eval import cli
-from orthattack.eval.api import evaluate, reported
+from orthattack.eval.api import evaluate
 from orthattack.eval.errors import EvaluationError
+from orthattack.eval.report.text import reported
 from orthattack.eval.results.stored_run import Run
 from orthattack.eval.storage import files
 from orthattack.eval.storage.run_folder import RunFolder

@@ -31,8 +31,6 @@ from orthattack.eval.errors import EvaluationError
 from orthattack.interop.foolbox import FromFoolbox
 from orthattack.threat import Norm
 
-__all__ = ["foolbox_attack", "foolbox_attacks", "foolbox_norms"]
-
 
 def foolbox_attacks() -> dict[str, Any]:
     """Foolbox's attacks by name."""

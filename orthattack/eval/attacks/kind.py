@@ -19,11 +19,6 @@ from orthattack.attacks.base import Card
 from orthattack.eval.errors import EvaluationError
 from orthattack.threat import Norm
 
-__all__ = [
-    "GIVEN", "STEP", "AttackKind", "Conditions", "Found", "OwnRunner", "Probe", "Runner", "check_options",
-    "check_steps", "defaults", "described", "family", "nearest",
-]  # fmt: skip
-
 Source = Literal["orthattack", "foolbox", "torchattacks", "user"]
 
 GIVEN = {"model", "norm", "eps", "bounds", "targeted", "generator", "detector"}  # by the evaluation, not the user

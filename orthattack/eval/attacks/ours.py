@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ import orthattack.attacks as ours
 from orthattack.attacks.base import Attack
 from orthattack.attacks.configured import options_of
 from orthattack.eval import plugin
-from orthattack.eval.attacks.foolbox import foolbox_attack, foolbox_attacks, foolbox_norms
 from orthattack.eval.attacks.kind import (
     GIVEN,
     AttackKind,
@@ -31,12 +30,8 @@ from orthattack.eval.attacks.kind import (
     defaults,
     nearest,
 )
-from orthattack.eval.attacks.torchattacks import torchattacks_attack, torchattacks_attacks, torchattacks_norms
-from orthattack.eval.attacks.user import user_attack
 from orthattack.eval.errors import EvaluationError
 from orthattack.threat import Norm
-
-__all__ = ["DEFAULT_ATTACKS", "OURS", "attack_kind", "list_attacks"]
 
 OURS = tuple(
     name
@@ -46,8 +41,6 @@ OURS = tuple(
     and kind not in (Attack, ours.DetectorEvasion)
 )
 """The names of our attacks; beside them there is DetectorEvasion, whose detector only Python can give."""
-
-DEFAULT_ATTACKS = ["FGSM", "OrthoFGSM", "foolbox:FGSM", "PGD", "OrthoPGD", "foolbox:PGD"]
 
 
 def attack_kind(name: str, parameters: Mapping[str, Any] | None = None) -> AttackKind:
@@ -68,34 +61,29 @@ def attack_kind(name: str, parameters: Mapping[str, Any] | None = None) -> Attac
     if not colon:
         return _ours(name, options)
     if prefix == "foolbox":
+        from orthattack.eval.attacks.foolbox import foolbox_attack
+
         return foolbox_attack(name, rest, options)
     if prefix == "torchattacks":
+        from orthattack.eval.attacks.torchattacks import torchattacks_attack
+
         return torchattacks_attack(name, rest, options)
+    from orthattack.eval.attacks.user import user_attack
+
     return user_attack(name, plugin.find(name), options)
 
 
 def list_attacks() -> list[dict[str, Any]]:
     """Every attack that can be named, with its parameters and their defaults, and ``norms``, those it can be run in."""
-    every: tuple[Norm, ...] = ("linf", "l2", "l1")
-    listed: list[tuple[str, Any, set[str], tuple[Norm, ...]]] = [
-        *((name, getattr(ours, name), GIVEN | {"options"}, every) for name in OURS),
-        *(
-            (f"foolbox:{name}", kind, GIVEN | {"distance"}, foolbox_norms(kind))
-            for name, kind in _sorted(foolbox_attacks())
-        ),
-        *(
-            (f"torchattacks:{name}", kind, GIVEN | {"max_epsilon"}, torchattacks_norms(name, kind))
-            for name, kind in _sorted(torchattacks_attacks())
-        ),
-    ]
-    return [
-        {"name": name, "parameters": defaults(kind, without), "norms": list(norms)}
-        for name, kind, without, norms in listed
-    ]
+    from orthattack.eval.attacks.foolbox import foolbox_attacks, foolbox_norms
+    from orthattack.eval.attacks.torchattacks import torchattacks_attacks, torchattacks_norms
 
-
-def _sorted(attacks: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return sorted(attacks.items())
+    theirs = [(f"foolbox:{name}", kind, foolbox_norms(kind)) for name, kind in sorted(foolbox_attacks().items())]
+    listed = sorted(torchattacks_attacks().items())
+    theirs += [(f"torchattacks:{name}", kind, torchattacks_norms(name, kind)) for name, kind in listed]
+    every = [(name, getattr(ours, name), get_args(Norm)) for name in OURS] + theirs
+    without = GIVEN | {"options", "distance", "max_epsilon"}
+    return [{"name": name, "parameters": defaults(kind, without), "norms": [*norms]} for name, kind, norms in every]
 
 
 def _accepted(kind: Any) -> list[str]:

@@ -13,8 +13,6 @@ import torch
 
 from orthattack.eval.attacks.kind import AttackKind
 
-__all__ = ["drawing", "image_seed", "joint_seed"]
-
 
 def image_seed(seed: int, image: str, attack: AttackKind) -> int:
     """The seed of one image's random numbers: it depends on nothing but the run's seed, the image and the attack."""

@@ -29,8 +29,6 @@ from orthattack.eval.attacks.seeds import drawing, joint_seed
 from orthattack.eval.errors import EvaluationError
 from orthattack.threat import Norm
 
-__all__ = ["torchattacks_attack", "torchattacks_attacks", "torchattacks_norms"]
-
 
 def torchattacks_attack(name: str, rest: str, options: dict[str, Any]) -> AttackKind:
     try:

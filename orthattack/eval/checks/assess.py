@@ -14,14 +14,11 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import pandas as pd
-from scipy.stats import binom
 
 from orthattack.eval.checks.clean import CLEAN_COLUMNS, clean_suspicions, differentiated
 from orthattack.eval.checks.probes import TRANSFER
 from orthattack.eval.storage.run_folder import RunFolder, shown_eps
 from orthattack.threat import Norm, ThreatModel, perturbation_norm
-
-__all__ = ["Check", "assess"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +91,8 @@ class _Model:
         rows = rows[rows["status"] == "ok"]
         if rows.empty:
             return self._not_run(name, "no image could be scored")
+        from scipy.stats import binom
+
         right, n = int((rows["wrong_share"] <= 0.5).sum()), len(rows)
         against = "" if self.published is None else f" (published: {100 * self.published:.1f} %)"
         found, numbers = clean_suspicions(rows, self.classes), rows[CLEAN_COLUMNS[2:]]

@@ -6,15 +6,10 @@ import math
 from dataclasses import dataclass
 
 import pandas as pd
-import torch
-from scipy.stats import binom
-from torch import Tensor
 
 from orthattack.assumptions import PROBABILITIES, SIGMOIDS, are_probabilities
 from orthattack.eval.data.dataset import evenly
 from orthattack.eval.results.rates import Rate
-
-__all__ = ["CLEAN_COLUMNS", "CleanStatistics", "clean_suspicions", "differentiated", "suspicions"]
 
 _DOUBT = 0.01
 """An explanation under which the data had at most this probability is ruled out."""
@@ -22,7 +17,7 @@ _DOUBT = 0.01
 
 @dataclass(frozen=True)
 class CleanStatistics:
-    """What is collected over clean images; ``a + b`` merges two batches.
+    """What is collected over clean images.
 
     Attributes:
         accuracy: right predictions.
@@ -38,24 +33,6 @@ class CleanStatistics:
     row_sums: tuple[float, float]
     images: tuple[float, float]
 
-    @classmethod
-    def of(cls, images: Tensor, logits: Tensor, labels: Tensor) -> CleanStatistics:
-        """Of a batch of at least one: images (N, C, H, W), logits (N, K), labels (N,)."""
-        right = Rate(int((logits.argmax(1) == labels).sum()), len(labels))
-        sums = logits.double().sum(1)
-        return cls(right, logits.shape[1], _range(logits), _range(sums), _range(images))
-
-    def __add__(self, other: CleanStatistics) -> CleanStatistics:
-        if self.num_classes != other.num_classes:
-            raise ValueError(f"statistics of {self.num_classes} and of {other.num_classes} classes cannot be merged")
-        return CleanStatistics(
-            Rate(self.accuracy.count + other.accuracy.count, self.accuracy.total + other.accuracy.total),
-            self.num_classes,
-            _hull(self.logits, other.logits),
-            _hull(self.row_sums, other.row_sums),
-            _hull(self.images, other.images),
-        )
-
 
 def suspicions(statistics: CleanStatistics) -> list[str]:
     """Warnings, each with its reason and a remedy; none if nothing is odd."""
@@ -68,6 +45,8 @@ def _at_chance(statistics: CleanStatistics) -> str | None:
 
     The second condition keeps five images, of which a good model may well miss four, from raising it.
     """
+    from scipy.stats import binom
+
     count, total, chance = statistics.accuracy.count, statistics.accuracy.total, 1 / statistics.num_classes
     guessing = float(binom.sf(count - 1, total, chance))  # P(at least as many right)
     useful = float(binom.cdf(count, total, (1 + chance) / 2))  # P(at most as many right)
@@ -106,17 +85,6 @@ def _pixels(statistics: CleanStatistics) -> str | None:
     if high <= 1.5 / 255:
         return f"no pixel is larger than {high:.3g}: the images are black, or were divided by 255 twice"
     return None
-
-
-def _range(values: Tensor) -> tuple[float, float]:
-    low, high = torch.aminmax(values.detach())
-    return float(low), float(high)
-
-
-def _hull(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
-    # torch's minimum, unlike Python's, keeps NaN
-    low, high = torch.tensor([a, b], dtype=torch.float64).aminmax(dim=0)
-    return float(low[0]), float(high[1])
 
 
 CLEAN_COLUMNS = ["status", "wrong_share", "logit_min", "logit_max", "logit_sum", "image_min", "image_max"]

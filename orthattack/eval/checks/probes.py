@@ -11,9 +11,6 @@ from orthattack.eval.attacks.ours import attack_kind
 from orthattack.eval.suite import Suite
 from orthattack.threat import Norm
 
-__all__ = ["TRANSFER", "Probe", "planned_probes", "probes"]
-
-
 TRANSFER = "transfer from "
 """What the label of a probe begins with that tries another model's adversarials; the other's label follows."""
 

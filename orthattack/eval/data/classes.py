@@ -13,8 +13,6 @@ from typing import Literal
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models.classifier import Classifier
 
-__all__ = ["ClassMap", "Order", "map_from_file", "match_folders", "match_names", "read_table"]
-
 _KEYS, _VALUES = ("folder", "wnid", "class"), ("label", "index")
 
 

@@ -18,8 +18,6 @@ from orthattack.eval.data.readers import Dataset, Source
 from orthattack.eval.errors import EvaluationError, told
 from orthattack.eval.models.preprocessing import DecodeError, Preprocessing
 
-__all__ = ["Batch", "ImageDataset", "Unreadable", "evenly", "read_names"]
-
 _HASHED_WHOLE = 64
 
 

@@ -6,25 +6,24 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from importlib import resources
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from orthattack.eval import plugin
 from orthattack.eval.data.classes import ClassMap, Order, map_from_file, match_folders, match_names, read_table
-from orthattack.eval.data.dataset import Batch, ImageDataset, Unreadable, read_names
+from orthattack.eval.data.dataset import ImageDataset
 from orthattack.eval.data.readers import Dataset, Files, Shards, Source, find_shards
-from orthattack.eval.data.torchvision import PREFIX as TORCHVISION
-from orthattack.eval.data.torchvision import check_torchvision, open_torchvision
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models.classifier import Classifier
-
-__all__ = ["SAMPLES", "Batch", "ImageDataset", "Unreadable", "check_data", "load_dataset", "read_names"]
 
 SAMPLES = {"imagenet-samples": "imagenet", "cifar10-samples": "cifar10"}
 """The images in Foolbox's package, 20 of each, and their names there."""
 
 _SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif",
              ".tiff"}  # fmt: skip
+TORCHVISION = "torchvision:"
 _UNSAID = {"thumbs.db", "desktop.ini"}  # which file managers leave behind
 _AS_THEY_ARE = "labels taken as the model's class indices"
 
@@ -34,7 +33,7 @@ def check_data(data: str) -> None:
     if data in SAMPLES or (plugin.is_plugin(data) and not data.startswith(TORCHVISION)):
         return
     if data.startswith(TORCHVISION):
-        check_torchvision(data)
+        _torchvision().check_torchvision(data)
     elif not find_shards(data) and not os.path.isdir(data):  # noqa: PTH112 - pathlib's raises where a name is too long
         problem = "is a file, not a folder" if os.path.isfile(data) else "does not exist"  # noqa: PTH113
         raise EvaluationError(
@@ -109,9 +108,15 @@ def load_dataset(
     return ImageDataset(*about, source, range(len(names)), notes)
 
 
+def _torchvision() -> Any:
+    """Imported on first use: it takes seconds."""
+    return import_module("orthattack.eval.data.torchvision")
+
+
 def _foolbox_samples(data: str) -> tuple[list[str], list[int], Files]:
     pattern = re.compile(rf"{SAMPLES[data]}_\d+_(\d+)\.(png|jpg)")
-    folder = Path(str(resources.files("foolbox"))) / "data"
+    package = find_spec("foolbox")  # which is not imported for its images
+    folder = Path(str(package and package.origin)).parent / "data"
     matches = [(path, match) for path in sorted(folder.iterdir()) if (match := pattern.fullmatch(path.name))]
     paths = [path for path, _ in matches]
     return [path.name for path in paths], [int(match[1]) for _, match in matches], Files(paths)
@@ -192,7 +197,7 @@ def _data_set(data: str, classifier: Classifier, classes: Path | None) -> tuple[
     """Images that come with labels, and perhaps with the classes' names, of their own."""
     source: Shards | Dataset
     if data.startswith(TORCHVISION):
-        source = Dataset(open_torchvision(data), data, thread_safe=True)
+        source = Dataset(_torchvision().open_torchvision(data), data, thread_safe=True)
     elif shards := find_shards(data):
         source = Shards(shards)
     else:

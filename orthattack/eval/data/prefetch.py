@@ -8,8 +8,6 @@ from functools import partial
 
 from torch import Tensor
 
-__all__ = ["Decoder"]
-
 WORKERS = 2
 
 

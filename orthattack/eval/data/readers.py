@@ -31,8 +31,6 @@ from orthattack.eval.models.preprocessing import DecodeError, decode
 from orthattack.eval.plugin import kept_process
 from orthattack.lending import global_random_numbers, guarded
 
-__all__ = ["Dataset", "Files", "Shards", "Source", "find_shards"]
-
 CACHED_BYTES = 256 * 2**20
 """How much of the row groups read last is kept; the last one is kept whatever its size."""
 

@@ -12,8 +12,6 @@ import torchvision
 
 from orthattack.eval.errors import FAILURES, EvaluationError, first_line
 
-__all__ = ["PREFIX", "check_torchvision", "open_torchvision"]
-
 PREFIX = "torchvision:"
 
 _OURS = {"transform", "target_transform", "transforms", "loader", "download", "kwargs", "train"}

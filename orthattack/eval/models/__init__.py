@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Classifier", "Preprocessing", "load_classifier"]
 
+BUNDLED = {"cifar10-standard": "standard.safetensors", "cifar10-robust": "robust-linf-8.safetensors"}
+"""The models that come with the package, see weights/MODEL_CARD.md, and their files."""
+
 
 def __getattr__(name: str) -> Any:
     from importlib import import_module

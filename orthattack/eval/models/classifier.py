@@ -16,8 +16,6 @@ from orthattack.eval.models.preprocessing import Preprocessing
 from orthattack.eval.models.weights import Checkpoint, few, load_strictly, state_sha256
 from orthattack.models import Normalized, check_finite, checked_logits
 
-__all__ = ["Builder", "Classifier", "checked", "from_checkpoint", "shapes"]
-
 Builder = Callable[[int], nn.Module]
 """An architecture, for a number of classes."""
 

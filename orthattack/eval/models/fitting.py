@@ -7,14 +7,19 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from orthattack.eval.errors import EvaluationError
-from orthattack.eval.models.weights import Checkpoint, few
+from orthattack.eval.models.classifier import Builder, shapes
+from orthattack.eval.models.weights import Checkpoint, few, read_checkpoint
 
-__all__ = ["fitted"]
+
+def read_fitted(name: str, path: Path, build: Builder) -> Checkpoint:
+    """A weights file, with its names as the architecture has them."""
+    return fitted(read_checkpoint(path), name, shapes(build, 2))
 
 
 def fitted(file: Checkpoint, name: str, wanted: Collection[str]) -> Checkpoint:

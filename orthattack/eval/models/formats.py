@@ -7,8 +7,6 @@ import re
 import zipfile
 from pathlib import Path
 
-__all__ = ["foreign", "is_safetensors", "refused_pickle"]
-
 _AGAIN = "fetch it again, and compare its size with the original's"
 
 _MAGIC: tuple[tuple[int, bytes, str], ...] = (

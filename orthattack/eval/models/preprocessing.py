@@ -6,17 +6,16 @@ import io
 import math
 import operator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as transforms
 
 from orthattack.eval.errors import first_line
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "MAX_PIXELS", "DecodeError", "Preprocessing", "decode"]
+if TYPE_CHECKING:
+    from torchvision.transforms import InterpolationMode
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -87,7 +86,7 @@ class Preprocessing:
 
     resize: int
     crop: int
-    interpolation: InterpolationMode | str = InterpolationMode.BILINEAR
+    interpolation: InterpolationMode | str = "bilinear"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     aspect: Literal["keep", "squash"] = "keep"
@@ -115,6 +114,8 @@ class Preprocessing:
         Raises:
             DecodeError: pixels without a known range, or sides so different that the resized image is too large.
         """
+        from torchvision.transforms import functional as transforms
+
         image = _rgb(image)
         if image.size != (self.crop, self.crop):
             shape = [self.resize] * (2 if self.aspect == "squash" else 1)
@@ -169,6 +170,8 @@ def _side(name: str, value: object) -> int:
 
 
 def _mode(value: InterpolationMode | str) -> InterpolationMode:
+    from torchvision.transforms import InterpolationMode  # takes seconds, which only who has images to resize pays
+
     try:
         return InterpolationMode(value.lower() if isinstance(value, str) else value)
     except ValueError:

@@ -24,8 +24,6 @@ from torch import Tensor, nn
 from orthattack.eval.errors import EvaluationError, first_line
 from orthattack.eval.models.formats import foreign, is_safetensors, refused_pickle
 
-__all__ = ["Checkpoint", "few", "load_strictly", "read_checkpoint", "state_sha256"]
-
 
 @dataclass(frozen=True)
 class Checkpoint:

@@ -19,8 +19,6 @@ from orthattack.eval.results.outcomes import records
 from orthattack.eval.results.stored_run import Run
 from orthattack.eval.storage.run_folder import shown_eps
 
-__all__ = ["Example", "examples", "order", "save_picture"]
-
 
 @dataclass(frozen=True)
 class Example:

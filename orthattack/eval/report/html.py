@@ -26,8 +26,6 @@ from orthattack.eval.results.rates import DEFINITIONS
 from orthattack.eval.results.stored_run import COSINE_EDGES, WORST, Run
 from orthattack.eval.storage.run_folder import shown_eps
 
-__all__ = ["page"]
-
 SHOWN_SIZE = 224
 LOSSLESS_SIZE = 64
 IMAGE_BYTES = 8_500_000  # before base64, which makes them 11.4 MB

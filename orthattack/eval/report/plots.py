@@ -22,8 +22,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter
 from numpy.typing import NDArray
 
-__all__ = ["COLOURS", "Style", "accuracy_by_calls", "accuracy_by_eps", "cosine_histogram", "histogram_path", "styles"]
-
 COLOURS = 8
 
 # Colours that stand for the page's until the figure is written.

@@ -7,12 +7,14 @@ import json
 import shutil
 import textwrap
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from tabulate import tabulate
 
+from orthattack.eval.errors import EvaluationError
 from orthattack.eval.report import table as tables
 from orthattack.eval.report.table import NORMS, OPTIMALITY, Column, Row, grid
 from orthattack.eval.results.comparison import CLEAN, compared, differences
@@ -30,6 +32,24 @@ NOTES = (
 _WIDTH = 22
 _COLUMNS = 132
 _MEASURED = ["mean_norm", "mean_abs_cosine", "max_abs_cosine", "gradient_calls"]
+
+
+def reported(folder: RunFolder, to: Path | None = None) -> Run:
+    """Judge the trust checks of a run, finished or not, and write its report, into its folder or another."""
+    from orthattack.eval.checks.assess import assess
+
+    manifest = folder.manifest()
+    run = Run(folder, manifest)  # which refuses a manifest that lacks something
+    checks = [asdict(check) for check in assess(folder, manifest)] if manifest["config"].get("checks") else []
+    try:
+        folder.write_text("checks.json", json.dumps(checks, indent=1) + "\n")
+        write_report(run, None if to is None else RunFolder(to))
+    except OSError as error:
+        raise EvaluationError(
+            f"could not write the report to {to or folder} ({error.strerror or error}): the results are kept; mend it, "
+            f"and write the report with: orthattack report {folder}"
+        ) from error
+    return run
 
 
 def write_report(run: Run, folder: RunFolder | None = None) -> list[Path | str]:

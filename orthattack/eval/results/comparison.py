@@ -13,8 +13,6 @@ from orthattack.eval.results.outcomes import ROBUST, UNSCORED, WRONG, bools, is_
 from orthattack.eval.results.paired import Paired
 from orthattack.eval.results.stored_run import Run
 
-__all__ = ["CLEAN", "compared", "differences"]
-
 CLEAN = "(clean)"
 """What the rows are called that compare the models on the images as they are."""
 

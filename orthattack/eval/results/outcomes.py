@@ -16,29 +16,6 @@ from numpy.typing import NDArray
 from orthattack.eval.results.paired import Paired
 from orthattack.eval.results.rates import Rate
 
-__all__ = [
-    "FOOLED",
-    "ROBUST",
-    "UNSCORED",
-    "WRONG",
-    "Outcomes",
-    "bools",
-    "by_cause",
-    "cause",
-    "compare",
-    "defined",
-    "floats",
-    "ints",
-    "is_",
-    "measures",
-    "paired_row",
-    "per_class",
-    "rate_columns",
-    "rates",
-    "records",
-]
-
-
 UNSCORED, WRONG, ROBUST, FOOLED = -1, 0, 1, 2
 """Not scored, wrong to begin with, robust, newly fooled: in this order the largest of several is the worst case."""
 

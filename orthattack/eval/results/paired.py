@@ -10,9 +10,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
-
-__all__ = ["Paired", "optimality"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +57,8 @@ class Paired:
         """
         if self.n == 0:
             return None
+        from scipy.stats import binomtest
+
         differ = self.first_only + self.second_only
         return float(binomtest(self.first_only, differ).pvalue) if differ else 1.0
 

@@ -5,11 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-__all__ = ["DEFINITIONS", "Rate", "attack_success_rate", "clean_accuracy", "robust_accuracy"]
-
 DEFINITIONS = (
     "robust accuracy: right on the clean and on the adversarial image, over all images scored; "
     "success: newly fooled, over the images that were right to begin with and scored; intervals: 95 %, Wilson"
@@ -36,18 +31,3 @@ class Rate:
         centre = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def clean_accuracy(clean_right: Tensor) -> Rate:
-    """Right on the clean image, over all images. `clean_right`: (N,) bool."""
-    return Rate(int(clean_right.sum()), clean_right.numel())
-
-
-def robust_accuracy(clean_right: Tensor, adversarial_right: Tensor) -> Rate:
-    """Right on the clean and on the adversarial image, over all images. Both (N,) bool."""
-    return Rate(int((clean_right & adversarial_right).sum()), clean_right.numel())
-
-
-def attack_success_rate(clean_right: Tensor, adversarial_right: Tensor) -> Rate:
-    """Newly fooled, over the images that were right to begin with. Both (N,) bool."""
-    return Rate(int((clean_right & ~adversarial_right).sum()), int(torch.sum(clean_right)))

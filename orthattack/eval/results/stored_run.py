@@ -38,8 +38,6 @@ from orthattack.eval.results.paired import Paired, optimality
 from orthattack.eval.results.rates import Rate
 from orthattack.eval.storage.run_folder import RunFolder
 
-__all__ = ["COSINE_EDGES", "WORST", "Run"]
-
 WORST = "worst case of all"
 """Name of the rows in which an image counts as fooled if any attack at that radius fooled it."""
 

@@ -17,7 +17,7 @@ from orthattack.eval.attacks.counter import CallCounter, Calls
 from orthattack.eval.attacks.kind import Conditions, Found, Runner
 from orthattack.eval.attacks.seeds import drawing, image_seed, joint_seed
 from orthattack.eval.checks.clean import differentiated
-from orthattack.eval.data.load import ImageDataset, Unreadable
+from orthattack.eval.data.dataset import ImageDataset, Unreadable
 from orthattack.eval.errors import told
 from orthattack.eval.models.classifier import Classifier
 from orthattack.eval.plugin import kept_process
@@ -26,8 +26,6 @@ from orthattack.eval.storage.run_folder import CLEAN_SCHEMA, ROW_SCHEMA, Kind, R
 from orthattack.eval.suite import Entry
 from orthattack.lending import guarded
 from orthattack.threat import Norm
-
-__all__ = ["POOL", "Bound", "Job", "Part"]
 
 ALLOWED = "allows every image"
 """What an attack's warning of its radius says, and a run has said of all radii before it began."""

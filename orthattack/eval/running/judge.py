@@ -26,8 +26,6 @@ from orthattack.losses import Goal
 from orthattack.projection import alignment
 from orthattack.threat import Norm, ThreatModel, perturbation_norm
 
-__all__ = ["Judge", "check_batches", "clean_columns", "plain_copy", "promised_cosine", "row_columns"]
-
 Columns = dict[str, list[Any]]
 
 NOT_FINITE = "the model's answer is NaN or infinite"

@@ -13,14 +13,12 @@ from typing import Any
 import torch
 
 from orthattack.eval.attacks.kind import described
-from orthattack.eval.data.load import ImageDataset
+from orthattack.eval.data.dataset import ImageDataset
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models.classifier import Classifier
 from orthattack.eval.storage.lock import Part
 from orthattack.eval.storage.run_folder import RunFolder
 from orthattack.eval.suite import Entry, differences
-
-__all__ = ["bury", "describe_attacks", "describe_model", "hardware", "new_session", "now", "to_go_on"]
 
 
 def describe_attacks(entries: Sequence[Entry], baselines: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:

@@ -13,8 +13,6 @@ from orthattack.eval.storage.run_folder import RunFolder, Shard
 from orthattack.eval.suite import AttackSpec, Entry, Suite
 from orthattack.threat import ThreatModel
 
-__all__ = ["GALLERY", "Plan", "Todo", "Unit", "boundless"]
-
 GALLERY = 24
 """How many images' adversarials are kept for the report."""
 

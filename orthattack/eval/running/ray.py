@@ -29,8 +29,6 @@ from orthattack.eval.running.worker import Attacked, Worker
 from orthattack.eval.storage.run_folder import RunFolder
 from orthattack.eval.suite import make_suite
 
-__all__ = ["Crew", "Queue", "RayWorker", "ray_crew"]
-
 DEATHS = 3
 """How many workers may die of one unit before it is left undone."""
 

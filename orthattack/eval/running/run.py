@@ -21,7 +21,8 @@ from tqdm import tqdm
 from orthattack.eval.attacks.kind import AttackKind
 from orthattack.eval.attacks.seeds import drawing
 from orthattack.eval.checks.probes import planned_probes
-from orthattack.eval.data.load import ImageDataset, check_data, load_dataset, read_names
+from orthattack.eval.data.dataset import ImageDataset, read_names
+from orthattack.eval.data.load import check_data, load_dataset
 from orthattack.eval.errors import EvaluationError, printable
 from orthattack.eval.models.classifier import Classifier, checked
 from orthattack.eval.models.load import check_name, load_classifier
@@ -32,8 +33,6 @@ from orthattack.eval.running.worker import Attacked, Worker
 from orthattack.eval.storage.lock import Part, working_in
 from orthattack.eval.storage.run_folder import RunFolder, shown_eps
 from orthattack.eval.suite import Suite
-
-__all__ = ["Engine", "Source", "run_suite", "suite_source"]
 
 
 @dataclass(frozen=True)

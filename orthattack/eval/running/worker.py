@@ -11,7 +11,7 @@ from torch import Tensor
 from orthattack.eval.attacks.kind import Conditions
 from orthattack.eval.checks.clean import CLEAN_COLUMNS, clean_suspicions
 from orthattack.eval.checks.probes import TRANSFER
-from orthattack.eval.data.load import ImageDataset
+from orthattack.eval.data.dataset import ImageDataset
 from orthattack.eval.data.prefetch import Decoder
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models.classifier import Classifier
@@ -20,8 +20,6 @@ from orthattack.eval.running.plan import Plan, Unit
 from orthattack.eval.storage.run_folder import Shard
 from orthattack.eval.suite import Entry
 from orthattack.lending import ModelChangedError, guarded
-
-__all__ = ["Attacked", "Origin", "Worker"]
 
 Attacked = Callable[[Unit, int, int, int], None]
 """Told after each attack of a unit: the unit, the attack's place in `Plan.entries`, robust, of how many scored."""

@@ -20,8 +20,6 @@ from typing import Any, Protocol, TypeVar, cast
 
 from orthattack.eval.errors import EvaluationError, first_line
 
-__all__ = ["ATTEMPTS", "Disk", "Files", "Store", "open_files"]
-
 ATTEMPTS = 6
 """How often a store is asked before its failure counts; in between it is left alone for 0.5, 1, 2, ... seconds."""
 

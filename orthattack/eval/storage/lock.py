@@ -24,8 +24,6 @@ try:
 except ImportError:  # not a POSIX system
     _HAS_LOCKS = False
 
-__all__ = ["Part", "working_in"]
-
 Part = tuple[int, int]
 """Shard i of n, 1 <= i <= n."""
 

@@ -23,20 +23,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import safetensors.torch
-import torch
-from safetensors import SafetensorError
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
 
 from orthattack.eval.errors import EvaluationError, first_line
 from orthattack.eval.storage.files import Disk, open_files
 
-__all__ = ["CLEAN_SCHEMA", "ROW_SCHEMA", "Kind", "RunFolder", "Shard", "shown_eps"]
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Kind = Literal["clean", "shards", "checks"]
 FORMAT = 1
@@ -285,6 +283,9 @@ class RunFolder:
 
     def write(self, shard: Shard, columns: Mapping[str, Sequence[object]], images: Mapping[int, Tensor]) -> None:
         """Store a finished shard: its rows and, by position, the images to keep of it."""
+        import torch
+        from safetensors.torch import save
+
         schema = _SCHEMAS[shard.kind]
         table = pa.table(
             {field.name: pa.array(map(_text, columns[field.name]), field.type) for field in schema}, schema
@@ -296,7 +297,7 @@ class RunFolder:
                 "images": torch.stack([images[position].cpu() for position in positions]).contiguous(),
             }
             with self._files.writing(shard.image_path.as_posix()) as partial:
-                partial.write_bytes(safetensors.torch.save(tensors))  # OSError of a full disk; save_file has its own
+                partial.write_bytes(save(tensors))  # OSError of a full disk; save_file has its own
         with self._files.writing(shard.path.as_posix()) as partial:
             pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
 
@@ -398,7 +399,7 @@ _DAMAGE = (OSError, ValueError, pa.ArrowException)
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
         raise EvaluationError(

@@ -10,7 +10,9 @@ from PIL import Image
 
 from orthattack.eval.data.classes import match_names
 from orthattack.eval.data.load import load_dataset
-from orthattack.eval.models.load import Classifier, EvaluationError, Preprocessing
+from orthattack.eval.errors import EvaluationError
+from orthattack.eval.models.classifier import Classifier
+from orthattack.eval.models.preprocessing import Preprocessing
 
 
 def classifier(num_classes: int, classes: tuple[str, ...] | None = None) -> Classifier:

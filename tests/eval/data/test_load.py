@@ -7,8 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from orthattack.eval.data.load import SAMPLES, Batch, Unreadable, load_dataset
-from orthattack.eval.models.load import Classifier, EvaluationError, Preprocessing
+from orthattack.eval.data.dataset import Batch, Unreadable
+from orthattack.eval.data.load import SAMPLES, load_dataset
+from orthattack.eval.errors import EvaluationError
+from orthattack.eval.models.classifier import Classifier
+from orthattack.eval.models.preprocessing import Preprocessing
 
 
 def classifier(num_classes: int = 3, classes: tuple[str, ...] | None = None) -> Classifier:

@@ -17,8 +17,11 @@ import torchvision
 from PIL import Image
 
 from orthattack.eval.data import readers as sources
-from orthattack.eval.data.load import ImageDataset, Unreadable, check_data, load_dataset, read_names
-from orthattack.eval.models.load import Classifier, EvaluationError, Preprocessing
+from orthattack.eval.data.dataset import ImageDataset, Unreadable, read_names
+from orthattack.eval.data.load import check_data, load_dataset
+from orthattack.eval.errors import EvaluationError
+from orthattack.eval.models.classifier import Classifier
+from orthattack.eval.models.preprocessing import Preprocessing
 
 EIGHT = Preprocessing(8, 8)
 CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

@@ -18,15 +18,12 @@ from safetensors.torch import load_file, save_file
 from torchvision.models import ResNet18_Weights
 
 from orthattack.eval.data.load import load_dataset
-from orthattack.eval.models import load as models
-from orthattack.eval.models.load import (
-    BUNDLED,
-    EvaluationError,
-    Preprocessing,
-    check_name,
-    list_models,
-    load_classifier,
-)
+from orthattack.eval.errors import EvaluationError
+from orthattack.eval.models import BUNDLED
+from orthattack.eval.models import torchvision as torchvision_models
+from orthattack.eval.models.load import check_name, load_classifier
+from orthattack.eval.models.preprocessing import Preprocessing
+from orthattack.eval.models.torchvision import list_models
 from orthattack.eval.models.weights import state_sha256
 
 
@@ -266,7 +263,7 @@ def test_every_torchvision_classifier_says_its_preprocessing():
     """All weights, not the defaults alone: what is recorded is what torchvision's own transform has."""
     for name in torchvision.models.list_models(module=torchvision.models):
         for weights in torchvision.models.get_model_weights(name):
-            preset, ours = weights.transforms(), models._preset(weights)
+            preset, ours = weights.transforms(), torchvision_models._preset(weights)
             assert [ours.resize] == preset.resize_size
             assert [ours.crop] == preset.crop_size
             assert (ours.interpolation, list(ours.mean), list(ours.std)) == (
@@ -379,6 +376,8 @@ def test_timms_own_weights(monkeypatch):
 def test_timms_crops_are_timms(tmp_path):
     """Centre crops and squashed ones are what timm's own transform does; others are refused."""
     timm = pytest.importorskip("timm", reason="needs the extra timm")
+    from orthattack.eval.models import timm as timm_models
+
     for mode in ("center", "squash"):
         model = torch.nn.Identity()
         model.pretrained_cfg = {
@@ -388,13 +387,13 @@ def test_timms_crops_are_timms(tmp_path):
             "interpolation": "bicubic",
         }
         config = timm.data.resolve_model_data_config(model)
-        ours = models._timm_preprocessing("timm:x", model)
+        ours = timm_models._timm_preprocessing("timm:x", model)
         theirs = timm.data.create_transform(**config, is_training=False)(picture())
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (ours.mean, ours.std))
         torch.testing.assert_close((ours(picture()) - mean) / std, theirs, rtol=0, atol=1e-5)
     model.pretrained_cfg = {"input_size": (1, 28, 32), "crop_mode": "border"}
     with pytest.raises(EvaluationError, match="timm:x takes 1 channels of 28x32 pixels with crop mode 'border'; only"):
-        models._timm_preprocessing("timm:x", model)
+        timm_models._timm_preprocessing("timm:x", model)
 
 
 def test_timm_that_is_missing_or_does_not_know_the_name(monkeypatch):

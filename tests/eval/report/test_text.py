@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from orthattack.eval.models.load import EvaluationError
+from orthattack.eval.errors import EvaluationError
 from orthattack.eval.report.gallery import save_picture
 from orthattack.eval.report.text import compare, leaderboard_table, markdown, write_report
 from orthattack.eval.results.comparison import CLEAN

@@ -1,27 +1,30 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from orthattack.eval.results.rates import Rate, attack_success_rate, clean_accuracy, robust_accuracy
+from orthattack.eval.results.outcomes import FOOLED, ROBUST, UNSCORED, WRONG, rates
+from orthattack.eval.results.rates import Rate
 
 
-@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1))
-def test_rates_have_the_denominators_they_claim(pairs):
-    clean, adversarial = (torch.tensor(column) for column in zip(*pairs, strict=True))
-    n, right = len(pairs), sum(c for c, _ in pairs)
-    assert clean_accuracy(clean) == Rate(right, n)
-    assert robust_accuracy(clean, adversarial) == Rate(sum(c and a for c, a in pairs), n)
-    assert attack_success_rate(clean, adversarial) == Rate(sum(c and not a for c, a in pairs), right)
+@given(st.lists(st.sampled_from([UNSCORED, WRONG, ROBUST, FOOLED]), min_size=1))
+def test_rates_have_the_denominators_they_claim(outcomes):
+    robust, fooled, wrong = (outcomes.count(code) for code in (ROBUST, FOOLED, WRONG))
+    found = rates(np.array(outcomes, np.int8))
+    assert found["robust_accuracy"] == Rate(robust, robust + fooled + wrong).value
+    assert found["success_rate"] == Rate(fooled, robust + fooled).value
+    assert (found["rows"], found["scored"]) == (len(outcomes), robust + fooled + wrong)
+    for name, rate in (("robust_accuracy", Rate(robust, found["scored"])), ("success_rate", Rate(fooled, found["ok"]))):
+        assert (found[f"{name}_low"], found[f"{name}_high"]) == (rate.interval() or (None, None))
 
 
-def test_an_image_the_attack_corrects_is_neither_robust_nor_a_success():
-    clean, adversarial = torch.tensor([False]), torch.tensor([True])
-    assert robust_accuracy(clean, adversarial).value == 0
-    assert attack_success_rate(clean, adversarial).value is None
+def test_an_image_that_was_wrong_to_begin_with_is_neither_robust_nor_a_success():
+    found = rates(np.array([WRONG], np.int8))
+    assert found["robust_accuracy"] == 0
+    assert found["success_rate"] is None
 
 
 @given(st.integers(1, 5000), st.data())

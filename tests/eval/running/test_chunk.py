@@ -9,7 +9,7 @@ from torch import nn
 
 from orthattack.eval.attacks.kind import AttackKind, Conditions, Found
 from orthattack.eval.attacks.user import user_attack
-from orthattack.eval.data.load import Unreadable
+from orthattack.eval.data.dataset import Unreadable
 from orthattack.eval.running import chunk
 from orthattack.eval.running.chunk import Job, Part
 from orthattack.eval.storage.run_folder import RunFolder, Shard

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orthattack.eval.data.load import load_dataset, read_names
+from orthattack.eval.data.dataset import read_names
+from orthattack.eval.data.load import load_dataset
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models.classifier import Classifier
 from orthattack.eval.models.preprocessing import Preprocessing
