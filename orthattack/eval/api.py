@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -67,57 +67,21 @@ def evaluate(
     Raises:
         EvaluationError: something to put right; the message says what.
     """
-    classifiers: dict[str, Classifier] = {}
-    listed: list[Any] = []
-    labelled = models.items() if isinstance(models, Mapping) else [(None, m) for m in _sequence(models)]
-    for label, model in labelled:
-        if isinstance(model, Classifier):
-            name = label or model.name
-            classifiers[name] = model
-            listed.append({"name": model.name, "label": name})
-        elif isinstance(model, nn.Module):
-            raise EvaluationError(
-                "a model at hand must be an orthattack.eval.models.Classifier, which says what its input is: "
-                "Classifier('mine', model, Preprocessing(resize=256, crop=224))"
-            )
-        else:
-            listed.append(_labelled(label, model))
-    functions: dict[str, Callable[..., Any]] = {}
-    at_hand: dict[str, dict[str, Any]] = {}  # options that a manifest can only describe, by the attack's label
-    wanted: list[Any] = []
-    for label, attack in attacks.items() if isinstance(attacks, Mapping) else [(None, a) for a in attacks or ()]:
-        if isinstance(attack, Attack | MinimumNorm):
-            raise EvaluationError(
-                f"{type(attack).__name__} is bound to a model already; name it, or give a function that makes it for a "
-                'model: attacks={"mine": lambda model, eps, steps: OrthoPGD(model, eps=eps, steps=steps)}'
-            )
-        if callable(attack):
-            if label is None:
-                raise EvaluationError('a function needs a label: attacks={"mine": function}')
-            functions[label] = attack
-            wanted.append(
-                {"name": f"function:{getattr(attack, '__qualname__', type(attack).__name__)}", "label": label}
-            )
-            continue
-        table = _labelled(label, attack)
-        if isinstance(table, Mapping):
-            own = {key for key, value in table.items() if key not in AttackSpec.model_fields and not is_json(value)}
-            at_hand[str(table.get("label", table.get("name")))] = {key: table[key] for key in own}
-            table = {key: described(value) if key in own else value for key, value in table.items()}
-        wanted.append(table)
-    content: dict[str, Any] = {"models": listed, "data": data, **options}
-    if isinstance(data, ImageDataset):
-        content["data"] = {"source": data.name}
-    if attacks is not None:
-        content["attacks"] = wanted
-    suite = make_suite(content, "evaluate")
-    kinds = {
-        spec.label: user_attack(spec.name, functions[spec.label], spec.parameters)
-        if spec.label in functions
-        else attack_kind(spec.name, spec.parameters | at_hand.get(spec.label, {}))
-        for spec in suite.attacks
-    }
-    source = suite_source(suite, kinds, classifiers, data if isinstance(data, ImageDataset) else None)
+    classifiers, listed = _models(models)
+    wanted = attacks.items() if isinstance(attacks, Mapping) else [(None, attack) for attack in attacks or ()]
+    at_hand, tables = _attacks(wanted)
+    dataset = data if isinstance(data, ImageDataset) else None
+    content: dict[str, Any] = {"models": listed, "data": {"source": dataset.name} if dataset else data, **options}
+    suite = make_suite(content if attacks is None else {**content, "attacks": tables}, "evaluate")
+    kinds = {}
+    for spec in suite.attacks:
+        own = at_hand.get(spec.label, {})
+        kinds[spec.label] = (
+            attack_kind(spec.name, spec.parameters | own)
+            if isinstance(own, dict)
+            else user_attack(spec.name, own, spec.parameters)
+        )
+    source = suite_source(suite, kinds, classifiers, dataset)
     if shard is not None and out is None:
         raise EvaluationError("shard needs out, the folder that all shards share")
     folder = run_folder(out)
@@ -133,6 +97,52 @@ def evaluate(
     return Run(folder, manifest)
 
 
+def _models(models: Any) -> tuple[dict[str, Classifier], list[Any]]:
+    """Those at hand, by label, and all as a suite has them."""
+    if isinstance(models, str | Classifier | nn.Module):
+        models = [models]
+    classifiers: dict[str, Classifier] = {}
+    listed: list[Any] = []
+    for label, model in models.items() if isinstance(models, Mapping) else [(None, model) for model in models]:
+        if isinstance(model, Classifier):
+            classifiers[label or model.name] = model
+            listed.append({"name": model.name, "label": label or model.name})
+        elif isinstance(model, nn.Module):
+            raise EvaluationError(
+                "a model at hand must be an orthattack.eval.models.Classifier, which says what its input is: "
+                "Classifier('mine', model, Preprocessing(resize=256, crop=224))"
+            )
+        else:
+            listed.append(_labelled(label, model))
+    return classifiers, listed
+
+
+def _attacks(wanted: Iterable[tuple[str | None, Any]]) -> tuple[dict[str, Any], list[Any]]:
+    """By label the functions, and the options that a manifest can only describe; and all as a suite has them."""
+    at_hand: dict[str, Any] = {}
+    tables: list[Any] = []
+    for label, attack in wanted:
+        if isinstance(attack, Attack | MinimumNorm):
+            raise EvaluationError(
+                f"{type(attack).__name__} is bound to a model already; name it, or give a function that makes it for a "
+                'model: attacks={"mine": lambda model, eps, steps: OrthoPGD(model, eps=eps, steps=steps)}'
+            )
+        if callable(attack):
+            if label is None:
+                raise EvaluationError('a function needs a label: attacks={"mine": function}')
+            at_hand[label] = attack
+            name = getattr(attack, "__qualname__", type(attack).__name__)
+            tables.append({"name": f"function:{name}", "label": label})
+            continue
+        table = _labelled(label, attack)
+        if isinstance(table, Mapping):
+            own = {key for key, value in table.items() if key not in AttackSpec.model_fields and not is_json(value)}
+            at_hand[str(table.get("label", table.get("name")))] = {key: table[key] for key in own}
+            table = {key: described(value) if key in own else value for key, value in table.items()}
+        tables.append(table)
+    return at_hand, tables
+
+
 def run_folder(
     out: Path | str | None, name: str | None = None, say: Callable[[str], None] = lambda _: None
 ) -> RunFolder:
@@ -145,10 +155,6 @@ def run_folder(
     while path.exists():  # another run has started in the same second
         path = path.with_name(path.name + "-2")
     return RunFolder(path, say)
-
-
-def _sequence(models: Any) -> Sequence[Any]:
-    return [models] if isinstance(models, str | Classifier | nn.Module) else list(models)
 
 
 def _labelled(label: str | None, value: Any) -> Any:

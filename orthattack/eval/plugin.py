@@ -40,12 +40,8 @@ def is_plugin(name: str) -> bool:
 def find(name: str) -> Callable[..., object]:
     """The function.
 
-    The module is looked for on ``sys.path`` and then in the current directory, which stays on the path, since the
-    code may import its neighbours later.
-
-    Raises:
-        EvaluationError: no such module or function, or an error in the module.
-    """
+    The module is looked for on ``sys.path`` and then in the current directory, which stays on the path, since the code
+    may import its neighbours later. EvaluationError: no such module or function, or an error in the module."""
     module_name, _, function_name = name.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:

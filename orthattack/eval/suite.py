@@ -350,11 +350,8 @@ def _name(model: Any) -> Any:
 
 
 def read_suite(path: Path) -> Suite:
-    """Read a suite from a TOML file; paths in it are relative to the file.
-
-    Raises:
-        EvaluationError: no TOML, an unknown key (the message names the nearest), or a value that does not fit.
-    """
+    """Read a suite from a TOML file; paths in it are relative to the file. EvaluationError: no TOML, an unknown key
+    (the message names the nearest), or a value that does not fit."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

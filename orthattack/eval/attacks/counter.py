@@ -12,15 +12,10 @@ from torch import Tensor, nn
 
 @dataclass
 class Calls:
-    """How often a model was asked, per sample.
+    """How often a model was asked, per sample."""
 
-    Attributes:
-        forward: evaluations.
-        gradient: differentiations.
-    """
-
-    forward: int = 0
-    gradient: int = 0
+    forward: int = 0  # evaluations
+    gradient: int = 0  # differentiations
 
 
 class CallCounter(nn.Module):

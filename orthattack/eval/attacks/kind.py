@@ -26,39 +26,25 @@ GIVEN = {"model", "norm", "eps", "bounds", "targeted", "generator", "detector"} 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What all attacks of an evaluation share.
+    """What all attacks of an evaluation share."""
 
-    Attributes:
-        norm: "linf", "l2" or "l1".
-        eps: radius in units of [0, 1] pixels; None for attacks that minimise the norm.
-        steps: gradient steps of the iterative attacks, with a step size of ``2.5 * eps / steps`` where the attack has
-            none of its own.
-        classes: number of classes of the model.
-        batch_size: how many images the model is given at a time.
-    """
-
-    norm: Norm = "linf"
-    eps: float | None = 4 / 255
+    norm: Norm = "linf"  # "linf", "l2" or "l1"
+    eps: float | None = 4 / 255  # radius in units of [0, 1] pixels; None for attacks that minimise the norm
+    # gradient steps of the iterative attacks, with a step size of `2.5 * eps / steps` where the attack has none
+    # of its own
     steps: int = 10
-    classes: int = 2
-    batch_size: int = 32
+    classes: int = 2  # number of classes of the model
+    batch_size: int = 32  # how many images the model is given at a time
 
 
 @dataclass(frozen=True)
 class Found:
-    """What an attack returned for a batch.
+    """What an attack returned for a batch."""
 
-    Attributes:
-        adversarials: whatever it was, to be checked.
-        steps: (N,) that each took, if the attack says so.
-        forward_calls: (N,) evaluations of the model, if the attack says so.
-        gradient_calls: (N,) differentiations, likewise.
-    """
-
-    adversarials: Any
-    steps: Tensor | None = None
-    forward_calls: Tensor | None = None
-    gradient_calls: Tensor | None = None
+    adversarials: Any  # whatever it was, to be checked
+    steps: Tensor | None = None  # (N,) that each took, if the attack says so
+    forward_calls: Tensor | None = None  # (N,) evaluations of the model, if the attack says so
+    gradient_calls: Tensor | None = None  # (N,) differentiations, likewise
 
 
 class Runner(Protocol):
@@ -82,26 +68,16 @@ class OwnRunner:
 
 @dataclass(frozen=True)
 class AttackKind:
-    """An attack with its parameters, not yet bound to a model.
+    """An attack with its parameters, not yet bound to a model."""
 
-    Attributes:
-        name: as asked for.
-        source: whose it is.
-        parameters: the user's, as `described`.
-        card: what it is; attacks of a family are each other's baselines, whoever wrote them.
-        norms: the norms it can be run in.
-        packs: it takes several batches at once, drops what is fooled, and keeps the model's batches full.
-        bind: makes the attack on a model.
-        is_foreign: code that is not ours runs in it: another library's, a user's, or a user's loss or direction.
-    """
-
-    name: str
-    source: Source
-    parameters: Mapping[str, Any]
-    card: Card
-    norms: tuple[Norm, ...]
-    bind: Callable[[nn.Module, Conditions], Runner] = field(repr=False)
-    packs: bool = False
+    name: str  # as asked for
+    source: Source  # whose it is
+    parameters: Mapping[str, Any]  # the user's, as `described`
+    card: Card  # what it is; attacks of a family are each other's baselines, whoever wrote them
+    norms: tuple[Norm, ...]  # the norms it can be run in
+    bind: Callable[[nn.Module, Conditions], Runner] = field(repr=False)  # makes the attack on a model
+    packs: bool = False  # it takes several batches at once, drops what is fooled, and keeps the model's batches full
+    # code that is not ours runs in it: another library's, a user's, or a user's loss or direction
     is_foreign: bool = True
 
     def __post_init__(self) -> None:

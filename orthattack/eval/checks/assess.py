@@ -23,21 +23,13 @@ from orthattack.threat import Norm, ThreatModel, perturbation_norm
 
 @dataclass(frozen=True)
 class Check:
-    """One check of one model.
+    """One check of one model."""
 
-    Attributes:
-        model: its label.
-        check: what was checked.
-        status: passed, warned, or not run.
-        figures: what was found.
-        why: what it means, if it warns, or why it was not run.
-    """
-
-    model: str
-    check: str
-    status: Literal["passed", "warned", "not run"]
-    figures: str
-    why: str = ""
+    model: str  # its label
+    check: str  # what was checked
+    status: Literal["passed", "warned", "not run"]  # passed, warned, or not run
+    figures: str  # what was found
+    why: str = ""  # what it means, if it warns, or why it was not run
 
 
 NOTHING_LEFT = "no image was left: none was right to begin with and scored by both"

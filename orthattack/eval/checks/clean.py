@@ -17,21 +17,13 @@ _DOUBT = 0.01
 
 @dataclass(frozen=True)
 class CleanStatistics:
-    """What is collected over clean images.
+    """What is collected over clean images."""
 
-    Attributes:
-        accuracy: right predictions.
-        num_classes: K, the length of a row of logits.
-        logits: smallest and largest logit.
-        row_sums: smallest and largest sum of an image's logits.
-        images: smallest and largest pixel.
-    """
-
-    accuracy: Rate
-    num_classes: int
-    logits: tuple[float, float]
-    row_sums: tuple[float, float]
-    images: tuple[float, float]
+    accuracy: Rate  # right predictions
+    num_classes: int  # K, the length of a row of logits
+    logits: tuple[float, float]  # smallest and largest logit
+    row_sums: tuple[float, float]  # smallest and largest sum of an image's logits
+    images: tuple[float, float]  # smallest and largest pixel
 
 
 def suspicions(statistics: CleanStatistics) -> list[str]:

@@ -18,16 +18,12 @@ _KEYS, _VALUES = ("folder", "wnid", "class"), ("label", "index")
 
 @dataclass(frozen=True)
 class ClassMap:
-    """The data's classes among the model's.
+    """The data's classes among the model's."""
 
-    Attributes:
-        labels: of each of the data's classes, the model's class index; None where it is not known and not needed.
-        mapping: how they were matched, in a sentence for the manifest.
-        names: names of the model's classes as the data has them, where they are the whole class list.
-    """
-
+    # of each of the data's classes, the model's class index; None where it is not known and not needed
     labels: tuple[int | None, ...]
-    mapping: str
+    mapping: str  # how they were matched, in a sentence for the manifest
+    # names of the model's classes as the data has them, where they are the whole class list
     names: tuple[str, ...] | None = None
 
 
@@ -105,11 +101,7 @@ def _start(names: Sequence[str]) -> str:
 
 def match_names(names: Sequence[Sequence[str]], classifier: Classifier, where: str) -> ClassMap:
     """Classes that the data numbers and names, each with one or more synonyms: by name if each is exactly one of the
-    model's; or by number if there are as many, and no name says otherwise.
-
-    Raises:
-        EvaluationError: neither.
-    """
+    model's; or by number if there are as many, and no name says otherwise. EvaluationError: neither."""
     own = [{_plain(synonym) for synonym in _synonyms(name)} for name in classifier.classes or ()]
     theirs = [{_plain(part) for name in synonyms for part in _synonyms(name)} for synonyms in names]
     candidates = [[k for k, mine in enumerate(own) if mine & synonyms] for synonyms in theirs]
@@ -180,11 +172,7 @@ def map_from_file(keys: Sequence[Sequence[str]], needed: Iterable[int], path: Pa
 
 
 def read_table(path: Path, what: str) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Columns and rows, each with its line number, of a CSV file.
-
-    Raises:
-        EvaluationError: a file that cannot be read as one.
-    """
+    """Columns and rows, each with its line number, of a CSV file. EvaluationError: it cannot be read as one."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream)

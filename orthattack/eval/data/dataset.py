@@ -216,10 +216,7 @@ def evenly(count: int, among: int) -> list[int]:
 
 def read_names(path: Path) -> list[str]:
     """Names of images, one a line, for `ImageDataset.subset`; blank lines and lines that begin with # are skipped.
-
-    Raises:
-        EvaluationError: a file that cannot be read as text.
-    """
+    EvaluationError: a file that cannot be read as text."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:

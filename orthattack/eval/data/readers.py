@@ -85,14 +85,8 @@ class Dataset:
     size, (3, H, W) in [0, 1] or of uint8. What a user's draws at random is the same each time; what it changes of the
     process is put back, and what it returned is copied.
 
-    Attributes:
-        labels: of all, in order.
-        classes: their names, each with its synonyms, if the data has an attribute of that name.
-        is_foreign: it is a user's.
-
-    Raises:
-        EvaluationError: not such a data set.
-    """
+    Attributes: labels: of all, in order. classes: their names, each with its synonyms, if the data has an attribute of
+    that name. is_foreign: it is a user's. EvaluationError: not such a data set."""
 
     def __init__(self, data: Any, name: str, thread_safe: bool) -> None:
         self._data, self._name = data, name
@@ -195,10 +189,7 @@ def _class_names(data: Any) -> tuple[tuple[str, ...], ...] | None:
 
 def find_shards(data: str) -> list[Path]:
     """Parquet files that `data` names: a file, a pattern such as ``DIR/test-*.parquet``, or a folder of shards.
-
-    Raises:
-        EvaluationError: a folder with shards of several splits, or a pattern that fits nothing.
-    """
+    EvaluationError: a folder with shards of several splits, or a pattern that fits nothing."""
     folder = Path(data)
     if not os.path.isdir(folder):  # noqa: PTH112 - pathlib's raises where a name is too long
         if not data.endswith(".parquet"):
@@ -226,13 +217,8 @@ class Shards:
     Columns: ``image`` (or ``img``), a struct with ``bytes``, or binary; ``label`` (or ``labels``, ``fine_label``), an
     integer. Labels are read at once, images a row group at a time.
 
-    Attributes:
-        names: SHARD/ROW, the shard without its suffix.
-        labels: of all, in order.
-        classes: from the metadata that Hugging Face's datasets leave in the file, if they are there.
-
-    Raises:
-        EvaluationError: not Parquet, or other columns.
+    Attributes: names: SHARD/ROW, the shard without its suffix. labels: of all, in order. classes: from the metadata
+    that Hugging Face's datasets leave in the file, if they are there. EvaluationError: not Parquet, or other columns.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:

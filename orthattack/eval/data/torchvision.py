@@ -19,11 +19,7 @@ _OURS = {"transform", "target_transform", "transforms", "loader", "download", "k
 
 
 def check_torchvision(data: str) -> tuple[type, dict[str, Any]]:
-    """The class and the options that `data` names.
-
-    Raises:
-        EvaluationError: no such data set or option, or no such root.
-    """
+    """The class and the options that `data` names. EvaluationError: no such data set or option, or no such root."""
     name, *parts = data.removeprefix(PREFIX).split(",")
     known = [one for one in torchvision.datasets.__all__ if inspect.isclass(getattr(torchvision.datasets, one))]
     if name not in known:
@@ -56,11 +52,8 @@ def open_torchvision(data: str) -> Any:
     """The data set that `data` names: of those that have splits, the test split unless it says otherwise, or else the
     validation split.
 
-    torchvision's CIFAR files are pickles; it checks their MD5 sums before it reads them.
-
-    Raises:
-        EvaluationError: as `check_torchvision`, or files that are not there or not whole.
-    """
+    torchvision's CIFAR files are pickles; it checks their MD5 sums before it reads them. EvaluationError: as
+    `check_torchvision`, or files that are not there or not whole."""
     kind, options = check_torchvision(data)
     takes_split = "split" in inspect.signature(kind).parameters and "split" not in options
     attempts = [{**options, "split": split} for split in ("test", "val")] if takes_split else [options]

@@ -72,12 +72,8 @@ class Classifier:
 def checked(classifier: Classifier) -> Classifier:
     """The same, in evaluation mode, and tried on a grey image.
 
-    A `num_classes` of 0 is filled in from the model's logits.
-
-    Raises:
-        EvaluationError: a model that does not take its input, or whose logits have another shape than (1, K), are not
-            finite, or are not as many as its classes.
-    """
+    A `num_classes` of 0 is filled in from the model's logits. EvaluationError: a model that does not take its input, or
+    whose logits have another shape than (1, K), are not finite, or are not as many as its classes."""
     name, size, model = classifier.name, classifier.preprocessing.crop, classifier.model
     model.eval()
     try:
@@ -183,10 +179,7 @@ def from_checkpoint(
     name: str, architecture: str, build: Builder, preprocessing: Preprocessing, file: Checkpoint
 ) -> Classifier:
     """A classifier whose number of classes, and names and normalisation if it has them, come from the file.
-
-    Raises:
-        EvaluationError: weights of another architecture, damaged ones, or metadata that cannot be meant.
-    """
+    EvaluationError: weights of another architecture, damaged ones, or metadata that cannot be meant."""
     num_classes = _num_classes(name, build, file)
     if num_classes < 2:
         raise EvaluationError(

@@ -82,23 +82,14 @@ def fitted(file: Checkpoint, name: str, wanted: Collection[str]) -> Checkpoint:
 
 @dataclass(frozen=True)
 class _Fit:
-    """Weights in a file that have names of the architecture.
+    """Weights in a file that have names of the architecture."""
 
-    Attributes:
-        at: the keys of the dictionaries that they lie in.
-        prefix: what is before each name.
-        count: how many of the names wanted there are.
-        tensors: all that have the prefix, without it.
-        beside: all that have not.
-        keys: the names of `tensors` as the file has them.
-    """
-
-    at: tuple[str, ...]
-    prefix: str
-    count: int
-    tensors: dict[str, Tensor]
-    beside: dict[str, Tensor]
-    keys: frozenset[str]
+    at: tuple[str, ...]  # the keys of the dictionaries that they lie in
+    prefix: str  # what is before each name
+    count: int  # how many of the names wanted there are
+    tensors: dict[str, Tensor]  # all that have the prefix, without it
+    beside: dict[str, Tensor]  # all that have not
+    keys: frozenset[str]  # the names of `tensors` as the file has them
 
     @property
     def place(self) -> str:

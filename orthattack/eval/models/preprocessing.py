@@ -38,11 +38,8 @@ class DecodeError(ValueError):
 def decode(data: bytes) -> Image.Image:
     """The decoded first frame of an image file's bytes, in its own mode.
 
-    Nothing is allocated for the pixels before the size in the header has been checked.
-
-    Raises:
-        DecodeError: not an image, damaged, or of more than `MAX_PIXELS` pixels.
-    """
+    Nothing is allocated for the pixels before the size in the header has been checked. DecodeError: not an image,
+    damaged, or of more than `MAX_PIXELS` pixels."""
     if not data:
         raise DecodeError("the file is empty")
     try:

@@ -27,23 +27,15 @@ from orthattack.eval.models.formats import foreign, is_safetensors, refused_pick
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a weights file holds.
+    """What a weights file holds."""
 
-    Attributes:
-        path: the file.
-        tensors: by name.
-        metadata: of a safetensors file.
-        sha256: of the file.
-        sets: every state dict that the file has, by the keys of the dictionaries around it; `tensors` is one of them.
-        notes: what a person should know of how it was read.
-    """
-
-    path: Path
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str]
-    sha256: str
+    path: Path  # the file
+    tensors: dict[str, Tensor]  # by name
+    metadata: dict[str, str]  # of a safetensors file
+    sha256: str  # of the file
+    # every state dict that the file has, by the keys of the dictionaries around it; `tensors` is one of them
     sets: Mapping[tuple[str, ...], dict[str, Tensor]] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what a person should know of how it was read
 
     def listed(self, key: str) -> list[Any] | None:
         """A list from the metadata, if it is there and is one."""
@@ -60,11 +52,8 @@ def few(names: Sequence[str], most: int = 3) -> str:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a state dict, or several that lie in one file.
-
-    Raises:
-        EvaluationError: no such file, not a state dict, or one that holds more than tensors.
-    """
+    """Read a state dict, or several that lie in one file. EvaluationError: no such file, not a state dict, or one that
+    holds more than tensors."""
     if not os.path.isfile(path):  # noqa: PTH113 - pathlib's raises where a name is too long
         raise EvaluationError(f"weights file {path} {_absent(path)}")
     try:
@@ -162,11 +151,8 @@ def _is_plain(value: Tensor) -> bool:
 
 
 def load_strictly(name: str, model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Load `tensors`, from `path`, into `model`, called `name`: every one that it has, and no other.
-
-    Raises:
-        EvaluationError: missing or unexpected names, other shapes, or weights that are not finite.
-    """
+    """Load `tensors`, from `path`, into `model`, called `name`: every one that it has, and no other. EvaluationError:
+    missing or unexpected names, other shapes, or weights that are not finite."""
     own = model.state_dict()
     kept = {key: value for key, value in own.items() if key.endswith("num_batches_tracked") and key not in tensors}
     tensors = {**kept, **tensors}  # which old files lack, and nothing needs

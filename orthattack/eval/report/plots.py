@@ -53,19 +53,12 @@ _SETTINGS = {
 
 @dataclass(frozen=True)
 class Style:
-    """How a series is drawn, the same in every figure.
+    """How a series is drawn, the same in every figure."""
 
-    Attributes:
-        number: of the series, its CSS class.
-        colour: number of its colour; an attack and its baselines share one.
-        dashes: lengths of strokes and gaps, as in SVG; solid if empty.
-        marker: matplotlib's letter.
-    """
-
-    number: int
-    colour: int
-    dashes: str
-    marker: str
+    number: int  # of the series, its CSS class
+    colour: int  # number of its colour; an attack and its baselines share one
+    dashes: str  # lengths of strokes and gaps, as in SVG; solid if empty
+    marker: str  # matplotlib's letter
 
     @property
     def line(self) -> Any:

@@ -205,11 +205,8 @@ def markdown(run: Run) -> str:
 
 
 def compare(first: Run, second: Run, *, as_markdown: bool = False) -> str:
-    """Two runs on the same images, attack by attack, and what differs in how they were made.
-
-    Raises:
-        EvaluationError: where they cannot be compared, see `compared`.
-    """
+    """Two runs on the same images, attack by attack, and what differs in how they were made. EvaluationError: where
+    they cannot be compared, see `compared`."""
     columns, rows = tables.COMPARED, tables.compared_rows(compared(first, second), first.norm)
     texts = [
         *(f"{which}: {run.folder}" for which, run in (("first", first), ("second", second))),

@@ -23,11 +23,7 @@ def compared(first: Run, second: Run) -> pd.DataFrame:
     Images are the same if their names and labels are. A model is the same if it has the same label; of two runs with
     one model each, those are compared whatever they are called. Columns: model, attack, eps, first_images,
     second_images (scored by that run), and those of `Paired`, the first run less the second; attack "(clean)" is the
-    models on the images as they are.
-
-    Raises:
-        EvaluationError: where the norms differ, or no model or no image is shared.
-    """
+    models on the images as they are. EvaluationError: where the norms differ, or no model or no image is shared."""
     if first.norm != second.norm:
         raise EvaluationError(
             f"{first.folder} is of norm {first.norm} and {second.folder} of {second.norm}: "

@@ -22,17 +22,11 @@ UNSCORED, WRONG, ROBUST, FOOLED = -1, 0, 1, 2
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What became of each image, in three columns of one length: of an attack at a radius on a model.
+    """What became of each image, in three columns of one length: of an attack at a radius on a model."""
 
-    Attributes:
-        position: of the image in the data.
-        label: its class.
-        outcome: UNSCORED, WRONG, ROBUST or FOOLED.
-    """
-
-    position: NDArray[np.int32]
-    label: NDArray[np.int32]
-    outcome: NDArray[np.int8]
+    position: NDArray[np.int32]  # of the image in the data
+    label: NDArray[np.int32]  # its class
+    outcome: NDArray[np.int8]  # UNSCORED, WRONG, ROBUST or FOOLED
 
     @classmethod
     def of(cls, rows: pd.DataFrame, norm: str, within: float | None = None) -> Outcomes:

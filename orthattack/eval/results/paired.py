@@ -14,19 +14,12 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Paired:
-    """Two attacks, or two runs, on the same images; an image is robust if it is right on the clean and adversarial one.
+    """Two attacks, or two runs, on the same images; robust is what is right on the clean and the adversarial one."""
 
-    Attributes:
-        n: images that both scored.
-        both: robust under both.
-        first_only: robust under the first and not under the second.
-        second_only: robust under the second and not under the first.
-    """
-
-    n: int
-    both: int
-    first_only: int
-    second_only: int
+    n: int  # images that both scored
+    both: int  # robust under both
+    first_only: int  # robust under the first and not under the second
+    second_only: int  # robust under the second and not under the first
 
     @classmethod
     def of(cls, first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Paired:

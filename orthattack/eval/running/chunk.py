@@ -36,17 +36,11 @@ POOL = 4
 
 @dataclass(frozen=True)
 class Bound:
-    """An attack bound to a model at a radius, or what went wrong with that.
+    """An attack bound to a model at a radius, or what went wrong with that."""
 
-    Attributes:
-        entry: which.
-        runner: the attack.
-        calls: how often it has asked the model.
-    """
-
-    entry: Entry
-    runner: Runner | BaseException
-    calls: Calls
+    entry: Entry  # which
+    runner: Runner | BaseException  # the attack
+    calls: Calls  # how often it has asked the model
 
 
 @dataclass

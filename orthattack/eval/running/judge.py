@@ -182,10 +182,7 @@ def clean_columns(judge: Judge, images: Tensor, labels: Tensor, with_gradient: b
 
 def plain_copy(adversarials: object, images: Tensor) -> Tensor:
     """What an attack returned for a batch, as a tensor of our own, whatever view, subclass or device it was.
-
-    Raises:
-        ValueError: it cannot be scored at all.
-    """
+    ValueError: it cannot be scored at all."""
     if not isinstance(adversarials, Tensor):
         raise ValueError(
             f"returned {type(adversarials).__name__} instead of a tensor: let it return the adversarial images alone"

@@ -70,11 +70,8 @@ def to_go_on(
 ) -> dict[str, Any]:
     """The folder's own manifest, if what was begun there is the same as `new`.
 
-    A difference between the sessions that may change the last digits is said, and noted in `session`.
-
-    Raises:
-        EvaluationError: it is not; the message shows the differences.
-    """
+    A difference between the sessions that may change the last digits is said, and noted in `session`. EvaluationError:
+    it is not; the message shows the differences."""
     old = folder.manifest()
     try:
         found = differences(old["config"], new["config"])

@@ -36,54 +36,35 @@ def boundless(entries: Sequence[Entry], models: Sequence[Mapping[str, Any]]) -> 
 
 @dataclass(frozen=True)
 class Unit:
-    """What one process does at a time, on its own: one model on one chunk of the images.
+    """What one process does at a time, on its own: one model on one chunk of the images."""
 
-    Attributes:
-        model: its label.
-        stage: "attack", all attacks on a chunk; "probe", the trust checks' own attacks; "transfer", those of other
-            models' adversarials, which need every other unit to be done.
-        chunk: number of the chunk; 0 for the checks, which have images of their own.
-        wanted: what of it is left: places in `Plan.entries`, in `Plan.probes`, or in the manifest's probes.
-    """
-
-    model: str
+    model: str  # its label
+    # "attack", all attacks on a chunk; "probe", the trust checks' own attacks; "transfer", those of other
+    # models' adversarials, which need every other unit to be done
     stage: Literal["attack", "probe", "transfer"]
-    chunk: int
+    chunk: int  # number of the chunk; 0 for the checks, which have images of their own
+    # what of it is left: places in `Plan.entries`, in `Plan.probes`, or in the manifest's probes
     wanted: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Todo:
-    """What is left to do.
+    """What is left to do."""
 
-    Attributes:
-        units: in a sensible order, a model's one after the other.
-        total: attacked images in all.
-        done: of these, those that there are already.
-    """
-
-    units: Sequence[Unit]
-    total: int
-    done: int
+    units: Sequence[Unit]  # in a sensible order, a model's one after the other
+    total: int  # attacked images in all
+    done: int  # of these, those that there are already
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All of a run.
+    """All of a run."""
 
-    Attributes:
-        suite: what it is.
-        entries: its attacks at their radii.
-        manifest: what the models and data turned out to be.
-        folder: where it is.
-        probes: the trust checks' own attacks on each model.
-    """
-
-    suite: Suite
-    entries: Sequence[Entry]
-    manifest: Mapping[str, Any]
-    folder: RunFolder
-    probes: Mapping[str, Sequence[Entry]] = field(init=False, repr=False)
+    suite: Suite  # what it is
+    entries: Sequence[Entry]  # its attacks at their radii
+    manifest: Mapping[str, Any]  # what the models and data turned out to be
+    folder: RunFolder  # where it is
+    probes: Mapping[str, Sequence[Entry]] = field(init=False, repr=False)  # the trust checks' own attacks on each model
     _counts: dict[str, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

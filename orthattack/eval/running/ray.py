@@ -157,12 +157,8 @@ class Crew:
         self._idle: list[Any] = []
 
     def __call__(self, units: Sequence[Unit], plan: Plan, attacked: Attacked, say: Callable[[str], None], /) -> None:
-        """Do all units.
-
-        Raises:
-            EvaluationError: no worker can be started, something is to be put right, or a unit has killed three of its
-                workers; everything else has been done then.
-        """
+        """Do all units. EvaluationError: no worker can be started, something is to be put right, or a unit has killed
+        three of its workers; everything else has been done then."""
         ray, queue = self._ray, Queue(units)
         starting: dict[Any, Any] = {}
         busy: dict[Any, tuple[Any, Unit]] = {}

@@ -37,17 +37,11 @@ from orthattack.eval.suite import Suite
 
 @dataclass(frozen=True)
 class Source:
-    """Where models and data come from, for suites that name them or for objects that are at hand.
+    """Where models and data come from, for suites that name them or for objects that are at hand."""
 
-    Attributes:
-        classifier: the model of a label.
-        dataset: the data as a model needs it.
-        kinds: the attacks by label.
-    """
-
-    classifier: Callable[[str], Classifier]
-    dataset: Callable[[Classifier], ImageDataset]
-    kinds: Mapping[str, AttackKind]
+    classifier: Callable[[str], Classifier]  # the model of a label
+    dataset: Callable[[Classifier], ImageDataset]  # the data as a model needs it
+    kinds: Mapping[str, AttackKind]  # the attacks by label
 
 
 def suite_source(

@@ -59,11 +59,8 @@ class Files(Protocol):
 
 
 def open_files(place: Path | str, say: Callable[[str], None]) -> Files:
-    """The files at a path, or at a URL such as s3://bucket/run.
-
-    Raises:
-        EvaluationError: a URL of a kind that fsspec does not know, or for which a package is missing.
-    """
+    """The files at a path, or at a URL such as s3://bucket/run. EvaluationError: a URL of a kind that fsspec does not
+    know, or for which a package is missing."""
     if isinstance(place, Path) or "://" not in place:
         return Disk(Path(place))
     if place.startswith("file://"):

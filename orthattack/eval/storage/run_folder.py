@@ -110,21 +110,13 @@ def _slug(text: str) -> str:
 
 @dataclass(frozen=True)
 class Shard:
-    """The unit of work: one attack at one radius on one chunk of the images with one model.
+    """The unit of work: one attack at one radius on one chunk of the images with one model."""
 
-    Attributes:
-        model: label of the model.
-        attack: label of the attack, "clean" for the model on its own.
-        eps: radius in pixel units, or None for an attack that minimises the norm.
-        chunk: number of the chunk.
-        kind: which part of the folder it belongs to.
-    """
-
-    model: str
-    attack: str
-    eps: float | None
-    chunk: int
-    kind: Kind = "shards"
+    model: str  # label of the model
+    attack: str  # label of the attack, "clean" for the model on its own
+    eps: float | None  # radius in pixel units, or None for an attack that minimises the norm
+    chunk: int  # number of the chunk
+    kind: Kind = "shards"  # which part of the folder it belongs to
 
     @property
     def path(self) -> Path:

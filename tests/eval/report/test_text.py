@@ -7,8 +7,6 @@ import re
 
 import pytest
 
-from orthattack.eval.errors import EvaluationError
-from orthattack.eval.report.gallery import save_picture
 from orthattack.eval.report.text import compare, leaderboard_table, markdown, write_report
 from orthattack.eval.results.comparison import CLEAN
 from orthattack.eval.results.stored_run import WORST, Run
@@ -165,11 +163,3 @@ def test_a_comparison_reads_as_a_table_and_a_list(run, tmp_path):
     assert f"| standard | {CLEAN} |  | 58 |" in table
     assert "- config.steps: 10 -&gt; 20" in table
     assert "\n  nothing" in compare(run, run)
-
-
-def test_a_picture_shows_fooled_images(run, tmp_path):
-    save_picture(run, tmp_path / "picture.png", "standard", "OrthoPGD", EPS[2])
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    bare = Run.open(make_run(tmp_path / "bare", n=10, stored=0).path)
-    with pytest.raises(EvaluationError, match="holds no images of PGD on robust at 8/255"):
-        save_picture(bare, tmp_path / "none.png", "robust", "PGD", EPS[2])
