@@ -22,6 +22,18 @@ from orthattack.eval.models import load_classifier
 TRIED_STEPS = (3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 30, 50)
 
 
+_EARLY: dict[str, Any] = {"early_stop": True}
+_FAST = {**_EARLY, "optimize": "auto", "precision": "bfloat16"}
+OURS: dict[str, dict[str, Any]] = {
+    "PGD": {"kind": PGD},
+    "PGD, early stop": {"kind": PGD, **_EARLY},
+    "OrthoPGD": {"kind": OrthoPGD},
+    "OrthoPGD, early stop": {"kind": OrthoPGD, **_EARLY},
+    "OrthoPGD, bfloat16, optimize, early stop": {"kind": OrthoPGD, **_FAST},
+    "the same, steps from 2 eps down to 0": {"kind": OrthoPGD, **_FAST, "alpha": 2 * EPS, "schedule": "linear"},
+}
+
+
 def accuracy_rows(weights: Path, data: str, limit: int, rounds: int) -> list[Row]:
     """What each candidate needs to leave no more robust than Foolbox's LinfPGD does in 20 steps.
 
@@ -59,18 +71,8 @@ def accuracy_rows(weights: Path, data: str, limit: int, rounds: int) -> list[Row
         standing = sum(robust(found[0].adversarials[part], part) for part in batches)
         return standing, seconds, float(found[0].gradient_calls.double().mean())
 
-    early: dict[str, Any] = {"early_stop": True}
-    fast = {**early, "optimize": "auto", "precision": "bfloat16"}
-    falling: dict[str, Any] = {"alpha": 2 * EPS, "schedule": "linear"}
-    named: dict[str, Callable[[int], tuple[int, float, float]]] = {
-        "Foolbox LinfPGD, fewest steps": theirs,
-        "PGD": partial(mine, kind=PGD),
-        "PGD, early stop": partial(mine, kind=PGD, **early),
-        "OrthoPGD": partial(mine, kind=OrthoPGD),
-        "OrthoPGD, early stop": partial(mine, kind=OrthoPGD, **early),
-        "OrthoPGD, bfloat16, optimize, early stop": partial(mine, kind=OrthoPGD, **fast),
-        "the same, steps from 2 eps down to 0": partial(mine, kind=OrthoPGD, **fast, **falling),
-    }
+    ours = {name: partial(mine, **options) for name, options in OURS.items()}
+    named: dict[str, Callable[[int], tuple[int, float, float]]] = {"Foolbox LinfPGD, fewest steps": theirs, **ours}
     target = theirs(20)[0]
     fewest = {
         name: next((n for n in TRIED_STEPS if run(n)[0] <= target), TRIED_STEPS[-1]) for name, run in named.items()

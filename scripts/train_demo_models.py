@@ -77,6 +77,15 @@ def save(model: nn.Module, path: Path) -> None:
     save_file(state, path, metadata=metadata)
 
 
+def follow(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move averaged weights a little towards a model's; counts are copied."""
+    for kept, new in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        if kept.dtype.is_floating_point:
+            kept.lerp_(new, 1 - decay)
+        else:
+            kept.copy_(new)
+
+
 def train(args: argparse.Namespace) -> None:
     """Train, and write the averaged weights to `args.out` after every epoch."""
     kind, data, epochs, lr, eps, seed = args.kind, args.data, args.epochs, args.lr, args.eps, args.seed
@@ -99,12 +108,8 @@ def train(args: argparse.Namespace) -> None:
 
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.SGD(
-        [{"params": decayed, "weight_decay": 5e-4}, {"params": others, "weight_decay": 0.0}],
-        lr=lr,
-        momentum=0.9,
-        nesterov=True,
-    )
+    groups = [{"params": decayed, "weight_decay": 5e-4}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * batches, pct_start=0.2)
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1 if kind == "standard" else 0.0)
     for epoch in range(epochs):
@@ -118,13 +123,9 @@ def train(args: argparse.Namespace) -> None:
             if kind == "robust":
                 size = args.noise * eps
                 noisy = clean + torch.empty_like(clean).uniform_(-size, size, generator=generator)
-                noisy.requires_grad_(True)
-                for parameter in model.parameters():
-                    parameter.requires_grad_(False)
-                loss = criterion(run(noisy), target)
-                (gradient,) = torch.autograd.grad(loss, noisy)
-                for parameter in model.parameters():
-                    parameter.requires_grad_(True)
+                model.requires_grad_(False)
+                (gradient,) = torch.autograd.grad(criterion(run(noisy.requires_grad_(True)), target), noisy)
+                model.requires_grad_(True)
                 clean = noisy.detach() + eps * gradient.sign()
             logits = run(clean)
             loss = criterion(logits, target)
@@ -136,18 +137,10 @@ def train(args: argparse.Namespace) -> None:
                 right += int((logits.argmax(1) == target).sum())
                 total_loss += float(loss)
                 decay = min(0.998, (epoch * batches + step + 1) / (epoch * batches + step + 10))
-                for kept, new in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
-                    if kept.dtype.is_floating_point:
-                        kept.lerp_(new, 1 - decay)
-                    else:
-                        kept.copy_(new)
-        seconds = time.perf_counter() - start
-        accuracy = right / (batches * batch_size)
-        print(
-            f"{kind} epoch {epoch + 1}/{epochs}: loss {total_loss / batches:.3f}, "
-            f"train accuracy {accuracy:.3f}, {seconds:.0f} s",
-            flush=True,
-        )
+                follow(average, model, decay)
+        seconds, accuracy = time.perf_counter() - start, right / (batches * batch_size)
+        told = f"loss {total_loss / batches:.3f}, train accuracy {accuracy:.3f}, {seconds:.0f} s"
+        print(f"{kind} epoch {epoch + 1}/{epochs}: {told}", flush=True)
         save(average, args.out)
 
 

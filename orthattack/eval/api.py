@@ -13,7 +13,7 @@ from torch import nn
 
 from orthattack.attacks.base import Attack
 from orthattack.attacks.minimum import MinimumNorm
-from orthattack.eval.attacks.kind import described
+from orthattack.eval.attacks.kind import AttackKind, described
 from orthattack.eval.attacks.ours import attack_kind
 from orthattack.eval.attacks.user import user_attack
 from orthattack.eval.data.dataset import ImageDataset
@@ -73,14 +73,7 @@ def evaluate(
     dataset = data if isinstance(data, ImageDataset) else None
     content: dict[str, Any] = {"models": listed, "data": {"source": dataset.name} if dataset else data, **options}
     suite = make_suite(content if attacks is None else {**content, "attacks": tables}, "evaluate")
-    kinds = {}
-    for spec in suite.attacks:
-        own = at_hand.get(spec.label, {})
-        kinds[spec.label] = (
-            attack_kind(spec.name, spec.parameters | own)
-            if isinstance(own, dict)
-            else user_attack(spec.name, own, spec.parameters)
-        )
+    kinds = {spec.label: _kind(spec, at_hand.get(spec.label, {})) for spec in suite.attacks}
     source = suite_source(suite, kinds, classifiers, dataset)
     if shard is not None and out is None:
         raise EvaluationError("shard needs out, the folder that all shards share")
@@ -155,6 +148,13 @@ def run_folder(
     while path.exists():  # another run has started in the same second
         path = path.with_name(path.name + "-2")
     return RunFolder(path, say)
+
+
+def _kind(spec: AttackSpec, own: Any) -> AttackKind:
+    """An attack of the suite, with a function, or options, that were at hand."""
+    if isinstance(own, dict):
+        return attack_kind(spec.name, spec.parameters | own)
+    return user_attack(spec.name, own, spec.parameters)
 
 
 def _labelled(label: str | None, value: Any) -> Any:

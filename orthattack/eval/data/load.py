@@ -69,20 +69,7 @@ def load_dataset(
     Raises:
         EvaluationError: nothing there, or labels that do not fit the model.
     """
-    check_data(data)
-    is_folder = data not in SAMPLES and Path(data).is_dir() and not find_shards(data)
-    if labels is not None and not is_folder:
-        raise EvaluationError(f"--labels goes with a folder; {data} has labels of its own")
-    order: Order | None = None
-    if str(classes) in ("text", "numbers") and not os.path.exists(str(classes)):  # noqa: PTH110
-        order, classes = ("text" if str(classes) == "text" else "numbers"), None
-        if not is_folder or labels is not None:
-            raise EvaluationError(f"--classes {order} is the order of class folders; {labels or data} has none")
-    if classes is not None and (labels is not None or data in SAMPLES):
-        raise EvaluationError(f"--classes matches classes by name; {labels or data} has the model's class indices")
-    table = None if classes is None else Path(classes)
-    if table is not None and not os.path.exists(table) and "." not in table.name:  # noqa: PTH110
-        raise EvaluationError(f"--classes {table} is neither text nor numbers, an order of class folders, nor a file")
+    table, order = _class_order(data, labels, classes)
     source: Source
     notes: tuple[str, ...] = ()
     if data in SAMPLES:
@@ -91,7 +78,7 @@ def load_dataset(
     elif labels is not None:
         names, indices, source = _labelled(Path(data), labels)
         found = ClassMap((), f"labels from {labels.name}, {_AS_THEY_ARE}")
-    elif is_folder:
+    elif _is_folder(data):
         names, indices, source, found, notes = _class_folders(Path(data), classifier, table, order)
     else:
         names, indices, source, found = _data_set(data, classifier, table)
@@ -106,6 +93,31 @@ def load_dataset(
         )
     about = (data, tuple(names), tuple(indices), found.names, found.mapping)
     return ImageDataset(*about, source, range(len(names)), notes)
+
+
+def _is_folder(data: str) -> bool:
+    """Whether images lie in folders there."""
+    return data not in SAMPLES and Path(data).is_dir() and not find_shards(data)
+
+
+def _class_order(data: str, labels: Path | None, classes: Path | str | None) -> tuple[Path | None, Order | None]:
+    """What `load_dataset` is told of the classes: a file, or an order of folders; EvaluationError if it is not meant
+    for such data."""
+    check_data(data)
+    is_folder = _is_folder(data)
+    if labels is not None and not is_folder:
+        raise EvaluationError(f"--labels goes with a folder; {data} has labels of its own")
+    if str(classes) in ("text", "numbers") and not os.path.exists(str(classes)):  # noqa: PTH110
+        order: Order = "text" if str(classes) == "text" else "numbers"
+        if not is_folder or labels is not None:
+            raise EvaluationError(f"--classes {order} is the order of class folders; {labels or data} has none")
+        return None, order
+    if classes is not None and (labels is not None or data in SAMPLES):
+        raise EvaluationError(f"--classes matches classes by name; {labels or data} has the model's class indices")
+    table = None if classes is None else Path(classes)
+    if table is not None and not os.path.exists(table) and "." not in table.name:  # noqa: PTH110
+        raise EvaluationError(f"--classes {table} is neither text nor numbers, an order of class folders, nor a file")
+    return table, None
 
 
 def _torchvision() -> Any:

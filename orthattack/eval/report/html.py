@@ -70,15 +70,9 @@ def _context(run: Run) -> dict[str, Any]:
         row |= {"model_index": models.index(row["model"]), "eps_index": run.radii.index(row["eps"])}
         row["eps_text"] = shown_eps(row["eps"], run.norm)
     cards, images, stored = _cards(run)
-    data = {
-        "models": models,
-        "attacks": attacks,
-        "radii": [radius["text"] for radius in radii],
-        "cards": cards,
-        "images": images,
-        "classes": _classes(run),
-        "worst": WORST,
-    }
+    data = {"models": models, "attacks": attacks, "radii": [radius["text"] for radius in radii], "cards": cards}
+    data |= {"images": images, "classes": _classes(run), "worst": WORST}
+    columns = tables.leaderboard(run.norm)
     return {
         "run": run,
         "shown": len(cards),
@@ -90,13 +84,12 @@ def _context(run: Run) -> dict[str, Any]:
         "chosen": chosen,
         "look": look,
         "worst": WORST,
-        "columns": list(tables.leaderboard(run.norm).values()),
-        "accuracy_column": tables.leaderboard(run.norm)["robust_accuracy"],
+        "columns": columns,
         "rows": rows,
         "worst_rows": [row for row in rows if row["attack"] == WORST and row["eps_index"] == chosen],
         "accuracy": {model: run.clean_accuracy(model) for model in models},
         "paired": paired,
-        "paired_columns": list(tables.paired(run.norm).values()),
+        "paired_columns": tables.paired(run.norm),
         "optimality": tables.optimality_rows(run),
         "optimality_columns": tables.OPTIMALITY,
         "by_eps": {m: Markup(plots.accuracy_by_eps(run.curves(m), look, unit, _known(run))) for m in models},  # noqa: S704

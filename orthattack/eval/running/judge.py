@@ -218,47 +218,25 @@ def row_columns(
 
     An image that is not finite, leaves the bounds or the ball is ``invalid``: it counts neither for nor against the
     model. The ball's edge is as wide as float32's rounding of an image. Pixels that are those of the clean image have
-    its prediction; where a model that does not answer at random says otherwise, that is an ``error``.
-
-    Args:
-        judge: the model.
-        images: (N, 3, H, W), clean.
-        found: what the attack returned.
-        labels: (N,).
-        clean_right: whether the model is right on each clean image.
-        clean: what it takes each for.
-        norm: of the attack.
-        eps: its radius.
+    its prediction; where a model that does not answer at random says otherwise, that is an ``error``. `clean_right` and `clean` are what the model makes of each clean image.
     """
     adversarials: Tensor = found.adversarials
     x = images.double()
     delta = adversarials.double() - x
     sizes: dict[Norm, Tensor] = {name: perturbation_norm(delta, name) for name in ("l1", "l2", "linf")}
-    limit = torch.inf if eps is None else eps * (1 + 1e-5) + (1.2e-7 if norm == "linf" else 0.0)
     right = torch.tensor(clean_right, device=images.device)
     predictions, margins, wrong = _verdict(judge.logits(adversarials.nan_to_num(0)), labels)
-    success = right & (wrong > 0.5)
     before = torch.tensor(clean, device=images.device)
     contradicts = (~_moved(adversarials, images) & (predictions != before) & (not judge.is_random)).tolist()
-    status, message = [], []
-    for k, (low, high, length, margin) in enumerate(
-        zip(*(values.tolist() for values in (*_range(adversarials), sizes[norm], margins)), strict=True)
-    ):
-        reason = None
-        if not (-torch.inf < low and high < torch.inf):
-            reason = "returned NaN or infinite pixels"
-        elif low < 0 or high > 1:
-            reason = f"left the bounds: pixels from {low:.6g} to {high:.6g}"
-        elif not length <= limit:
-            reason = f"left the ball: {norm} norm {length:.6g}, eps {eps:.6g}"
-        state = "invalid" if reason is not None else "ok" if clean_right[k] else "misclassified"
-        if reason is None and math.isnan(margin):
-            state, reason = "error", NOT_FINITE
-        elif reason is None and contradicts[k]:
-            state, reason = "error", CONTRADICTION
-        status.append(state)
-        message.append(reason)
-    fooled = success.tolist()
+    message = _faults(adversarials, sizes[norm].tolist(), norm, eps)
+    status = [
+        "invalid" if fault else "ok" if is_right else "misclassified"
+        for fault, is_right in zip(message, clean_right, strict=True)
+    ]
+    for k, margin in enumerate(margins.tolist()):
+        if message[k] is None and (math.isnan(margin) or contradicts[k]):
+            status[k], message[k] = "error", NOT_FINITE if math.isnan(margin) else CONTRADICTION
+    fooled = (right & (wrong > 0.5)).tolist()
     rows = [k for k, state in enumerate(status) if state == "ok" and fooled[k]]
     rounded, contradicted = _rounded(judge, adversarials, images, labels, rows, norm)
     for k in contradicted:
@@ -274,11 +252,26 @@ def row_columns(
         **{name: size.tolist() for name, size in sizes.items()},
         "cosine": alignment(delta, x).tolist(),
         **{f"cosine_{name}": per_channel[:, c].tolist() for c, name in enumerate(("red", "green", "blue"))},
-        "steps": _listed(found.steps, len(images)),
+        "steps": [None] * len(images) if found.steps is None else found.steps.tolist(),
         "wrong_share": wrong.tolist(),
         "evaluations": [judge.evaluations] * len(images),
         **rounded,
     }
+
+
+def _faults(adversarials: Tensor, lengths: list[float], norm: Norm, eps: float | None) -> list[str | None]:
+    """Why each image is invalid, None where it is not."""
+    limit = math.inf if eps is None else eps * (1 + 1e-5) + (1.2e-7 if norm == "linf" else 0.0)
+    flat = adversarials.flatten(1)
+    found: list[str | None] = []
+    for low, high, length in zip(flat.amin(1).tolist(), flat.amax(1).tolist(), lengths, strict=True):
+        if not (-math.inf < low and high < math.inf):
+            found.append("returned NaN or infinite pixels")
+        elif low < 0 or high > 1:
+            found.append(f"left the bounds: pixels from {low:.6g} to {high:.6g}")
+        else:
+            found.append(None if length <= limit else f"left the ball: {norm} norm {length:.6g}, eps {eps:.6g}")
+    return found
 
 
 def _moved(adversarials: Tensor, images: Tensor) -> Tensor:
@@ -318,12 +311,3 @@ def _rounded(
             columns["rounded_cosine"][row] = cosine
             columns["rounded_norm"][row] = size
     return columns, contradicted
-
-
-def _range(images: Tensor) -> tuple[Tensor, Tensor]:
-    flat = images.flatten(1)
-    return flat.amin(1), flat.amax(1)
-
-
-def _listed(values: Tensor | None, count: int) -> list[Any]:
-    return [None] * count if values is None else values.tolist()

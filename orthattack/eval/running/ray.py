@@ -159,10 +159,10 @@ class Crew:
     def __call__(self, units: Sequence[Unit], plan: Plan, attacked: Attacked, say: Callable[[str], None], /) -> None:
         """Do all units. EvaluationError: no worker can be started, something is to be put right, or a unit has killed
         three of its workers; everything else has been done then."""
-        ray, queue = self._ray, Queue(units)
+        queue = Queue(units)
         starting: dict[Any, Any] = {}
         busy: dict[Any, tuple[Any, Unit]] = {}
-        deaths: Counter[tuple[str, str, int]] = Counter()
+        deaths: Counter[Unit] = Counter()
         lost: list[Unit] = []
         failures = 0
         while len(queue) or busy:
@@ -171,31 +171,20 @@ class Crew:
             for _ in range(wanted):
                 actor = self._make()
                 starting[self._started(actor, plan)] = actor
-            ready, _ = ray.wait([*busy, *starting], num_returns=1, timeout=_PATIENCE)
+            ready, _ = self._ray.wait([*busy, *starting], num_returns=1, timeout=_PATIENCE)
             if not ready and not busy:
                 say(f"none of {self._size} workers could be started yet: the cluster is busy, or lacks what they need")
             for ref in ready:
                 actor, unit = busy.pop(ref) if ref in busy else (starting.pop(ref), None)
-                try:
-                    answer = ray.get(ref)
-                except ray.exceptions.RayTaskError as error:  # something to put right, not a death
-                    raise error.cause if isinstance(error.cause, Exception) else error from None
-                except ray.exceptions.RayError as error:
+                answer, death = self._answer(ref)
+                if death is not None:
                     queue.forget(actor)
                     self._bury(actor)
-                    reason = told(error)
                     if unit is None:
                         failures += 1
                         if failures > DEATHS + self._size:
-                            raise EvaluationError(f"the workers cannot be started ({reason})") from error
-                        continue
-                    what = (unit.model, unit.stage, unit.chunk)
-                    deaths[what] += 1
-                    if deaths[what] >= DEATHS:
-                        lost.append(unit)
-                        continue
-                    say(f"a worker died at {unit.model}, {unit.stage} {unit.chunk}: others go on with it ({reason})")
-                    if (rest := plan.left_of(unit)) is not None:
+                            raise EvaluationError(f"the workers cannot be started ({death})")
+                    elif (rest := self._mourned(unit, plan, deaths, lost, death, say)) is not None:
                         queue.put_back(rest)
                     continue
                 self._idle.append(actor)
@@ -203,10 +192,9 @@ class Crew:
                     failures = 0
                     self.workers.append(answer)
                     continue
-                found, said = answer
-                for counts in found:
+                for counts in answer[0]:
                     attacked(unit, *counts)
-                for line in said:
+                for line in answer[1]:
                     say(line)
         for actor in starting.values():
             self._bury(actor)
@@ -216,6 +204,27 @@ class Crew:
                 f"{len(lost)} pieces of work killed {DEATHS} workers each ({names}): look for the reason on these "
                 "machines, memory most likely. Everything else is done and kept; the same command tries them again"
             )
+
+    def _answer(self, ref: Any) -> tuple[Any, str | None]:
+        """What a worker returned, or what it died of; what is to be put right is raised."""
+        try:
+            return self._ray.get(ref), None
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, Exception) else error from None
+        except self._ray.exceptions.RayError as error:
+            return None, told(error)
+
+    def _mourned(
+        self, unit: Unit, plan: Plan, deaths: Counter[Unit], lost: list[Unit], death: str, say: Callable[[str], None]
+    ) -> Unit | None:
+        """What is left to others of the unit that a worker died of."""
+        what = Unit(unit.model, unit.stage, unit.chunk, ())
+        deaths[what] += 1
+        if deaths[what] >= DEATHS:
+            lost.append(unit)
+            return None
+        say(f"a worker died at {unit.model}, {unit.stage} {unit.chunk}: others go on with it ({death})")
+        return plan.left_of(unit)
 
     def _give(self, actor: Any, queue: Queue, busy: dict[Any, tuple[Any, Unit]]) -> bool:
         """Give a worker something to do, if there is anything."""
