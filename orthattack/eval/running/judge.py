@@ -218,7 +218,8 @@ def row_columns(
 
     An image that is not finite, leaves the bounds or the ball is ``invalid``: it counts neither for nor against the
     model. The ball's edge is as wide as float32's rounding of an image. Pixels that are those of the clean image have
-    its prediction; where a model that does not answer at random says otherwise, that is an ``error``. `clean_right` and `clean` are what the model makes of each clean image.
+    its prediction; where a model that does not answer at random says otherwise, that is an ``error``. `clean_right` and
+    `clean` are what the model makes of each clean image.
     """
     adversarials: Tensor = found.adversarials
     x = images.double()
