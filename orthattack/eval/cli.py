@@ -39,11 +39,7 @@ finished is kept
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code.
-
-    0 done, 1 done but nothing could be scored, 2 something to put right first, 130 interrupted: what is finished is
-    kept.
-    """
+    """Run the command line; returns the exit code, see the end of its help."""
     options = _parser().parse_args(arguments)
     try:
         try:

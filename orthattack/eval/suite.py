@@ -56,7 +56,7 @@ def _radius(value: float) -> float:
 Norm = Literal["linf", "l2", "l1"]  # `orthattack.threat.Norm`, which would bring torch
 Radius = Annotated[float, BeforeValidator(_number), AfterValidator(_radius)]
 Whole = Annotated[int, Field(strict=True, gt=-(2**63), lt=2**63)]
-Count = Annotated[int, Field(strict=True, ge=1, lt=2**63)]
+Count = Annotated[int, Field(strict=True, ge=1)]
 Kept = Literal["gallery", "all", "none"]
 
 _NAME = "text: see orthattack models and orthattack attacks"
@@ -401,8 +401,7 @@ def wrong(error: Any, accepted: str | None = None) -> str:
     return f"must be {accepted}; got {value if len(value) <= 80 else f'{value[:77]}...'}{table}"
 
 
-MODELS: tuple[type[_Strict], ...] = (ModelSpec, DataSpec, Suite)
-"""Whose keys the flags of the command line are."""
+MODELS: tuple[type[_Strict], ...] = (ModelSpec, DataSpec, Suite)  # whose keys the flags of the command line are
 
 Suite.__doc__ = f"{Suite.__doc__}\n\nAttributes:\n" + "".join(
     f"    {name}: {field.description}.\n" for name, field in Suite.model_fields.items()

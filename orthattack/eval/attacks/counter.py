@@ -23,12 +23,8 @@ class CallCounter(nn.Module):
 
     It also remembers its last answer without a gradient: an attack of ours that scores what it returns has then done
     the work of the judge, who sees the model's own answer on the pixels, not what the attack makes of it. What other
-    code had evaluated is not to be recalled: it may have changed the model for the while.
-
-    Args:
-        model: images to logits.
-        calls: where to count; kept by whoever reads it, out of reach of what is written to this module's attributes.
-    """
+    code had evaluated is not to be recalled: it may have changed the model for the while. `calls` is kept by whoever
+    reads it, out of reach of what is written to this module's attributes."""
 
     def __init__(self, model: nn.Module, calls: Calls | None = None) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -47,11 +47,8 @@ class Found:
     gradient_calls: Tensor | None = None  # (N,) differentiations, likewise
 
 
-class Runner(Protocol):
-    """An attack bound to a model and a radius."""
-
-    def __call__(self, images: Tensor, labels: Tensor, seeds: Sequence[int]) -> Found:
-        """Attack images (N, 3, H, W) with labels (N,); the random numbers come from the seeds, one per image."""
+Runner = Callable[[Tensor, Tensor, Sequence[int]], Found]
+"""An attack bound to a model and a radius: of images (N, 3, H, W), labels (N,) and seeds, one each."""
 
 
 class OwnRunner:

@@ -18,16 +18,11 @@ from orthattack.eval.plugin import kept_process
 
 
 def user_attack(name: str, factory: Any, given: Mapping[str, Any] | None = None) -> AttackKind:
-    """A user's own attack.
+    """A user's own attack: `factory` takes the model, what it has of ``norm``, ``eps`` and ``steps``, and `given`, and
+    returns a callable (images, labels) -> adversarial images.
 
     A subclass of `orthattack.attacks.Attack`, or a function that returns such an attack, is one of ours: what it
     promises is read from its card, on a model of no account, and its calls are counted per image.
-
-    Args:
-        name: what it is called.
-        factory: a function that takes the model, and parameters called ``norm``, ``eps`` and ``steps`` if it has them,
-            and returns a callable (images, labels) -> adversarial images.
-        given: further arguments of the function.
     """
     options = dict(given or {})
     if not callable(factory):

@@ -32,6 +32,9 @@ class Check:
     why: str = ""  # what it means, if it warns, or why it was not run
 
 
+Found = str | tuple[bool, str, str]
+"""Of a check: whether it passed, its figures, and what it means if not; or why it was not run."""
+
 NOTHING_LEFT = "no image was left: none was right to begin with and scored by both"
 
 
@@ -56,33 +59,35 @@ class _Model:
         self.at = f"at eps {shown_eps(self.radius, self.norm)}"
 
     def checks(self) -> list[Check]:
-        return [
-            self._clean(),
-            self._gradients(),
-            self._never_helps("more steps never help the defender", "PGD", "PGD, 4 times the steps"),
-            self._never_helps("more restarts never help the defender", "PGD", "PGD, 3 restarts"),
-            self._never_helps("a larger radius never helps the defender", "PGD", "PGD, twice the radius"),
-            self._any_image(),
-            self._never_helps("iterating is no weaker than a single step", "one step", "PGD"),
-            self._no_stronger("queries are no stronger than gradients", "queries only"),
-            self._transfer(),
-            self._larger_eps(),
-            self._rounding(),
-            self._saved(),
-        ]
+        helps = self._never_helps
+        found: dict[str, Found] = {
+            "model, data and preprocessing belong together": self._clean(),
+            "gradients are not zero, NaN or missing": self._gradients(),
+            "more steps never help the defender": helps("PGD", "PGD, 4 times the steps"),
+            "more restarts never help the defender": helps("PGD", "PGD, 3 restarts"),
+            "a larger radius never helps the defender": helps("PGD", "PGD, twice the radius"),
+            "a radius that allows any image leaves nothing robust": self._any_image(),
+            "iterating is no weaker than a single step": helps("one step", "PGD"),
+            "queries are no stronger than gradients": self._no_stronger("queries only"),
+            "transfer is no stronger than gradients": self._transfer(),
+            "robust accuracy falls as eps grows": self._larger_eps(),
+            "success survives rounding to 8 bits": self._rounding(),
+            "saved images keep budget and orthogonality": self._saved(),
+        }
+        checks = []
+        for name, result in found.items():
+            if isinstance(result, str):
+                checks.append(Check(self.label, name, "not run", "", result))
+            else:
+                passed, figures, why = result
+                checks.append(Check(self.label, name, "passed" if passed else "warned", figures, "" if passed else why))
+        return checks
 
-    def _check(self, name: str, passed: bool, figures: str, why: str) -> Check:
-        return Check(self.label, name, "passed" if passed else "warned", figures, "" if passed else why)
-
-    def _not_run(self, name: str, why: str) -> Check:
-        return Check(self.label, name, "not run", "", why)
-
-    def _clean(self) -> Check:
-        name = "model, data and preprocessing belong together"
+    def _clean(self) -> Found:
         rows = self.folder.read("clean", self.label, columns=CLEAN_COLUMNS)
         rows = rows[rows["status"] == "ok"]
         if rows.empty:
-            return self._not_run(name, "no image could be scored")
+            return "no image could be scored"
         from scipy.stats import binom
 
         right, n = int((rows["wrong_share"] <= 0.5).sum()), len(rows)
@@ -98,8 +103,7 @@ class _Model:
                 "images may be the reason, or labels, resizing or normalisation that are not the model's"
             )
         low, high = numbers.min(), numbers.max()
-        return self._check(
-            name,
+        return (
             not found,
             f"{100 * right / n:.1f} % of {n} right{against}, "
             f"logits from {low['logit_min']:.3g} to {high['logit_max']:.3g}, "
@@ -107,18 +111,17 @@ class _Model:
             "; ".join(found),
         )
 
-    def _gradients(self) -> Check:
-        name = "gradients are not zero, NaN or missing"
+    def _gradients(self) -> Found:
         rows = self.folder.read("clean", self.label, columns=["position", "status", "gradient_norm", "evaluations"])
         rows = rows[rows["position"].isin(differentiated(self.images)) & (rows["status"] == "ok")]
         if rows.empty:
-            return self._not_run(name, "no image could be scored")
+            return "no image could be scored"
         if (rows["evaluations"] > 1).all():
-            return self._not_run(name, "the model answers at random, so one gradient says little: use eot_samples")
+            return "the model answers at random, so one gradient says little: use eot_samples"
         usable = rows["gradient_norm"].notna() & (rows["gradient_norm"] > 0)
         bad = int((~usable.fillna(False)).sum())
-        return self._check(
-            name, bad == 0, f"{bad} of {len(rows)} images without a usable gradient",
+        return (
+            bad == 0, f"{bad} of {len(rows)} images without a usable gradient",
             "a masked or saturated gradient hides adversarials from gradient attacks; trust the query-based ones",
         )  # fmt: skip
 
@@ -134,60 +137,57 @@ class _Model:
         rows = self.folder.read(kind, self.label, label, eps, columns)
         return rows[rows["status"] == "ok"].set_index("position")["success"].astype(bool).to_frame()
 
-    def _never_helps(self, name: str, weaker: str, stronger: str) -> Check:
+    def _never_helps(self, weaker: str, stronger: str) -> Found:
         weak, strong = self._probe(weaker), self._probe(stronger)
         both = _both(weak, strong, "weak", "strong")
         if both.empty:
-            return self._not_run(name, NOTHING_LEFT)
+            return NOTHING_LEFT
         before, after, n = int((~both["success_weak"]).sum()), int((~both["success_strong"]).sum()), len(both)
         if n - before <= _slack(n):  # whatever the other does, it could not lose more than means nothing
-            return self._not_run(name, f"too few images to lose: {weaker!r} fooled {n - before} of {n}, {self.at}")
-        return self._check(
-            name, after <= before + _slack(n), f"{before} of {n} robust, then {after}, {self.at}",
+            return f"too few images to lose: {weaker!r} fooled {n - before} of {n}, {self.at}"
+        return (
+            after <= before + _slack(n), f"{before} of {n} robust, then {after}, {self.at}",
             "the attack does not use what it is given: its loss or gradient is broken, or its steps are too large",
         )  # fmt: skip
 
-    def _no_stronger(self, name: str, other: str) -> Check:
+    def _no_stronger(self, other: str) -> Found:
         gradient, rival = self._probe("PGD, 4 times the steps"), self._probe(other)
         both = _both(gradient, rival, "gradient", "other")
         if both.empty:
-            return self._not_run(name, NOTHING_LEFT)
+            return NOTHING_LEFT
         left, n = int((~both["success_gradient"]).sum()), len(both)
         if left <= _slack(n):
-            return self._not_run(name, f"too few images were left: gradients fooled {n - left} of {n}, {self.at}")
+            return f"too few images were left: gradients fooled {n - left} of {n}, {self.at}"
         alone = int((both["success_other"] & ~both["success_gradient"]).sum())
-        return self._check(
-            name, alone <= _slack(n),
+        return (
+            alone <= _slack(n),
             f"{alone} of {n} fooled by it alone, {self.at}",
             "the gradients are masked: gradient attacks overestimate this model's robustness",
         )  # fmt: skip
 
-    def _any_image(self) -> Check:
-        name = "a radius that allows any image leaves nothing robust"
+    def _any_image(self) -> Found:
         rows = self._probe("PGD, any image")
         if len(rows) <= 1:
-            return self._not_run(name, NOTHING_LEFT if rows.empty else "one image says too little")
+            return NOTHING_LEFT if rows.empty else "one image says too little"
         robust = int((~rows["success"]).sum())
-        return self._check(
-            name, robust <= _slack(len(rows)), f"{robust} of {len(rows)} robust",
+        return (
+            robust <= _slack(len(rows)), f"{robust} of {len(rows)} robust",
             "an attack that may turn an image into any other must succeed: the gradient is masked or the loss broken",
         )  # fmt: skip
 
-    def _transfer(self) -> Check:
-        name = "transfer is no stronger than gradients"
+    def _transfer(self) -> Found:
         rivals = [
             entry["label"]
             for entry in self.manifest.get("probes", [])
             if entry["model"] == self.label and entry["label"].startswith(TRANSFER)
         ]
         if not rivals:
-            return self._not_run(name, "it needs a second model with the same classes and input size")
-        worst = [self._no_stronger(name, rival) for rival in rivals]
-        return min(worst, key=lambda check: ("warned", "passed", "not run").index(check.status))
+            return "it needs a second model with the same classes and input size"
+        worst = [self._no_stronger(rival) for rival in rivals]
+        return min(worst, key=lambda found: 2 if isinstance(found, str) else found[0])  # warned, passed, not run
 
-    def _larger_eps(self) -> Check:
+    def _larger_eps(self) -> Found:
         """Of every attack of the run with several radii: a larger one never leaves more robust."""
-        name = "robust accuracy falls as eps grows"
         found: list[tuple[int, str, list[int], int]] = []
         several = False
         for attack in self.manifest["attacks"]:
@@ -202,18 +202,15 @@ class _Model:
             rises = [b - a for a, b in pairwise(counts)]
             found.append((max(rises), attack["label"], counts, n))
         if not found:
-            few = "too few images were fooled below the largest radius" if several else "it needs several radii"
-            return self._not_run(name, few)
+            return "too few images were fooled below the largest radius" if several else "it needs several radii"
         rise, label, counts, n = max(found)
-        return self._check(
-            name,
+        return (
             rise <= _slack(n),
             f"of {len(found)} attacks, {label} is the least regular: {', '.join(map(str, counts))} robust of {n}",
             "a larger ball contains the smaller one, so the attack fails to use it",
         )
 
-    def _rounding(self) -> Check:
-        name = "success survives rounding to 8 bits"
+    def _rounding(self) -> Found:
         kept: dict[tuple[str, float], list[int]] = {}
         for attack in self.manifest["attacks"]:
             for eps in attack["eps"]:
@@ -226,21 +223,19 @@ class _Model:
         shares = {key: (a, b) for key, (a, b) in kept.items() if b > 1}
         if not shares:
             most = max((b for _, b in kept.values()), default=0)
-            return self._not_run(name, "one success says too little" if most else "no attack with a radius succeeded")
+            return "one success says too little" if most else "no attack with a radius succeeded"
         figures = ", ".join(f"{100 * a / b:.1f} % at {shown_eps(eps, norm)}" for (norm, eps), (a, b) in shares.items())
-        return self._check(
-            name,
+        return (
             all(b - a <= max(1, 0.1 * b) for a, b in shares.values()),
             figures,
             "an 8-bit file cannot hold these adversarials; what it holds fools less often",
         )
 
-    def _saved(self) -> Check:
+    def _saved(self) -> Found:
         """Budget and |cos| of the stored images, from nothing but the files, and after rounding to 8 bits."""
-        name = "saved images keep budget and orthogonality"
         clean = dict(self.folder.images(self.label, "clean", None))
         if not clean:
-            return self._not_run(name, "no images were saved")
+            return "no images were saved"
         count, orthogonal, worst, cosine, rounded, others = 0, 0, 0.0, 0.0, 0.0, False
         for attack in self.manifest["attacks"]:
             threat, unnamed = _promise(attack)
@@ -259,10 +254,9 @@ class _Model:
                         cosine = max(cosine, float(threat.cosine(delta, x)))
                         rounded = max(rounded, float(threat.cosine((adversarial * 255).round() / 255 - x, x)))
         if count == 0:
-            return self._not_run(name, "no adversarial image was saved")
+            return "no adversarial image was saved"
         promised = f"|cos| at most {cosine:.1e} where promised, {rounded:.1e} after rounding to 8 bits"
-        return self._check(
-            name,
+        return (
             worst <= 1 + 1e-4 and cosine <= 1e-6,
             f"{count} images: norm at most {worst:.7g} eps, "
             + (promised if orthogonal or others else "none of an attack that promises orthogonality")

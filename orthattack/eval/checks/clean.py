@@ -11,8 +11,7 @@ from orthattack.assumptions import PROBABILITIES, SIGMOIDS, are_probabilities
 from orthattack.eval.data.dataset import evenly
 from orthattack.eval.results.rates import Rate
 
-_DOUBT = 0.01
-"""An explanation under which the data had at most this probability is ruled out."""
+_DOUBT = 0.01  # an explanation under which the data had at most this probability is ruled out
 
 
 @dataclass(frozen=True)

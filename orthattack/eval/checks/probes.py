@@ -15,8 +15,7 @@ TRANSFER = "transfer from "
 """What the label of a probe begins with that tries another model's adversarials; the other's label follows."""
 
 
-QUERIES = 200
-"""Evaluations per image of the query-based probe."""
+QUERIES = 200  # evaluations per image of the query-based probe
 
 
 @dataclass(frozen=True)
@@ -29,14 +28,7 @@ class Probe:
 
 
 def probes(norm: Norm, eps: Sequence[float], steps: int, size: int) -> list[Probe]:
-    """The attacks of the checks, at the middle one of the radii.
-
-    Args:
-        norm: of the run.
-        eps: its radii.
-        steps: its steps.
-        size: pixels of the model's square input, for a radius that leaves nothing as it was.
-    """
+    """The attacks of the checks, at the middle one of the radii, for a model whose square input has `size` pixels."""
     radius = sorted(eps)[len(eps) // 2]
     everything = {"linf": 0.5, "l2": 0.5 * (3 * size * size) ** 0.5, "l1": 0.5 * 3 * size * size}[norm]
 

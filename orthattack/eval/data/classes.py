@@ -31,19 +31,9 @@ def match_folders(
     folders: Sequence[str], classifier: Classifier, where: Path, order: Order | None = None, empty: Sequence[str] = ()
 ) -> ClassMap:
     """Folder names, sorted: by the model's class names; or, where none is named so, by number if they are called 0 to
-    K - 1, or else in sorted order, if there are as many.
-
-    Args:
-        folders: with images.
-        classifier: whose classes they are.
-        where: they lie, for messages.
-        order: what sorts them, "text" or "numbers", where the two differ.
-        empty: further folders, without an image.
-
-    Raises:
-        EvaluationError: some folders have the name of exactly one class and others do not, or nothing says which is
-            which.
-    """
+    K - 1, or else in sorted order, if there are as many, those `empty` of images among them. `order` is what sorts them
+    where the two differ. EvaluationError: some have the name of exactly one class and others do not, or nothing says
+    which is which."""
     count = classifier.num_classes
     known = [_plain(name) for name in classifier.classes or ()]
     strange = [name for name in folders if known.count(_plain(name)) != 1]
@@ -86,8 +76,7 @@ def match_folders(
     )
 
 
-Order = Literal["text", "numbers"]
-"""What sorts class folders, where the two differ: 1, 10, 2 or 1, 2, 10."""
+Order = Literal["text", "numbers"]  # what sorts class folders, where the two differ: 1, 10, 2 or 1, 2, 10
 
 
 def _by_number(name: str) -> list[str | int]:
@@ -134,15 +123,8 @@ def match_names(names: Sequence[Sequence[str]], classifier: Classifier, where: s
 def map_from_file(keys: Sequence[Sequence[str]], needed: Iterable[int], path: Path, where: str | Path) -> ClassMap:
     """As a CSV file says, with a column folder, wnid or class, and a column label or index. Rows may repeat.
 
-    Args:
-        keys: what each of the data's classes may be called in the file.
-        needed: those of them that have images.
-        path: the file.
-        where: the data, for messages.
-
-    Raises:
-        EvaluationError: a file that cannot be read or contradicts itself, or that lacks a class.
-    """
+    `keys` are what each of the data's classes may be called in the file, `needed` those of them that have images.
+    EvaluationError: a file that cannot be read or contradicts itself, or that lacks a class."""
     columns, rows = read_table(path, "classes")
     key_column = next((name for name in _KEYS if name in columns), None)
     value_column = next((name for name in _VALUES if name in columns), None)

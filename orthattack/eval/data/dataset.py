@@ -22,12 +22,7 @@ _HASHED_WHOLE = 64
 
 
 class Unreadable(Exception):  # noqa: N818 - a value as often as an exception
-    """An image file that cannot become an input, and why.
-
-    Attributes:
-        name: the image's.
-        reason: in plain words.
-    """
+    """An image file, by name, that cannot become an input, and why."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)
@@ -79,10 +74,7 @@ class ImageDataset:
 
     def load(self, position: int, preprocessing: Preprocessing) -> Tensor:
         """One image as the model's input, (3, crop, crop), float32, in [0, 1]. Threads may call this at once.
-
-        Raises:
-            Unreadable: it cannot be read or decoded, or, where the data gives tensors, has another size or range.
-        """
+        Unreadable: it cannot be read or decoded, or, where the data gives tensors, has another size or range."""
         try:
             found = self._source.image(self._positions[position])
             return preprocessing(found) if isinstance(found, Image.Image) else _as_input(found, preprocessing.crop)
@@ -121,11 +113,7 @@ class ImageDataset:
         return self._at(evenly(count, len(self)))
 
     def subset(self, names: Sequence[str]) -> ImageDataset:
-        """Those of these names, in this order.
-
-        Raises:
-            EvaluationError: a name that there is not, or twice, or no names.
-        """
+        """Those of these names, in this order. EvaluationError: a name that there is not, or twice, or no names."""
         if not names:
             raise EvaluationError("--subset names no images")
         position_of = {name: k for k, name in enumerate(self.names)}

@@ -14,11 +14,8 @@ WORKERS = 2
 class Decoder:
     """Decodes chunks of images in threads: the one that is taken, and one that may come next.
 
-    Args:
-        load: decodes one; it is called by several threads. Decoders leave the interpreter to others while they work.
-        ahead: False where it is a user's code, which may change the process under an attack: it is then called by
-            whoever takes the chunk, and nothing is decoded before.
-    """
+    `load` decodes one image; decoders leave the interpreter to others while they work. Where it is a user's code, which
+    may change the process under an attack, it is called by whoever takes the chunk, and nothing is decoded `ahead`."""
 
     def __init__(self, load: Callable[[int], Tensor], ahead: bool = True) -> None:
         self._load, self._ahead = load, ahead

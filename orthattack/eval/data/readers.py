@@ -17,7 +17,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,25 +31,10 @@ from orthattack.eval.models.preprocessing import DecodeError, decode
 from orthattack.eval.plugin import kept_process
 from orthattack.lending import global_random_numbers, guarded
 
-CACHED_BYTES = 256 * 2**20
-"""How much of the row groups read last is kept; the last one is kept whatever its size."""
+CACHED_BYTES = 256 * 2**20  # how much of the row groups read last is kept; the last one is kept whatever its size
 
 
-MAX_BYTES = 2**30
-"""Of an image file; larger ones are not read into memory."""
-
-
-class Source(Protocol):
-    """Images by position."""
-
-    def image(self, position: int) -> Image.Image | Tensor:
-        """A decoded image; `DecodeError`, or whatever the data raises, if there is none."""
-
-    def content(self, position: int) -> bytes:
-        """The bytes that tell it from any other."""
-
-    def size(self, position: int) -> int:
-        """Bytes of the file that holds it; -1 if that is not known."""
+MAX_BYTES = 2**30  # of an image file; larger ones are not read into memory
 
 
 class Files:
@@ -79,14 +64,11 @@ class Files:
 
 
 class Dataset:
-    """A map-style data set, torchvision's or a user's: ``data[k]`` is (image, label).
+    """A map-style data set, torchvision's or a user's: ``data[k]`` is (image, label). EvaluationError: it is none.
 
     An image is a Pillow image, an array (H, W, 3) or (H, W) of uint8, or a tensor that already has the model's input
     size, (3, H, W) in [0, 1] or of uint8. What a user's draws at random is the same each time; what it changes of the
-    process is put back, and what it returned is copied.
-
-    Attributes: labels: of all, in order. classes: their names, each with its synonyms, if the data has an attribute of
-    that name. is_foreign: it is a user's. EvaluationError: not such a data set."""
+    process is put back, and what it returned is copied."""
 
     def __init__(self, data: Any, name: str, thread_safe: bool) -> None:
         self._data, self._name = data, name
@@ -215,11 +197,7 @@ class Shards:
     """Parquet files as Hugging Face's datasets are stored: the bytes of image files beside labels.
 
     Columns: ``image`` (or ``img``), a struct with ``bytes``, or binary; ``label`` (or ``labels``, ``fine_label``), an
-    integer. Labels are read at once, images a row group at a time.
-
-    Attributes: names: SHARD/ROW, the shard without its suffix. labels: of all, in order. classes: from the metadata
-    that Hugging Face's datasets leave in the file, if they are there. EvaluationError: not Parquet, or other columns.
-    """
+    integer. Labels are read at once, images a row group at a time. EvaluationError: not Parquet, or other columns."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
@@ -311,3 +289,7 @@ def _huggingface_classes(schema: pa.Schema, label: str) -> tuple[tuple[str, ...]
         return tuple((str(name),) for name in names) or None
     except (KeyError, TypeError, ValueError, RecursionError):  # metadata may be missing, or anything
         return None
+
+
+Source = Files | Dataset | Shards
+"""Images by position: `image` decodes one, `content` are bytes that tell it from others, `size` those of its file."""

@@ -16,8 +16,7 @@ from orthattack.eval.models.preprocessing import Preprocessing
 from orthattack.eval.models.weights import Checkpoint, few, load_strictly, state_sha256
 from orthattack.models import Normalized, check_finite, checked_logits
 
-Builder = Callable[[int], nn.Module]
-"""An architecture, for a number of classes."""
+Builder = Callable[[int], nn.Module]  # an architecture, for a number of classes
 
 
 @dataclass(frozen=True)

@@ -23,22 +23,13 @@ def read_fitted(name: str, path: Path, build: Builder) -> Checkpoint:
 
 
 def fitted(file: Checkpoint, name: str, wanted: Collection[str]) -> Checkpoint:
-    """The same file, with the names of the weights as the architecture has them.
+    """The same file, with the names of the weights as the architecture has them: those `wanted`.
 
     Training puts names before them, such as ``module.`` (DataParallel), ``_orig_mod.`` (torch.compile), ``model.``
     (Lightning) or several of these, and the weights into a dictionary beside others. What is before them is removed
     where that makes all of them fit, in one way only. Of averaged weights (EMA) beside plain ones the plain ones are
     taken, and that is noted. A normalisation that was saved with the model becomes metadata. Where nothing fits, the
-    nearest is returned, so that what is missing can be said.
-
-    Args:
-        file: what was read.
-        name: of the architecture, for messages.
-        wanted: the names of its state dict.
-
-    Raises:
-        EvaluationError: several sets of weights fit.
-    """
+    nearest is returned, so that what is missing can be said. EvaluationError: several sets of weights fit."""
     found = list(_fits(file, wanted))
     whole = [fit for fit in found if fit.count == len(_needed(wanted))]
     plain = [fit for fit in whole if not fit.is_averaged] or whole

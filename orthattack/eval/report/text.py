@@ -53,11 +53,8 @@ def reported(folder: RunFolder, to: Path | None = None) -> Run:
 
 
 def write_report(run: Run, folder: RunFolder | None = None) -> list[Path | str]:
-    """Write the report into the run's folder, or another; returns where its files are.
-
-    results.json, results.csv, results.md and report.html; and, where some attacks have another norm than the run, the
-    same of these with the norm in their names.
-    """
+    """Write the report into the run's folder, or another; returns where its files are: results.json, results.csv,
+    results.md, report.html; of attacks in another norm than the run's, the same with the norm in their names."""
     from orthattack.eval.report.html import page
 
     written: list[Path | str] = []

@@ -13,8 +13,7 @@ from orthattack.eval.results.outcomes import ROBUST, UNSCORED, WRONG, bools, is_
 from orthattack.eval.results.paired import Paired
 from orthattack.eval.results.stored_run import Run
 
-CLEAN = "(clean)"
-"""What the rows are called that compare the models on the images as they are."""
+CLEAN = "(clean)"  # what the rows are called that compare the models on the images as they are
 
 
 def compared(first: Run, second: Run) -> pd.DataFrame:

@@ -115,8 +115,7 @@ def by_cause(reasons: Iterable[tuple[str, int]]) -> dict[str, int]:
     return dict(sorted(groups.values(), key=lambda group: -group[1]))
 
 
-EXAMPLE = "for example, "
-"""What a reason begins with that is one of several alike."""
+EXAMPLE = "for example, "  # what a reason begins with that is one of several alike
 
 
 def per_class(attack: str, labels: NDArray[np.int32], outcome: NDArray[np.int8]) -> list[dict[str, Any]]:

@@ -35,8 +35,7 @@ CONTRADICTION = (
     "for rounding"
 )
 
-EVALUATIONS = 10
-"""How often a model that answers at random is asked about an image."""
+EVALUATIONS = 10  # how often a model that answers at random is asked about an image
 
 
 def check_batches(classifier: Classifier, batch_size: int) -> None:
@@ -62,14 +61,7 @@ def check_batches(classifier: Classifier, batch_size: int) -> None:
 
 
 class Judge:
-    """A model as the one who decides what is fooled.
-
-    Args:
-        counter: the model, images (N, 3, H, W) in [0, 1] to logits (N, K), in evaluation mode.
-        size: pixels of its square input.
-        device: where it is.
-        batch_size: how many images it is given at a time.
-    """
+    """A model, in evaluation mode, as the one who decides what is fooled; its square input has `size` pixels."""
 
     def __init__(self, counter: CallCounter, size: int, device: torch.device, batch_size: int) -> None:
         self.counter, self.model, self.batch_size = counter, counter.model, batch_size

@@ -13,8 +13,7 @@ from orthattack.eval.storage.run_folder import RunFolder, Shard
 from orthattack.eval.suite import AttackSpec, Entry, Suite
 from orthattack.threat import ThreatModel
 
-GALLERY = 24
-"""How many images' adversarials are kept for the report."""
+GALLERY = 24  # how many images' adversarials are kept for the report
 
 
 def boundless(entries: Sequence[Entry], models: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -29,8 +29,7 @@ from orthattack.eval.running.worker import Attacked, Worker
 from orthattack.eval.storage.run_folder import RunFolder
 from orthattack.eval.suite import make_suite
 
-DEATHS = 3
-"""How many workers may die of one unit before it is left undone."""
+DEATHS = 3  # how many workers may die of one unit before it is left undone
 
 _PATIENCE = 30.0  # seconds without any worker before that is said
 
@@ -41,15 +40,7 @@ class RayWorker:
     def start(
         self, config: Mapping[str, Any], manifest: Mapping[str, Any], place: str, device: str, directory: str
     ) -> dict[str, Any]:
-        """Get ready; returns what this process is.
-
-        Args:
-            config: of the suite, as in the manifest.
-            manifest: of the run.
-            place: absolute path, or URL, of the run's folder.
-            device: where to compute.
-            directory: what relative paths in the suite are relative to.
-        """
+        """Get ready, in the directory that paths of the suite are relative to; returns what this process is."""
         # Ray makes a SystemExit of it, which would be taken for the attack's own and kept as an error in its rows.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if Path(directory).is_dir():
@@ -81,11 +72,7 @@ class Queue:
     """Units that wait, and who takes which: one of the model that it holds already, if there is any.
 
     Each worker is promised the unit that it will probably take next, so that it can decode the images meanwhile;
-    whoever would otherwise have nothing to do may take it all the same.
-
-    Args:
-        units: all that is to be done.
-    """
+    whoever would otherwise have nothing to do may take it all the same."""
 
     def __init__(self, units: Sequence[Unit]) -> None:
         self._left: dict[str, dict[Unit, None]] = {}
@@ -139,14 +126,7 @@ class Queue:
 
 
 class Crew:
-    """The workers of a run in a Ray cluster; an `Engine`.
-
-    Args:
-        ray: the package, connected.
-        size: how many workers.
-        device: of each.
-        make: a new actor, not yet started, with the methods of `RayWorker`.
-    """
+    """The workers of a run in a Ray cluster; an `Engine`. `make` makes an actor, not yet started, of `RayWorker`."""
 
     name = "ray"
 
@@ -248,14 +228,9 @@ class Crew:
 def ray_crew(address: str | None, workers: int | None, device: str | None) -> Iterator[Crew]:
     """Connect to a Ray cluster, or start one on this machine, and leave it, or end it, afterwards.
 
-    Args:
-        address: of the cluster, "auto" for one that runs on this machine; None starts one.
-        workers: how many; by default one per GPU of the cluster or, without any, per core.
-        device: of each worker, "cpu" or "cuda"; by default "cuda" if the cluster has GPUs.
-
-    Raises:
-        EvaluationError: Ray is not installed, or there is no such cluster, or it has no GPU for "cuda".
-    """
+    `address` is that of the cluster, "auto" for one that runs on this machine; None starts one. By default there is a
+    worker per GPU of the cluster or, without any, per core. EvaluationError: Ray is not installed, or there is no such
+    cluster, or it has no GPU for "cuda"."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
     try:
         import ray

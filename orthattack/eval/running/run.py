@@ -29,19 +29,10 @@ from orthattack.eval.models.load import check_name, load_classifier
 from orthattack.eval.running.judge import check_batches
 from orthattack.eval.running.manifest import bury, describe_attacks, describe_model, new_session, now, to_go_on
 from orthattack.eval.running.plan import Plan, Unit, boundless
-from orthattack.eval.running.worker import Attacked, Worker
+from orthattack.eval.running.worker import Attacked, Source, Worker
 from orthattack.eval.storage.lock import Part, working_in
 from orthattack.eval.storage.run_folder import RunFolder, shown_eps
 from orthattack.eval.suite import Suite
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where models and data come from, for suites that name them or for objects that are at hand."""
-
-    classifier: Callable[[str], Classifier]  # the model of a label
-    dataset: Callable[[Classifier], ImageDataset]  # the data as a model needs it
-    kinds: Mapping[str, AttackKind]  # the attacks by label
 
 
 def suite_source(
@@ -92,12 +83,7 @@ def _path(name: str | None) -> Path | None:
 
 
 class Engine(Protocol):
-    """Who does the units of work: this process, or others on its behalf.
-
-    Attributes:
-        name: for the session's record.
-        workers: the processes that have worked, each with host, process and hardware, for the session's record.
-    """
+    """Who does the units of work: this process, or others on its behalf."""
 
     name: str
     workers: list[dict[str, Any]]

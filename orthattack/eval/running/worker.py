@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from orthattack.eval.attacks.kind import Conditions
+from orthattack.eval.attacks.kind import AttackKind, Conditions
 from orthattack.eval.checks.clean import CLEAN_COLUMNS, clean_suspicions
 from orthattack.eval.checks.probes import TRANSFER
 from orthattack.eval.data.dataset import ImageDataset
@@ -25,40 +25,27 @@ Attacked = Callable[[Unit, int, int, int], None]
 """Told after each attack of a unit: the unit, the attack's place in `Plan.entries`, robust, of how many scored."""
 
 
-class Origin(Protocol):
-    """Where models and data come from."""
+@dataclass(frozen=True)
+class Source:
+    """Where models, data and attacks come from, for suites that name them or for objects that are at hand."""
 
-    def classifier(self, label: str, /) -> Classifier:
-        """The model of a label."""
-
-    def dataset(self, classifier: Classifier, /) -> ImageDataset:
-        """The data as a model needs them."""
+    classifier: Callable[[str], Classifier]  # the model of a label
+    dataset: Callable[[Classifier], ImageDataset]  # the data as a model needs it
+    kinds: Mapping[str, AttackKind]  # the attacks by label
 
 
 class Worker:
-    """Does units of work.
+    """Does units of work; `say` is told what a person should know at once, a line at a time."""
 
-    Args:
-        plan: of the run.
-        origin: of its models and data.
-        device: where to compute.
-        say: is told what a person should know at once, a line at a time.
-    """
-
-    def __init__(self, plan: Plan, origin: Origin, device: torch.device, say: Callable[[str], None]) -> None:
-        self._plan, self._origin, self._device, self._say = plan, origin, device, say
+    def __init__(self, plan: Plan, source: Source, device: torch.device, say: Callable[[str], None]) -> None:
+        self._plan, self._source, self._device, self._say = plan, source, device, say
         self._job: Job | None = None
         self._decoder: Decoder | None = None
         self._bounds: dict[int, Bound] = {}
 
     def do(self, unit: Unit, following: Unit | None = None, attacked: Attacked = lambda *_: None) -> None:
-        """Do a unit; what is finished of it is stored at once.
-
-        Args:
-            unit: what to do.
-            following: what will probably be next; its images are decoded meanwhile.
-            attacked: see `Attacked`.
-        """
+        """Do a unit; what is finished of it is stored at once. Images of `following`, what will probably be next, are
+        decoded meanwhile."""
         job, decoder = self._ready(unit.model)
         images = self._taken(unit, job, decoder)
         if following is not None and following.model == unit.model:
@@ -93,8 +80,8 @@ class Worker:
         if self._job is None or self._decoder is None or self._job.label != label:
             self.close()
             self._bounds.clear()
-            classifier = self._origin.classifier(label)
-            dataset = self._origin.dataset(classifier)
+            classifier = self._source.classifier(label)
+            dataset = self._source.dataset(classifier)
             suite, folder = self._plan.suite, self._plan.folder
             self._job = Job(label, classifier, dataset, self._device, folder, suite.batch_size, self._say)
             self._decoder = Decoder(self._job.load, ahead=not dataset.is_foreign)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import TypeVar, cast
 
 from orthattack.eval.errors import EvaluationError, first_line
 
@@ -36,28 +36,6 @@ _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci",
 T = TypeVar("T")
 
 
-class Files(Protocol):
-    """The files below one root."""
-
-    def names(self, folder: str = "") -> list[str]:
-        """What lies directly in a folder, files and folders alike, sorted; nothing if there is no such folder."""
-
-    def exists(self, name: str) -> bool:
-        """Whether there is such a file."""
-
-    def read(self, name: str) -> bytes:
-        """The content of a file; FileNotFoundError if there is none."""
-
-    def fetch(self, names: Sequence[str]) -> list[Path]:
-        """Where on this machine's disks the contents of files are; they must not be changed there."""
-
-    def writing(self, name: str) -> Any:
-        """A context with a path to write to; at its end that becomes the file, all of it or, on an error, nothing."""
-
-    def create(self, name: str, content: bytes) -> bool:
-        """Write a file unless there is one already; whether it was written."""
-
-
 def open_files(place: Path | str, say: Callable[[str], None]) -> Files:
     """The files at a path, or at a URL such as s3://bucket/run. EvaluationError: a URL of a kind that fsspec does not
     know, or for which a package is missing."""
@@ -69,11 +47,7 @@ def open_files(place: Path | str, say: Callable[[str], None]) -> Files:
 
 
 class Disk:
-    """Files on a disk, or on a network file system that is mounted like one.
-
-    Args:
-        root: the folder; it need not exist.
-    """
+    """Files on a disk, or on a network file system that is mounted like one; the root need not exist."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -82,22 +56,27 @@ class Disk:
         return str(self.root)
 
     def names(self, folder: str = "") -> list[str]:
+        """What lies directly in a folder, files and folders alike, sorted; nothing if there is no such folder."""
         try:
             return sorted(os.listdir(self.root / folder))  # noqa: PTH208 - a path for each of thousands costs
         except (FileNotFoundError, NotADirectoryError):
             return []
 
     def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
         return (self.root / name).is_file()
 
     def read(self, name: str) -> bytes:
+        """The content of a file; FileNotFoundError if there is none."""
         return (self.root / name).read_bytes()
 
     def fetch(self, names: Sequence[str]) -> list[Path]:
+        """Where on this machine's disks the contents of files are; they must not be changed there."""
         return [self.root / name for name in names]
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
+        """A context with a path to write to; at its end that becomes the file, all of it or, on an error, nothing."""
         path = self.root / name
         with self._beside(path) as partial:
             yield partial
@@ -105,6 +84,7 @@ class Disk:
             partial.replace(path)
 
     def create(self, name: str, content: bytes) -> bool:
+        """Write a file unless there is one already; whether it was written."""
         path = self.root / name
         with self._beside(path) as partial:
             partial.write_bytes(content)
@@ -139,12 +119,7 @@ def _flush(path: Path) -> None:
 class Store:
     """Files in a store that is reached through fsspec. It may fail now and then: every request is tried a few times.
 
-    What is fetched is kept in a temporary folder as long as this object lives: the files of a run do not change.
-
-    Args:
-        url: of the root.
-        say: is told when the store fails and is asked again.
-    """
+    What is fetched is kept in a temporary folder as long as this object lives: the files of a run do not change."""
 
     def __init__(self, url: str, say: Callable[[str], None]) -> None:
         import fsspec
@@ -270,3 +245,6 @@ class Store:
             raise
         except Exception as error:  # every store raises its own
             return False, f"{type(error).__name__}: {first_line(error)}"
+
+
+Files = Disk | Store

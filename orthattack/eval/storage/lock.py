@@ -24,8 +24,7 @@ try:
 except ImportError:  # not a POSIX system
     _HAS_LOCKS = False
 
-Part = tuple[int, int]
-"""Shard i of n, 1 <= i <= n."""
+Part = tuple[int, int]  # shard i of n, 1 <= i <= n
 
 _PATIENCE = 0.5  # seconds: whoever looks who holds a lock holds it for a moment
 
@@ -36,20 +35,10 @@ class _Taken(Exception):  # noqa: N818 - a value rather than an error
 
 @contextmanager
 def working_in(folder: Path, part: Part | None, about: Mapping[str, Any], say: Callable[[str], None]) -> Iterator[bool]:
-    """Hold a run's folder: all of it, or, with `part`, that shard of the work, beside others.
+    """Hold a run's folder, on a disk: all of it, or, with `part`, that shard of the work, beside others.
 
-    Args:
-        folder: of the run, on a disk.
-        part: shard i of n, or None for a whole run.
-        about: what whoever is refused should know of this process: host, process, started, shard.
-        say: is told if the file system has no locks.
-
-    Yields:
-        Whether the lock is really held.
-
-    Raises:
-        EvaluationError: another process is at work there; the message says which.
-    """
+    `about` is what whoever is refused should know of this process: host, process, started, shard. Yields whether the
+    lock is really held; where the file system has none, `say` is told. EvaluationError: another is at work there."""
     locks = folder / "sessions"
     locks.mkdir(parents=True, exist_ok=True)
     whole = locks / "whole.lock"

@@ -136,12 +136,7 @@ class Shard:
 
 
 class RunFolder:
-    """The files of one run.
-
-    Args:
-        place: a folder, or the URL of one in a store that fsspec knows; it need not exist before `create`.
-        say: is told what a person should know at once, a line at a time.
-    """
+    """The files of one run, in a folder, or at the URL of one in a store; it need not exist before `create`."""
 
     def __init__(self, place: Path | str, say: Callable[[str], None] = lambda _: None) -> None:
         self._files = open_files(place, say)
@@ -258,12 +253,8 @@ class RunFolder:
         return False
 
     def done(self, example: Shard, rows: Mapping[int, int]) -> set[int]:
-        """Which chunks of a model, attack and radius are finished, found with one look at their folder.
-
-        Args:
-            example: any shard of theirs.
-            rows: how many rows each chunk in question has.
-        """
+        """Which chunks of the model, attack and radius of `example` are finished, found with one look at their folder;
+        `rows` is how many rows each chunk in question has."""
         wanted = self.there(example) & rows.keys()
         if self.path is None:
             return wanted
