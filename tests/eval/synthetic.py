@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orthattack.eval.storage.run_folder import CLEAN_SCHEMA, ROW_SCHEMA, RunFolder, Shard
+from orthattack.eval.storage.run_folder import RunFolder, Shard
+from orthattack.eval.storage.schema import CLEAN_SCHEMA, ROW_SCHEMA
 
 EPS = (2 / 255, 4 / 255, 8 / 255)
 

@@ -21,8 +21,9 @@ from orthattack.eval.data.dataset import ImageDataset, Unreadable
 from orthattack.eval.errors import told
 from orthattack.eval.models.classifier import Classifier
 from orthattack.eval.plugin import kept_process
-from orthattack.eval.running.judge import Judge, clean_columns, plain_copy, promised_cosine, row_columns
-from orthattack.eval.storage.run_folder import CLEAN_SCHEMA, ROW_SCHEMA, Kind, RunFolder, Shard
+from orthattack.eval.running.judge import Columns, Judge, clean_columns, plain_copy, promised_cosine, row_columns
+from orthattack.eval.storage.run_folder import RunFolder, Shard
+from orthattack.eval.storage.schema import CLEAN_SCHEMA, ROW_SCHEMA, Kind
 from orthattack.eval.suite import Entry
 from orthattack.lending import guarded
 from orthattack.threat import Norm
@@ -32,6 +33,10 @@ ALLOWED = "allows every image"
 
 POOL = 4
 """How many batches an attack is given at once that drops what is fooled: those that still stand are packed together."""
+
+
+Work = Callable[[list[int]], tuple[Columns, Tensor | None]]
+"""Of a batch of positions: what is measured of it, and the adversarial images."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ class Part:
         labels = job.dataset.labels
         self._key = {k: {"position": k, "name": job.dataset.names[k], "label": int(labels[k])} for k in self.positions}
         self._failed = {
-            k: {"status": "unreadable", "message": _reason(error)}
+            k: {"status": "unreadable", "message": error.reason if isinstance(error, Unreadable) else told(error)}
             for k, error in images.items()
             if isinstance(error, Exception)
         }
@@ -145,17 +150,15 @@ class Part:
         rows: dict[int, dict[str, Any]] = {}
         sample = self.job.differentiated if self.kind == "shards" else frozenset()
         for with_gradient in (True, False):
-            for batch in self._batches([k for k in self.images if (k in sample) == with_gradient]):
-                looked = partial(self._looked, with_gradient=with_gradient)
-                for positions, columns, _ in self._in_pieces(batch, looked):
-                    for row, position in enumerate(positions):
-                        rows[position] = _record(columns, row)
+            todo = [k for k in self.images if (k in sample) == with_gradient]
+            looked = partial(self._looked, with_gradient=with_gradient)
+            rows |= {position: row for position, row, _ in self._each(todo, looked)}
         for position in sorted(rows, key=self.positions.index):  # as they are when they are recalled, so that the
             self._recall(position, rows[position])  # attacks' batches are the same
         if self.kind == "shards":
             self._store(shard, CLEAN_SCHEMA.names, rows, self.images)
 
-    def _looked(self, batch: list[int], with_gradient: bool) -> tuple[dict[str, list[Any]], None]:
+    def _looked(self, batch: list[int], with_gradient: bool) -> tuple[Columns, None]:
         images, labels = self._tensors(batch)
         with drawing(joint_seed(batch)):
             return clean_columns(self.job.judge, images, labels, with_gradient), None
@@ -179,13 +182,10 @@ class Part:
         todo = [k for k, right in self.right.items() if right or attack_misclassified]
         pool = POOL if entry.kind.packs and not self.job.was_halved else 1
         foreign = entry.label if entry.kind.is_foreign else None
-        for batch in self._batches(todo, pool, foreign):
-            measured = partial(self._measured, entry, bound)
-            for positions, columns, adversarials in self._in_pieces(batch, measured, foreign):
-                for row, position in enumerate(positions):
-                    rows[position] = {"clean_prediction": self.predictions[position], **_record(columns, row)}
-                    if adversarials is not None and position in self.keep:
-                        kept[position] = adversarials[row]
+        for position, row, adversarial in self._each(todo, partial(self._measured, entry, bound), pool, foreign):
+            rows[position] = {"clean_prediction": self.predictions[position], **row}
+            if adversarial is not None and position in self.keep:
+                kept[position] = adversarial
         self._store(Shard(self.job.label, entry.label, entry.eps, self.number, self.kind), ROW_SCHEMA.names, rows, kept)
         scored = [row for row in rows.values() if row["status"] in ("ok", "misclassified")]
         if any(self.right.values()) and all(row["status"] == "misclassified" for row in scored):
@@ -194,38 +194,47 @@ class Part:
 
     def transfer(self, label: str, eps: float, norm: Norm, adversarials: Mapping[int, Tensor]) -> None:
         """Store what this model makes of another one's adversarials, where both are right on the clean image."""
-        rows: dict[int, dict[str, Any]] = {}
-        for batch in self._batches([k for k, right in self.right.items() if right and k in adversarials]):
+
+        def judged(batch: list[int]) -> tuple[Columns, None]:
             images, labels = self._tensors(batch)
             found = Found(torch.stack([adversarials[k] for k in batch]).to(images))
             clean = [self.predictions[k] for k in batch]
             with drawing(joint_seed(batch)):
-                columns = row_columns(self.job.judge, images, found, labels, [True] * len(batch), clean, norm, eps)
-            for row, position in enumerate(batch):
-                rows[position] = _record(columns, row)
-        rest = {k: {"status": "misclassified"} for k in self.right if k not in rows}
-        self._store(Shard(self.job.label, label, eps, self.number, self.kind), ROW_SCHEMA.names, rows | rest, {})
+                return row_columns(self.job.judge, images, found, labels, [True] * len(batch), clean, norm, eps), None
+
+        todo = [k for k, right in self.right.items() if right and k in adversarials]
+        rows = {k: {"status": "misclassified"} for k in self.right}
+        rows |= {position: row for position, row, _ in self._each(todo, judged)}
+        self._store(Shard(self.job.label, label, eps, self.number, self.kind), ROW_SCHEMA.names, rows, {})
+
+    def _each(
+        self, todo: list[int], work: Work, pool: int = 1, foreign: str | None = None
+    ) -> Iterator[tuple[int, dict[str, Any], Tensor | None]]:
+        """What is measured of each image, with its position, batch by batch."""
+        first = 0
+        while first < len(todo):
+            size = self._size(foreign) * pool  # which may become smaller on the way
+            for positions, columns, adversarials in self._in_pieces(todo[first : first + size], work, foreign):
+                for row, position in enumerate(positions):
+                    record = {name: column[row] for name, column in columns.items()}
+                    yield position, record, None if adversarials is None else adversarials[row]
+            first += size
 
     def _in_pieces(
-        self,
-        batch: list[int],
-        work: Callable[[list[int]], tuple[dict[str, list[Any]], Tensor | None]],
-        foreign: str | None = None,
-    ) -> Iterator[tuple[list[int], dict[str, list[Any]], Tensor | None]]:
+        self, batch: list[int], work: Work, foreign: str | None
+    ) -> Iterator[tuple[list[int], Columns, Tensor | None]]:
         """What is measured of a batch, in pieces if it had to be halved for lack of memory; of an attack that is not
         ours, which is then named, only its own later batches are smaller."""
+        halve = False
         try:
             columns, adversarials = work(batch)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # whatever a model or a foreign attack may raise: the other attacks go on
             halve = _out_of_memory(error) and len(batch) > 1
-            failed = _errors(error, len(batch))
-        else:
-            yield batch, columns, adversarials
-            return
+            columns, adversarials = {"status": ["error"] * len(batch), "message": [told(error)] * len(batch)}, None
         if not halve:
-            yield batch, failed, None
+            yield batch, columns, adversarials
             return
         half = len(batch) // 2
         if half < self._size(foreign):
@@ -241,7 +250,7 @@ class Part:
         for piece in (batch[:half], batch[half:]):
             yield from self._in_pieces(piece, work, foreign)
 
-    def _measured(self, entry: Entry, bound: Bound, batch: list[int]) -> tuple[dict[str, list[Any]], Tensor]:
+    def _measured(self, entry: Entry, bound: Bound, batch: list[int]) -> tuple[Columns, Tensor]:
         """Attack a batch, and measure what comes back. The attack has copies, and what it returns is copied at once."""
         runner, counted = bound.runner, bound.calls
         if isinstance(runner, BaseException):
@@ -272,13 +281,6 @@ class Part:
         """How many images at a time."""
         return min(self.job.batch_size, self.job.sizes.get(foreign or "", self.job.batch_size))
 
-    def _batches(self, positions: list[int], pool: int = 1, foreign: str | None = None) -> Iterator[list[int]]:
-        first = 0
-        while first < len(positions):
-            size = self._size(foreign) * pool  # which may become smaller on the way
-            yield positions[first : first + size]
-            first += size
-
     def _tensors(self, batch: list[int]) -> tuple[Tensor, Tensor]:
         images = torch.stack([self.images[k] for k in batch])
         labels = torch.tensor([self._key[k]["label"] for k in batch])
@@ -292,19 +294,6 @@ class Part:
         complete = [{**self._key[k], **rows.get(k, {}), **self._failed.get(k, {})} for k in self.positions]
         columns = {name: [row.get(name) for row in complete] for name in names}
         self.job.folder.write(shard, columns, {k: images[k] for k in images if k in self.keep})
-
-
-def _record(columns: Mapping[str, list[Any]], row: int) -> dict[str, Any]:
-    return {name: column[row] for name, column in columns.items()}
-
-
-def _errors(error: BaseException, count: int) -> dict[str, list[Any]]:
-    """The columns of a batch of which nothing is known but what went wrong."""
-    return {"status": ["error"] * count, "message": [told(error)] * count}
-
-
-def _reason(error: Exception) -> str:
-    return error.reason if isinstance(error, Unreadable) else told(error)
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import pyarrow as pa
@@ -32,66 +32,12 @@ from safetensors import SafetensorError, safe_open
 
 from orthattack.eval.errors import EvaluationError, first_line
 from orthattack.eval.storage.files import Disk, open_files
+from orthattack.eval.storage.schema import NULLABLE, SCHEMAS, Kind
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Kind = Literal["clean", "shards", "checks"]
 FORMAT = 1
-
-_KEY = [("position", pa.int32()), ("name", pa.string()), ("label", pa.int32()), ("status", pa.string())]
-
-CLEAN_SCHEMA = pa.schema(
-    [
-        *_KEY,  # status: ok, unreadable, error
-        ("message", pa.string()),
-        ("prediction", pa.int32()),
-        ("margin", pa.float32()),  # largest other logit minus the label's: negative where right
-        ("confidence", pa.float32()),  # largest softmax probability
-        ("gradient_cosine", pa.float64()),  # of the cross-entropy's gradient with the image, on a sample
-        ("gradient_norm", pa.float64()),  # L2; 0 or NaN where the gradient is masked
-        ("logit_min", pa.float32()),
-        ("logit_max", pa.float32()),
-        ("logit_sum", pa.float32()),
-        ("image_min", pa.float32()),
-        ("image_max", pa.float32()),
-        ("wrong_share", pa.float32()),  # of the evaluations; 0 or 1 for a model that always answers alike
-        ("evaluations", pa.int32()),
-    ]
-)
-"""The columns of clean/."""
-
-ROW_SCHEMA = pa.schema(
-    [
-        *_KEY,  # status: ok, misclassified (not attacked: wrong to begin with), unreadable, error, invalid
-        ("message", pa.string()),  # why it is unreadable, an error or invalid
-        ("clean_prediction", pa.int32()),
-        ("adversarial_prediction", pa.int32()),
-        ("success", pa.bool_()),  # newly fooled: right on the clean image, wrong on the adversarial one
-        ("margin", pa.float32()),  # at the adversarial image: largest other logit minus the label's
-        ("l0", pa.int32()),  # numbers changed, of the 3 H W
-        ("l1", pa.float64()),
-        ("l2", pa.float64()),
-        ("linf", pa.float64()),
-        ("cosine", pa.float64()),  # of perturbation and image, signed, in float64
-        ("cosine_red", pa.float64()),
-        ("cosine_green", pa.float64()),
-        ("cosine_blue", pa.float64()),
-        ("promised_cosine", pa.float64()),  # largest |cos| with all that the attack says it is orthogonal to
-        ("steps", pa.int32()),  # that the adversarial took, where the attack says so
-        ("forward_calls", pa.float32()),  # of the model on this image; a batch's mean where the attack does not say
-        ("gradient_calls", pa.float32()),
-        ("rounded_success", pa.bool_()),  # still fooled after rounding to 8 bits; of successes only
-        ("rounded_cosine", pa.float64()),
-        ("rounded_norm", pa.float64()),  # in the norm of the attack
-        ("wrong_share", pa.float32()),
-        ("evaluations", pa.int32()),
-        ("seconds", pa.float64()),  # the batch's time over its images; the one column that differs between two runs
-    ]
-)
-"""The columns of shards/ and checks/."""
-
-_SCHEMAS: dict[Kind, pa.Schema] = {"clean": CLEAN_SCHEMA, "shards": ROW_SCHEMA, "checks": ROW_SCHEMA}
 
 
 def shown_eps(eps: float | None, norm: str) -> str:
@@ -241,7 +187,7 @@ class RunFolder:
         path = self.path / shard.path
         try:
             table = _table(path, None)
-            if table.num_rows == rows and table.schema.equals(_SCHEMAS[shard.kind]):
+            if table.num_rows == rows and table.schema.equals(SCHEMAS[shard.kind]):
                 return True
             reason = "another number of rows, or other columns"
         except _DAMAGE as error:
@@ -269,7 +215,7 @@ class RunFolder:
         import torch
         from safetensors.torch import save
 
-        schema = _SCHEMAS[shard.kind]
+        schema = SCHEMAS[shard.kind]
         table = pa.table(
             {field.name: pa.array(map(_text, columns[field.name]), field.type) for field in schema}, schema
         )
@@ -295,7 +241,7 @@ class RunFolder:
         """The rows of one model and, but for clean, one attack at one radius, in the order of the images."""
         example = Shard(model, attack, eps, 0, kind).path
         parts = self._tables([f"{example.parent.as_posix()}/{name}" for name in self._names(example)], columns)
-        schema = _SCHEMAS[kind]
+        schema = SCHEMAS[kind]
         if not parts:
             parts = [schema.empty_table() if columns is None else schema.empty_table().select(list(columns))]
         return _frame(parts)
@@ -393,14 +339,5 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _frame(tables: Sequence[pa.Table]) -> pd.DataFrame:
     """A frame of nullable types, so that a whole number stays one where some are missing."""
-    frame: pd.DataFrame = pa.concat_tables(tables).to_pandas(types_mapper=_NULLABLE.get)
+    frame: pd.DataFrame = pa.concat_tables(tables).to_pandas(types_mapper=NULLABLE.get)
     return frame
-
-
-_NULLABLE = {
-    pa.int32(): pd.Int32Dtype(),
-    pa.bool_(): pd.BooleanDtype(),
-    pa.float32(): pd.Float32Dtype(),
-    pa.float64(): pd.Float64Dtype(),
-    pa.string(): pd.StringDtype(),
-}

@@ -8,7 +8,8 @@ import torch
 from orthattack.eval.checks.assess import assess
 from orthattack.eval.checks.clean import clean_suspicions, differentiated
 from orthattack.eval.checks.probes import TRANSFER, planned_probes, probes
-from orthattack.eval.storage.run_folder import CLEAN_SCHEMA, ROW_SCHEMA, RunFolder, Shard
+from orthattack.eval.storage.run_folder import RunFolder, Shard
+from orthattack.eval.storage.schema import CLEAN_SCHEMA, ROW_SCHEMA
 from orthattack.eval.suite import make_suite
 
 N, EPS = 40, [2 / 255, 4 / 255, 8 / 255]

@@ -8,7 +8,8 @@ import pytest
 
 from orthattack.eval.checks.probes import TRANSFER
 from orthattack.eval.running.plan import GALLERY, Plan, Todo, Unit
-from orthattack.eval.storage.run_folder import CLEAN_SCHEMA, ROW_SCHEMA, RunFolder, Shard
+from orthattack.eval.storage.run_folder import RunFolder, Shard
+from orthattack.eval.storage.schema import CLEAN_SCHEMA, ROW_SCHEMA
 from orthattack.eval.suite import make_suite
 
 CONTENT = {

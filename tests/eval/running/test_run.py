@@ -26,7 +26,8 @@ from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models.load import load_classifier
 from orthattack.eval.running import chunk as jobs
 from orthattack.eval.running.plan import GALLERY
-from orthattack.eval.running.run import Source, _working_in, run_suite, suite_source
+from orthattack.eval.running.run import _working_in, run_suite, suite_source
+from orthattack.eval.running.worker import Source
 from orthattack.eval.storage.run_folder import RunFolder
 from orthattack.eval.suite import make_suite
 from tests.eval.tiny import Net, dataset

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.storage import run_folder as store
-from orthattack.eval.storage.run_folder import CLEAN_SCHEMA, ROW_SCHEMA, RunFolder, Shard
+from orthattack.eval.storage.run_folder import RunFolder, Shard
+from orthattack.eval.storage.schema import CLEAN_SCHEMA, ROW_SCHEMA
 
 SHARD = Shard("model", "PGD", 4 / 255, 3)
 
