@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orthattack.eval.cli import _parser
 from orthattack.eval.data.dataset import evenly
 from orthattack.eval.errors import EvaluationError
-from orthattack.eval.suite import differences, make_suite, parse_fraction, read_suite
+from orthattack.eval.suite import MODELS, differences, make_suite, parse_fraction, read_suite
+from orthattack.threat import Norm
 
 TEXT = """
 eps = ["0.5/255", "4/255"]
@@ -220,6 +224,20 @@ def test_files_that_are_no_suites_are_refused(tmp_path):
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(EvaluationError, match=r"bytes\.toml is not TOML"):
         read_suite(tmp_path / "bytes.toml")
+
+
+def test_flags_are_the_keys_of_a_suite_with_their_help_and_their_defaults():
+    """Whatever a suite gains is a flag; only its tables, labels and `check_images` have none."""
+    (commands,) = (action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
+    flags = {action.dest: action for action in commands.choices["eval"]._actions}
+    without = {"label", "models", "data", "check_images"}
+    for model in MODELS:
+        for name, field in model.model_fields.items():
+            assert (name in flags) == (name not in without), name
+            if name in flags and name != "checks":  # the flag is --no-checks
+                assert flags[name].help.startswith(field.description)
+    assert flags["steps"].help.endswith("(default: 10)")
+    assert flags["norm"].choices == get_args(Norm)
 
 
 def test_default_radii_follow_the_norm_and_the_models():

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from orthattack.attacks.base import Card
 from orthattack.eval.attacks.kind import (
     GIVEN,
+    L0,
     STEP,
     AttackKind,
     Conditions,
     Found,
     Runner,
     check_options,
-    check_steps,
     family,
     nearest,
 )
@@ -51,8 +51,7 @@ def foolbox_attack(name: str, rest: str, options: dict[str, Any]) -> AttackKind:
         raise EvaluationError(f"Foolbox has no attack {rest!r} that can be run here; {nearest(rest, sorted(known))}")
     kind = known[rest]
     parameters = inspect.signature(kind).parameters
-    check_options(name, options, [key for key in parameters if key not in {*GIVEN, "distance"}])
-    check_steps(name, options)
+    check_options(name, options, [key for key in parameters if key not in {*GIVEN, "distance"}], foreign=True)
     minimal = issubclass(kind, MinimizationAttack)
     takes_any = "distance" in parameters
 
@@ -96,10 +95,9 @@ def foolbox_norms(kind: Any, options: Mapping[str, Any] | None = None) -> tuple[
 
 _BY_ORDER: dict[float, Norm] = {math.inf: "linf", 2: "l2", 1: "l1"}
 
-_L0 = "it changes few pixels by any amount (L0), which is no norm of an evaluation: it would be ranked by another"
 _NOT_RUN = {
-    "L0FMNAttack": _L0, "L0BrendelBethgeAttack": _L0,
-    "PointwiseAttack": _L0,
+    "L0FMNAttack": L0, "L0BrendelBethgeAttack": L0,
+    "PointwiseAttack": L0,
     "GenAttack": "it only reaches a given class, and an evaluation gives none",
     "BinarizationRefinementAttack": "it only improves what another attack has found",
     "DatasetAttack": "it chooses among other images, which have to be fed to it first",

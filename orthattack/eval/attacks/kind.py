@@ -150,16 +150,13 @@ def nearest(word: str, known: Sequence[str]) -> str:
     return f"did you mean {' or '.join(lower[name] for name in close)}?" if close else f"there are {', '.join(known)}"
 
 
-def check_options(name: str, options: Mapping[str, Any], accepted: Sequence[str]) -> None:
+def check_options(name: str, options: Mapping[str, Any], accepted: Sequence[str], foreign: bool = False) -> None:
+    """EvaluationError if an option is none of those, or the steps wanted of a foreign attack are no number of steps."""
     for option in options:
         if option not in accepted:
             raise EvaluationError(f"attack {name} has no option {option!r}; {nearest(option, sorted(accepted))}")
-
-
-def check_steps(name: str, options: Mapping[str, Any]) -> None:
-    """Raise EvaluationError if the steps that a person wants of a foreign attack are no number of steps."""
     steps = options.get("steps", 1)
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+    if foreign and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
         raise EvaluationError(f"attack {name}: steps must be a whole number, at least 1; got {steps!r}")
 
 
@@ -174,6 +171,7 @@ class Probe(nn.Module):
         return images.flatten(1)[:, :2] * self.weight
 
 
+L0 = "it changes few pixels by any amount (L0), which is no norm of an evaluation: it would be ranked by another"
 STEP = 2.5  # steps times step size, in units of eps: enough to cross the ball from a random start
 
 _FAMILIES = {"FastGradientAttack": "FGSM", "ProjectedGradientDescentAttack": "PGD", "BasicIterativeAttack": "PGD",

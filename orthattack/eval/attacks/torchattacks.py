@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from orthattack.attacks.base import Card
 from orthattack.eval.attacks.kind import (
     GIVEN,
+    L0,
     STEP,
     AttackKind,
     Conditions,
     Found,
     Runner,
     check_options,
-    check_steps,
     family,
     nearest,
 )
@@ -44,8 +44,7 @@ def torchattacks_attack(name: str, rest: str, options: dict[str, Any]) -> Attack
         )
     kind = known[rest]
     parameters = inspect.signature(kind).parameters
-    check_options(name, options, [key for key in parameters if key not in GIVEN])
-    check_steps(name, options)
+    check_options(name, options, [key for key in parameters if key not in GIVEN], foreign=True)
     radius = next((key for key in ("eps", "max_epsilon") if key in parameters), None)
     minimal = radius is None
 
@@ -127,9 +126,8 @@ _NORMS: dict[str, tuple[Norm, ...]] = {
     "FAB": _ALL, "EADL1": ("l1",), "EADEN": ("l1", "l2"),
 }  # fmt: skip
 
-_L0 = "it changes few pixels by any amount (L0), which is no norm of an evaluation: it would be ranked by another"
 _NOT_RUN = {
-    "SparseFool": _L0, "OnePixel": _L0, "Pixle": _L0, "JSMA": _L0,
+    "SparseFool": L0, "OnePixel": L0, "Pixle": L0, "JSMA": L0,
     "GN": "it adds noise of one size (std) whatever the radius",
     "VANILA": "it returns the images as they are",
     "LGV": "it trains models first, on a training set",

@@ -38,17 +38,10 @@ _SETTINGS = {
     "svg.hashsalt": "orthattack",
     "text.parse_math": False,
     "font.size": 11,
-    "axes.edgecolor": _MUTED,
-    "axes.labelcolor": _FOREGROUND,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "xtick.labelcolor": _FOREGROUND,
-    "ytick.labelcolor": _FOREGROUND,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.6,
-}
+    "axes.edgecolor": _MUTED, "axes.labelcolor": _FOREGROUND, "axes.spines.top": False, "axes.spines.right": False,
+    "xtick.color": _MUTED, "xtick.labelcolor": _FOREGROUND, "ytick.color": _MUTED, "ytick.labelcolor": _FOREGROUND,
+    "grid.color": _GRID, "grid.linewidth": 0.6,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -100,17 +93,9 @@ def accuracy_by_eps(
             dense = len(curve) > 50
             y, low, high = (100 * curve[column].to_numpy() for column in ("robust_accuracy", "low", "high"))
             axes.fill_between(x, low, high, color=colour, alpha=0.1, linewidth=0, gid=group)
-            axes.plot(
-                x,
-                y,
-                color=colour,
-                linestyle=style.line,
-                marker=style.marker,
-                markersize=4.5,
-                markevery=len(curve) // 6 if dense else 1,
-                linewidth=1.5,
-                gid=group,
-            )
+            every = len(curve) // 6 if dense else 1
+            marks: dict[str, Any] = {"marker": style.marker, "markersize": 4.5, "markevery": every}
+            axes.plot(x, y, color=colour, linestyle=style.line, linewidth=1.5, gid=group, **marks)
         _percent(axes)
         axes.set_xlabel(f"radius ε{name}")
         ticks = [0.0, *(factor * eps for eps in radii)]
@@ -147,14 +132,10 @@ def accuracy_by_calls(rows: pd.DataFrame, look: Mapping[str, Style]) -> str:
                 [x[k] + gap * (same.index(k) - (len(same) - 1) / 2)],
                 [y[k]],
                 [[max(0.0, y[k] - low[k])], [max(0.0, high[k] - y[k])]],  # not below 0 by round-off
-                color=_SERIES[style.colour],
-                marker=style.marker,
-                markersize=6,
+                color=_SERIES[style.colour], elinewidth=1, gid=f"series-{style.number}",
+                marker=style.marker, markersize=6, markeredgewidth=1.3,
                 markerfacecolor="none" if style.dashes else _SERIES[style.colour],
-                markeredgewidth=1.3,
-                elinewidth=1,
-                gid=f"series-{style.number}",
-            )
+            )  # fmt: skip
         _percent(axes)
         if len(y):  # from the data: the points of one radius lie near each other
             bottom, top = max(0.0, low.min() - 3), min(100.0, high.max() + 3)
