@@ -9,6 +9,7 @@ import torch
 
 from orthattack.threat import Norm, perturbation_norm
 from orthattack.threat.norms import BALLS, filled, length, sparsity, unit
+from orthattack.threat.sets import Free
 from tests.conftest import make_gradient, make_images
 
 
@@ -52,3 +53,14 @@ def test_an_amount_fills_the_largest_pixels_first_however_many_it_takes(limit):
         assert float(given.sum()) == pytest.approx(total, rel=1e-5)
         whole = round(total / limit - 0.5)
         assert (given[sizes.argsort(descending=True)[:whole]] == limit).all()
+
+
+def test_an_l2_projection_asks_no_gpu_whether_it_is_done():
+    """On tensors that only say they are a GPU's, a question is an error."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        images, points = torch.rand(2, 2, 3, 8, 8, device="cuda")
+        box = Free(images, torch.zeros_like(images), torch.ones_like(images))
+        radius = torch.full((2, 1, 1, 1), 0.5, dtype=torch.float64, device="cuda")
+        assert box.nearest_in_l2_ball(points, radius).device.type == "cuda"
