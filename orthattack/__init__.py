@@ -3,112 +3,23 @@
 >>> from orthattack import OrthoPGD
 >>> adversarials = OrthoPGD(model, eps=4 / 255)(images, labels)  # doctest: +SKIP
 
-Names are imported on first use, so that the command line answers before torch is loaded.
+The names are those of the stub beside this file, imported on first use, so that the command line answers before torch
+is loaded.
 """
 
 from __future__ import annotations
 
+import ast
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from orthattack.attacks import (
-        APGD,
-        FGSM,
-        MIFGSM,
-        NIFGSM,
-        PGD,
-        AttackResult,
-        AutoAttack,
-        DetectorEvasion,
-        MinimumNorm,
-        OrthoAPGD,
-        OrthoAutoAttack,
-        OrthoFGSM,
-        OrthoMIFGSM,
-        OrthoNIFGSM,
-        OrthoPGD,
-        OrthoSquare,
-        Square,
-    )
-    from orthattack.lending import (
-        ModelChangedError,
-    )
-    from orthattack.models import (
-        Ensemble,
-        Normalized,
-        fooled,
-    )
-    from orthattack.projection import (
-        alignment,
-        orthogonalize,
-        orthonormal_basis,
-        remove_directions,
-    )
-    from orthattack.threat import (
-        ThreatModel,
-    )
+from pathlib import Path
+from typing import Any
 
 __version__ = "0.2.0.dev0"
 
-__all__ = [
-    "APGD",
-    "FGSM",
-    "MIFGSM",
-    "NIFGSM",
-    "PGD",
-    "AttackResult",
-    "AutoAttack",
-    "DetectorEvasion",
-    "Ensemble",
-    "MinimumNorm",
-    "ModelChangedError",
-    "Normalized",
-    "OrthoAPGD",
-    "OrthoAutoAttack",
-    "OrthoFGSM",
-    "OrthoMIFGSM",
-    "OrthoNIFGSM",
-    "OrthoPGD",
-    "OrthoSquare",
-    "Square",
-    "ThreatModel",
-    "__version__",
-    "alignment",
-    "fooled",
-    "orthogonalize",
-    "orthonormal_basis",
-    "remove_directions",
-]
+_STUB = ast.parse(Path(__file__).with_name("__init__.pyi").read_text(encoding="utf-8"))
+_HOME = {name.name: node.module or "" for node in _STUB.body if isinstance(node, ast.ImportFrom) for name in node.names}
 
-_HOME = {
-    **dict.fromkeys(
-        [
-            "APGD",
-            "FGSM",
-            "MIFGSM",
-            "NIFGSM",
-            "PGD",
-            "AttackResult",
-            "AutoAttack",
-            "DetectorEvasion",
-            "MinimumNorm",
-            "OrthoAPGD",
-            "OrthoAutoAttack",
-            "OrthoFGSM",
-            "OrthoMIFGSM",
-            "OrthoNIFGSM",
-            "OrthoPGD",
-            "OrthoSquare",
-            "Square",
-        ],
-        "orthattack.attacks",
-    ),
-    **dict.fromkeys(["Ensemble", "Normalized", "fooled"], "orthattack.models"),
-    **dict.fromkeys(["alignment", "orthogonalize", "orthonormal_basis", "remove_directions"], "orthattack.projection"),
-    "ModelChangedError": "orthattack.lending",
-    "ThreatModel": "orthattack.threat",
-}
+__all__ = sorted([*_HOME, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
@@ -118,4 +29,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return __all__

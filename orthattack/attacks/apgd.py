@@ -15,8 +15,6 @@ from orthattack.threat import Norm
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["APGD", "OrthoAPGD"]
-
 
 class APGD(Attack):
     """Auto-PGD (Croce & Hein 2020, arXiv:2003.01690): no step size to choose::

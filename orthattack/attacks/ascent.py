@@ -11,8 +11,6 @@ from orthattack.arguments import check_count, check_flag, check_real
 from orthattack.attacks.rules import Ascent, StepRule
 from orthattack.attacks.task import Merit, Task
 
-__all__ = ["Climb", "rate"]
-
 
 @dataclass(frozen=True)
 class Climb:

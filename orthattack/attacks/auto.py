@@ -21,8 +21,6 @@ from orthattack.threat import Norm
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["AutoAttack", "OrthoAutoAttack"]
-
 
 @dataclass(frozen=True)
 class _Sequence:

@@ -41,9 +41,6 @@ from orthattack.models import Model, explained
 from orthattack.projection import Scope
 from orthattack.threat import Direction, Norm, ThreatModel
 
-__all__ = ["Attack", "Card", "GradientOptions", "Options", "checked_seeds"]
-
-
 UNLIMITED = 1e30
 """Stands for no limit in a threat model, whose eps is finite."""
 

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from orthattack.arguments import plain
 
-__all__ = ["Configured", "options_of"]
-
 T = TypeVar("T", bound="Configured")
 
 

@@ -21,8 +21,6 @@ from orthattack.models import Model
 from orthattack.projection import Scope, orthogonalize
 from orthattack.threat import Direction, Norm
 
-__all__ = ["DetectorEvasion"]
-
 Mode = Literal["orthogonal", "selective"]
 
 

@@ -16,8 +16,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from orthattack.models import Model
 
-__all__ = ["FastCopy", "Optimize"]
-
 Optimize = Literal["none", "auto", "compile"]
 
 # Folding reorders float32 arithmetic, which moves logits by 1e-5 of their spread at most; anything more is a mistake.

@@ -15,8 +15,6 @@ from orthattack.threat import Norm
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["FGSM", "OrthoFGSM"]
-
 
 class FGSM(Attack):
     """The fast gradient sign method (Goodfellow et al. 2015, arXiv:1412.6572): one step of size eps from the image::

@@ -13,8 +13,6 @@ from torch import Tensor
 from orthattack.arguments import check_choice
 from orthattack.threat import ThreatModel
 
-__all__ = ["Enforce", "GradientForm", "Reference", "check_form"]
-
 Enforce = Literal["perturbation", "gradient"]
 Reference = Literal["clean", "iterate"]
 

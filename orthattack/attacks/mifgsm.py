@@ -15,8 +15,6 @@ from orthattack.threat import Norm
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["MIFGSM", "OrthoMIFGSM"]
-
 
 class MIFGSM(Attack):
     """Iterated FGSM with momentum (Dong et al. 2018, arXiv:1710.06081), whose adversarials transfer better::

@@ -14,8 +14,6 @@ from orthattack.attacks.base import Attack, Card, checked_seeds
 from orthattack.attacks.configured import Configured
 from orthattack.attacks.task import AttackResult, Merit, Task
 
-__all__ = ["MinimumNorm"]
-
 
 @final
 class MinimumNorm(Configured):

@@ -15,8 +15,6 @@ from orthattack.threat import Norm
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["NIFGSM", "OrthoNIFGSM"]
-
 
 class NIFGSM(Attack):
     """Iterated FGSM with Nesterov's momentum (Lin et al. 2020, arXiv:1908.06281)::

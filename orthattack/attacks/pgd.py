@@ -15,8 +15,6 @@ from orthattack.threat import Norm
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["PGD", "OrthoPGD"]
-
 
 class PGD(Attack):
     """Projected gradient descent (Madry et al. 2018, arXiv:1706.06083): OrthoPGD without the orthogonality::

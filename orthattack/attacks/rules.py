@@ -19,11 +19,6 @@ from orthattack.attacks.scoring import Evaluation
 from orthattack.attacks.task import Task
 from orthattack.threat import Norm, Region
 
-__all__ = [
-    "Ascent", "AutoStep", "Chain", "Iterate", "Link", "Schedule", "State", "StepRule", "accumulated", "chain",
-    "momentum", "normalize", "smooth", "variance",
-]  # fmt: skip
-
 State = dict[str, Tensor]
 Schedule = Literal["fixed", "linear", "cosine"]
 

@@ -15,19 +15,6 @@ from orthattack.assumptions import DRAWS, NEEDED
 from orthattack.losses import Goal, attack_loss
 from orthattack.models import Ensemble, Model, check_finite, checked_logits
 
-__all__ = [
-    "Draws",
-    "Evaluation",
-    "InBatches",
-    "LossFunction",
-    "NoGradientError",
-    "Oracle",
-    "Precision",
-    "Scorer",
-    "Transform",
-    "input_gradient",
-]
-
 Precision = Literal["float32", "bfloat16"]
 LossFunction = Callable[[Tensor, Goal], Tensor]
 Transform = Callable[[Tensor, "Draws"], Tensor]

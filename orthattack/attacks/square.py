@@ -20,8 +20,6 @@ from orthattack.threat import Norm, Region, perturbation_norm
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["OrthoSquare", "Square", "SquareSearch"]
-
 # After which share of the queries the squares' area is halved (Andriushchenko et al. 2020, for 10,000 queries).
 _HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 

@@ -14,8 +14,6 @@ from orthattack.attacks.scoring import Draws, Evaluation, LossFunction, Scorer
 from orthattack.losses import Goal
 from orthattack.threat import Norm, Region, ThreatModel, perturbation_norm
 
-__all__ = ["AttackResult", "Best", "Merit", "OnStep", "ScoredStep", "Search", "Streams", "Task"]
-
 Merit = Literal["loss", "margin", "norm"]
 """What says which of two points is better: the larger loss or margin, or, once both fool, the smaller norm."""
 

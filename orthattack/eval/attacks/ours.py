@@ -35,8 +35,8 @@ from orthattack.threat import Norm
 
 OURS = tuple(
     name
-    for name in ours.__all__
-    if inspect.isclass(kind := getattr(ours, name))
+    for name, kind in sorted(vars(ours).items())
+    if inspect.isclass(kind)
     and issubclass(kind, (Attack, ours.MinimumNorm))
     and kind not in (Attack, ours.DetectorEvasion)
 )
