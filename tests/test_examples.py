@@ -114,3 +114,12 @@ def test_own_attacks(capsys, monkeypatch):
     assert all(float(row[4]) <= 1e-6 for row in rows[1::2])
     assert all(int(row[2]) == 8 and float(row[3]) < 8 for row in rows[-2:])  # FMN, whose norm nothing limits
     assert all(int(row[2]) >= 1 and float(row[3]) <= 8.01 for row in rows[:-2])
+
+
+def test_attack_template(capsys, monkeypatch):
+    rows = re.findall(r"^(\w+) AttackResult: (\d+) of 16 .* at most (\S+);$",
+                      printed("attack_template.py", capsys, monkeypatch), re.M)  # fmt: skip
+    assert [row[0] for row in rows] == ["MyAttack", "OrthoMyAttack"]
+    assert all(int(row[1]) > 8 for row in rows)
+    assert float(rows[0][2]) > 1e-3
+    assert float(rows[1][2]) <= 1e-6

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal, final, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,14 +12,17 @@ from torch import Tensor
 from orthattack.arguments import check_choice, check_count, check_model, check_real
 from orthattack.assumptions import DRAWS, NEEDED, Observer
 from orthattack.attacks.ascent import Climb, rate
-from orthattack.attacks.base import Attack
+from orthattack.attacks.base import Attack, GradientOptions
 from orthattack.attacks.gradient_form import Enforce
 from orthattack.attacks.rules import Ascent, State
 from orthattack.attacks.scoring import Draws, Evaluation, LossFunction, Scorer, input_gradient
-from orthattack.losses import Goal, Loss
+from orthattack.losses import Goal
 from orthattack.models import Model
-from orthattack.projection import Scope, orthogonalize
-from orthattack.threat import Direction, Norm
+from orthattack.projection import orthogonalize
+from orthattack.threat import Norm
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Mode = Literal["orthogonal", "selective"]
 
@@ -150,8 +153,7 @@ class _DetectorOracle:
         return self._threshold - scores.reshape(-1).float()
 
 
-@final
-class DetectorEvasion(Attack):
+class DetectorEvasion(Attack, loss="margin"):
     """Orthogonal and selective projected gradient descent: an adversarial that a detector does not see.
 
     The two losses are never added, so no weight has to be found: each step climbs one of them. A sample that is not
@@ -174,17 +176,11 @@ class DetectorEvasion(Attack):
         steps: gradient steps per restart, at least 1.
         mode: "orthogonal", or "selective", which climbs the same loss without regard to the other.
         every: descend the detector's score at every so-many-th step instead of where the classifier is fooled.
-        scope: None, or keep the perturbation orthogonal to the image too, as for `OrthoPGD` ("image" or "channel").
-        directions: what else it stays orthogonal to.
-        enforce: "perturbation" for exact steps, "gradient" for the published form.
         random_start: start at a random point instead of the image.
         restarts: how often to start.
-        loss: the classifier's, as for `OrthoPGD`.
-        targeted: labels are the classes to reach.
-        early_stop: stop at the first point that fools the classifier and is not detected.
-        bounds: smallest and largest pixel value.
-        generator: source of the random starts.
-        eot_samples: evaluations to average, as for `OrthoPGD`, of the classifier and of the detector.
+        **options: as for `OrthoPGD`, with ``loss="margin"`` and ``scope=None`` by default; the scope "pixel" leaves no
+            room. ``enforce="perturbation"`` is for exact steps, "gradient" the published form. The classifier's alone
+            are `loss`, `precision` and `optimize`; ``early_stop`` stops where it is fooled and nothing is detected.
 
     An `AttackResult`'s ``success`` means both: fooled and not detected, ``loss`` is the smaller of the margin and of
     threshold - score, positive on success; calls are the classifier's, the detector is called as often.
@@ -206,45 +202,24 @@ class DetectorEvasion(Attack):
         steps: int = 50,
         mode: Mode = "orthogonal",
         every: int | None = None,
-        scope: Scope | None = None,
-        directions: Sequence[Direction] = (),
-        enforce: Enforce = "perturbation",
         random_start: bool = False,
         restarts: int = 1,
-        loss: Loss = "margin",
-        targeted: bool = False,
-        early_stop: bool = False,
-        bounds: tuple[float, float] = (0, 1),
-        generator: torch.Generator | None = None,
-        eot_samples: int = 1,
+        **options: Unpack[GradientOptions],
     ) -> None:
         check_model("detector", detector)
         check_choice("mode", mode, get_args(Mode))
         check_real("threshold", threshold, "a finite score")
         if every is not None:
             check_count("every", every)
-        if scope == "pixel":
+        if options.get("scope") == "pixel":
             raise ValueError(
                 'scope must be None, "image" or "channel" here: "pixel" leaves no room for another gradient'
             )
-        super().__init__(
-            model,
-            norm,
-            eps,
-            Climb(_AvoidingStep(), steps, rate(2.5, steps), alpha, random_start, restarts),
-            scope=scope,
-            directions=directions,
-            enforce=enforce,
-            loss=loss,
-            targeted=targeted,
-            early_stop=early_stop,
-            bounds=bounds,
-            generator=generator,
-            eot_samples=eot_samples,
-        )
+        search = Climb(_AvoidingStep(), steps, rate(2.5, steps), alpha, random_start, restarts)
+        super().__init__(model, norm, eps, search, **options)
         self._models["detector"] = detector
         self._second = Observer()
-        self._detects = threshold, mode, every, enforce
+        self._detects = threshold, mode, every, self.enforce
 
     def _scorer(self, lent: Mapping[str, Model], images: Tensor, is_random: bool, unchecked: int) -> Scorer:
         classifier = super()._scorer(lent, images, is_random, unchecked)
