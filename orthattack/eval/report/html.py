@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import math
-from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
@@ -118,28 +117,36 @@ def _known(run: Run) -> list[float]:
     return [eps for eps in run.radii if eps is not None]
 
 
+def _cells(run: Run) -> list[dict[str, Any]]:
+    """Every model at every radius, as the page's figures name them."""
+    pairs = [(m, model, e, eps) for m, model in enumerate(run.models) for e, eps in enumerate(run.radii)]
+    return [{"model": model, "m": m, "e": e, "at": eps, "eps": shown_eps(eps, run.norm)} for m, model, e, eps in pairs]
+
+
 def _by_calls(run: Run, table: pd.DataFrame, look: dict[str, plots.Style]) -> list[dict[str, Any]]:
-    found = []
-    for m, model in enumerate(run.models):
-        for e, eps in enumerate(run.radii):
-            at = table["eps"].isna() if eps is None else table["eps"] == eps
-            rows = table[(table["model"] == model) & at & (table["attack"] != WORST)] if len(table) else table
-            svg = Markup(plots.accuracy_by_calls(rows, look)) if len(rows) else None  # noqa: S704
-            found.append({"model": model, "m": m, "e": e, "eps": shown_eps(eps, run.norm), "svg": svg})
+    found = _cells(run)
+    for cell in found:
+        at = table["eps"].isna() if cell["at"] is None else table["eps"] == cell["at"]
+        rows = table[(table["model"] == cell["model"]) & at & (table["attack"] != WORST)] if len(table) else table
+        cell["svg"] = Markup(plots.accuracy_by_calls(rows, look)) if len(rows) else None  # noqa: S704
     return found
 
 
 def _sparks(run: Run, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per model and radius the attacks with the histogram of log10 |cos(perturbation, image)|."""
-    found: list[dict[str, Any]] = []
-    for m, model in enumerate(run.models):
-        for e, eps in enumerate(run.radii):
-            lines = []
-            for attack, counts in run.cosine_histograms(model, eps).items():
-                row = next(r for r in rows if (r["model_index"], r["eps_index"], r["attack"]) == (m, e, attack))
-                path = plots.histogram_path(counts)
-                lines.append({"attack": attack, "path": path, "count": int(counts.sum()), "row": row})
-            found.append({"model": model, "m": m, "e": e, "eps": shown_eps(eps, run.norm), "lines": lines})
+    by_place = {(row["model_index"], row["eps_index"], row["attack"]): row for row in rows}
+    found = _cells(run)
+    for cell in found:
+        place, counts = (cell["m"], cell["e"]), run.cosine_histograms(cell["model"], cell["at"])
+        cell["lines"] = [
+            {
+                "attack": attack,
+                "path": plots.histogram_path(n),
+                "count": int(n.sum()),
+                "row": by_place[(*place, attack)],
+            }
+            for attack, n in counts.items()
+        ]
     return found
 
 
@@ -161,14 +168,6 @@ def _classes(run: Run) -> list[dict[str, Any]]:
     return found
 
 
-@dataclass(frozen=True)
-class _Cell:
-    model: str
-    attack: str
-    eps: float | None
-    positions: list[int]
-
-
 def _cards(run: Run) -> tuple[list[list[Any]], list[str], int]:
     """Cards of the gallery, the images they refer to by number, and how many cards there could have been.
 
@@ -181,16 +180,16 @@ def _cards(run: Run) -> tuple[list[list[Any]], list[str], int]:
         for attack in run.attacks if order else []:
             for eps in run.radii_of(attack):
                 stored = set(run.folder.image_positions(model, attack, eps))
-                cells.append(_Cell(model, attack, eps, [position for position in order if position in stored]))
+                cells.append((model, attack, eps, [position for position in order if position in stored]))
     # Evenly strided, so that a limit met on the way leaves out some of every model rather than all of the last.
     cells = [cells[i] for i in _strided(len(cells))]
     images = _Images()
     cards: list[tuple[int, list[Any]]] = []
 
     def fill(first: int, last: int) -> None:
-        for cell in cells:
-            wanted = cell.positions[first:last]
-            for example in gallery.examples(run, cell.model, cell.attack, cell.eps, wanted):
+        for model, attack, eps, positions in cells:
+            wanted = positions[first:last]
+            for example in gallery.examples(run, model, attack, eps, wanted):
                 if images.size < IMAGE_BYTES and len(cards) < MAX_CARDS:
                     cards.append((first + wanted.index(example.position), _card(run, example, images)))
 
@@ -200,7 +199,7 @@ def _cards(run: Run) -> tuple[list[list[Any]], list[str], int]:
         fill(1, 1 + min(by_bytes, MAX_CARDS // len(cards) - 1))
     cards.sort(key=lambda item: (item[0], item[1][:3]))
     # Strided once more, so that what is seen first is of many images and attacks.
-    return [cards[i][1] for i in _strided(len(cards))], images.uris, sum(len(cell.positions) for cell in cells)
+    return [cards[i][1] for i in _strided(len(cards))], images.uris, sum(len(positions) for *_, positions in cells)
 
 
 def _strided(count: int) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,12 +81,12 @@ def measures(table: pd.DataFrame, norm_name: str, minimal: bool, outcome: NDArra
     reasons = by_cause((str(text), int(count)) for text, count in why.value_counts(sort=False).items())
     return {
         **{status: int(is_(table["status"], status).sum()) for status in ("error", "unreadable", "invalid")},
-        "mean_norm": _mean(norm),
-        "max_norm": _max(norm),
-        "mean_abs_cosine": _mean(cosine),
-        "max_abs_cosine": _max(cosine),
-        "forward_calls": _mean(floats(table["forward_calls"])[attacked]),
-        "gradient_calls": _mean(floats(table["gradient_calls"])[attacked]),
+        "mean_norm": _of(np.mean, norm),
+        "max_norm": _of(np.max, norm),
+        "mean_abs_cosine": _of(np.mean, cosine),
+        "max_abs_cosine": _of(np.max, cosine),
+        "forward_calls": _of(np.mean, floats(table["forward_calls"])[attacked]),
+        "gradient_calls": _of(np.mean, floats(table["gradient_calls"])[attacked]),
         "seconds": float(np.nansum(floats(table["seconds"]))),
         "rounded_success": float(rounded.mean()) if len(rounded) else None,
         "reasons": json.dumps(reasons),
@@ -192,11 +192,6 @@ def ints(column: pd.Series[Any]) -> NDArray[np.int32]:
     return column.to_numpy(np.int32, na_value=-1)
 
 
-def _mean(values: NDArray[np.float64]) -> float | None:
+def _of(statistic: Callable[[Any], Any], values: NDArray[np.float64]) -> float | None:
     values = values[np.isfinite(values)]
-    return float(values.mean()) if len(values) else None
-
-
-def _max(values: NDArray[np.float64]) -> float | None:
-    values = values[np.isfinite(values)]
-    return float(values.max()) if len(values) else None
+    return float(statistic(values)) if len(values) else None

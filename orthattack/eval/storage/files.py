@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from orthattack.eval.errors import EvaluationError, first_line
 
@@ -227,24 +227,17 @@ class Store:
     def _patiently(self, action: Callable[[], T]) -> T:
         """What `action` returns, tried `ATTEMPTS` times; OSError that says so if it never succeeds."""
         for attempt in range(1, ATTEMPTS + 1):
-            done, found = self._tried(action)
-            if done:
-                return cast("T", found)
-            if attempt == ATTEMPTS:
-                raise OSError(f"failed {ATTEMPTS} times, the last time with {found}")
+            try:
+                return action()
+            except _FINAL:
+                raise
+            except Exception as error:  # every store raises its own
+                found = f"{type(error).__name__}: {first_line(error)}"
+                if attempt == ATTEMPTS:
+                    raise OSError(f"failed {ATTEMPTS} times, the last time with {found}") from error
             self._say(f"{self._url} failed ({found}); trying again, {attempt + 1} of {ATTEMPTS}")
             time.sleep(_PAUSE * 2 ** (attempt - 1))
         raise AssertionError("unreachable")
-
-    @staticmethod
-    def _tried(action: Callable[[], T]) -> tuple[bool, T | str]:
-        """True and what `action` returns, or False and why it failed this time."""
-        try:
-            return True, action()
-        except _FINAL:
-            raise
-        except Exception as error:  # every store raises its own
-            return False, f"{type(error).__name__}: {first_line(error)}"
 
 
 Files = Disk | Store
