@@ -8,6 +8,8 @@ Names are imported on first use, so that the command line answers before torch i
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,13 +19,15 @@ if TYPE_CHECKING:
 __all__ = ["Run", "evaluate"]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "evaluate":
-        from orthattack.eval.api import evaluate
+def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """A package's ``__getattr__``: its public names, each imported from its module on first use."""
 
-        return evaluate
-    if name == "Run":
-        from orthattack.eval.results.stored_run import Run
+    def attribute(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(f"{package}.{homes[name]}"), name)
 
-        return Run
-    raise AttributeError(f"module 'orthattack.eval' has no attribute {name!r}")
+    return attribute
+
+
+__getattr__ = lazily(__name__, {"evaluate": "api", "Run": "results.stored_run"})

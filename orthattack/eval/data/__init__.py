@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from orthattack.eval import lazily
 
 if TYPE_CHECKING:
     from orthattack.eval.data.dataset import ImageDataset
@@ -10,11 +12,4 @@ if TYPE_CHECKING:
 
 __all__ = ["ImageDataset", "load_dataset"]
 
-
-def __getattr__(name: str) -> Any:
-    from importlib import import_module
-
-    homes = {"ImageDataset": "dataset", "load_dataset": "load"}
-    if name not in homes:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{homes[name]}"), name)
+__getattr__ = lazily(__name__, {"ImageDataset": "dataset", "load_dataset": "load"})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from orthattack.eval import lazily
 
 if TYPE_CHECKING:
     from orthattack.eval.models.classifier import Classifier
@@ -14,11 +16,6 @@ __all__ = ["Classifier", "Preprocessing", "load_classifier"]
 BUNDLED = {"cifar10-standard": "standard.safetensors", "cifar10-robust": "robust-linf-8.safetensors"}
 """The models that come with the package, see weights/MODEL_CARD.md, and their files."""
 
-
-def __getattr__(name: str) -> Any:
-    from importlib import import_module
-
-    homes = {"Classifier": "classifier", "Preprocessing": "preprocessing", "load_classifier": "load"}
-    if name not in homes:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{homes[name]}"), name)
+__getattr__ = lazily(
+    __name__, {"Classifier": "classifier", "Preprocessing": "preprocessing", "load_classifier": "load"}
+)
