@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -78,16 +79,23 @@ def evaluate(
     if shard is not None and out is None:
         raise EvaluationError("shard needs out, the folder that all shards share")
     folder = run_folder(out)
-    modes = [(module, module.training) for model in classifiers.values() for module in model.model.modules()]
-    try:
+    with _kept_modes(classifiers):
         run_suite(suite, source, folder, device=device, part=shard, progress=progress, command=sys.argv, say=say)
-    finally:
-        for module, training in modes:
-            module.training = training
     manifest = folder.manifest()
     if report and (shard is None or manifest["status"] == "complete"):
         return reported(folder)
     return Run(folder, manifest)
+
+
+@contextmanager
+def _kept_modes(classifiers: Mapping[str, Classifier]) -> Iterator[None]:
+    """Put models back into training or evaluation mode, as they came."""
+    modes = [(module, module.training) for model in classifiers.values() for module in model.model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _models(models: Any) -> tuple[dict[str, Classifier], list[Any]]:
