@@ -143,12 +143,6 @@ class Attack(Configured):
         check_choice("optimize", optimize, get_args(Optimize))
         check_flag("targeted", targeted)
         check_flag("early_stop", early_stop)
-        given: object = generator
-        if given is not None and not isinstance(given, torch.Generator):
-            seed = given if isinstance(given, int) else 0
-            raise ValueError(
-                f"generator must be a torch.Generator; got {given!r}: seed one, torch.Generator().manual_seed({seed})"
-            )
         check_count("eot_samples", eot_samples)
         self.model = model
         if eps is None and search.merit != "norm":
@@ -170,8 +164,7 @@ class Attack(Configured):
         self._loss = attack_loss(loss)
         self._observer = Observer()
         self._knows_radius = False  # whether the caller was warned that it allows every image
-        # Its own stream, so that an attack leaves the global one alone; seeded by torch.manual_seed all the same.
-        self.generator = torch.Generator().manual_seed(torch.initial_seed()) if generator is None else generator
+        self.generator = _stream(generator)
 
     @property
     def card(self) -> Card:
@@ -451,6 +444,18 @@ class Attack(Configured):
         # `clamp` may make zeros of denormal numbers.
         x = torch.where(images < low, low, torch.where(images > high, high, images))
         return x.contiguous(), labels.long().clone()
+
+
+def _stream(generator: object) -> torch.Generator:
+    """The generator given, or an attack's own: that leaves the global one alone, but has its seed."""
+    if generator is None:
+        return torch.Generator().manual_seed(torch.initial_seed())
+    if isinstance(generator, torch.Generator):
+        return generator
+    seed = generator if isinstance(generator, int) else 0
+    raise ValueError(
+        f"generator must be a torch.Generator; got {generator!r}: seed one, torch.Generator().manual_seed({seed})"
+    )
 
 
 def _check_start(start: Tensor, images: Tensor) -> None:

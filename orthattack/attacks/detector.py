@@ -18,7 +18,7 @@ from orthattack.attacks.rules import Ascent, State
 from orthattack.attacks.scoring import Draws, Evaluation, LossFunction, Scorer, input_gradient
 from orthattack.losses import Goal
 from orthattack.models import Model
-from orthattack.projection import orthogonalize
+from orthattack.projection import Scope, orthogonalize
 from orthattack.threat import Norm
 
 if TYPE_CHECKING:
@@ -79,15 +79,9 @@ class _DetectorOracle:
         self._mode, self._every, self._enforce = mode, every, enforce
 
     def evaluate(
-        self,
-        points: Tensor,
-        goal: Goal,
-        loss: LossFunction,
-        solved: Tensor | None,
-        with_gradient: bool,
-        step: int = 0,
+        self, points: Tensor, goal: Goal, loss: LossFunction, solved: Tensor | None, with_gradient: bool, step: int = 0,
         draws: Draws | None = None,
-    ) -> Evaluation:
+    ) -> Evaluation:  # fmt: skip
         found = self._classifier.evaluate(points, goal, loss, solved, with_gradient, step, draws)
         if not with_gradient:
             return self._with_slack(found, torch.stack([self._slack(points) for _ in range(self._samples)]).mean(0))
@@ -207,14 +201,7 @@ class DetectorEvasion(Attack, loss="margin"):
         **options: Unpack[GradientOptions],
     ) -> None:
         check_model("detector", detector)
-        check_choice("mode", mode, get_args(Mode))
-        check_real("threshold", threshold, "a finite score")
-        if every is not None:
-            check_count("every", every)
-        if options.get("scope") == "pixel":
-            raise ValueError(
-                'scope must be None, "image" or "channel" here: "pixel" leaves no room for another gradient'
-            )
+        _check(threshold, mode, every, options.get("scope"))
         search = Climb(_AvoidingStep(), steps, rate(2.5, steps), alpha, random_start, restarts)
         super().__init__(model, norm, eps, search, **options)
         self._models["detector"] = detector
@@ -232,6 +219,16 @@ class DetectorEvasion(Attack, loss="margin"):
         if self.eot_samples == 1:
             self._second.say("random", other.on_randomness("the detector"))
         return is_random or other.is_random
+
+
+def _check(threshold: float, mode: Mode, every: int | None, scope: Scope | None) -> None:
+    """ValueError for an option out of its range."""
+    check_choice("mode", mode, get_args(Mode))
+    check_real("threshold", threshold, "a finite score")
+    if every is not None:
+        check_count("every", every)
+    if scope == "pixel":
+        raise ValueError('scope must be None, "image" or "channel" here: "pixel" leaves no room for another gradient')
 
 
 def _as_logits(detector: Model) -> Model:

@@ -105,15 +105,9 @@ class Scorer(Protocol):
     """What a search asks of a model, or of a model and a detector."""
 
     def evaluate(
-        self,
-        points: Tensor,
-        goal: Goal,
-        loss: LossFunction,
-        solved: Tensor | None,
-        with_gradient: bool,
-        step: int = 0,
+        self, points: Tensor, goal: Goal, loss: LossFunction, solved: Tensor | None, with_gradient: bool, step: int = 0,
         draws: Draws | None = None,
-    ) -> Evaluation:
+    ) -> Evaluation:  # fmt: skip
         """Score `points`, iterate number `step`, and, if asked, say which way is up."""
 
     def gradient(self, points: Tensor, goal: Goal, loss: LossFunction, draws: Draws | None = None) -> Evaluation:
@@ -162,15 +156,9 @@ class Oracle:
         self._unwatched = {False, True}
 
     def evaluate(
-        self,
-        points: Tensor,
-        goal: Goal,
-        loss: LossFunction,
-        solved: Tensor | None,
-        with_gradient: bool,
-        step: int = 0,  # noqa: ARG002
-        draws: Draws | None = None,
-    ) -> Evaluation:
+        self, points: Tensor, goal: Goal, loss: LossFunction, solved: Tensor | None, with_gradient: bool,
+        step: int = 0, draws: Draws | None = None,  # noqa: ARG002
+    ) -> Evaluation:  # fmt: skip
         """Score `points` and, if asked, differentiate the loss there, in one forward pass per EOT sample.
 
         A rough pass, in reduced precision or by a faster copy, only claims a success, and so does every pass of a model
@@ -243,15 +231,9 @@ class Oracle:
         return self._pass(points, goal, _MARGIN, rough=False, with_gradient=False)[0]
 
     def _pass(
-        self,
-        points: Tensor,
-        goal: Goal,
-        loss: LossFunction,
-        rough: bool,
-        with_gradient: bool,
-        samples: int | None = None,
-        draws: Draws | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        self, points: Tensor, goal: Goal, loss: LossFunction, rough: bool, with_gradient: bool,
+        samples: int | None = None, draws: Draws | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
         """Logits, loss and gradient, each the mean over the EOT samples, one sample in memory at a time; and whether
         the loss was flat in all of them."""
         samples = self._samples if samples is None else samples
@@ -377,15 +359,9 @@ class InBatches:
         self._scorer, self._size = scorer, size
 
     def evaluate(
-        self,
-        points: Tensor,
-        goal: Goal,
-        loss: LossFunction,
-        solved: Tensor | None,
-        with_gradient: bool,
-        step: int = 0,
+        self, points: Tensor, goal: Goal, loss: LossFunction, solved: Tensor | None, with_gradient: bool, step: int = 0,
         draws: Draws | None = None,
-    ) -> Evaluation:
+    ) -> Evaluation:  # fmt: skip
         def evaluate(r: Tensor, part: Draws | None) -> Evaluation:
             known = None if solved is None else solved[r]
             return self._scorer.evaluate(points[r], goal.select(r), loss, known, with_gradient, step, part)
