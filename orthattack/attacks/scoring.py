@@ -44,11 +44,11 @@ class Draws:
         self._streams, self._device, self._dtype = streams, device, dtype
 
     def uniform(self, *shape: int) -> Tensor:
-        """(N, *shape), uniform in [0, 1)."""
+        """``(N, *shape)``, uniform in [0, 1)."""
         return self._drawn(torch.rand, shape)
 
     def normal(self, *shape: int) -> Tensor:
-        """(N, *shape), of mean 0 and variance 1."""
+        """``(N, *shape)``, of mean 0 and variance 1."""
         return self._drawn(torch.randn, shape)
 
     def _drawn(self, draw: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
