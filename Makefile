@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist worksteal --durations 10
 
-.PHONY: demo test test-all test-oldest coverage surface lint docs clean
+.PHONY: demo test test-all test-oldest coverage surface figures lint docs clean
 
 demo: $(VENV)/demo.installed  ## attack the bundled models on 20 images and print the table
 	$(BIN)/orthattack eval $(ARGS)
@@ -25,6 +25,9 @@ coverage: $(VENV)/dev.installed  ## which lines the fast lane runs
 
 surface: $(VENV)/test.installed  ## write down the public names and signatures that a test compares
 	$(BIN)/python -m tests.test_surface
+
+figures: $(VENV)/dev.installed  ## draw who imports whom, for docs/architecture.md
+	$(BIN)/python -m scripts.draw_imports
 
 lint: $(VENV)/dev.installed  ## formatting, lint, types, imports and spelling
 	$(BIN)/ruff format --check .

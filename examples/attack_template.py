@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from orthattack.attacks.ascent import Climb, rate
@@ -51,6 +50,8 @@ class OrthoMyAttack(MyAttack, scope="image"):
 
 
 if __name__ == "__main__":
+    import torch
+
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4))
     images = torch.rand(16, 3, 8, 8)

@@ -20,7 +20,7 @@ LINKING = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 STORIES = [ROOT / "docs" / "tutorial.md", *sorted((ROOT / "docs" / "how-to").glob("*.md"))]
 # Commands that these tests do not run, and why not. Each must occur, and those of orthattack must at least parse.
 EXCUSED = {
-    r"make (demo|test(-all|-oldest)?|lint|docs|surface)\b": "run by .ci/run, each with its own set-up",
+    r"make (demo|test(-all|-oldest)?|lint|docs|surface|figures)\b": "run by .ci/run, each with its own set-up",
     r"\.ci/run": "would run itself",
     r"python -m venv \.venv": "make demo does it in .ci/run",
     r"\. \.venv/bin/activate": "make demo does without",
