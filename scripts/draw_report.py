@@ -1,4 +1,4 @@
-"""Image the report of `orthattack eval` in a browser, for docs/how-to/reading-the-report.md.
+"""Take a picture of the report of `orthattack eval` in a browser, for docs/how-to/reading-the-report.md.
 
     python scripts/draw_report.py [--run RUN] [--out docs/figures/report.webp]
 

@@ -70,7 +70,7 @@ TESTS = [
     "tests/test_losses.py", "tests/test_models.py", "tests/test_projection.py", "tests/test_surface.py",
     "tests/test_work.py",
 ]  # fmt: skip
-"""Whose tests are to notice: those of the same rooms. A fault that only others notice has survived."""
+"""Whose tests are to notice: those of the same folders. A fault that only others notice has survived."""
 NOT_TESTS = ["tests/attacks/test_memory.py", "tests/attacks/test_trained.py"]
 """Minutes of computing that few mutants would need."""
 ALWAYS = "tests/test_surface.py"
