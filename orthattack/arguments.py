@@ -109,6 +109,9 @@ def check_tensor(name: str, value: object) -> None:
         elif value is None:
             hint = "a tensor is needed"
         raise ValueError(f"{name} must be a tensor; got {type(value).__name__}: {hint}")
+    if value.is_nested or value.is_quantized:
+        kind, way = ("nested", "torch.stack(list(...))") if value.is_nested else ("quantized", ".dequantize()")
+        raise ValueError(f"{name} must be an ordinary tensor; got a {kind} one: use {way}")
     if value.layout != torch.strided:
         raise ValueError(f"{name} must be dense; got layout {value.layout}: use .to_dense()")
 

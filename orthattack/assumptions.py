@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orthattack.arguments import warn
+from orthattack.arguments import FLOATS, warn
 from orthattack.lending import Model, global_random_numbers
 
 __all__ = [
@@ -137,7 +137,7 @@ def observe(lent: Model, images: Tensor, bounds: tuple[float, float] = (0, 1), m
         alone = _answer(ask, image)
         draws = _random_states(image.device) != before
         pair = _answer(ask, torch.cat([image, beside[0]]))
-        if pair is None:
+        if pair is None or (alone is not None and alone.shape[1] != pair.shape[1]):
             return Behaviour()
         seen = pair if alone is None else torch.cat([alone, pair])
         sums, tolerance = seen.double().sum(1).tolist(), max(1e-4, 1.5 * _epsilon(seen))
@@ -224,7 +224,8 @@ def _answer(model: Model, images: Tensor, is_kept: bool = False) -> Tensor | Non
         return None
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] == 0:
         return None
-    usable = logits.is_floating_point() and bool(logits.isfinite().all())
+    is_plain = logits.dtype in FLOATS and logits.layout == torch.strided and not logits.is_meta
+    usable = is_plain and bool(logits.isfinite().all())
     return None if not usable else logits if is_kept else logits.detach()
 
 

@@ -14,6 +14,7 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -134,9 +135,14 @@ def in_evaluation(models: Sequence[Model]) -> bool:
 
 
 def is_foreign(code: object) -> bool:
-    """Whether something can be called and is of neither this package nor torch, as far as its module's name says."""
+    """Whether something can be called and is of neither this package nor torch, as far as its module's name says.
+
+    A layer of torch may hold others and have hooks, and a method is its object's, so that neither says whose it is.
+    """
+    if isinstance(code, MethodType) and is_foreign(code.__self__):
+        return True
     home = getattr(code, "__module__", None) or type(code).__module__
-    return callable(code) and home.partition(".")[0] not in ("orthattack", "torch")
+    return callable(code) and (isinstance(code, nn.Module) or home.partition(".")[0] not in ("orthattack", "torch"))
 
 
 def _differentiable(model: Model) -> Model:

@@ -83,8 +83,9 @@ def attack_loss(loss: Loss) -> Callable[[Tensor, Goal], Tensor]:
             raise ValueError(
                 f"loss must be one of {', '.join(map(repr, get_args(LossName)))} or callable; got {loss!r}"
             )
-    elif not callable(loss):
-        raise ValueError(f"loss must be a name or a function of (logits, labels); got {loss!r}")
+    elif not callable(loss) or isinstance(loss, type):
+        hint = f": make one first, {loss.__name__}(...)" if isinstance(loss, type) else ""
+        raise ValueError(f"loss must be a name or a function of (logits, labels); got {loss!r}{hint}")
     return _Ascended(loss)
 
 
@@ -105,6 +106,8 @@ class _Ascended:
         if not isinstance(values, Tensor) or values.shape != goal.classes.shape:
             found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(f"loss must return one value per sample, {tuple(goal.classes.shape)}; got {found}")
+        if values.is_complex():
+            raise ValueError(f"loss must return real values; got {values.dtype}: return values.real or .abs()")
         return values
 
     def _of_copies(self, logits: Tensor, labels: Tensor) -> Tensor:

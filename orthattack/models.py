@@ -158,7 +158,9 @@ def fooled(
     check_count("batch_size", batch_size := plain(batch_size))
     bounds = check_bounds(bounds)
     check_batch(adversarials, labels, bounds, [("model", model)], "adversarials")
+    labels = labels.long()
     found = torch.zeros(len(adversarials), dtype=torch.bool, device=adversarials.device)
+    unanswered = found.clone()
     with (
         explained({"model": model}, adversarials, "adversarials"),
         borrowed(model, adversarials.device) as lent,
@@ -181,7 +183,13 @@ def fooled(
                 check_labels(labels, logits.shape[1])
                 hit = logits.argmax(1) == labels[part]
                 hits += (hit if targeted else ~hit) & ~logits.isnan().any(1)
+                unanswered[part] |= logits.isnan().any(1)
             found[part] = hits >= needed
+    if bool(unanswered.any()):
+        warn(
+            f"the model answers NaN about {int(unanswered.sum())} of {len(found)} adversarials, which counts as not "
+            "fooled and is no sign of robustness: look for a division, a root or an overflow in it"
+        )
     return found
 
 
@@ -255,12 +263,15 @@ def checked_logits(answer: object, count: int) -> Tensor:
         if answer.ndim > 2 and len(answer) == count and math.prod(shape[2:]) == 1 and shape[1] > 1:
             mend = ": attack lambda x: model(x).flatten(1), after model.eval()"
         raise ValueError(f"{wanted}; got {shape}{mend}")
-    if not answer.is_floating_point():
+    if answer.layout != torch.strided or answer.is_meta or answer.is_nested:
+        raise ValueError(f"{wanted}, dense and with values; got {answer.layout} on {answer.device}")
+    if answer.dtype not in FLOATS:
         mend = "abs()" if answer.is_complex() else "float()"
-        gradient = "" if answer.is_complex() else "; integers have no gradient, so only Square can attack them"
+        is_float = answer.is_complex() or answer.is_floating_point()
+        gradient = "" if is_float else "; integers have no gradient, so only Square can attack them"
         raise ValueError(
-            f"model must return floating point logits; got {answer.dtype}: attack lambda x: model(x).{mend}, after "
-            f"model.eval(){gradient}"
+            f"model must return floating point logits, of at least 16 bits; got {answer.dtype}: attack lambda x: "
+            f"model(x).{mend}, after model.eval(){gradient}"
         )
     return answer
 

@@ -62,6 +62,9 @@ REFUSED = [
     (lambda z: z > 0, r"got torch.bool: attack lambda x: model\(x\).float\(\)"),
     (lambda z: z[..., None, None], r"got \(6, 3, 1, 1\): attack lambda x: model\(x\)\.flatten\(1\), after model"),
     (lambda z: torch.complex(z, z), r"got torch.complex64: attack lambda x: model\(x\).abs\(\)"),
+    (lambda z: z.to(torch.float8_e4m3fn), r"of at least 16 bits; got torch.float8_e4m3fn: .*\.float\(\), after [^;]*$"),
+    (lambda z: z.to_sparse(), r"dense and with values; got torch.sparse_coo on cpu"),
+    (lambda z: z.to("meta"), r"dense and with values; got torch.strided on meta"),
     (lambda z: z + MASK, r"\(sample 0\): -inf for class 1, .*clamp\(min=-1e\+04\)"),
     (lambda z: z + torch.tensor([0.0, torch.inf, 0.0]), r"torch.float32 overflows: compute in a wider dtype"),
 ]  # fmt: skip
@@ -100,7 +103,59 @@ def test_nan_is_refused_by_attacks_and_is_no_answer_to_fooled():
 
     with pytest.raises(ValueError, match=r"\(sample 0\): NaN: look for a division"):
         Square(model, queries=2)(images, torch.zeros(6, dtype=torch.long))
-    assert not fooled(model, images, torch.zeros(6, dtype=torch.long)).any()
+    with pytest.warns(UserWarning, match="NaN about 6 of 6 adversarials, which counts as not fooled and is no sign of"):
+        assert not fooled(model, images, torch.zeros(6, dtype=torch.long)).any()
+
+
+def test_classes_that_come_and_go_are_refused():
+    inner, (images, labels), calls = linear(4), drawn(), []
+
+    def model(x: Tensor) -> Tensor:
+        calls.append(len(x))
+        return inner(x)[:, : 3 + len(calls) % 2]
+
+    with pytest.raises(ValueError, match=r"the same classes each time; got [34], then [34]"):
+        PGD(model, steps=3, random_start=False)(images, labels % 3)
+
+
+def test_a_loss_of_nan_is_not_called_saturated():
+    images, labels = drawn()[0], torch.zeros(6, dtype=torch.long)
+    with pytest.warns(UserWarning, match=r"zero_gradients\): its value is NaN or infinite\. They climbed the margin"):
+        PGD(linear(), steps=2, loss=lambda z, _: z[:, 0] * torch.nan)(images, labels)
+    with pytest.raises(ValueError, match=r"loss must return real values; got torch\.complex64"):
+        PGD(linear(), steps=2, loss=lambda z, _: z[:, 0] * 1j)(images, labels)
+
+
+ROOMLESS = [
+    (1, 0.5, {"scope": "pixel"}, {}),
+    (3, 1.0, {"scope": "image"}, {}),
+    (3, 1.0, {"scope": None, "directions": ["constant"]}, {}),
+    (3, 0.5, {"scope": "image"}, {"eps": 1e-30}),
+]
+
+
+@pytest.mark.parametrize(("channels", "grey", "threat", "options"), ROOMLESS)
+def test_images_that_nothing_may_be_done_to_are_told_of(channels, grey, threat, options):
+    """One channel of each pixel, white images, a radius below round-off: what is not fooled was never attacked."""
+    images, labels = torch.full((4, channels, 2, 2), grey), torch.zeros(4, dtype=torch.long)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4 * channels, 3))
+    model[1].bias.data = torch.tensor([9.0, 0, 0])
+    options = {"eps": 0.1, **threat, **options}
+    for attack in (PGD(model, steps=2, **options), Square(model, queries=3, **options)):
+        with pytest.warns(UserWarning, match="leaves nothing but the image itself for 4 of 4 images") as caught:
+            result = attack.run(images, labels)
+        assert len(caught) == 1
+        assert attack.run(images, labels).norm.max() == 0  # which is not said again
+        assert not result.success.any()
+        assert result.norm.max() == 0
+
+
+def test_images_that_merely_stand_are_not_said_to_be_without_room():
+    images, _ = drawn()
+    labels = linear()(images).argmax(1)
+    for options in ({"eps": 0.0}, {"alpha": 0.0}):
+        attack = PGD(linear(), **{"steps": 1, "eps": 0.1, "random_start": False, "scope": "image", **options})
+        assert attack.run(images, labels).norm.max() == 0
 
 
 def test_a_sigmoid_written_as_two_logits_is_the_same_classifier():

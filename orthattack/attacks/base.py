@@ -39,7 +39,7 @@ from orthattack.lending import borrowed, guarded, in_evaluation, is_foreign
 from orthattack.losses import Goal, Loss, attack_loss
 from orthattack.models import Model, explained
 from orthattack.projection import Scope
-from orthattack.threat import Direction, Norm, ThreatModel
+from orthattack.threat import Direction, Norm, Region, ThreatModel, perturbation_norm
 
 UNLIMITED = 1e30
 """Stands for no limit in a threat model, whose eps is finite."""
@@ -186,7 +186,7 @@ class Attack(Configured):
 
     def _resolved(self) -> dict[str, Any]:
         eps = self.threat.eps
-        is_unlimited = isinstance(eps, float) and eps >= UNLIMITED
+        is_unlimited = isinstance(eps, float) and eps == UNLIMITED
         return {**vars(self.threat), **({"eps": None} if is_unlimited else {}), **self.search.options(eps)}
 
     def _shared_by_copies(self) -> list[object]:
@@ -236,7 +236,7 @@ class Attack(Configured):
     def _warn_of_radius(self, images: Tensor, eps: float | Tensor | None, name: str = "eps") -> None:
         """Warn once of a radius, of this name, that leaves the norm nothing to limit."""
         is_unlimited = eps is None and self.eps is None  # as with a Foolbox attack that minimises
-        if self._knows_radius or is_unlimited or not isinstance(images, Tensor) or images.ndim != 4:
+        if self._knows_radius or is_unlimited or not isinstance(images, Tensor) or images.is_nested or images.ndim != 4:
             return
         threat, shape = self.threat if eps is None else replace(self.threat, eps=eps), images.shape[1:]
         if not threat.allows_everything(shape):
@@ -298,7 +298,10 @@ class Attack(Configured):
                 # The model itself judges what is returned, unless it has already.
                 if len(rows := (~best.exact).nonzero().squeeze(1)) > 0:
                     best.judge(rows, oracle.judge(best.adversarials[rows], goal.select(rows), self._loss))
-            return self._told(best, best.result(x, threat), x, threat), best.stuck
+            result = best.result(x, threat)
+            if len(x) > 0:
+                self._warn_of_room(region, result)
+            return self._told(best, result, x, threat), best.stuck
 
     def _scorer(self, lent: Mapping[str, Model], images: Tensor, is_random: bool, unchecked: int) -> Scorer:
         """What the search asks: the borrowed model, and where its gradients come from."""
@@ -345,6 +348,23 @@ class Attack(Configured):
         )
         return replace(result, success=result.success & ~beyond)
 
+    def _warn_of_room(self, region: Region, result: AttackResult) -> None:
+        """Warn once of images that were not fooled and that nothing may be done to."""
+        if len(rows := (~result.success & (result.norm == 0)).nonzero().squeeze(1)) == 0:
+            return
+        left = region.select(rows)
+        offset = left.random_start(torch.Generator().manual_seed(0)).double() - left.images.double()
+        eps = left.eps.flatten().double()
+        fixed = int(((perturbation_norm(offset, left.threat.norm) <= 1e-6 * eps) & (eps > 0)).sum())
+        self._observer.say(
+            "room",
+            f"the threat model leaves nothing but the image itself for {fixed} of {len(result.success)} images (eps, "
+            "bounds and what it is orthogonal to): that they were not fooled is no sign of robustness. Choose a larger "
+            "eps, another scope or fewer directions"
+            if fixed > 0
+            else None,
+        )
+
     def _warn_of_gradients(self, result: AttackResult, stuck: Tensor) -> None:
         """Say, once for a call, for how many samples there was no usable gradient at half of the steps or more."""
         steps = result.gradient_calls // self.eot_samples
@@ -358,8 +378,9 @@ class Attack(Configured):
             )
         )
         if moved == 0 and bool((stuck > 0).any()):
+            whose = list(self._models)[self.gradient_model is not None]
             warn(
-                "nothing could be climbed: the model's gradient is zero or not finite at every step, for each of "
+                f"nothing could be climbed: the {whose}'s gradient is zero or not finite at every step, for each of "
                 f"{total} image{'s' * (total > 1)}. It is masked, by a rounding or saturated layer, by outputs that "
                 "are probabilities, or by a root, norm or division that meets zero. What no gradient fools may still "
                 "not be robust: use Square, which needs none"
@@ -371,9 +392,11 @@ class Attack(Configured):
                 "(AttackResult.zero_gradients) and were not fooled: that is no sign of robustness; Square needs none"
             )
         if swapped > 0:
+            is_finite = bool(result.loss.isfinite().all())
+            cause = "saturated, as a cross-entropy is at large logits" if is_finite else "its value is NaN or infinite"
             warn(
                 f"the loss had no usable gradient for {swapped} of {total} images at half of the steps or more "
-                "(AttackResult.zero_gradients): saturated, as a cross-entropy is at large logits. They climbed the "
+                f"(AttackResult.zero_gradients): {cause}. They climbed the "
                 'margin instead; loss="margin" does so throughout'
             )
 

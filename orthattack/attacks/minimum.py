@@ -51,7 +51,8 @@ class MinimumNorm(Configured):
         if attack.card.minimal:
             raise ValueError(f"attack must fill a ball; {type(attack).__name__} looks for the smallest norm itself")
         check_count("trials", trials)
-        largest = float(torch.as_tensor(attack.threat.eps).max())
+        radii = torch.as_tensor(attack.threat.eps)
+        largest = float(radii.max()) if radii.numel() > 0 else 0.0
         if largest == 0:
             raise ValueError("the attack's eps is the first radius to try, so it must be larger than 0")
         if max_eps is None:
@@ -90,6 +91,10 @@ class MinimumNorm(Configured):
         each = None if seeds is None or not isinstance(images, Tensor) else checked_seeds(seeds, len(images))
         result, stuck = attack._run(images, labels, 0.0, None, _Look(), True)
         eps = torch.as_tensor(attack.threat.eps, dtype=torch.float64, device=images.device)
+        if eps.ndim == 1 and len(eps) not in (1, len(images)):
+            raise ValueError(
+                f"eps has {len(eps)} values for {len(images)} images: it must have one per sample or be one"
+            )
         eps = eps.expand(len(images)).clamp(max=self.max_eps).clone()
         low, high = torch.zeros_like(eps), torch.full_like(eps, torch.inf)
         high[result.success] = 0.0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -152,8 +153,11 @@ class Oracle:
         self._is_bfloat16 = precision == "bfloat16"
         self._is_rough = self._is_bfloat16 or gradient_model is not None
         # What the passes for gradients say is then nothing about the model, which is asked for itself.
-        self._is_apart = transform is not None or (gradient_model is not None and not is_copy)
+        own = gradient_model is not None and not is_copy
+        self._apart = " of ".join(["the transform"] * (transform is not None) + ["gradient_model"] * own)
+        self._is_apart = self._apart != ""
         self._unwatched = {False, True}
+        self._classes: dict[bool, int] = {}
 
     def evaluate(
         self, points: Tensor, goal: Goal, loss: LossFunction, solved: Tensor | None, with_gradient: bool,
@@ -241,10 +245,10 @@ class Oracle:
         for _ in range(samples):
             if with_gradient:
                 leaf = points.detach().requires_grad_()
-                with torch.enable_grad():
+                with torch.enable_grad(), _blamed(self._apart):
                     seen = leaf if self._transform is None else _transformed(self._transform, leaf, draws)
                     logits = self._forward(seen, goal, rough or self._is_apart)
-                value, flat, gradient = _climbed(logits, goal, loss, leaf, True)
+                value, flat, gradient = _climbed(logits, goal, loss, leaf, True, self._apart or "the model")
                 assert gradient is not None
                 parts = [logits.detach(), value, flat.to(value.dtype), gradient]
             else:
@@ -269,10 +273,27 @@ class Oracle:
             )
         self._unwatched.discard(other)
         logits = checked_logits(logits, len(points))
+        if self._classes.setdefault(other, logits.shape[1]) != logits.shape[1]:
+            raise ValueError(
+                f"model must return the same classes each time; got {self._classes[other]}, then {logits.shape[1]}"
+            )
         if self._unchecked > 0:
             check_finite(logits.detach())
             check_labels(goal.classes, logits.shape[1])
         return logits if logits.dtype.itemsize >= 4 else logits.float()
+
+
+@contextmanager
+def _blamed(what: str) -> Iterator[None]:
+    """Name what takes the model's place in a pass, if anything does, in the errors there."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError) as error:
+        if what and not isinstance(error, torch.OutOfMemoryError):
+            error.args = (f"{what}, in a pass for gradients: {error}",)
+            if "transform" in what and isinstance(error, RuntimeError):  # torch's, of a shape or a dtype
+                raise ValueError(str(error)) from error
+        raise
 
 
 def _transformed(transform: Transform, leaf: Tensor, draws: Draws | None) -> Tensor:
@@ -297,7 +318,7 @@ def _usable(gradient: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _climbed(
-    logits: Tensor, goal: Goal, loss: LossFunction, points: Tensor, with_gradient: bool
+    logits: Tensor, goal: Goal, loss: LossFunction, points: Tensor, with_gradient: bool, who: str = "the model"
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What is climbed at these logits, whether the loss itself is flat there, and the gradient by `points`.
 
@@ -345,7 +366,7 @@ def _climbed(
             value = torch.where(swap, _MARGIN(source.detach(), goal), value)
     if not with_gradient:
         return value, flat, None
-    return value, flat, input_gradient(logits, points, slope=slope, more=direct)
+    return value, flat, input_gradient(logits, points, who, slope, direct)
 
 
 class InBatches:
@@ -401,6 +422,6 @@ def input_gradient(
     if gradient is None:
         raise NoGradientError(
             f"{what} has no gradient with respect to the images: part of it is detached, runs under "
-            "torch.no_grad(), or leaves torch; Square needs none"
+            f"torch.no_grad(), or leaves torch{'; Square needs none' if what == 'the model' else ''}"
         )
     return gradient

@@ -46,6 +46,11 @@ class AttackResult:
     forward_calls: Tensor
     gradient_calls: Tensor
 
+    def __eq__(self, other: object) -> bool:
+        """Whether all of it is the same."""
+        mine, theirs = vars(self), vars(other) if isinstance(other, AttackResult) else {}
+        return bool(theirs) and all(torch.equal(value, theirs[name]) for name, value in mine.items())
+
     def __repr__(self) -> str:
         n = len(self.success)
         if n == 0:

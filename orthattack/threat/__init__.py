@@ -40,7 +40,7 @@ class _Directions(tuple[Direction, ...]):
         return hash(tuple(None if isinstance(direction, Tensor) else direction for direction in self))
 
 
-def _is_same(a: Direction, b: Direction) -> bool:
+def _is_same(a: object, b: object) -> bool:
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
     return a is b or (a.device == b.device and a.dtype == b.dtype and torch.equal(a, b))
@@ -93,6 +93,18 @@ class ThreatModel:
         object.__setattr__(self, "directions", _Directions(self.directions))
         if self.directions and self.scope == "pixel":
             raise ValueError('directions cannot be combined with scope="pixel", which has a constraint for every pixel')
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all of it is the same, a radius per sample included."""
+        return isinstance(other, ThreatModel) and self._rest == other._rest and _is_same(self.eps, other.eps)
+
+    def __hash__(self) -> int:
+        return hash(self._rest)
+
+    @property
+    def _rest(self) -> tuple[object, ...]:
+        """What it is besides its radius."""
+        return self.norm, self.bounds, self.scope, self.directions
 
     @property
     def is_orthogonal(self) -> bool:
@@ -153,6 +165,8 @@ class ThreatModel:
             given = direction if isinstance(direction, Tensor) else direction(images.clone())
             if not isinstance(given, Tensor):
                 raise ValueError(f"a direction must return a tensor; got {type(given).__name__}")
+            if given.is_complex():
+                raise ValueError(f"a direction must be real; got {given.dtype}: give its .real and .imag, as two")
             given = given.detach().clone()
             vector = given.to(images)
             if isinstance(direction, Tensor) and vector.ndim < 5:

@@ -274,6 +274,60 @@ def test_a_direction_that_changes_the_model_is_an_error(model, images, labels):
         OrthoPGD(model, eps=EPS, steps=2, directions=[direction]).run(images, labels)
 
 
+class Changing(nn.Module):
+    """Code of somebody else's that a layer, a function or a hook of torch may hold."""
+
+    def __init__(self, model: Net) -> None:
+        super().__init__()
+        self.change = lambda: model.head.weight.data.add_(1)
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        self.change()
+        return images.flip(3) if labels is None else nn.functional.cross_entropy(images, labels, reduction="none")
+
+
+class Differentiated(torch.autograd.Function):
+    """A function of one's own that torch calls."""
+
+    model: Net
+
+    @staticmethod
+    def forward(ctx: object, logits: Tensor, labels: Tensor) -> Tensor:
+        Differentiated.model.head.weight.data.add_(1)
+        return logits.sum(1)
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.unsqueeze(1).expand(-1, 4), None
+
+
+def test_what_torch_holds_of_others_is_watched_too(model, images, labels):
+    before = model.head.weight.clone()
+    hooked = nn.CrossEntropyLoss(reduction="none")
+    hooked.register_forward_hook(lambda *_: list(map(model.head.weight.data.add_, [1]))[1:] or None)
+    patched = nn.CrossEntropyLoss(reduction="none")
+    vars(patched)["forward"] = Changing(model)
+    Differentiated.model = model
+    held = nn.Sequential(Changing(model))
+    for options in (
+        {"directions": [held]},
+        {"directions": [held.forward]},
+        {"loss": nn.DataParallel(Changing(model))},
+        {"loss": patched},
+        {"loss": hooked},
+        {"loss": Differentiated.apply},
+    ):
+        with pytest.raises(ModelChangedError, match=r"changed the model's weights \(first: head.weight\)"):
+            OrthoPGD(model, eps=EPS, steps=2, **options).run(images, labels)
+        assert torch.equal(model.head.weight, before)
+
+
+def test_a_direction_of_complex_numbers_is_refused(model, images, labels):
+    for direction in (torch.ones(3, 5, 5) * 1j, lambda x: x * 1j):
+        with pytest.raises(ValueError, match=r"a direction must be real; got torch.complex64: give its .real and"):
+            OrthoPGD(model, directions=[direction]).run(images, labels)
+
+
 def test_a_direction_that_returns_no_tensor_is_named(model, images, labels):
     with pytest.raises(ValueError, match="a direction must return a tensor; got list"):
         OrthoPGD(model, directions=[lambda images: images.tolist()]).run(images, labels)

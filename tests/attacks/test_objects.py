@@ -382,3 +382,31 @@ def test_a_result_prints_in_two_lines():
     assert "24 forward and 18 gradient calls" in text
     assert text.count("\n") == 1
     assert repr(OrthoPGD(classifier()).run(IMAGES[:0], LABELS[:0])) == "AttackResult: no images"
+
+
+def test_results_and_threat_models_are_equal_by_their_values():
+    attack = OrthoPGD(classifier(), eps=torch.full((6,), 0.03), steps=2)
+    result = attack.run(IMAGES, LABELS, seeds=range(6))
+    assert result == copy.deepcopy(result)
+    assert result == pickle.loads(pickle.dumps(result))
+    assert result in [attack.run(IMAGES, LABELS, seeds=range(6))]
+    assert result != OrthoPGD(classifier(), eps=0.01, steps=2).run(IMAGES, LABELS)
+    assert result != OrthoPGD(classifier(), eps=0.01, steps=2).run(IMAGES[:2], LABELS[:2])
+    assert result != 3
+    assert attack.threat == copy.deepcopy(attack.threat)
+    assert hash(attack.threat) == hash(copy.deepcopy(attack.threat))
+    for other in (torch.full((6,), 0.04), torch.full((3,), 0.03), 0.03):
+        assert attack.threat != OrthoPGD(classifier(), eps=other, steps=2).threat
+
+
+@pytest.mark.parametrize("eps", [1e29, 1e31])
+def test_a_radius_of_any_size_is_warned_of(eps):
+    with pytest.warns(UserWarning, match="allows every image"):
+        OrthoPGD(classifier(), eps=eps, steps=1).run(IMAGES, LABELS)
+
+
+def test_a_loss_that_was_not_made_is_refused():
+    with pytest.raises(
+        ValueError, match=r"got <class .*CrossEntropyLoss'>: make one first, CrossEntropyLoss\(\.\.\.\)"
+    ):
+        OrthoPGD(classifier(), loss=nn.CrossEntropyLoss)

@@ -302,3 +302,35 @@ def test_the_core_takes_tensors_only(odd):
             function(odd, IMAGES[:, None])
     with pytest.raises(ValueError, match="directions must be a tensor; got "):
         orthattack.orthonormal_basis(odd)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("ask", ["attack", "smallest norm", "sweep", "fooled"])
+def test_nested_and_quantized_tensors_are_refused(ask):
+    model, images, labels = nn.Flatten(), torch.rand(4, 3, 1, 1), torch.tensor([0, 1, 2, 0])
+    attack = OrthoPGD(model, steps=1)
+    call = {
+        "attack": attack.run,
+        "smallest norm": MinimumNorm(attack, trials=1).run,
+        "sweep": lambda x, y: attack.sweep(x, y, [0.1]),
+        "fooled": lambda x, y: fooled(model, x, y),
+    }[ask]
+    with pytest.raises(ValueError, match=r"images|adversarials must be an ordinary tensor; got a nested one"):
+        call(torch.nested.nested_tensor(list(images)), labels)
+    with pytest.raises(ValueError, match="labels must be an ordinary tensor; got a nested one"):
+        call(images, torch.nested.nested_tensor([labels[:2].clone(), labels[2:].clone()]))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8])
+def test_labels_of_any_integer_dtype_are_the_same_labels(dtype):
+    model, images, labels = nn.Flatten(), torch.rand(6, 3, 1, 1), torch.tensor([0, 1, 2, 0, 1, 2])
+    assert torch.equal(fooled(model, images, labels.to(dtype)), fooled(model, images, labels))
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 2\], .* found 3 \(sample 1\)"):
+        fooled(model, images, (labels + 2 * (labels == 1)).to(dtype))
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_radius_too_few_is_named_by_the_smallest_norm_too(number):
+    attack = OrthoPGD(nn.Flatten(), eps=torch.full((number,), 0.1), steps=1)
+    with pytest.raises(ValueError, match=r"eps has 3 values for 4 images|must be larger than 0"):
+        MinimumNorm(attack).run(torch.rand(4, 3, 1, 1), torch.tensor([0, 1, 2, 0]))

@@ -297,6 +297,48 @@ def test_what_is_no_transform_is_refused(trained, transform, message):
         FGSM(model, transform=transform).run(images, labels)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"transform": lambda x, _: x * torch.nan},
+            "^the transform, in a pass for gradients: .*NaN or infinite logits",
+        ),
+        ({"transform": lambda x, _: x[..., ::2]}, "^the transform, in a pass for gradients: .*input size"),
+        ({"transform": lambda x, _: x.double()}, "^the transform, in a pass for gradients: .*should be the same"),
+        ({"transform": lambda x, _: x.detach()}, r"^the transform has no gradient .* or leaves torch$"),
+        ({"gradient_model": lambda x: x.flatten(1)[:, :1]}, "^gradient_model, in a pass for gradients: .*two logits"),
+        ({"gradient_model": lambda x: x.flatten(1)[:, :2]}, "^gradient_model, in a pass .* the model has 2 classes"),
+        ({"gradient_model": lambda x: x.flatten(1)[:, :4] / 0}, "^gradient_model, in a pass .* infinite logits"),
+        ({"gradient_model": lambda x: x.detach().flatten(1)[:, :4]}, "^gradient_model has no gradient"),
+        (
+            {"transform": lambda x, _: x.detach(), "gradient_model": lambda x: x.flatten(1)[:, :4]},
+            "^the transform of gradient_model has no gradient",
+        ),
+    ],
+)
+def test_a_fault_of_what_takes_the_models_place_is_not_called_the_models(trained, options, message):
+    model, images, labels = trained
+    with pytest.raises(ValueError, match=message):
+        FGSM(model, **options).run(images, labels)
+
+
+def test_memory_that_a_transform_lacks_is_said_as_such(trained):
+    model, images, labels = trained
+
+    def lacking(x, draws):
+        raise torch.OutOfMemoryError("too large")
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"^too large$"):
+        FGSM(model, transform=lacking).run(images, labels)
+
+
+def test_a_gradient_model_without_slope_is_named(trained):
+    model, images, labels = trained
+    with pytest.warns(UserWarning, match="^nothing could be climbed: the gradient_model's gradient is zero"):
+        PGD(model, steps=2, gradient_model=lambda x: model(x) * 0).run(images, labels)
+
+
 # --- on_step ------------------------------------------------------------------------------------------------------
 
 

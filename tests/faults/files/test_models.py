@@ -152,7 +152,10 @@ def of(run, attack):
             "got tuple: attack lambda x: model(x)[0] instead, after model.eval(); for an evaluation write that as the "
             "forward of an nn.Module",
         ),
-        ("whole", "must return floating point logits; got torch.int64: attack lambda x: model(x).float()"),
+        (
+            "whole",
+            "floating point logits, of at least 16 bits; got torch.int64: attack lambda x: model(x).float()",
+        ),
         ("exits_when_built", "bad:exits_when_built() failed (SystemExit: enough)"),
     ],
 )
