@@ -1,7 +1,7 @@
 """What an attack climbs: per-sample losses of logits, and the goal that they lead to.
 
 Every loss grows as the attack gets closer to its goal: away from the labels, or towards the targets. The sign of a
-targeted attack is flipped here and nowhere else.
+targeted attack is flipped here, and in `attacks.scoring` for the margin that replaces a flat loss.
 """
 
 from __future__ import annotations

@@ -19,19 +19,19 @@ COLOURS = {"attacks": "#1f6fb4", "threat": "#8a4b8a", "interop": "#c76a00", "eva
 
 
 def graphs() -> dict[str, nx.DiGraph]:
-    """By file name: the modules below the evaluation, and the evaluation's rooms over the other packages."""
+    """By file name: the modules below the evaluation, and the evaluation's packages over the others."""
     imports = grimp.build_graph("orthattack", exclude_type_checking_imports=True, cache_dir=None)
-    core, rooms = nx.DiGraph(), nx.DiGraph()
+    core, packages = nx.DiGraph(), nx.DiGraph()
     for importer in sorted(imports.modules - {"orthattack", "orthattack.__main__"}):
         a = importer.split(".")[1:]
         for imported in sorted(imports.find_modules_directly_imported_by(importer) - {"orthattack"}):
             b = imported.split(".")[1:]
             if a[0] != "eval":
                 core.add_edge(".".join(a), ".".join(b))
-            room, other = ("/".join(name[: 2 if name[0] == "eval" else 1]) for name in (a, b))
-            if "eval" not in (room, other) and room != other:
-                rooms.add_edge(room, other)
-    return {"imports-core.svg": nx.transitive_reduction(core), "imports-eval.svg": nx.transitive_reduction(rooms)}
+            package, other = ("/".join(name[: 2 if name[0] == "eval" else 1]) for name in (a, b))
+            if "eval" not in (package, other) and package != other:
+                packages.add_edge(package, other)
+    return {"imports-core.svg": nx.transitive_reduction(core), "imports-eval.svg": nx.transitive_reduction(packages)}
 
 
 def dot(graph: nx.DiGraph) -> str:

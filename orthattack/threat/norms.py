@@ -1,7 +1,7 @@
 """The norms: how each measures a perturbation, steps, projects onto its ball and draws from it.
 
-A norm is a row of `BALLS`, functions that ask the set of allowed points (`sets.Allowed`) for what they need; another
-norm is another row.
+A norm is a row of `BALLS`, functions that ask the set of allowed points (`sets.Allowed`) for what they need. What else
+another norm needs: docs/architecture.md, "An attack".
 """
 
 from __future__ import annotations
