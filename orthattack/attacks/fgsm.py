@@ -36,6 +36,7 @@ class OrthoFGSM(FGSM, scope="image"):
     The step is the best one there is: the exact solution of the linear program for L-infinity. Arguments as for
     `OrthoPGD`. Source: Goodfellow et al. 2015, arXiv:1412.6572, for FGSM.
 
+    >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
     >>> images, labels = torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])
     >>> float(OrthoFGSM(model, eps=8 / 255).run(images, labels).cosine.max()) <= 1e-6

@@ -97,6 +97,7 @@ class OrthoPGD(PGD, scope="image"):
 
     Source: Madry et al. 2018, arXiv:1706.06083, for PGD; docs/method.md for the orthogonal step.
 
+    >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
     >>> images, labels = torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])
     >>> result = OrthoPGD(model, eps=8 / 255).run(images, labels)

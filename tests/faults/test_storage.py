@@ -120,7 +120,7 @@ def test_a_store_that_is_gone_ends_the_run_with_what_is_finished_and_goes_on(tmp
 
     monkeypatch.setattr(Flaky, "every", 10**9)
     monkeypatch.setattr(RunFolder, "write", breaks)
-    monkeypatch.setattr(cli, "_say", said.append)
+    monkeypatch.setattr(cli, "say", said.append)
     arguments = ["--model", MODEL, "--attacks", *ATTACKS, "--limit", "6", "--steps", "2", "--shard-size", "2"]
     arguments += ["--batch-size", "2", "--save-images", "all", "--no-checks", "--device", "cpu", "--out", place]
     assert cli.main(["eval", *arguments]) == 2
