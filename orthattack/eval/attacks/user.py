@@ -15,6 +15,7 @@ from orthattack.eval.attacks.kind import AttackKind, Conditions, Found, OwnRunne
 from orthattack.eval.attacks.seeds import drawing, joint_seed
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.plugin import kept_process
+from orthattack.threat import ThreatModel
 
 
 def user_attack(name: str, factory: Any, given: Mapping[str, Any] | None = None) -> AttackKind:
@@ -48,7 +49,7 @@ def user_attack(name: str, factory: Any, given: Mapping[str, Any] | None = None)
         attack = made(model, conditions)
         if not callable(attack):
             raise TypeError(f"{name} must return a function of images and labels; it returned {type(attack).__name__}")
-        if (found := attack.card if isinstance(attack, Attack | MinimumNorm) else None) != card:
+        if (found := _told(attack)) != card:
             raise TypeError(f"{name} must return an attack that promises the same for every model: {card}, not {found}")
         own = OwnRunner(attack, conditions.batch_size if isinstance(attack, Attack) else None)
 
@@ -66,7 +67,17 @@ def _card(made: Any) -> Card | None:
     try:
         with drawing(0), kept_process():
             warnings.simplefilter("ignore")
-            attack = made(Probe(), Conditions())
+            return _told(made(Probe(), Conditions()))
     except (Exception, SystemExit):  # a user's function may raise anything
         return None
-    return attack.card if isinstance(attack, Attack | MinimumNorm) else None
+
+
+def _told(attack: Any) -> Card | None:
+    """The card of an attack of ours, which a user may have written anew; its threat model is checked."""
+    if not isinstance(attack, Attack | MinimumNorm):
+        return None
+    card = attack.card
+    if not isinstance(card, Card) or not isinstance(card.family, str):
+        raise TypeError(f"the card of {type(attack).__name__} must be an orthattack.attacks.Card; got {card!r}")
+    ThreatModel("linf", 0.0, scope=card.scope, directions=card.directions)
+    return card

@@ -99,3 +99,28 @@ def test_an_evaluation_treats_them_as_ours(tmp_path):
         assert promised.max() <= 1e-6
     assert rows["ti"]["promised_cosine"].isna().all()
     assert np.isfinite(rows["fmn"]["linf"][tried].astype(float)).all()
+
+
+def lost(self):
+    raise KeyError("no card")
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        (lost, "KeyError: 'no card'"),
+        (lambda self: "PGD", "the card of Odd must be an orthattack.attacks.Card; got 'PGD'"),
+        (lambda self: None, "the card of Odd must be an orthattack.attacks.Card; got None"),
+        (lambda self: Card("PGD", "rows"), "scope must be one of 'image', 'channel', 'pixel'; got 'rows'"),
+        (lambda self: Card("PGD", None, [3]), "each of directions must be"),
+    ],
+)
+def test_a_card_that_is_none_is_an_error_of_its_own_rows(tmp_path, card, message):
+    odd = type("Odd", (PGD,), {"card": property(card)})
+    run = evaluated(tmp_path / "both", {"odd": odd, "PGD": "PGD"})
+    rows = run.rows("net", "odd", EPS)
+    assert set(rows["status"]) == {"error", "misclassified"}
+    assert rows["message"].dropna().str.contains(message, regex=False).all()
+    alone = evaluated(tmp_path / "alone", ["PGD"]).rows("net", "PGD", EPS)
+    beside = run.rows("net", "PGD", EPS)
+    assert beside.drop(columns="seconds").equals(alone.drop(columns="seconds"))
