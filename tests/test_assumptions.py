@@ -485,7 +485,7 @@ class Drawing(nn.Module):
     (lambda m: OrthoPGD(m, eps=3 / 255, steps=5, early_stop=True, generator=seeded()), 1),
     (lambda m: PGD(m, eps=3 / 255, steps=4, eot_samples=3, generator=seeded()), 1),
     (lambda m: AutoAttack(m, eps=3 / 255, steps=3, targets=1, queries=5, generator=seeded()), 1),
-    (lambda m: Square(m, eps=16 / 255, queries=30, generator=seeded()), 0),
+    pytest.param(lambda m: Square(m, eps=16 / 255, queries=30, generator=seeded()), 0, marks=pytest.mark.slow),
     (lambda m: MinimumNorm(PGD(m, eps=3 / 255, steps=3, generator=seeded()), trials=6), 4),
 ])  # fmt: skip
 def test_what_is_reported_of_a_model_that_draws_holds(make, least):

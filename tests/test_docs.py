@@ -109,7 +109,11 @@ def parses(command: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("path", STORIES, ids=name)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in ("cluster", "tutorial"))) for path in STORIES],
+    ids=name,
+)
 def test_the_story_runs(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

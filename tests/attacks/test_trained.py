@@ -85,6 +85,7 @@ def test_constraints_hold_on_images(trained, norm, scope):
         assert alignment(delta, images.double(), scope).abs().max() <= 1e-6
 
 
+@pytest.mark.slow
 def test_rounding_costs_what_the_documentation_says():
     """docs/faq.md: next to nothing of the image's orthogonality, all of a pixel's."""
     classifier = load_classifier("cifar10-standard")
@@ -211,7 +212,7 @@ def test_orthogonality_costs_an_image_at_most(trained, norm, name, options):
     assert abs(kept[f"Ortho{name}"] - kept[name]) <= (0.1 if norm == "l1" else 0.05) + 1e-6
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", pytest.param("l2", marks=pytest.mark.slow)])
 def test_autoattack_is_the_strongest(trained, norm):
     model, images, labels = trained
     eps = 4 / 255 if norm == "linf" else 0.25
@@ -225,7 +226,7 @@ def test_autoattack_is_the_strongest(trained, norm):
     assert result.cosine.max() <= 1e-6
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("norm", ["linf", *(pytest.param(norm, marks=pytest.mark.slow) for norm in ("l2", "l1"))])
 def test_random_squares_fool_without_a_gradient(norm):
     classifier = load_classifier("cifar10-standard")
     (batch,) = load_dataset("cifar10-samples", classifier).batches(20, classifier.preprocessing)
@@ -247,7 +248,7 @@ def test_random_squares_fool_without_a_gradient(norm):
     assert result.cosine.max() <= 1e-6
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", pytest.param("l2", marks=pytest.mark.slow)])
 def test_the_smallest_norms_agree_with_attacks_at_fixed_eps(trained, norm):
     model, images, labels = trained
     eps = 4 / 255 if norm == "linf" else 0.5

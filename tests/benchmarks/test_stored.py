@@ -84,6 +84,7 @@ def test_the_candidates_run_and_leave_the_model_trainable():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_a_table_from_the_command_line_reaches_the_page(tmp_path, capsys):
     assert main(["start", "--rounds", "1", "--out", str(tmp_path)]) == 0
     assert "orthattack --help" in capsys.readouterr().out

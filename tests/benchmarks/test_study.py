@@ -156,6 +156,7 @@ def test_the_page_says_what_the_stored_results_say():
     assert (ROOT / "docs" / "study.md").read_text(encoding="utf-8") == render(Store(PUBLISHED))
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own_and_what_needs_no_extra_does_without(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("benchmarks.study.panel.find_spec", lambda name: None)
     command = ["--model", "cifar10-standard", "--data", "cifar10-samples", "--limit", "10", "--out", str(tmp_path)]

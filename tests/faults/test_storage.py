@@ -187,6 +187,7 @@ def test_a_store_whose_package_is_missing_names_it(capsys, monkeypatch):
 # Disks
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="limits of a process are POSIX")
 def test_a_disk_that_is_full_ends_the_run_with_what_is_finished_and_goes_on(tmp_path, plain):
     """The kernel itself refuses to write files of more than 40 kB: the images of a shard, not its rows."""

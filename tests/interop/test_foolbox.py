@@ -74,7 +74,7 @@ def tiny() -> tuple[foolbox.PyTorchModel, torch.Tensor, torch.Tensor]:
         FoolboxAttack(OrthoNIFGSM, steps=5),
         FoolboxAttack(APGD, steps=5),
         FoolboxAttack(OrthoAPGD, steps=5),
-        FoolboxAttack(OrthoSquare, queries=200),
+        FoolboxAttack(OrthoSquare, queries=80),
         FoolboxAttack(OrthoAutoAttack, steps=2, targets=1, queries=5),
     ],
     ids=repr,
