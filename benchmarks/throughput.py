@@ -21,7 +21,7 @@ from benchmarks.stored import Row
 from benchmarks.timing import seconds
 from orthattack.eval.attacks.kind import Conditions
 from orthattack.eval.results.stored_run import Run
-from orthattack.eval.running.run import run_suite, suite_source
+from orthattack.eval.running.run import run_suite, suite_inputs
 from orthattack.eval.storage.run_folder import RunFolder
 from orthattack.eval.suite import Suite, make_suite
 
@@ -46,7 +46,7 @@ def rows(data: str, labels: str, steps: Sequence[int], attacks: Sequence[str], l
             )
             bare, images = bare_seconds(suite, count)
             folder = RunFolder(Path(temporary) / f"run-{count}")
-            whole = seconds(partial(run_suite, suite, suite_source(suite), folder, progress=False))
+            whole = seconds(partial(run_suite, suite, suite_inputs(suite), folder, progress=False))
             attack = float(Run(folder, folder.manifest()).table()["seconds"].sum())
             found.append(
                 {"steps": count, "images": images, "bare attack, s": round(bare, 1), "evaluation, s": round(whole, 1),
@@ -57,9 +57,9 @@ def rows(data: str, labels: str, steps: Sequence[int], attacks: Sequence[str], l
 
 def bare_seconds(suite: Suite, steps: int) -> tuple[float, int]:
     """The attacks alone, on decoded images."""
-    source = suite_source(suite)
-    classifier = source.classifier("resnet18")
-    dataset = source.dataset(classifier)
+    inputs = suite_inputs(suite)
+    classifier = inputs.classifier("resnet18")
+    dataset = inputs.dataset(classifier)
     images = torch.stack([dataset.load(k, classifier.preprocessing) for k in range(len(dataset))])
     labels = torch.tensor(dataset.labels)
     runners = [

@@ -31,7 +31,7 @@ import torch
 from benchmarks.stored import Row
 from orthattack.eval.running.plan import Plan, Unit
 from orthattack.eval.running.ray import Crew, RayWorker, ray_crew
-from orthattack.eval.running.run import run_suite, suite_source
+from orthattack.eval.running.run import run_suite, suite_inputs
 from orthattack.eval.running.worker import Attacked, Worker
 from orthattack.eval.storage.run_folder import RunFolder
 from orthattack.eval.suite import Suite, make_suite
@@ -91,7 +91,7 @@ class TimedHere:
         self.suite, self.folder = suite, folder
 
     def __call__(self, units: Sequence[Unit], plan: Plan, attacked: Attacked, say: Callable[[str], None], /) -> None:
-        worker = Worker(plan, suite_source(self.suite), torch.device("cpu"), say)
+        worker = Worker(plan, suite_inputs(self.suite), torch.device("cpu"), say)
         for unit in units:
             start = time.time()
             worker.do(unit, None, attacked)
@@ -102,7 +102,7 @@ class TimedHere:
 def plain(steps: int, units: int, folder: Path, part: tuple[int, int]) -> None:
     suite = work_suite(steps, units)
     engine = TimedHere(suite, folder)
-    run_suite(suite, suite_source(suite), RunFolder(folder / "run"), part=part, engine=engine, progress=False)
+    run_suite(suite, suite_inputs(suite), RunFolder(folder / "run"), share=part, engine=engine, progress=False)
 
 
 def cost_rows(seconds: float, numbers: Sequence[int]) -> list[Row]:
@@ -154,7 +154,7 @@ def on_ray(steps: int, units: int, folder: Path, workers: int) -> None:
     suite = work_suite(steps, units)
     with ray_crew(None, workers, "cpu"):
         crew = Crew(ray, workers, "cpu", ray.remote(TimedWorker).options(num_cpus=1).remote)
-        run_suite(suite, suite_source(suite), RunFolder(folder / "run"), engine=crew, progress=False)
+        run_suite(suite, suite_inputs(suite), RunFolder(folder / "run"), engine=crew, progress=False)
 
 
 def summary(folder: Path, began: float) -> Row:

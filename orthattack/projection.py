@@ -1,4 +1,4 @@
-"""The core: removing directions from gradients, and measuring what is left of them.
+"""Removing directions from gradients, and the cosine of a perturbation with an image.
 
 Everything here is a pure function of tensors. Images and gradients have shape (..., C, H, W); a *scope* says which
 entries form one vector:

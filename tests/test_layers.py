@@ -120,8 +120,8 @@ def test_reading_a_suite_loads_no_attack_and_no_model():
     reads += "suite = make_suite({'models': ['a.b:c'], 'data': 'd.e:f', 'attacks': ['PGD', 'OrthoPGD']}, 'x')\n"
     shows = "print(*{name.partition('.')[0] for name in sys.modules})"
     assert not {"torch", "numpy", "torchvision", "foolbox"} & set(run(reads + shows).split())
-    works = "from orthattack.eval.running.run import suite_source\nfrom orthattack.eval.running.ray import RayWorker\n"
-    works += "suite.entries(suite_source(suite).kinds)\n"
+    works = "from orthattack.eval.running.run import suite_inputs\nfrom orthattack.eval.running.ray import RayWorker\n"
+    works += "suite.entries(suite_inputs(suite).kinds)\n"
     assert not {"torchvision", "foolbox", "matplotlib", "scipy"} & set(run(reads + works + shows).split())
 
 

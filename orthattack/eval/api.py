@@ -22,7 +22,7 @@ from orthattack.eval.errors import EvaluationError, say
 from orthattack.eval.models.classifier import Classifier
 from orthattack.eval.report.text import reported
 from orthattack.eval.results.stored_run import Run
-from orthattack.eval.running.run import run_suite, suite_source
+from orthattack.eval.running.run import run_suite, suite_inputs
 from orthattack.eval.storage.run_folder import RunFolder
 from orthattack.eval.suite import AttackSpec, is_json, make_suite
 
@@ -75,12 +75,12 @@ def evaluate(
     content: dict[str, Any] = {"models": listed, "data": {"source": dataset.name} if dataset else data, **options}
     suite = make_suite(content if attacks is None else {**content, "attacks": tables}, "evaluate")
     kinds = {spec.label: _kind(spec, at_hand.get(spec.label, {})) for spec in suite.attacks}
-    source = suite_source(suite, kinds, classifiers, dataset)
+    inputs = suite_inputs(suite, kinds, classifiers, dataset)
     if shard is not None and out is None:
         raise EvaluationError("shard needs out, the folder that all shards share")
     folder = run_folder(out)
     with _kept_modes(classifiers):
-        run_suite(suite, source, folder, device=device, part=shard, progress=progress, command=sys.argv, say=say)
+        run_suite(suite, inputs, folder, device=device, share=shard, progress=progress, command=sys.argv, say=say)
     manifest = folder.manifest()
     if report and (shard is None or manifest["status"] == "complete"):
         return reported(folder)

@@ -96,7 +96,7 @@ def _add_eval(commands: Any) -> None:
     how("--workers", type=_count, metavar="N", help="how many (default: one per GPU of the cluster, else per core)")
     how("--address", metavar="A", help="of a Ray cluster, or auto (default: one on this machine, for this run)")
     how("--out", metavar="DIR", help="the run's folder, or s3://... (default: runs/DATE-TIME, or runs/SUITE)")
-    how("--shard", type=_part, metavar="I/N", help="do only every N-th piece of the work, from the I-th on (1 to N)")
+    how("--shard", type=_share, metavar="I/N", help="do only every N-th piece of the work, from the I-th on (1 to N)")
 
 
 def _add_flags(group: Any) -> None:
@@ -141,7 +141,7 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _part(text: str) -> tuple[int, int]:
+def _share(text: str) -> tuple[int, int]:
     first, slash, count = text.partition("/")
     if not (slash and first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
         raise argparse.ArgumentTypeError(f"must be I/N with I from 1 to N, such as 1/4 to 4/4; got {text!r}")
@@ -159,9 +159,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.engine is not None and options.shard is not None:
         raise EvaluationError("--shard is for processes that share the work without --engine")
     from orthattack.eval.api import run_folder
-    from orthattack.eval.running.run import run_suite, suite_source
+    from orthattack.eval.running.run import run_suite, suite_inputs
 
-    source = suite_source(suite)
+    source = suite_inputs(suite)
     if options.shard is not None and options.out is None and options.suite is None:
         raise EvaluationError("--shard needs --out, the folder that all shards share")
     folder = run_folder(options.out, None if options.suite is None else options.suite.stem, say)
@@ -177,7 +177,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             source,
             folder,
             device=_device(options.device) if crew is None else crew.device,
-            part=options.shard,
+            share=options.shard,
             engine=crew,
             command=sys.argv,
             say=say,

@@ -1,7 +1,8 @@
 """The plane ⟨y - x, x⟩ = 0 inside a box: the best step on it, the nearest point of it, and staying on it when stored.
 
-Each group of pixels that `scope` names (see `orthattack.projection`) has a plane of its own. All here is a search for
-one multiplier λ per group: docs/method.md, "One multiplier".
+Each group of pixels that `scope` names (see `orthattack.projection`) has a plane of its own. Each problem
+comes down to one multiplier λ per group (docs/method.md, "One multiplier"): `rootfind` searches for it in the steps,
+and in the projections where Newton's method fails.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The search for one multiplier λ per group: where a falling function f(λ) = ⟨y(λ) - x, x⟩ meets 0.
 
-Every optimisation over a plane and a box here comes down to it: docs/method.md, "One multiplier".
+The steps on a plane in a box come down to it, and the projections where Newton's method fails: docs/method.md, "One
+multiplier".
 """
 
 from __future__ import annotations

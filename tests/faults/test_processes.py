@@ -15,7 +15,7 @@ import pytest
 
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.running import manifest as manifests
-from orthattack.eval.running.run import run_suite, suite_source
+from orthattack.eval.running.run import run_suite, suite_inputs
 from orthattack.eval.storage.lock import working_in
 from orthattack.eval.storage.run_folder import RunFolder
 from orthattack.eval.suite import make_suite
@@ -181,7 +181,7 @@ def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, monkeypatch):
         },
         "test",
     )
-    run_suite(suite, suite_source(suite), RunFolder(tmp_path / "straight"), progress=False)
+    run_suite(suite, suite_inputs(suite), RunFolder(tmp_path / "straight"), progress=False)
     clock = datetime(2026, 5, 1, tzinfo=timezone.utc)
 
     def back() -> str:
@@ -203,7 +203,7 @@ def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(RunFolder, "write", stops)
     for _ in range(10):
-        if run_suite(suite, suite_source(suite), folder, progress=False):
+        if run_suite(suite, suite_inputs(suite), folder, progress=False):
             break
         for path in (tmp_path / "run").rglob("*.*"):  # what is there now seems to be from the future
             os.utime(path, (4e9, 4e9))

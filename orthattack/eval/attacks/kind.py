@@ -19,7 +19,7 @@ from orthattack.attacks.base import Card
 from orthattack.eval.errors import EvaluationError
 from orthattack.threat import Norm
 
-Source = Literal["orthattack", "foolbox", "torchattacks", "user"]
+Origin = Literal["orthattack", "foolbox", "torchattacks", "user"]
 
 GIVEN = {"model", "norm", "eps", "bounds", "targeted", "generator", "detector"}  # by the evaluation, not the user
 
@@ -68,7 +68,7 @@ class AttackKind:
     """An attack with its parameters, not yet bound to a model."""
 
     name: str  # as asked for
-    source: Source  # whose it is
+    source: Origin  # whose it is
     parameters: Mapping[str, Any]  # the user's, as `described`
     card: Card  # what it is; attacks of a family are each other's baselines, whoever wrote them
     norms: tuple[Norm, ...]  # the norms it can be run in
@@ -100,7 +100,7 @@ class AttackKind:
         if self.source == "user":  # whose function may do anything with the model
             return
         try:
-            self.bind(Probe(), Conditions(norm, None if self.card.minimal else 0.01, steps))
+            self.bind(Placeholder(), Conditions(norm, None if self.card.minimal else 0.01, steps))
         except EvaluationError:
             raise
         except ModuleNotFoundError as error:
@@ -160,7 +160,7 @@ def check_options(name: str, options: Mapping[str, Any], accepted: Sequence[str]
         raise EvaluationError(f"attack {name}: steps must be a whole number, at least 1; got {steps!r}")
 
 
-class Probe(nn.Module):
+class Placeholder(nn.Module):
     """Stands for a model while an attack's parameters are tried; torchattacks looks for a parameter's device."""
 
     def __init__(self) -> None:

@@ -24,7 +24,7 @@ from orthattack.eval.attacks.kind import (
     AttackKind,
     Conditions,
     OwnRunner,
-    Probe,
+    Placeholder,
     Runner,
     check_options,
     defaults,
@@ -125,7 +125,7 @@ def _declared(
 ) -> AttackKind:
     """An attack of ours, with what one of its kind says of itself; EvaluationError if an option is wrong."""
     try:
-        card = attack(Probe(), Conditions()).card
+        card = attack(Placeholder(), Conditions()).card
     except (TypeError, ValueError) as error:
         raise EvaluationError(f"attack {name} cannot be made: {error}") from error
     return AttackKind(name, "orthattack", options, card, norms, make, packs, any(map(_is_code, options.values())))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from orthattack.attacks import Attack, Card, MinimumNorm
-from orthattack.eval.attacks.kind import AttackKind, Conditions, Found, OwnRunner, Probe, Runner, check_options
+from orthattack.eval.attacks.kind import AttackKind, Conditions, Found, OwnRunner, Placeholder, Runner, check_options
 from orthattack.eval.attacks.seeds import drawing, joint_seed
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.plugin import kept_process
@@ -67,7 +67,7 @@ def _card(made: Any) -> Card | None:
     try:
         with drawing(0), kept_process():
             warnings.simplefilter("ignore")
-            return _told(made(Probe(), Conditions()))
+            return _told(made(Placeholder(), Conditions()))
     except (Exception, SystemExit):  # a user's function may raise anything
         return None
 

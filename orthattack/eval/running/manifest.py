@@ -16,7 +16,7 @@ from orthattack.eval.attacks.kind import described
 from orthattack.eval.data.dataset import ImageDataset
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models.classifier import Classifier
-from orthattack.eval.storage.lock import Part
+from orthattack.eval.storage.lock import Share
 from orthattack.eval.storage.run_folder import RunFolder
 from orthattack.eval.suite import Entry, differences
 
@@ -104,7 +104,11 @@ def to_go_on(
 
 
 def new_session(
-    folder: RunFolder, entries: Sequence[Entry], device: torch.device, command: Sequence[str], part: Part | None = None
+    folder: RunFolder,
+    entries: Sequence[Entry],
+    device: torch.device,
+    command: Sequence[str],
+    share: Share | None = None,
 ) -> dict[str, Any]:
     """When, how, with what and on what a process began to work on a run: its record, not yet written."""
     names = ["orthattack", "torch", "torchvision", "foolbox", "numpy", "pillow"]
@@ -115,7 +119,7 @@ def new_session(
         "id": folder.new_session_id(host, process),
         "host": host,
         "process": process,
-        "shard": _shard(part),
+        "shard": _shard(share),
         "started": now(),
         "finished": None,
         "outcome": "running",
@@ -141,16 +145,16 @@ def hardware(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def bury(folder: RunFolder, part: Part | None) -> None:
+def bury(folder: RunFolder, share: Share | None) -> None:
     """Set down as killed the sessions that never ended, for whoever holds the lock that they held."""
     for session in folder.sessions():
-        same = part is None or session["shard"] == _shard(part)
+        same = share is None or session["shard"] == _shard(share)
         if same and session["outcome"] == "running":
             folder.write_session({**session, "outcome": "killed"})
 
 
-def _shard(part: Part | None) -> str | None:
-    return None if part is None else f"{part[0]}/{part[1]}"
+def _shard(share: Share | None) -> str | None:
+    return None if share is None else f"{share[0]}/{share[1]}"
 
 
 def now() -> str:

@@ -1,4 +1,4 @@
-"""A run as independent units of work, which of them are left, and which belong to a shard of the work."""
+"""A run as independent units of work, which of them are left, and which belong to one process's share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from orthattack.eval.checks.probes import TRANSFER, probes
 from orthattack.eval.data.dataset import evenly
-from orthattack.eval.storage.lock import Part
+from orthattack.eval.storage.lock import Share
 from orthattack.eval.storage.run_folder import RunFolder, Shard
 from orthattack.eval.suite import AttackSpec, Entry, Suite
 from orthattack.threat import ThreatModel
@@ -94,12 +94,12 @@ class Plan:
         count = self._counts[model]
         return frozenset({"gallery": evenly(GALLERY, count), "all": range(count), "none": ()}[self.suite.save_images])
 
-    def todo(self, part: Part | None = None) -> Todo:
-        """The units that are left of a run, or of shard i of n: of all units, every n-th from the i-th on.
+    def todo(self, share: Share | None = None) -> Todo:
+        """The units that are left of a run, or of share i of n: of all units, every n-th from the i-th on.
 
         Which units there are does not depend on what is done. Transfer is not among them, see `transfers`.
         """
-        first, step = (0, 1) if part is None else (part[0] - 1, part[1])
+        first, step = (0, 1) if share is None else (share[0] - 1, share[1])
         units: list[Unit] = []
         total = done = number = 0
         for model in self._counts:

@@ -24,7 +24,7 @@ from orthattack.eval.attacks.seeds import drawing
 from orthattack.eval.errors import EvaluationError, first_line, told
 from orthattack.eval.running.manifest import hardware
 from orthattack.eval.running.plan import Plan, Unit
-from orthattack.eval.running.run import suite_source
+from orthattack.eval.running.run import suite_inputs
 from orthattack.eval.running.worker import Attacked, Worker
 from orthattack.eval.storage.run_folder import RunFolder
 from orthattack.eval.suite import make_suite
@@ -53,9 +53,9 @@ class RayWorker:
                 "cluster share, or in a store such as s3://bucket/run"
             )
         suite = make_suite(config, "suite")
-        source = suite_source(suite)
-        plan = Plan(suite, suite.entries(source.kinds), manifest, folder)
-        self._worker = Worker(plan, source, torch.device(device), self._said.append)
+        inputs = suite_inputs(suite)
+        plan = Plan(suite, suite.entries(inputs.kinds), manifest, folder)
+        self._worker = Worker(plan, inputs, torch.device(device), self._said.append)
         return {"host": platform.node(), "process": os.getpid(), "hardware": hardware(torch.device(device))}
 
     def do(self, unit: Unit, following: Unit | None) -> tuple[list[tuple[int, int, int]], list[str]]:

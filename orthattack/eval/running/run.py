@@ -29,18 +29,18 @@ from orthattack.eval.models.load import check_name, load_classifier
 from orthattack.eval.running.judge import check_batches
 from orthattack.eval.running.manifest import bury, describe_attacks, describe_model, new_session, now, to_go_on
 from orthattack.eval.running.plan import Plan, Unit, boundless
-from orthattack.eval.running.worker import Attacked, Source, Worker
-from orthattack.eval.storage.lock import Part, working_in
+from orthattack.eval.running.worker import Attacked, Inputs, Worker
+from orthattack.eval.storage.lock import Share, working_in
 from orthattack.eval.storage.run_folder import RunFolder, shown_eps
 from orthattack.eval.suite import Suite
 
 
-def suite_source(
+def suite_inputs(
     suite: Suite,
     kinds: Mapping[str, AttackKind] | None = None,
     classifiers: Mapping[str, Classifier] | None = None,
     dataset: ImageDataset | None = None,
-) -> Source:
+) -> Inputs:
     """Where a suite's models, data and attacks come from: by their names, but for those that are at hand."""
     for spec in suite.models:  # before any model is loaded
         if spec.label not in (classifiers or {}):
@@ -75,7 +75,7 @@ def suite_source(
             last_opened[:] = [(model, found.limited(data.limit))]
         return last_opened[0][1]
 
-    return Source(classifier, opened, suite.kinds() if kinds is None else kinds)
+    return Inputs(classifier, opened, suite.kinds() if kinds is None else kinds)
 
 
 def _path(name: str | None) -> Path | None:
@@ -94,11 +94,11 @@ class Engine(Protocol):
 
 def run_suite(
     suite: Suite,
-    source: Source,
+    inputs: Inputs,
     folder: RunFolder,
     *,
     device: torch.device | str = "cpu",
-    part: Part | None = None,
+    share: Share | None = None,
     engine: Engine | None = None,
     progress: bool = True,
     command: Sequence[str] = (),
@@ -108,10 +108,10 @@ def run_suite(
 
     Args:
         suite: what to run.
-        source: its models, data and attacks.
+        inputs: its models, data and attacks.
         folder: where; a new or empty folder, or one in which the same suite was begun.
         device: where to compute.
-        part: only shard i of n of the work, while other processes do the others in the same folder. The trust checks
+        share: only share i of n of the work, while other processes do the others in the same folder. The trust checks
             that need all models are left to the last of them.
         engine: who does it; by default this process.
         progress: show a bar on standard error.
@@ -119,37 +119,37 @@ def run_suite(
         say: is told what a person should know at once, a line at a time.
 
     Returns:
-        True if everything, or all of the shard, is done; False if it was interrupted from the keyboard.
+        True if everything, or all of the share, is done; False if it was interrupted from the keyboard.
 
     Raises:
         EvaluationError: the folder belongs to another run, or another process is at work in it; a model or the data
             cannot be had, or the disk is full.
     """
-    if part is not None and not 1 <= part[0] <= part[1]:
+    if share is not None and not 1 <= share[0] <= share[1]:
         raise EvaluationError(
-            f"shard {part[0]}/{part[1]}: shards are counted from 1, 1/{part[1]} to {part[1]}/{part[1]}"
+            f"shard {share[0]}/{share[1]}: shards are counted from 1, 1/{share[1]} to {share[1]}/{share[1]}"
         )
     # Making a model draws its initial weights: the caller's random numbers go on as if nothing had been.
     with drawing(0):
-        entries, device = suite.entries(source.kinds), torch.device(device)
+        entries, device = suite.entries(inputs.kinds), torch.device(device)
         folder.create()
         # An engine's workers compute elsewhere, and are listed on their own.
-        session = new_session(folder, entries, torch.device("cpu") if engine else device, command, part)
+        session = new_session(folder, entries, torch.device("cpu") if engine else device, command, share)
         session["engine"] = None if engine is None else engine.name
-        with _working_in(folder, part, session, say):
-            manifest = _manifest(suite, source, folder, session, say)
+        with _working_in(folder, share, session, say):
+            manifest = _manifest(suite, inputs, folder, session, say)
             plan = Plan(suite, entries, manifest, folder)
             if engine is None:
-                engine = _Here(source, device)
+                engine = _Here(inputs, device)
             session["workers"] = engine.workers
             with _recorded(folder, session):
-                session["outcome"] = outcome = _everything(plan, part, engine, progress, say)
+                session["outcome"] = outcome = _everything(plan, share, engine, progress, say)
             return outcome != "interrupted"
 
 
 @contextmanager
 def _working_in(
-    folder: RunFolder, part: Part | None, session: Mapping[str, Any], say: Callable[[str], None]
+    folder: RunFolder, share: Share | None, session: Mapping[str, Any], say: Callable[[str], None]
 ) -> Iterator[None]:
     """Keep others from the same work, as far as the folder allows."""
     if folder.path is None:
@@ -162,27 +162,27 @@ def _working_in(
         yield
         return
     about = {key: session[key] for key in ("host", "process", "started", "shard")}
-    with working_in(folder.path, part, about, say) as held:
+    with working_in(folder.path, share, about, say) as held:
         if held:
-            bury(folder, part)
+            bury(folder, share)
         yield
 
 
 def _manifest(
-    suite: Suite, source: Source, folder: RunFolder, session: dict[str, Any], say: Callable[[str], None]
+    suite: Suite, inputs: Inputs, folder: RunFolder, session: dict[str, Any], say: Callable[[str], None]
 ) -> Mapping[str, Any]:
     """The manifest of the run, new or as it was begun, and beside it the record of this session."""
     models = []
     for spec in suite.models:  # all are tried before the first is attacked, but only one at a time is kept
-        classifier = source.classifier(spec.label)
+        classifier = inputs.classifier(spec.label)
         check_batches(classifier, suite.batch_size)
-        dataset = source.dataset(classifier)
+        dataset = inputs.dataset(classifier)
         models.append(describe_model(spec.label, classifier, dataset))
         for note in (*(f"{spec.label}: {note}" for note in classifier.notes), *dataset.notes):
             if note not in session["warnings"]:
                 say(note)
                 session["warnings"].append(note)
-    entries = suite.entries(source.kinds)
+    entries = suite.entries(inputs.kinds)
     for warning in boundless(entries, models):
         say(warning)
         session["warnings"].append(warning)
@@ -190,7 +190,7 @@ def _manifest(
         "orthattack": session["versions"]["orthattack"],
         "status": "running",
         "config": suite.config(),
-        "attacks": describe_attacks(entries, suite.baselines(source.kinds)),
+        "attacks": describe_attacks(entries, suite.baselines(inputs.kinds)),
         "models": models,
         "probes": planned_probes(suite, models) if suite.checks else [],
         "warnings": [],
@@ -231,14 +231,14 @@ def _cannot_write(folder: RunFolder, error: OSError) -> EvaluationError:
     )
 
 
-def _everything(plan: Plan, part: Part | None, engine: Engine, progress: bool, say: Callable[[str], None]) -> str:
-    """Do what is left; returns how it ended: complete, part (this shard is done, others are not), or interrupted."""
+def _everything(plan: Plan, share: Share | None, engine: Engine, progress: bool, say: Callable[[str], None]) -> str:
+    """Do what is left; returns how it ended: complete, part (this share is done, others are not), or interrupted."""
     try:
-        todo = plan.todo(part)
+        todo = plan.todo(share)
         often = 0.1 if sys.stderr.isatty() else 30.0  # a log file is no place for an animation
         with tqdm(total=todo.total, initial=todo.done, unit="img", disable=not progress, mininterval=often) as bar:
             engine(todo.units, plan, _Progress(plan, bar), say)
-            if part is not None and not plan.is_ready_for_transfer():
+            if share is not None and not plan.is_ready_for_transfer():
                 return "part"
             if transfers := plan.transfers():
                 bar.set_description("trust checks")
@@ -273,12 +273,12 @@ class _Here:
 
     name = "none"
 
-    def __init__(self, source: Source, device: torch.device) -> None:
+    def __init__(self, inputs: Inputs, device: torch.device) -> None:
         self.workers: list[dict[str, Any]] = []
-        self._source, self._device = source, device
+        self._inputs, self._device = inputs, device
 
     def __call__(self, units: Sequence[Unit], plan: Plan, attacked: Attacked, say: Callable[[str], None], /) -> None:
-        worker = Worker(plan, self._source, self._device, say)
+        worker = Worker(plan, self._inputs, self._device, say)
         try:
             for unit, following in zip_longest(units, units[1:]):
                 worker.do(unit, following, attacked)

@@ -26,7 +26,7 @@ Attacked = Callable[[Unit, int, int, int], None]
 
 
 @dataclass(frozen=True)
-class Source:
+class Inputs:
     """Where models, data and attacks come from, for suites that name them or for objects that are at hand."""
 
     classifier: Callable[[str], Classifier]  # the model of a label
@@ -37,8 +37,8 @@ class Source:
 class Worker:
     """Does units of work; `say` is told what a person should know at once, a line at a time."""
 
-    def __init__(self, plan: Plan, source: Source, device: torch.device, say: Callable[[str], None]) -> None:
-        self._plan, self._source, self._device, self._say = plan, source, device, say
+    def __init__(self, plan: Plan, inputs: Inputs, device: torch.device, say: Callable[[str], None]) -> None:
+        self._plan, self._inputs, self._device, self._say = plan, inputs, device, say
         self._job: Job | None = None
         self._decoder: Decoder | None = None
         self._bounds: dict[int, Bound] = {}
@@ -80,8 +80,8 @@ class Worker:
         if self._job is None or self._decoder is None or self._job.label != label:
             self.close()
             self._bounds.clear()
-            classifier = self._source.classifier(label)
-            dataset = self._source.dataset(classifier)
+            classifier = self._inputs.classifier(label)
+            dataset = self._inputs.dataset(classifier)
             suite, folder = self._plan.suite, self._plan.folder
             self._job = Job(label, classifier, dataset, self._device, folder, suite.batch_size, self._say)
             self._decoder = Decoder(self._job.load, ahead=not dataset.is_foreign)

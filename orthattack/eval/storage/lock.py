@@ -1,4 +1,4 @@
-"""Who may work in a run's folder at the same time: one whole run, or several processes that each do a shard of it.
+"""Who may work in a run's folder at the same time: one whole run, or several processes that each do a share of it.
 
 Locks are the operating system's (flock), so that a process which dies, however it dies, leaves none behind. Linux
 passes them on to the server of a network file system (NFS 4, or 3 with its lock service; Lustre mounted with flock),
@@ -24,7 +24,7 @@ try:
 except ImportError:  # not a POSIX system
     _HAS_LOCKS = False
 
-Part = tuple[int, int]  # shard i of n, 1 <= i <= n
+Share = tuple[int, int]  # share i of n, 1 <= i <= n: --shard i/n
 
 _PATIENCE = 0.5  # seconds: whoever looks who holds a lock holds it for a moment
 
@@ -34,8 +34,10 @@ class _Taken(Exception):  # noqa: N818 - a value rather than an error
 
 
 @contextmanager
-def working_in(folder: Path, part: Part | None, about: Mapping[str, Any], say: Callable[[str], None]) -> Iterator[bool]:
-    """Hold a run's folder, on a disk: all of it, or, with `part`, that shard of the work, beside others.
+def working_in(
+    folder: Path, share: Share | None, about: Mapping[str, Any], say: Callable[[str], None]
+) -> Iterator[bool]:
+    """Hold a run's folder, on a disk: all of it, or, with `share`, that share of the work, beside others.
 
     `about` is what whoever is refused should know of this process: host, process, started, shard. Yields whether the
     lock is really held; where the file system has none, `say` is told. EvaluationError: another is at work there."""
@@ -44,16 +46,16 @@ def working_in(folder: Path, part: Part | None, about: Mapping[str, Any], say: C
     whole = locks / "whole.lock"
     try:
         with ExitStack() as stack:
-            if part is None:
+            if share is None:
                 held = _hold(stack, whole, True, about)
             else:
-                own = locks / f"shard-{part[0]}-of-{part[1]}.lock"
+                own = locks / f"shard-{share[0]}-of-{share[1]}.lock"
                 held = _hold(stack, whole, False, about) and _hold(stack, own, True, about)
             if not held:
                 say(f"{folder} is on a file system without locks: see to it that no two processes do the same work")
             yield held
     except _Taken:
-        raise EvaluationError(_refusal(folder, locks, part)) from None
+        raise EvaluationError(_refusal(folder, locks, share)) from None
 
 
 def _hold(stack: ExitStack, path: Path, exclusive: bool, about: Mapping[str, Any]) -> bool:
@@ -79,7 +81,7 @@ def _hold(stack: ExitStack, path: Path, exclusive: bool, about: Mapping[str, Any
     return True
 
 
-def _refusal(folder: Path, locks: Path, part: Part | None) -> str:
+def _refusal(folder: Path, locks: Path, share: Share | None) -> str:
     holders = [about for path in sorted(locks.glob("*.lock")) if (about := _holder(path)) is not None]
     who = ", ".join(
         f"process {about.get('process')} on {about.get('host')}, since {about.get('started')}"
@@ -87,9 +89,9 @@ def _refusal(folder: Path, locks: Path, part: Part | None) -> str:
         for about in holders
     )
     advice = "wait until it has finished, or stop it; or choose another folder"
-    if part is None and any(about.get("shard") for about in holders):
+    if share is None and any(about.get("shard") for about in holders):
         advice = "wait until they have finished, or do a shard that nobody does with --shard i/n"
-    elif part is None or not any(about.get("shard") for about in holders):
+    elif share is None or not any(about.get("shard") for about in holders):
         advice += "; to share the work, start every process with --shard i/n"
     return f"{folder} is at work already: {who or 'another process'}. {advice[0].upper()}{advice[1:]}"
 

@@ -56,7 +56,7 @@ def _slug(text: str) -> str:
 
 @dataclass(frozen=True)
 class Shard:
-    """The unit of work: one attack at one radius on one chunk of the images with one model."""
+    """One result file: one attack at one radius on one chunk of the images with one model."""
 
     model: str  # label of the model
     attack: str  # label of the attack, "clean" for the model on its own

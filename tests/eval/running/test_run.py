@@ -26,8 +26,8 @@ from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models.load import load_classifier
 from orthattack.eval.running import chunk as jobs
 from orthattack.eval.running.plan import GALLERY
-from orthattack.eval.running.run import _working_in, run_suite, suite_source
-from orthattack.eval.running.worker import Source
+from orthattack.eval.running.run import _working_in, run_suite, suite_inputs
+from orthattack.eval.running.worker import Inputs
 from orthattack.eval.storage.run_folder import RunFolder
 from orthattack.eval.suite import make_suite
 from tests.eval.tiny import Net, dataset
@@ -60,7 +60,7 @@ def suite(**more):
 
 def start(path, chosen, **options):
     folder = RunFolder(path)
-    source = options.pop("source", None) or suite_source(chosen)
+    source = options.pop("source", None) or suite_inputs(chosen)
     done = run_suite(chosen, source, folder, progress=False, **options)
     return folder, done
 
@@ -326,8 +326,8 @@ def test_another_configuration_is_refused_with_the_difference(everyone):
 
 def test_other_images_or_weights_are_refused(everyone, classifier):
     folder, chosen = everyone
-    source = suite_source(chosen)
-    fewer = Source(source.classifier, lambda model: source.dataset(model).limited(11), source.kinds)
+    source = suite_inputs(chosen)
+    fewer = Inputs(source.classifier, lambda model: source.dataset(model).limited(11), source.kinds)
     with pytest.raises(EvaluationError, match=r"data\.images: 12 there, 11 now"):
         start(folder.path, chosen, source=fewer)
     changed = load_classifier("cifar10-robust")
@@ -335,7 +335,7 @@ def test_other_images_or_weights_are_refused(everyone, classifier):
         next(changed.model.parameters()).add_(1e-3)
     object.__setattr__(changed, "file_sha256", None)
     with pytest.raises(EvaluationError, match="cifar10-robust: sha256: "):
-        start(folder.path, chosen, source=Source(lambda _: changed, source.dataset, source.kinds))
+        start(folder.path, chosen, source=Inputs(lambda _: changed, source.dataset, source.kinds))
 
 
 def test_other_versions_are_a_warning(everyone, monkeypatch):
@@ -356,7 +356,7 @@ def test_other_versions_are_a_warning(everyone, monkeypatch):
 def with_attacks(path, functions, **more):
     chosen = suite(attacks=[{"name": f"mine:{label}", "label": label} for label in functions])
     kinds = {label: user_attack(label, function) for label, function in functions.items()}
-    return start(path, chosen, source=suite_source(chosen, kinds), **more)[0]
+    return start(path, chosen, source=suite_inputs(chosen, kinds), **more)[0]
 
 
 def test_what_cannot_be_scored_is_neither_success_nor_failure(tmp_path):
@@ -428,7 +428,7 @@ def test_memory_that_runs_out_halves_the_batch_and_says_so_once(tmp_path):
         return run
 
     chosen = suite(attacks=[{"name": "mine:hungry", "label": "hungry"}], batch_size=8)
-    source = suite_source(chosen, {"hungry": user_attack("hungry", hungry)})
+    source = suite_inputs(chosen, {"hungry": user_attack("hungry", hungry)})
     folder, done = start(tmp_path / "r", chosen, source=source, say=said.append)
     assert done
     assert (rows_of(folder, "hungry")["status"].isin(["ok", "misclassified"])).all()
@@ -453,7 +453,7 @@ def test_memory_that_runs_out_on_the_clean_images_halves_the_batch_too(tmp_path,
     said = []
     chosen = suite(attacks=["FGSM"], batch_size=8)
     hungry = replace(classifier, model=Hungry().eval())
-    source = suite_source(chosen, classifiers={"cifar10-robust": hungry})
+    source = suite_inputs(chosen, classifiers={"cifar10-robust": hungry})
     folder, done = start(tmp_path / "r", chosen, source=source, say=said.append)
     assert done
     assert (folder.read("clean", "cifar10-robust")["status"] == "ok").all()
@@ -511,8 +511,8 @@ def with_model(path, classifier, change, said=None, **more):
 
     changed = replace(classifier, model=Changed(classifier.model, change).eval(), file_sha256=None)
     chosen = suite(**more)
-    dataset = suite_source(chosen).dataset
-    source = Source(lambda _: changed, dataset, chosen.kinds())
+    dataset = suite_inputs(chosen).dataset
+    source = Inputs(lambda _: changed, dataset, chosen.kinds())
     return start(path, chosen, source=source, say=(said if said is not None else []).append)[0]
 
 
@@ -688,7 +688,7 @@ def test_decoding_stops_when_nobody_takes_it_any_more():
 
 def test_only_one_model_is_kept(tmp_path):
     chosen = suite(models=["cifar10-standard", "cifar10-robust"], data={"source": "cifar10-samples", "limit": 2})
-    source = suite_source(chosen)
+    source = suite_inputs(chosen)
     assert source.classifier("cifar10-standard") is source.classifier("cifar10-standard")
     first = source.classifier("cifar10-standard")
     source.classifier("cifar10-robust")
