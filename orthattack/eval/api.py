@@ -15,7 +15,7 @@ from torch import nn
 from orthattack.attacks.base import Attack
 from orthattack.attacks.minimum import MinimumNorm
 from orthattack.eval.attacks.kind import AttackKind, described
-from orthattack.eval.attacks.ours import attack_kind
+from orthattack.eval.attacks.load import attack_kind
 from orthattack.eval.attacks.user import user_attack
 from orthattack.eval.data.dataset import ImageDataset
 from orthattack.eval.errors import EvaluationError, say

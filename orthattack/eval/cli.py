@@ -329,7 +329,7 @@ def _weights(model: dict[str, Any]) -> list[str]:
 def _attacks(options: argparse.Namespace) -> int:
     from tabulate import tabulate
 
-    from orthattack.eval.attacks.ours import list_attacks
+    from orthattack.eval.attacks.load import list_attacks
 
     rows = [
         [

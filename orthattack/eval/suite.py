@@ -195,7 +195,7 @@ class AttackSpec(BaseModel):
 
     def kind(self) -> AttackKind:
         """The attack; EvaluationError if there is none."""
-        from orthattack.eval.attacks.ours import attack_kind
+        from orthattack.eval.attacks.load import attack_kind
 
         return attack_kind(self.name, self.parameters)
 

@@ -1,16 +1,11 @@
-"""The attacks an evaluation can run: ours by name, Foolbox's and torchattacks' as baselines, and a user's own function.
-
-`attack_kind` understands a name and its parameters, and refuses what does not fit before anything runs;
-`AttackKind.bind` makes the attack for a model and a radius. All get the same eps, steps and images, and the same
-relative step size.
-"""
+"""The attacks of this package."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +13,6 @@ from torch import Tensor, nn
 import orthattack.attacks as ours
 from orthattack.attacks.base import Attack
 from orthattack.attacks.configured import options_of
-from orthattack.eval import plugin
 from orthattack.eval.attacks.kind import (
     GIVEN,
     AttackKind,
@@ -27,7 +21,6 @@ from orthattack.eval.attacks.kind import (
     Placeholder,
     Runner,
     check_options,
-    defaults,
     nearest,
 )
 from orthattack.eval.errors import EvaluationError
@@ -43,56 +36,14 @@ OURS = tuple(
 """The names of our attacks; beside them there is DetectorEvasion, whose detector only Python can give."""
 
 
-def attack_kind(name: str, parameters: Mapping[str, Any] | None = None) -> AttackKind:
-    """Understand an attack.
-
-    Args:
-        name: one of `OURS` or DetectorEvasion; ``foolbox:NAME`` with a class of `foolbox.attacks`;
-            ``torchattacks:NAME``; or ``package.module:function`` with a function that takes the model, and parameters
-            called ``norm``, ``eps``, ``steps`` and ``seed`` if it has them, and returns a callable (images, labels) ->
-            adversarial images.
-        parameters: options of the attack. For MinimumNorm, ``attack`` names the one whose radius is searched.
-
-    Raises:
-        EvaluationError: there is no such attack, or it has no such option; the message names the nearest.
-    """
-    options = dict(parameters or {})
-    prefix, colon, rest = name.partition(":")
-    if not colon:
-        return _ours(name, options)
-    if prefix == "foolbox":
-        from orthattack.eval.attacks.foolbox import foolbox_attack
-
-        return foolbox_attack(name, rest, options)
-    if prefix == "torchattacks":
-        from orthattack.eval.attacks.torchattacks import torchattacks_attack
-
-        return torchattacks_attack(name, rest, options)
-    from orthattack.eval.attacks.user import user_attack
-
-    return user_attack(name, plugin.find(name), options)
-
-
-def list_attacks() -> list[dict[str, Any]]:
-    """Every attack that can be named, with its parameters and their defaults, and ``norms``, those it can be run in."""
-    from orthattack.eval.attacks.foolbox import foolbox_attacks, foolbox_norms
-    from orthattack.eval.attacks.torchattacks import torchattacks_attacks, torchattacks_norms
-
-    theirs = [(f"foolbox:{name}", kind, foolbox_norms(kind)) for name, kind in sorted(foolbox_attacks().items())]
-    listed = sorted(torchattacks_attacks().items())
-    theirs += [(f"torchattacks:{name}", kind, torchattacks_norms(name, kind)) for name, kind in listed]
-    every = [(name, getattr(ours, name), get_args(Norm)) for name in OURS] + theirs
-    without = GIVEN | {"options", "distance", "max_epsilon"}
-    return [{"name": name, "parameters": defaults(kind, without), "norms": [*norms]} for name, kind, norms in every]
-
-
 def _accepted(kind: Any) -> list[str]:
     names = options_of(kind)
     given = GIVEN - {"detector"} if "detector" in names else GIVEN
     return [name for name in names if name not in given]
 
 
-def _ours(name: str, options: dict[str, Any]) -> AttackKind:
+def our_attack(name: str, options: dict[str, Any]) -> AttackKind:
+    """One of `OURS` or DetectorEvasion, with its parameters."""
     lower = {known.casefold(): known for known in (*OURS, ours.DetectorEvasion.__name__)}
     if name.casefold() not in lower:
         raise EvaluationError(f"unknown attack {name!r}; {nearest(name, OURS)} Others: foolbox:NAME, torchattacks:NAME")
@@ -157,7 +108,7 @@ def _takes_generator(kind: Any) -> bool:
 def _minimum(options: dict[str, Any]) -> AttackKind:
     own = {key: options[key] for key in ("trials", "max_eps") if key in options}
     inner_options = {key: value for key, value in options.items() if key not in ("attack", *own)}
-    inner = _ours(str(options.get("attack", "OrthoPGD")), inner_options)
+    inner = our_attack(str(options.get("attack", "OrthoPGD")), inner_options)
     if inner.card.minimal:
         raise EvaluationError("MinimumNorm needs attack = the name of an attack with an eps, such as OrthoPGD")
     kind = getattr(ours, inner.name)

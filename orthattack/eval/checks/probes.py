@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orthattack.eval.attacks.kind import AttackKind
-from orthattack.eval.attacks.ours import attack_kind
+from orthattack.eval.attacks.load import attack_kind
 from orthattack.eval.suite import Suite
 from orthattack.threat import Norm
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from orthattack.eval.attacks.kind import Conditions
-from orthattack.eval.attacks.ours import attack_kind
+from orthattack.eval.attacks.load import attack_kind
 from tests.attacks.test_attacks import Recorder, linear_model
 
 EPS = {"linf": 0.01, "l2": 0.1, "l1": 1.0}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from orthattack.eval.attacks.kind import Conditions
-from orthattack.eval.attacks.ours import attack_kind, list_attacks
+from orthattack.eval.attacks.load import attack_kind, list_attacks
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.suite import make_suite
 

@@ -14,7 +14,8 @@ import torch
 
 from orthattack import PGD, DetectorEvasion, MinimumNorm, OrthoAutoAttack, OrthoFGSM, OrthoPGD, OrthoSquare
 from orthattack.attacks.base import Card
-from orthattack.eval.attacks.ours import OURS, attack_kind
+from orthattack.eval.attacks.load import attack_kind
+from orthattack.eval.attacks.ours import OURS
 from orthattack.eval.checks.assess import assess
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.storage.run_folder import RunFolder, Shard
