@@ -25,6 +25,7 @@ __all__ = [
     "check_tensor",
     "is_number",
     "plain",
+    "plain_fields",
     "warn",
     "why_outside",
     "why_too_dark",
@@ -41,6 +42,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, bool | int | float) or not isinstance(value, numbers.Real):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def plain_fields(options: Any) -> None:
+    """Make the numbers of a frozen dataclass `plain`."""
+    for name, value in vars(options).items():
+        object.__setattr__(options, name, plain(value))
 
 
 def warn(message: str) -> None:

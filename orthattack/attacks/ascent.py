@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from orthattack.arguments import check_count, check_flag, check_real
+from orthattack.arguments import check_count, check_flag, check_real, plain_fields
 from orthattack.attacks.rules import Ascent, StepRule
 from orthattack.attacks.task import Merit, Task
 
@@ -37,6 +37,7 @@ class Climb:
     merit: Merit = "loss"
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         check_count("steps", self.steps)
         check_count("restarts", self.restarts)
         if self.alpha is not None:

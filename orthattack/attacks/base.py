@@ -34,7 +34,7 @@ from orthattack.attacks.configured import Configured
 from orthattack.attacks.fast_copy import FastCopy, Optimize
 from orthattack.attacks.gradient_form import Enforce, GradientForm, Reference, check_form
 from orthattack.attacks.scoring import InBatches, Oracle, Precision, Scorer, Transform
-from orthattack.attacks.task import AttackResult, Best, OnStep, Search, Streams, Task
+from orthattack.attacks.task import AttackResult, Best, Merit, OnStep, Search, Streams, Task
 from orthattack.lending import borrowed, guarded, in_evaluation, is_foreign
 from orthattack.losses import Goal, Loss, attack_loss
 from orthattack.models import Model, explained
@@ -144,6 +144,9 @@ class Attack(Configured):
         check_flag("targeted", targeted)
         check_flag("early_stop", early_stop)
         check_count("eot_samples", eot_samples)
+        if not callable(search) or not callable(getattr(search, "options", None)) or not hasattr(search, "merit"):
+            raise ValueError(f"search must have options, merit and be callable, as Climb has and is; got {search!r}")
+        check_choice("search.merit", search.merit, get_args(Merit))
         self.model = model
         if eps is None and search.merit != "norm":
             raise ValueError("eps must be a radius in pixel units, such as 8/255: only a minimal search goes without")
@@ -276,7 +279,7 @@ class Attack(Configured):
             threat = self.threat if eps is None else replace(self.threat, eps=eps)
             if start is not None:
                 _check_start(start, x)
-            best = Best(x, search.merit, threat.norm)
+            best = Best(x.clone() if strangers else x, search.merit, threat.norm)
             if len(x) > 0:
                 form, free = GradientForm.of(threat, self.enforce, self.reference)
                 region = free.around(x.clone() if strangers else x)
@@ -354,7 +357,7 @@ class Attack(Configured):
             return
         left = region.select(rows)
         offset = left.random_start(torch.Generator().manual_seed(0)).double() - left.images.double()
-        eps = left.eps.flatten().double()
+        eps = left.eps.flatten().double().clamp(max=left.threat.diameter(left.images.shape[1:]))
         fixed = int(((perturbation_norm(offset, left.threat.norm) <= 1e-6 * eps) & (eps > 0)).sum())
         self._observer.say(
             "room",

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from orthattack.arguments import check_choice, check_count, check_flag, check_real, is_number
+from orthattack.arguments import check_choice, check_count, check_flag, check_real, is_number, plain_fields
 from orthattack.attacks.scoring import Evaluation
 from orthattack.attacks.task import Task
+from orthattack.lending import is_foreign
 from orthattack.threat import Norm, Region
 
 State = dict[str, Tensor]
@@ -84,6 +85,21 @@ class Iterate:
     step: int
 
 
+def _check_made(link: object, made: Any, direction: Tensor) -> None:
+    """ValueError unless that is a direction like the one before, finite if that was, and a state of one row each."""
+    update = f"{type(link).__name__}.update"
+    if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[1], dict):
+        raise ValueError(f"{update} must return a direction and a dict of what to remember; got {type(made).__name__}")
+    if not isinstance(made[0], Tensor) or made[0].shape != direction.shape:
+        found = tuple(made[0].shape) if isinstance(made[0], Tensor) else type(made[0]).__name__
+        raise ValueError(f"{update} must return a direction of shape {tuple(direction.shape)}; got {found}")
+    if not direction.is_cuda and not bool(made[0].isfinite().all()):  # asking would stop the GPU
+        raise ValueError(f"{update} returned NaN or infinity: look for a division by the size of a zero direction")
+    for name, value in made[1].items():
+        if not isinstance(value, Tensor) or value.shape[:1] != direction.shape[:1]:
+            raise ValueError(f"{update} must remember tensors with one row per sample; {name!r} is none")
+
+
 class Link(Protocol):
     """A link of a `chain`: it makes one direction of another."""
 
@@ -103,11 +119,15 @@ class Chain:
     look_ahead: float = 0.0
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         check_choice("schedule", self.schedule, get_args(Schedule))
         check_real("look_ahead", self.look_ahead, "a finite number >= 0", low=0)
-        for link in self.links:
+        links: tuple[object, ...] = self.links
+        for link in links:
             if not callable(getattr(link, "init", None)) or not callable(getattr(link, "update", None)):
                 raise ValueError(f"a link must have init and update, as momentum(1.0) has; got {link!r}")
+            if isinstance(link, Chain):
+                raise ValueError("a chain is no link: give its links, chain(*first.links, ...)")
 
     def init(self, ascent: Ascent, points: Tensor) -> State:
         made = [link.init(ascent, points) for link in self.links]
@@ -123,7 +143,10 @@ class Chain:
         kept: State = {}
         for k, link in enumerate(self.links):
             own = {name[len(f"{k} ") :]: value for name, value in state.items() if name.startswith(f"{k} ")}
-            direction, own = link.update(own, direction, at)
+            made = link.update(own, direction, at)
+            if is_foreign(type(link)):
+                _check_made(link, made, direction)
+            direction, own = made
             kept |= {f"{k} {name}": value for name, value in own.items()}
         base = ascent.step(state.get("base", points), direction, alpha)
         if self.look_ahead == 0:
@@ -220,6 +243,7 @@ class momentum:  # noqa: N801
     decay: float = 1.0
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         check_real("decay", self.decay, "a finite number >= 0", low=0)
 
     def init(self, ascent: Ascent, points: Tensor) -> State:  # noqa: ARG002
@@ -246,6 +270,8 @@ class smooth(_Stateless):  # noqa: N801
         kernel = self.kernel
         if not isinstance(kernel, Tensor) or kernel.ndim not in (1, 2) or any(side % 2 == 0 for side in kernel.shape):
             raise ValueError(f"kernel must be a tensor (k, k) or (k,) of odd k; got {kernel!r}")
+        if not bool(kernel.isfinite().all()) or not bool(kernel.any()):
+            raise ValueError(f"kernel must be finite and not all 0; got {kernel!r}")
         square = torch.outer(kernel, kernel) if kernel.ndim == 1 else kernel
         object.__setattr__(self, "kernel", square.detach().clone())
 
@@ -272,6 +298,7 @@ class variance:  # noqa: N801
     reach: float = 1.5
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         check_count("samples", self.samples)
         check_real("reach", self.reach, "a finite number >= 0, in units of eps", low=0)
 

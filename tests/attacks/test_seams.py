@@ -9,6 +9,7 @@ import traceback
 from pathlib import Path
 
 import foolbox
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -637,3 +638,90 @@ def test_a_minimal_search_in_a_ball_stays_there(trained):
 def test_only_a_minimal_search_goes_without_a_radius(trained):
     with pytest.raises(ValueError, match="eps must be a radius in pixel units"):
         PGD(trained[0], eps=None)
+
+
+# --- what is no link, no search -----------------------------------------------------------------------------------
+
+
+class Returning(Recording):
+    """A link that returns what it is told to."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.made = made
+
+    def update(self, state, direction, at):
+        return self.made(state, direction)
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda s, d: (d * torch.nan, s), "Returning.update returned NaN or infinity"),
+        (lambda s, d: (d / 0, s), "Returning.update returned NaN or infinity"),
+        (lambda s, d: (d[:1], s), r"must return a direction of shape \(48, 3, 8, 8\); got \(1, 3, 8, 8\)"),
+        (lambda s, d: (None, s), r"must return a direction of shape \(48, 3, 8, 8\); got NoneType"),
+        (lambda s, d: d, "must return a direction and a dict of what to remember; got Tensor"),
+        (lambda s, d: (d, {"t": torch.tensor(1.0)}), "must remember tensors with one row per sample; 't' is none"),
+        (lambda s, d: (d, {"t": [1]}), "must remember tensors with one row per sample; 't' is none"),
+    ],
+)
+def test_what_a_link_must_not_return_is_named(trained, made, message):
+    model, images, labels = trained
+    with pytest.raises(ValueError, match=message):
+        climbing(model, Returning(made)).run(images, labels)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: chain(chain(momentum())), r"a chain is no link: give its links"),
+        (lambda: smooth(torch.full((3, 3), torch.nan)), "kernel must be finite and not all 0"),
+        (lambda: smooth(torch.zeros(3)), "kernel must be finite and not all 0"),
+        (lambda: Attack(nn.Flatten(), "linf", 0.1, None), "search must have options, merit and be callable"),
+        (lambda: Attack(nn.Flatten(), "linf", 0.1, lambda task, start: None), "search must have options, merit and be"),
+        (
+            lambda: Attack(nn.Flatten(), "linf", 0.1, Writing("size")),
+            "search.merit must be one of 'loss', 'margin', 'n",
+        ),
+    ],
+)
+def test_what_is_no_part_of_an_attack_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_numbers_of_numpy_are_numbers_in_links_and_searches_too(trained):
+    model, images, labels = trained
+    links = momentum(np.float32(0.5)), variance(np.int64(2), np.float32(1.5))
+    found = climbing(model, *links, steps=np.int64(3)).run(images, labels, seeds=range(48))
+    plain = climbing(model, momentum(0.5), variance(2, 1.5), steps=3).run(images, labels, seeds=range(48))
+    assert found == plain
+
+
+class Writing:
+    """A search that writes into whatever its task holds."""
+
+    def __init__(self, merit="norm"):
+        self.merit = merit
+
+    def options(self, eps):
+        return {}
+
+    def __call__(self, task, start):
+        task.best._images.copy_(task.best.adversarials.fill_(0.5))
+        task.region.images.fill_(0.5)
+        task.best.success[:] = task.best.exact[:] = True
+
+
+def test_a_search_that_writes_everywhere_is_measured_from_the_images(trained):
+    model, images, labels = trained
+    result = Attack(model, "linf", None, Writing()).run(images, labels)
+    assert_judged(result, model, images, labels)
+    assert result.norm.min() > 0.1
+
+
+def test_a_search_without_a_radius_is_not_said_to_have_no_room(trained):
+    model, images, _ = trained
+    still = Attack(model, "l2", None, Climb(chain(), 1, alpha=0.0, merit="norm"))
+    assert still.run(images, model(images).argmax(1)).norm.max() == 0
