@@ -26,10 +26,10 @@ class MyAttack(Attack):
         x_{t+1} = step of size alpha from x_t along v_{t+1}
 
     Args:
-        model: as for `OrthoPGD`, like `norm` and `eps`.
+        model: as for `PGD`, like `norm` and `eps`.
         steps: gradient steps, at least 1.
         decay: how much of the momentum is kept at each step, at least 0.
-        **options: as for `OrthoPGD`.
+        **options: as for `PGD`.
     """
 
     def __init__(

@@ -26,11 +26,11 @@ class APGD(Attack):
     half the step size (`orthattack.attacks.rules.AutoStep` has the conditions).
 
     Args:
-        model: as for `OrthoPGD`, like `norm` and `eps`.
+        model: as for `PGD`, like `norm` and `eps`.
         steps: gradient steps per restart, at least 1.
         restarts: random starts; the best result of each sample is kept.
         rho: share of the steps in which the loss must rise for the step size to stay, in (0, 1).
-        **options: as for `OrthoPGD`.
+        **options: as for `PGD`.
     """
 
     def __init__(

@@ -85,11 +85,11 @@ class AutoAttack(Attack):
     the first point that fools the model. `AttackResult.loss` is the margin.
 
     Args:
-        model: as for `OrthoPGD`, like `norm` and `eps`.
+        model: as for `PGD`, like `norm` and `eps`.
         steps: gradient steps of each APGD, at least 1.
         targets: how many other classes to try, at least 1.
         queries: evaluations per sample by the query attack, at least 1.
-        **options: as for `OrthoPGD`; `loss` and `early_stop` make no difference.
+        **options: as for `PGD`; `loss` and `early_stop` make no difference.
     """
 
     def __init__(

@@ -46,7 +46,7 @@ UNLIMITED = 1e30
 
 
 class Options(TypedDict, total=False):
-    """What every attack accepts by keyword; see `orthattack.OrthoPGD` for what each means."""
+    """What every attack accepts by keyword; see `orthattack.PGD` for what each means."""
 
     scope: Scope | None
     directions: Sequence[Direction]

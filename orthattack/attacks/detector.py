@@ -160,7 +160,7 @@ class DetectorEvasion(Attack, loss="margin"):
     by the linear program; ``enforce="gradient"`` only projects g, as published, and the sign undoes most of it.
 
     Args:
-        model: as for `OrthoPGD`.
+        model: as for `PGD`.
         detector: images (N, C, H, W) to scores (N,) or (N, 1), differentiable; larger is more suspicious. It comes back
             as it was, like the model.
         threshold: an image is detected if its score exceeds this.
@@ -172,7 +172,7 @@ class DetectorEvasion(Attack, loss="margin"):
         every: descend the detector's score at every so-many-th step instead of where the classifier is fooled.
         random_start: start at a random point instead of the image.
         restarts: how often to start.
-        **options: as for `OrthoPGD`, with ``loss="margin"`` and ``scope=None`` by default; the scope "pixel" leaves no
+        **options: as for `PGD`, with ``loss="margin"`` and ``scope=None`` by default; the scope "pixel" leaves no
             room. ``enforce="perturbation"`` is for exact steps, "gradient" the published form. The classifier's alone
             are `loss`, `precision` and `optimize`; ``early_stop`` stops where it is fooled and nothing is detected.
 

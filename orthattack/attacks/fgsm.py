@@ -21,7 +21,7 @@ class FGSM(Attack):
 
         x_adv = clip(x + eps * sign(∇L(x)))
 
-    Equal, bit for bit, to ``PGD(steps=1, alpha=eps, random_start=False)``. Arguments as for `OrthoPGD`.
+    Equal, bit for bit, to ``PGD(steps=1, alpha=eps, random_start=False)``. Arguments as for `PGD`.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class OrthoFGSM(FGSM, scope="image"):
     """One step of size eps from the image, orthogonal to it: ``OrthoPGD(steps=1, alpha=eps, random_start=False)``.
 
     The step is the best one there is: the exact solution of the linear program for L-infinity. Arguments as for
-    `OrthoPGD`. Source: Goodfellow et al. 2015, arXiv:1412.6572, for FGSM.
+    `PGD`. Source: Goodfellow et al. 2015, arXiv:1412.6572, for FGSM.
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))

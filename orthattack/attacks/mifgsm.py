@@ -23,11 +23,11 @@ class MIFGSM(Attack):
         x_{t+1} = project(x_t + alpha * sign(v_{t+1}))
 
     Args:
-        model: as for `OrthoPGD`, like `norm` and `eps`.
+        model: as for `PGD`, like `norm` and `eps`.
         alpha: step size in pixel units; by default ``eps / steps``.
         steps: gradient steps, at least 1.
         decay: how much of the momentum is kept at each step, at least 0.
-        **options: as for `OrthoPGD`.
+        **options: as for `PGD`.
     """
 
     def __init__(

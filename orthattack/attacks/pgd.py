@@ -22,35 +22,7 @@ class PGD(Attack):
         x_{t+1} = project(x_t + alpha * sign(∇L(x_t)))
 
     for L-infinity; for L2 the gradient is normalised instead of its sign taken, for L1 the signs of the hundredth of
-    the pixels with the largest gradient. Arguments as for `OrthoPGD`.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        norm: Norm = "linf",
-        eps: float | Tensor = 4 / 255,
-        alpha: float | None = None,
-        steps: int = 10,
-        random_start: bool = True,
-        restarts: int = 1,
-        *,
-        schedule: Schedule = "fixed",
-        momentum: float = 0.0,
-        nesterov: bool = False,
-        **options: Unpack[GradientOptions],
-    ) -> None:
-        rule = accumulated(schedule, momentum, nesterov)
-        super().__init__(
-            model, norm, eps, Climb(rule, steps, rate(2.5, steps), alpha, random_start, restarts), **options
-        )
-
-
-class OrthoPGD(PGD, scope="image"):
-    """Projected gradient descent whose perturbation stays orthogonal to the image, exactly and at every step::
-
-        x_{t+1} = argmax_y ⟨∇L(x_t), y⟩  subject to
-                  ‖y - x_t‖ <= alpha,  ‖y - x‖ <= eps,  low <= y <= high,  ⟨y - x, x⟩ = 0
+    the pixels with the largest gradient.
 
     Args:
         model: images (N, C, H, W) in `bounds` to logits (N, K); it normalises its input itself
@@ -94,8 +66,38 @@ class OrthoPGD(PGD, scope="image"):
 
     Raises:
         ValueError: an option out of its range; the call raises it for bad images, labels or models.
+    """
 
-    Source: Madry et al. 2018, arXiv:1706.06083, for PGD; docs/method.md for the orthogonal step.
+    def __init__(
+        self,
+        model: Model,
+        norm: Norm = "linf",
+        eps: float | Tensor = 4 / 255,
+        alpha: float | None = None,
+        steps: int = 10,
+        random_start: bool = True,
+        restarts: int = 1,
+        *,
+        schedule: Schedule = "fixed",
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        **options: Unpack[GradientOptions],
+    ) -> None:
+        rule = accumulated(schedule, momentum, nesterov)
+        super().__init__(
+            model, norm, eps, Climb(rule, steps, rate(2.5, steps), alpha, random_start, restarts), **options
+        )
+
+
+class OrthoPGD(PGD, scope="image"):
+    """Projected gradient descent whose perturbation stays orthogonal to the image, exactly and at every step::
+
+        x_{t+1} = argmax_y ⟨∇L(x_t), y⟩  subject to
+                  ‖y - x_t‖ <= alpha,  ‖y - x‖ <= eps,  low <= y <= high,  ⟨y - x, x⟩ = 0
+
+    Arguments as for `PGD`, with ``scope="image"`` by default.
+
+    Source: docs/method.md, "The best step".
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))

@@ -169,9 +169,9 @@ class Square(Attack):
     to another. It needs no gradient, so where it beats a gradient attack the gradients are masked.
 
     Args:
-        model: as for `OrthoPGD`, like `norm` and `eps`; it need not be differentiable.
+        model: as for `PGD`, like `norm` and `eps`; it need not be differentiable.
         queries: evaluations per sample, at least 1.
-        **options: as for `OrthoPGD`, without those of gradients. What it climbs is the margin, whatever the `loss`.
+        **options: as for `PGD`, without those of gradients. What it climbs is the margin, whatever the `loss`.
     """
 
     def __init__(

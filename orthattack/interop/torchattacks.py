@@ -190,7 +190,7 @@ class FGSM(_Compatible):
     Args:
         model: an nn.Module, images in [0, 1] to logits.
         eps: L-infinity radius in pixel units.
-        scope: None, or what the perturbation is orthogonal to: "image", "channel" or "pixel" (see `OrthoPGD`).
+        scope: None, or what the perturbation is orthogonal to: "image", "channel" or "pixel" (see `PGD`).
 
     Raises:
         ValueError: an option out of its range.
