@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import orthattack
-from orthattack import DetectorEvasion, MinimumNorm, OrthoPGD, ThreatModel
+from orthattack import PGD, DetectorEvasion, MinimumNorm, OrthoPGD, ThreatModel
 from orthattack.attacks.configured import options_of
 from orthattack.eval.attacks.ours import OURS
 
@@ -45,6 +45,10 @@ def same(a: orthattack.AttackResult, b: orthattack.AttackResult) -> bool:
     return all(torch.equal(getattr(b, name), value) for name, value in vars(a).items())
 
 
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def saved_by_torch(attack: object) -> object:
     stream = io.BytesIO()
     torch.save(attack, stream)
@@ -59,6 +63,8 @@ def test_a_copy_goes_on_as_the_attack_itself_would(name, copied):
     attack.run(IMAGES, LABELS)  # the stream of random numbers is somewhere by now
     twin = copied(attack)
     assert repr(twin) == repr(attack)
+    assert twin == attack
+    assert hash(twin) == hash(attack)
     for _ in range(2):
         result = attack.run(IMAGES, LABELS)
         assert same(result, twin.run(IMAGES, LABELS))
@@ -382,6 +388,31 @@ def test_a_result_prints_in_two_lines():
     assert "24 forward and 18 gradient calls" in text
     assert text.count("\n") == 1
     assert repr(OrthoPGD(classifier()).run(IMAGES[:0], LABELS[:0])) == "AttackResult: no images"
+
+
+def test_attacks_are_equal_by_class_options_and_weights():
+    model = classifier()
+    attack = OrthoPGD(model, eps=torch.full((6,), 0.03), steps=2, directions=[IMAGES[0]], generator=seeded(1))
+    assert attack == attack.replace(steps=2, generator=seeded(1))
+    assert attack != PGD(model, eps=torch.full((6,), 0.03), steps=2, directions=[IMAGES[0]], generator=seeded(1))
+    for other in (
+        attack.replace(steps=3),
+        attack.replace(eps=torch.full((6,), 0.02)),
+        attack.replace(eps=torch.full((5,), 0.03)),
+        attack.replace(eps=0.03),
+        attack.replace(directions=[IMAGES[1]]),
+        attack.replace(directions=[]),
+        attack.replace(generator=seeded(2)),
+        attack.replace(generator=None),
+    ):
+        assert attack != other
+    changed = copy.deepcopy(attack)
+    with torch.no_grad():
+        next(changed.model.parameters()).add_(1)
+    assert attack != changed
+    assert MinimumNorm(attack) == MinimumNorm(copy.deepcopy(attack))
+    assert MinimumNorm(attack) != MinimumNorm(changed)
+    assert attack != 3
 
 
 def test_results_and_threat_models_are_equal_by_their_values():
