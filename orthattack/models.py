@@ -177,13 +177,9 @@ def fooled(
             part = slice(first, first + batch_size)
             hits = torch.zeros_like(labels[part])
             for _ in range(draws):
-                answer = lent(adversarials[part].clone())  # which it may write into
-                logits = checked_logits(answer, len(adversarials[part]))
-                check_finite(logits.nan_to_num(posinf=torch.inf, neginf=-torch.inf))  # NaN is no answer
-                check_labels(labels, logits.shape[1])
-                hit = logits.argmax(1) == labels[part]
-                hits += (hit if targeted else ~hit) & ~logits.isnan().any(1)
-                unanswered[part] |= logits.isnan().any(1)
+                hit, is_nan = _answered(lent, adversarials[part], labels, part)
+                hits += (hit if targeted else ~hit) & ~is_nan
+                unanswered[part] |= is_nan
             found[part] = hits >= needed
     if bool(unanswered.any()):
         warn(
@@ -191,6 +187,14 @@ def fooled(
             "fooled and is no sign of robustness: look for a division, a root or an overflow in it"
         )
     return found
+
+
+def _answered(model: Model, images: Tensor, labels: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+    """Whether the answer about each image is its label, and whether it is none: NaN."""
+    logits = checked_logits(model(images.clone()), len(images))  # a copy, which it may write into
+    check_finite(logits.nan_to_num(posinf=torch.inf, neginf=-torch.inf))
+    check_labels(labels, logits.shape[1])
+    return logits.argmax(1) == labels[part], logits.isnan().any(1)
 
 
 _OF_DTYPE = re.compile(r"dtype|scalar type|data type|[Ii]nput type")

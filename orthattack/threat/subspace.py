@@ -232,8 +232,7 @@ class Subspace:
             excess = (y - anchor).abs().sum(_IMAGE, keepdim=True) - radius
             return torch.cat([f, unit * excess.flatten(1)], dim=1)
 
-        m = start
-        y, free = point(m)
+        m, (y, free) = start, point(start)
         f = residual(y)
         reach = f.abs().amax(1)
         for _ in range(_NEWTON):
