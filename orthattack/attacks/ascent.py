@@ -73,7 +73,7 @@ class Climb:
     def _ascend(self, task: Task, points: Tensor) -> None:
         """One ascent from `points`, the first and the last iterate scored like the others."""
         region = task.region
-        alpha = self.rate * region.eps if self.alpha is None else torch.full_like(region.eps, self.alpha)
+        alpha = self.rate * region.eps if self.alpha is None else torch.full_like(region.eps, float(self.alpha))
         ascent = Ascent(task, alpha.to(region.images.dtype), self.steps)
         del region
         state = self.rule.init(ascent, points)

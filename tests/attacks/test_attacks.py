@@ -69,6 +69,7 @@ def test_tensors_in_tensors_out(attack, norm, dtype):
     assert type(attack(model)(images, labels)) is torch.Tensor
 
 
+@pytest.mark.filterwarnings("ignore:the threat model leaves nothing but the image itself")  # white ones
 @examples(25)
 @given(image_kinds, scopes, seeds, st.sampled_from(["linf", "l2"]), st.sampled_from(["ce", "margin", "dlr"]))
 def test_results_satisfy_every_constraint_and_report_what_they_are(image, scope, seed, norm, loss):
