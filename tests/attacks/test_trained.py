@@ -30,7 +30,7 @@ EPS = 8 / 255
 pytestmark = pytest.mark.heavy
 
 
-@pytest.fixture(scope="module", params=["cifar10-standard", "cifar10-robust"])
+@pytest.fixture(scope="module", params=["cifar10-standard", pytest.param("cifar10-robust", marks=pytest.mark.slow)])
 def trained(request) -> tuple[nn.Module, Tensor, Tensor]:
     classifier = load_classifier(request.param)
     (batch,) = load_dataset("cifar10-samples", classifier).batches(20, classifier.preprocessing)

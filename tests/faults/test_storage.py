@@ -221,7 +221,11 @@ def test_a_disk_that_is_full_ends_the_run_with_what_is_finished_and_goes_on(tmp_
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: data[:-1] + b"?"]
+    "damage",
+    [
+        lambda data: data[:-1] + b"?",
+        *(pytest.param(cut, marks=pytest.mark.slow) for cut in (lambda data: data[: len(data) // 2], lambda data: b"")),
+    ],
 )
 def test_a_truncated_file_is_made_again_and_kept_aside(tmp_path, plain, damage):
     run = evaluate(MODEL, DATA, ATTACKS, out=tmp_path / "run", **{**OPTIONS, "check_images": 1})
