@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
@@ -539,8 +538,7 @@ def _is_list(value: object) -> bool:
 
 def _warn_of_slow_bfloat16() -> None:
     if torch.backends.cpu.get_cpu_capability() == "AVX2":  # an x86 without AVX-512; each convolution is emulated
-        warnings.warn(
+        warn(
             'precision="bfloat16" is slow on this CPU, which lacks AVX-512: a ResNet-18 took 15 times as long as in '
-            "float32",
-            stacklevel=5,
+            "float32"
         )

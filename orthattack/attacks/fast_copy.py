@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import copy
 import threading
-import warnings
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from orthattack.arguments import warn
 from orthattack.models import Model
 
 Optimize = Literal["none", "auto", "compile"]
@@ -53,7 +53,7 @@ class FastCopy:
         except Exception as error:  # a model's own code may raise anything
             if not self._has_warned:
                 reason = str(error).strip().split("\n")[0] or type(error).__name__
-                warnings.warn(f"optimize={self._how!r} is not used for this model: {reason}", stacklevel=5)
+                warn(f"optimize={self._how!r} is not used for this model: {reason}")
             self._has_warned = True
             return None
 
