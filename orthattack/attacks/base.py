@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
@@ -39,6 +38,7 @@ from orthattack.losses import Goal, Loss, attack_loss
 from orthattack.models import Model, explained
 from orthattack.projection import Scope
 from orthattack.threat import Direction, Norm, Region, ThreatModel, perturbation_norm
+from orthattack.threat.norms import BALLS
 
 UNLIMITED = 1e30
 """Stands for no limit in a threat model, whose eps is finite."""
@@ -338,7 +338,7 @@ class Attack(Configured):
         # Foreign attacks round where ours round inwards.
         slack = torch.finfo(images.dtype).eps * max(abs(low), abs(high))
         eps = torch.as_tensor(threat.eps, dtype=torch.float64, device=images.device)
-        beyond = result.norm > 1.0001 * eps + slack * {"linf": 1, "l2": math.sqrt(size), "l1": size}[threat.norm]
+        beyond = result.norm > 1.0001 * eps + slack * BALLS[threat.norm].of_ones(size)
         found = result.adversarials.flatten(1)
         beyond |= ((found < low - slack) | (found > high + slack)).any(1)
         if not bool(beyond.any()):

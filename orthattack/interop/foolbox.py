@@ -31,12 +31,11 @@ from orthattack.attacks.task import Merit, Task
 from orthattack.lending import global_random_numbers
 from orthattack.losses import Goal
 from orthattack.threat import Norm, ThreatModel, perturbation_norm
+from orthattack.threat.norms import BALLS
 
 __all__ = ["FoolboxAttack", "FoolboxMinimum", "FromFoolbox"]
 
 T = TypeVar("T")
-
-_ORDER: dict[Norm, float] = {"linf": math.inf, "l2": 2, "l1": 1}
 
 
 class _Ours(Configured):
@@ -222,7 +221,7 @@ class _PullingDistance(LpDistance):  # type: ignore[misc]
     model, and that what already lies in the ball stays bit for bit what it is."""
 
     def __init__(self, threat: ThreatModel) -> None:
-        super().__init__(_ORDER[threat.norm])
+        super().__init__(BALLS[threat.norm].order)
         self._threat = threat
 
     def clip_perturbation(self, references: T, perturbed: T, epsilon: float) -> T:
@@ -293,7 +292,7 @@ class FromFoolbox(Attack):
         if eps is None and isinstance(once, FixedEpsilonAttack):
             raise ValueError(f"{type(once).__name__} needs an eps: only attacks that minimise go without")
         distance = once.distance if eps is not None and hasattr(type(once), "distance") else None
-        if isinstance(distance, LpDistance) and norm in _ORDER and distance.p != _ORDER[norm]:
+        if isinstance(distance, LpDistance) and norm in BALLS and distance.p != BALLS[norm].order:
             raise ValueError(f"norm must be that of {type(once).__name__}, L{distance.p:g}; got {norm!r}")
         if generator is not None and isinstance(generator, torch.Generator) and generator.device.type != "cpu":
             raise ValueError(f"generator must be one on the CPU; got one on {generator.device}")

@@ -113,7 +113,7 @@ class ThreatModel:
 
     def diameter(self, shape: Sequence[int]) -> float:
         """The norm of the largest difference of two images of `shape` (C, H, W) in the bounds."""
-        return float((self.bounds[1] - self.bounds[0]) * math.prod(shape) ** (1 / BALLS[self.norm].order))
+        return (self.bounds[1] - self.bounds[0]) * BALLS[self.norm].of_ones(math.prod(shape))
 
     def allows_everything(self, shape: Sequence[int]) -> bool:
         """Whether a radius, of one sample at least, is so large that the ball holds every image of `shape` (C, H, W)

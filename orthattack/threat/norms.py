@@ -43,6 +43,10 @@ class Ball:
     project: Callable[[Allowed, Tensor, Tensor], Tensor]
     direction: Callable[[Callable[..., Tensor], Sequence[int]], Tensor]
 
+    def of_ones(self, count: int) -> float:
+        """The norm of `count` ones, and so of what is nowhere larger, at most."""
+        return float(count ** (1 / self.order))
+
 
 def _laplace(draw: Callable[..., Tensor], shape: Sequence[int]) -> Tensor:
     """Exponential sizes with random signs."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +29,7 @@ from orthattack.eval.attacks.seeds import joint_seed
 from orthattack.eval.errors import EvaluationError
 from orthattack.interop.foolbox import FromFoolbox
 from orthattack.threat import Norm
+from orthattack.threat.norms import BALLS
 
 
 def foolbox_attacks() -> dict[str, Any]:
@@ -64,7 +64,7 @@ def foolbox_attack(name: str, rest: str, options: dict[str, Any]) -> AttackKind:
         if "steps" in parameters and parameters["steps"].default is inspect.Parameter.empty:
             more.setdefault("steps", conditions.steps)
         if takes_any:
-            more["distance"] = LpDistance({"linf": math.inf, "l2": 2, "l1": 1}[conditions.norm])
+            more["distance"] = LpDistance(BALLS[conditions.norm].order)
         attack = kind(**more)
 
         def run(images: Tensor, labels: Tensor, seeds: Sequence[int]) -> Found:
@@ -93,7 +93,7 @@ def foolbox_norms(kind: Any, options: Mapping[str, Any] | None = None) -> tuple[
     return ("linf",) if kind.__name__.startswith("Linf") else ("l2",)
 
 
-_BY_ORDER: dict[float, Norm] = {math.inf: "linf", 2: "l2", 1: "l1"}
+_BY_ORDER: dict[float, Norm] = {ball.order: norm for norm, ball in BALLS.items()}
 
 _NOT_RUN = {
     "L0FMNAttack": L0, "L0BrendelBethgeAttack": L0,

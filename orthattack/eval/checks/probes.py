@@ -10,6 +10,7 @@ from orthattack.eval.attacks.kind import AttackKind
 from orthattack.eval.attacks.load import attack_kind
 from orthattack.eval.suite import Suite
 from orthattack.threat import Norm
+from orthattack.threat.norms import BALLS
 
 TRANSFER = "transfer from "
 """What the label of a probe begins with that tries another model's adversarials; the other's label follows."""
@@ -30,7 +31,7 @@ class Probe:
 def probes(norm: Norm, eps: Sequence[float], steps: int, size: int) -> list[Probe]:
     """The attacks of the checks, at the middle one of the radii, for a model whose square input has `size` pixels."""
     radius = sorted(eps)[len(eps) // 2]
-    everything = {"linf": 0.5, "l2": 0.5 * (3 * size * size) ** 0.5, "l1": 0.5 * 3 * size * size}[norm]
+    everything = 0.5 * BALLS[norm].of_ones(3 * size * size)
 
     def pgd(**options: Any) -> AttackKind:
         return attack_kind("PGD", {"steps": steps, "early_stop": True, **options})
