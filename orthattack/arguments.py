@@ -6,7 +6,7 @@ import math
 import numbers
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
 import torch
@@ -26,6 +26,7 @@ __all__ = [
     "is_number",
     "plain",
     "plain_fields",
+    "same_values",
     "warn",
     "why_outside",
     "why_too_dark",
@@ -48,6 +49,25 @@ def plain_fields(options: Any) -> None:
     """Make the numbers of a frozen dataclass `plain`."""
     for name, value in vars(options).items():
         object.__setattr__(options, name, plain(value))
+
+
+def same_values(a: Any, b: Any) -> bool:
+    """Whether two options, or states, are equal: tensors and arrays by their values, models by their weights."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        return bool(a.device == b.device and a.dtype == b.dtype and torch.equal(a, b))
+    if isinstance(a, torch.Generator):
+        return same_values((a.device, a.get_state()), (b.device, b.get_state()))
+    if isinstance(a, torch.nn.Module):
+        return same_values(dict(a.state_dict()), dict(b.state_dict()))
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(same_values(value, b[name]) for name, value in a.items())
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same_values, a, b))
+    return bool((a == b).all() if type(a).__module__ == "numpy" else a == b)
 
 
 def warn(message: str) -> None:

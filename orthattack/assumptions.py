@@ -7,8 +7,6 @@ it finds (`Observer`); the evaluation can do as it likes with the `Behaviour`.
 from __future__ import annotations
 
 import copy
-import random
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orthattack.arguments import FLOATS, warn
-from orthattack.lending import Model, global_random_numbers
+from orthattack.arguments import FLOATS, same_values, warn
+from orthattack.lending import Model, global_random_numbers, random_stream
 
 __all__ = [
     "DRAWS",
@@ -135,7 +133,7 @@ def observe(lent: Model, images: Tensor, bounds: tuple[float, float] = (0, 1), m
     with _untouched(image.device), torch.no_grad():
         before = _random_states(image.device)
         alone = _answer(ask, image)
-        draws = _random_states(image.device) != before
+        draws = not same_values(before, _random_states(image.device))
         pair = _answer(ask, torch.cat([image, beside[0]]))
         if pair is None or (alone is not None and alone.shape[1] != pair.shape[1]):
             return Behaviour()
@@ -246,15 +244,13 @@ def _state(model: Model) -> tuple[object, ...]:
     return (id(model), [id(module) for module in modules], settings, missing)
 
 
+def _streams(device: torch.device) -> list[str]:
+    """The streams of random numbers that a model may draw from."""
+    return ["Python", "NumPy", "cpu", *([str(device)] if device.type == "cuda" else [])]
+
+
 def _random_states(device: torch.device) -> list[Any]:
-    """Where each stream of random numbers is that a model may draw from."""
-    states: list[Any] = [random.getstate(), torch.get_rng_state().tolist()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device).tolist())
-    if (numpy := sys.modules.get("numpy.random")) is not None:
-        _, key, *at = numpy.get_state()
-        states.append((key.tobytes(), at))
-    return states
+    return [random_stream(name)[0]() for name in _streams(device)]
 
 
 def _twin(model: Model) -> Model:
@@ -281,12 +277,10 @@ def _twin(model: Model) -> Model:
 @contextmanager
 def _untouched(device: torch.device) -> Iterator[None]:
     """Random states come back as they were."""
-    numpy = sys.modules.get("numpy.random")
-    with global_random_numbers, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        python, array = random.getstate(), None if numpy is None else numpy.get_state()
+    with global_random_numbers:
+        states = _random_states(device)
         try:
             yield
         finally:
-            random.setstate(python)
-            if numpy is not None:
-                numpy.set_state(array)
+            for name, state in zip(_streams(device), states, strict=True):
+                random_stream(name)[1](state)

@@ -22,7 +22,16 @@ from torch import Tensor, nn, overrides
 from torch.nn.parameter import is_lazy
 from torch.utils import _device, _python_dispatch
 
-__all__ = ["Model", "ModelChangedError", "borrowed", "global_random_numbers", "guarded", "in_evaluation", "is_foreign"]
+__all__ = [
+    "Model",
+    "ModelChangedError",
+    "borrowed",
+    "global_random_numbers",
+    "guarded",
+    "in_evaluation",
+    "is_foreign",
+    "random_stream",
+]
 
 Model = Callable[[Tensor], Tensor]
 """Images (N, C, H, W) to logits (N, K): an nn.Module or any differentiable function."""
@@ -231,7 +240,7 @@ def _set_buffers(module: nn.Module, state: tuple[dict[str, Tensor | None], dict[
             module._buffers[name] = kept
 
 
-def _stream(name: str) -> _Setting:
+def random_stream(name: str) -> _Setting:
     """How the state of a stream of random numbers is read and written."""
     if name == "Python":
         return random.getstate, random.setstate
@@ -320,7 +329,7 @@ _BUFFERS = _Aspect(
     lambda module: (dict(module._buffers), {k: b.clone() for k, b in module._buffers.items() if b is not None}),
     _set_buffers,
 )
-_DRAWN = _Aspect(lambda name: _stream(name)[0](), lambda name, state: _stream(name)[1](state))
+_DRAWN = _Aspect(lambda name: random_stream(name)[0](), lambda name, state: random_stream(name)[1](state))
 _PROCESS = _Aspect(lambda _: _read(_GLOBAL), lambda _, values: _write(_GLOBAL, values))
 
 

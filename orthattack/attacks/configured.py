@@ -9,10 +9,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, ClassVar, TypeVar
 
-import torch
 from torch import Tensor
 
-from orthattack.arguments import plain
+from orthattack.arguments import plain, same_values
 
 T = TypeVar("T", bound="Configured")
 
@@ -81,7 +80,7 @@ class Configured:
 
     def __eq__(self, other: object) -> bool:
         """Whether class and options are the same: models by their weights, generators by their state."""
-        return type(self) is type(other) and _is_same(vars(self).get("_given"), vars(other).get("_given"))
+        return type(self) is type(other) and same_values(vars(self).get("_given"), vars(other).get("_given"))
 
     def __hash__(self) -> int:
         return hash(type(self))  # its options may not be hashable
@@ -119,25 +118,6 @@ def _own(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
     return value.copy() if type(value).__module__ == "numpy" else value
-
-
-def _is_same(a: Any, b: Any) -> bool:
-    """Whether two options are equal by their values."""
-    if a is b:
-        return True
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, Tensor):
-        return bool(a.device == b.device and a.dtype == b.dtype and torch.equal(a, b))
-    if isinstance(a, torch.Generator):
-        return _is_same((a.device, a.get_state()), (b.device, b.get_state()))
-    if isinstance(a, torch.nn.Module):
-        return _is_same(dict(a.state_dict()), dict(b.state_dict()))
-    if isinstance(a, Mapping):
-        return a.keys() == b.keys() and all(_is_same(value, b[name]) for name, value in a.items())
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(_is_same, a, b))
-    return bool((a == b).all() if type(a).__module__ == "numpy" else a == b)
 
 
 def _recorded(init: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> Callable[..., None]:

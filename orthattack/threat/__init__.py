@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from orthattack.arguments import check_bounds, check_choice, check_real, is_number, plain
+from orthattack.arguments import check_bounds, check_choice, check_real, is_number, plain, same_values
 from orthattack.projection import Scope, alignment, orthogonalize, orthonormal_basis, remove_directions, scope_dims
 from orthattack.threat.norms import BALLS, Norm, perturbation_norm
 from orthattack.threat.region import Region
@@ -41,9 +41,8 @@ class _Directions(tuple[Direction, ...]):
 
 
 def _is_same(a: object, b: object) -> bool:
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-        return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
-    return a is b or (a.device == b.device and a.dtype == b.dtype and torch.equal(a, b))
+    is_either = isinstance(a, Tensor) or isinstance(b, Tensor)
+    return same_values(a, b) if is_either else a == b
 
 
 @dataclass(frozen=True)
