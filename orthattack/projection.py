@@ -9,6 +9,9 @@ scope       one vector per                              shape of a number per ve
 "image"     image, of length C*H*W                      (...)
 "channel"   channel, of length H*W                      (..., C)
 "pixel"     pixel's colour, of length C                 (..., H, W)
+"block8"    8×8 pixels of a channel, of length 64;      (..., C, H/8, W/8)
+            likewise with any other size that divides
+            the image's sides
 ==========  ==========================================  ===================
 
 Two numerical rules hold throughout. Vectors are scaled by a power of two so that their largest entry is near 1 before
@@ -19,28 +22,72 @@ nearly parallel remainder ("twice is enough", Giraud et al. 2005, doi:10.1007/s0
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import re
 
 import torch
 from torch import Tensor
 
-from orthattack.arguments import check_choice, check_tensor
+from orthattack.arguments import check_tensor
 
 __all__ = ["Scope", "alignment", "orthogonalize", "orthonormal_basis", "remove_directions"]
 
-Scope = Literal["image", "channel", "pixel"]
+Scope = str
+"""Which entries form one vector: "image", "channel", "pixel", or "block" and a size, such as "block8"."""
 
 _DIMS: dict[Scope, tuple[int, ...]] = {"image": (-3, -2, -1), "channel": (-2, -1), "pixel": (-3,)}
 
 
 def scope_dims(scope: Scope) -> tuple[int, ...]:
-    """The dimensions of a (..., C, H, W) tensor that `scope` gathers into one vector.
+    """The dimensions of a (..., C, H, W) tensor, `cut` if it is in blocks, that `scope` gathers into one vector.
 
     Raises:
-        ValueError: `scope` is none of "image", "channel" and "pixel".
+        ValueError: `scope` is none.
     """
-    check_choice("scope", scope, get_args(Scope))
-    return _DIMS[scope]
+    if isinstance(scope, str) and (scope in _DIMS or block_size(scope) is not None):
+        return _DIMS.get(scope, _DIMS["channel"])
+    raise ValueError(
+        f"scope must be one of {', '.join(map(repr, _DIMS))}, or blocks of a size such as 'block8'; got {scope!r}"
+    )
+
+
+def block_size(scope: Scope | None) -> int | None:
+    """k of "blockk", None for other scopes."""
+    found = re.fullmatch("block([1-9][0-9]{0,5})", scope or "", re.ASCII)
+    return None if found is None else int(found[1])
+
+
+def is_fine(scope: Scope | None) -> bool:
+    """Whether its vectors are many, each of few pixels: the colours, or blocks."""
+    return scope == "pixel" or block_size(scope) is not None
+
+
+def cut(tensor: Tensor, scope: Scope) -> Tensor:
+    """The blocks of k×k pixels as channels, (..., C·H/k·W/k, k, k), each then a vector of scope "channel"; `tensor` as
+    it is for other scopes.
+
+    Raises:
+        ValueError: the blocks do not fill the images.
+    """
+    if (k := block_size(scope)) is None:
+        return tensor
+    *batch, channels, height, width = tensor.shape
+    if height % k or width % k:
+        fit = ", ".join(str(size) for size in range(2, min(height, width) + 1) if height % size + width % size == 0)
+        raise ValueError(
+            f"scope={scope!r} needs images whose sides are multiples of {k}; got {height}×{width}: "
+            + (f"there, blocks of {fit} fit" if fit else "no block fits those, so crop or pad them")
+        )
+    blocks = tensor.reshape(*batch, channels, height // k, k, width // k, k).transpose(-3, -2)
+    return blocks.reshape(*batch, channels * (height // k) * (width // k), k, k)
+
+
+def joined(blocks: Tensor, like: Tensor) -> Tensor:
+    """The tensor, of the shape of `like`, that was `cut` into `blocks`."""
+    if blocks.shape == like.shape:
+        return blocks
+    *batch, channels, height, width = like.shape
+    k = blocks.shape[-1]
+    return blocks.reshape(*batch, channels, height // k, width // k, k, k).transpose(-3, -2).reshape(like.shape)
 
 
 def orthogonalize(gradient: Tensor, images: Tensor, scope: Scope = "image") -> Tensor:
@@ -48,8 +95,10 @@ def orthogonalize(gradient: Tensor, images: Tensor, scope: Scope = "image") -> T
 
     Args:
         gradient: (..., C, H, W), any floating dtype, finite, any scale.
-        images: the same shape, dtype and device; values may be in any range.
-        scope: what counts as one vector: the whole "image", each "channel", or each "pixel"'s colour.
+        images: the same shape, dtype and device; values may be in any range. Or another normal: ones take away the
+            mean.
+        scope: what counts as one vector: the whole "image", each "channel", each "pixel"'s colour, or, as "block8",
+            each block of 8×8 pixels of a channel.
 
     Returns:
         The projected gradient, with the shape and dtype of `gradient`. Its cosine with the image is below 1e-6 for
@@ -59,7 +108,8 @@ def orthogonalize(gradient: Tensor, images: Tensor, scope: Scope = "image") -> T
         so that a following ``sign()`` does not turn round-off into a full step.
 
     Raises:
-        ValueError: shapes, dtypes or devices differ, fewer than three dimensions, not floating point, unknown scope.
+        ValueError: shapes, dtypes or devices differ, fewer than three dimensions, not floating point, unknown scope,
+            or blocks that do not fill the images.
 
     Source: docs/method.md, "Projecting the gradient".
 
@@ -73,10 +123,10 @@ def orthogonalize(gradient: Tensor, images: Tensor, scope: Scope = "image") -> T
     _check_pair("gradient", gradient, "images", images)
     dims = scope_dims(scope)
     working = torch.promote_types(gradient.dtype, torch.float32)
-    g, exponent = scaled(gradient.to(working), dims)
-    x, _ = scaled(images.to(working), dims)
+    g, exponent = scaled(cut(gradient, scope).to(working), dims)
+    x, _ = scaled(cut(images, scope).to(working), dims)
     rest = without(g, x, reciprocal(dot(x, x, dims)), dims, 4 * torch.finfo(gradient.dtype).eps)
-    return times_power(rest, exponent).to(gradient.dtype)
+    return joined(times_power(rest, exponent), gradient).to(gradient.dtype)
 
 
 def alignment(a: Tensor, b: Tensor, scope: Scope = "image") -> Tensor:
@@ -96,12 +146,13 @@ def alignment(a: Tensor, b: Tensor, scope: Scope = "image") -> Tensor:
     """
     _check_pair("a", a, "b", b, same_dtype=False)
     dims = scope_dims(scope)
-    a64, _ = scaled(a.double(), dims)
-    b64, _ = scaled(b.double(), dims)
+    a64, _ = scaled(cut(a, scope).double(), dims)
+    b64, _ = scaled(cut(b, scope).double(), dims)
     norms = (dot(a64, a64, dims) * dot(b64, b64, dims)).sqrt()
-    cosine = dot(a64, b64, dims) * reciprocal(norms)
-    result = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    return cosine.clamp(-1, 1).squeeze(dims).to(result)
+    cosine = (dot(a64, b64, dims) * reciprocal(norms)).clamp(-1, 1).squeeze(dims)
+    if (k := block_size(scope)) is not None:
+        cosine = cosine.reshape(*a.shape[:-2], a.shape[-2] // k, a.shape[-1] // k)
+    return cosine.to(torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32))
 
 
 def orthonormal_basis(directions: Tensor) -> Tensor:

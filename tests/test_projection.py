@@ -194,7 +194,7 @@ def test_inputs_are_left_alone_and_gradients_flow():
             torch.ones(1, 2, 2),
             torch.ones(1, 2, 2),
             "row",
-            "scope must be one of 'image', 'channel', 'pixel'; got 'row'",
+            "scope must be one of 'image', 'channel', 'pixel', or .*'block8'; got 'row'",
         ),
     ],
 )

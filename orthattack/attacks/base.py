@@ -37,7 +37,7 @@ from orthattack.lending import borrowed, guarded, in_evaluation, is_foreign
 from orthattack.losses import Goal, Loss, attack_loss
 from orthattack.models import Model, explained
 from orthattack.projection import Scope
-from orthattack.threat import Direction, Norm, Region, ThreatModel, perturbation_norm
+from orthattack.threat import Direction, Norm, Normal, Region, ThreatModel, is_same, kept, perturbation_norm
 from orthattack.threat.norms import BALLS
 
 UNLIMITED = 1e30
@@ -49,6 +49,7 @@ class Options(TypedDict, total=False):
 
     scope: Scope | None
     directions: Sequence[Direction]
+    normal: Normal
     loss: Loss
     targeted: bool
     early_stop: bool
@@ -75,10 +76,11 @@ class Card:
 
     Attributes:
         family: what it is a form of, such as "PGD" for `PGD` and `OrthoPGD`: each other's baselines.
-        scope: which vectors it is orthogonal to the image's in, see `ThreatModel`; None: in none.
+        scope: which vectors it is orthogonal to the normal's in, see `ThreatModel`; None: in none.
         directions: what else it is orthogonal to.
         exact: the perturbation itself keeps that; otherwise only each gradient is projected.
         minimal: it looks for the smallest perturbation instead of filling a ball.
+        normal: what it is orthogonal to in those vectors.
     """
 
     family: str
@@ -86,6 +88,18 @@ class Card:
     directions: Sequence[Direction] = ()
     exact: bool = True
     minimal: bool = False
+    normal: Normal = "image"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Card) and all(map(is_same, vars(self).values(), vars(other).values()))
+
+    def __hash__(self) -> int:
+        return hash((self.family, self.scope, self.exact, self.minimal))
+
+    @property
+    def keeps(self) -> tuple[str, ...]:
+        """In words, what its perturbations, or its gradients if not exact, leave as it is: see `ThreatModel.keeps`."""
+        return kept(self.scope, self.normal, self.directions)
 
     @property
     def is_orthogonal(self) -> bool:
@@ -125,6 +139,7 @@ class Attack(Configured):
         optimize: Optimize = "none",
         eot_samples: int = 1,
         directions: Sequence[Direction] = (),
+        normal: Normal = "image",
         enforce: Enforce = "perturbation",
         reference: Reference = "clean",
         transform: Transform | None = None,
@@ -155,6 +170,7 @@ class Attack(Configured):
             bounds,
             scope,
             tuple(directions) if _is_list(directions) else directions,
+            normal,
         )
         self.search = search
         self.enforce, self.reference = enforce, reference
@@ -173,15 +189,19 @@ class Attack(Configured):
         """What it is: its family, and what its perturbations are orthogonal to."""
         threat = self.threat
         is_minimal = self.search.merit == "norm"
-        return Card(self._family, threat.scope, threat.directions, self.enforce == "perturbation", is_minimal)
+        is_exact = self.enforce == "perturbation"
+        return Card(self._family, threat.scope, threat.directions, is_exact, is_minimal, threat.normal)
 
     def __repr__(self) -> str:
         threat, known = self.threat, self._resolved()
         options = {name: known[name] for name in ("norm", "eps", *self.search.options(threat.eps))}
         if threat.is_orthogonal:
             options |= {"scope": threat.scope, "enforce": self.enforce}
+        named = [d if isinstance(d, str) else type(d).__name__ for d in (threat.normal, *threat.directions)]
+        if named[0] != "image":
+            options["normal"] = named[0]
         if threat.directions:
-            options["directions"] = [d if isinstance(d, str) else type(d).__name__ for d in threat.directions]
+            options["directions"] = named[1:]
         if self.targeted:
             options["targeted"] = True
         return f"{type(self).__name__}({', '.join(f'{k}={_shown(v)}' for k, v in options.items())})"
@@ -445,6 +465,7 @@ class Attack(Configured):
         strangers = {
             "the loss": is_foreign(self.loss),
             "a direction": any(is_foreign(direction) for direction in self.threat.directions),
+            "the normal": is_foreign(self.threat.normal),
             "the transform": self.transform is not None,
             **{f"the {name.replace('_', ' ')}": name != "model" for name in self._models},
             "on_step": self.on_step is not None,

@@ -18,7 +18,7 @@ from orthattack.attacks.rules import Ascent, State
 from orthattack.attacks.scoring import Draws, Evaluation, LossFunction, Scorer, input_gradient
 from orthattack.losses import Goal
 from orthattack.models import Model
-from orthattack.projection import Scope, orthogonalize
+from orthattack.projection import Scope, is_fine, orthogonalize
 from orthattack.threat import Norm
 
 if TYPE_CHECKING:
@@ -172,9 +172,10 @@ class DetectorEvasion(Attack, loss="margin"):
         every: descend the detector's score at every so-many-th step instead of where the classifier is fooled.
         random_start: start at a random point instead of the image.
         restarts: how often to start.
-        **options: as for `PGD`, with ``loss="margin"`` and ``scope=None`` by default; the scope "pixel" leaves no
-            room. ``enforce="perturbation"`` is for exact steps, "gradient" the published form. The classifier's alone
-            are `loss`, `precision` and `optimize`; ``early_stop`` stops where it is fooled and nothing is detected.
+        **options: as for `PGD`, with ``loss="margin"`` and ``scope=None`` by default; the scope "pixel" and blocks
+            leave no room. ``enforce="perturbation"`` is for exact steps, "gradient" the published form. The
+            classifier's alone are `loss`, `precision` and `optimize`; ``early_stop`` stops where it is fooled and
+            nothing is detected.
 
     An `AttackResult`'s ``success`` means both: fooled and not detected, ``loss`` is the smaller of the margin and of
     threshold - score, positive on success; calls are the classifier's, the detector is called as often.
@@ -227,8 +228,10 @@ def _check(threshold: float, mode: Mode, every: int | None, scope: Scope | None)
     check_real("threshold", threshold, "a finite score")
     if every is not None:
         check_count("every", every)
-    if scope == "pixel":
-        raise ValueError('scope must be None, "image" or "channel" here: "pixel" leaves no room for another gradient')
+    if is_fine(scope):
+        raise ValueError(
+            f'scope must be None, "image" or "channel" here: "{scope}" leaves no room for another gradient'
+        )
 
 
 def _as_logits(detector: Model) -> Model:

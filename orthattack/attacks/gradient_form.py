@@ -5,7 +5,7 @@ Its perturbations are as free as the plain attack's: signs and clips undo most o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -44,7 +44,7 @@ class GradientForm:
         """The form of an attack, None for the exact one, and the threat model that is left for its region."""
         if enforce == "perturbation" or not threat.is_orthogonal:
             return None, threat
-        return cls(threat, reference), replace(threat, scope=None, directions=())
+        return cls(threat, reference), threat.free()
 
     def __call__(self, direction: Tensor, points: Tensor, images: Tensor) -> Tensor:
         """(N, C, H, W) the direction without its components along the clean `images` or the iterates `points`."""

@@ -37,7 +37,8 @@ class PGD(Attack):
         loss: "ce", "margin", "dlr", "logit-difference" (see `orthattack.losses.attack_loss` for the formulas), or a
             function of (logits, labels) returning (N,) values.
         targeted: labels are the classes to reach.
-        scope: orthogonal to the image as a whole "image", per "channel", or per "pixel" colour; None: not at all.
+        scope: orthogonal to the image, or another `normal`, as a whole "image", per "channel", per "pixel" colour, or
+            per block of 8×8 pixels, "block8"; None: not at all.
         reference: for ``enforce="gradient"``, project against the "clean" image or the current "iterate".
         enforce: "perturbation" keeps x_adv - x orthogonal to x; "gradient" only projects each gradient, the textbook
             form, whose signs and clips undo most of the projection (docs/method.md).
@@ -55,6 +56,8 @@ class PGD(Attack):
         eot_samples: evaluations to average for a model that draws at random.
         directions: what else the perturbation stays orthogonal to (see `orthattack.ThreatModel`), for example
             ``["constant"]`` for the mean brightness.
+        normal: what the perturbation is orthogonal to in every vector of the `scope`: the "image", "constant", so that
+            means stay, "luma", a tensor or a function of the images (see `orthattack.ThreatModel`).
         transform: what is done to the images before the model, for gradients only, such as a random resize: a
             differentiable function of (images (N, C, H, W), draws) that returns as many images of any size.
             ``draws.uniform(3)`` and ``draws.normal(3)`` are random numbers (N, 3), each image's from its own stream.

@@ -59,9 +59,7 @@ class _Ours(Configured):
         self._options = options
         probe = attack(nn.Identity(), **options)  # refuses a wrong option now, not at the first call
         # The textbook form promises no orthogonality, so there is none to keep.
-        self._threat = (
-            probe.threat if probe.enforce == "perturbation" else replace(probe.threat, scope=None, directions=())
-        )
+        self._threat = probe.threat if probe.enforce == "perturbation" else probe.threat.free()
         # One stream for all calls, so that each repetition draws new numbers.
         self._generator = probe.generator
 

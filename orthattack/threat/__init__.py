@@ -7,40 +7,55 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from orthattack.arguments import check_bounds, check_choice, check_real, is_number, plain, same_values
-from orthattack.projection import Scope, alignment, orthogonalize, orthonormal_basis, remove_directions, scope_dims
+from orthattack.projection import (
+    Scope,
+    alignment,
+    block_size,
+    is_fine,
+    orthogonalize,
+    orthonormal_basis,
+    remove_directions,
+    scope_dims,
+)
 from orthattack.threat.norms import BALLS, Norm, perturbation_norm
 from orthattack.threat.region import Region
 
-__all__ = ["Direction", "Norm", "Region", "ThreatModel", "perturbation_norm"]
+__all__ = ["Direction", "Norm", "Normal", "Region", "ThreatModel", "perturbation_norm"]
 
-Direction = Literal["constant", "channel-constant"] | Tensor | Callable[[Tensor], Tensor]
+Normal = Literal["image", "constant", "luma"] | Tensor | Callable[[Tensor], Tensor]
+"""What a perturbation is orthogonal to in every vector of the scope: see `ThreatModel`."""
+
+Direction = Literal["constant", "channel-constant", "luma"] | Tensor | Callable[[Tensor], Tensor]
 """What else a perturbation stays orthogonal to: see `ThreatModel`."""
 
+LUMA = (0.299, 0.587, 0.114)
+"""The weights of red, green and blue in the luma of ITU-R BT.601, which is JPEG's and PIL's grey."""
 
-class _Directions(tuple[Direction, ...]):
+
+class _Directions(tuple[Any, ...]):
     """Directions of our own, equal to others by their values."""
 
-    def __new__(cls, given: Sequence[Direction]) -> _Directions:
+    def __new__(cls, given: Sequence[Direction | Normal]) -> _Directions:
         owned = isinstance(given, _Directions)
         return super().__new__(
             cls, given if owned else (d.detach().clone() if isinstance(d, Tensor) else d for d in given)
         )
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, tuple) and len(self) == len(other) and all(map(_is_same, self, other))
+        return isinstance(other, tuple) and len(self) == len(other) and all(map(is_same, self, other))
 
     def __hash__(self) -> int:
         return hash(tuple(None if isinstance(direction, Tensor) else direction for direction in self))
 
 
-def _is_same(a: object, b: object) -> bool:
+def is_same(a: object, b: object) -> bool:
     is_either = isinstance(a, Tensor) or isinstance(b, Tensor)
     return same_values(a, b) if is_either else a == b
 
@@ -49,18 +64,23 @@ def _is_same(a: object, b: object) -> bool:
 class ThreatModel:
     """The set of perturbations an attack may use::
 
-        { δ : ‖δ‖ <= eps,  low <= x + δ <= high,  ⟨δ, x⟩ = 0,  ⟨δ, b_j⟩ = 0 for each direction b_j }
+        { δ : ‖δ‖ <= eps,  low <= x + δ <= high,  ⟨δ, n⟩ = 0 in every vector of the scope,
+          ⟨δ, b_j⟩ = 0 for each direction b_j }
 
     Args:
         norm: "linf", "l2" or "l1".
         eps: radius in pixel units, e.g. ``8 / 255``, at least 0; one number, or a tensor (N,) with one per sample.
         bounds: the smallest and largest pixel value.
-        scope: which vectors must stay orthogonal to the image's own (see `orthattack.projection`), or None for no
-            orthogonality to the image.
-        directions: what else the perturbation stays orthogonal to: "constant", all ones, so that the mean brightness
-            stays; "channel-constant", each channel's ones, so that the mean colour stays; a tensor (C, H, W), or
-            (K, C, H, W) for several, the same for every image; or a function of the images (N, C, H, W) that returns
-            (N, C, H, W) or (N, K, C, H, W). Not with ``scope="pixel"``.
+        scope: which vectors must stay orthogonal to those of the `normal`: "image", "channel", "pixel", or blocks of
+            pixels of a channel, "block8" (see `orthattack.projection`). None for none.
+        directions: what else the perturbation stays orthogonal to, as a whole: "constant", all ones, so that the mean
+            brightness stays; "channel-constant", each channel's ones, so that the mean colour stays; "luma", so that
+            the mean luma stays; a tensor (C, H, W), or (K, C, H, W) for several, the same for every image; or a
+            function of the images (N, C, H, W) that returns (N, C, H, W) or (N, K, C, H, W). With the scope "pixel" or
+            blocks, only those that follow from it.
+        normal: n, the "image" itself; "constant", all ones, so that the mean of each vector stays; "luma", the weights
+            (0.299, 0.587, 0.114) of the three channels; a tensor (C, H, W), the same for every image; or a function of
+            the images (N, C, H, W) that returns (N, C, H, W). Where it is zero in a whole vector, that one is free.
 
     Raises:
         ValueError: an option outside these.
@@ -71,6 +91,7 @@ class ThreatModel:
     bounds: tuple[float, float] = (0.0, 1.0)
     scope: Scope | None = "image"
     directions: Sequence[Direction] = ()
+    normal: Normal = "image"
 
     def __post_init__(self) -> None:
         if is_number(self.norm):
@@ -83,19 +104,25 @@ class ThreatModel:
         if not isinstance(self.directions, Sequence) or isinstance(self.directions, str):
             raise ValueError("directions must be a list, such as directions=['constant']")
         for direction in self.directions:
-            known = isinstance(direction, Tensor) or callable(direction)
-            if not known and not (isinstance(direction, str) and direction in ("constant", "channel-constant")):
-                raise ValueError(
-                    "each of directions must be 'constant', 'channel-constant', a tensor or a function of the images; "
-                    f"got {direction!r}"
-                )
+            _check_vector("each of directions", direction, ("constant", "channel-constant", "luma"))
+        _check_vector("normal", self.normal, ("image", "constant", "luma"))
+        if self.scope is None and not (isinstance(self.normal, str) and self.normal == "image"):
+            raise ValueError(
+                f'normal={_name(self.normal)} needs a scope, the vectors that it is for: scope="image", "channel", '
+                '"pixel", or blocks such as "block8"'
+            )
         object.__setattr__(self, "directions", _Directions(self.directions))
-        if self.directions and self.scope == "pixel":
-            raise ValueError('directions cannot be combined with scope="pixel", which has a constraint for every pixel')
+        object.__setattr__(self, "normal", _Directions([self.normal])[0])
+        if self._more and is_fine(self.scope):
+            raise ValueError(
+                f'directions cannot be combined with scope="{self.scope}", which has a constraint for every '
+                f"{'pixel' if self.scope == 'pixel' else 'block'} already; got {_name(self._more[0])}: take scope "
+                '"image" or "channel"'
+            )
 
     def __eq__(self, other: object) -> bool:
         """Whether all of it is the same, a radius per sample included."""
-        return isinstance(other, ThreatModel) and self._rest == other._rest and _is_same(self.eps, other.eps)
+        return isinstance(other, ThreatModel) and self._rest == other._rest and is_same(self.eps, other.eps)
 
     def __hash__(self) -> int:
         return hash(self._rest)
@@ -103,12 +130,32 @@ class ThreatModel:
     @property
     def _rest(self) -> tuple[object, ...]:
         """What it is besides its radius."""
-        return self.norm, self.bounds, self.scope, self.directions
+        return self.norm, self.bounds, self.scope, self.directions, _Directions([self.normal])
 
     @property
     def is_orthogonal(self) -> bool:
         """Whether anything but ball and bounds binds."""
         return self.scope is not None or len(self.directions) > 0
+
+    @property
+    def keeps(self) -> tuple[str, ...]:
+        """In words, what a perturbation leaves as it is, or is orthogonal to; nothing of a ball and bounds alone."""
+        return kept(self.scope, self.normal, self.directions)
+
+    @property
+    def _more(self) -> tuple[Direction, ...]:
+        """The directions that do not follow from scope and normal."""
+        return tuple(d for d in self.directions if not _follows(d, self.scope, self.normal))
+
+    def free(self) -> ThreatModel:
+        """The same ball and bounds with nothing to be orthogonal to."""
+        return replace(self, scope=None, directions=(), normal="image")
+
+    def normals(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) the `normal` of each image, which the vectors of the scope are taken from."""
+        if not isinstance(self.normal, str):
+            return _of_user("a normal", self.normal, images, several=False)[:, 0]
+        return images if self.normal == "image" else _named(self.normal, images).expand_as(images)
 
     def diameter(self, shape: Sequence[int]) -> float:
         """The norm of the largest difference of two images of `shape` (C, H, W) in the bounds."""
@@ -126,12 +173,17 @@ class ThreatModel:
         return Region(self, images)
 
     def tangent(self, gradient: Tensor, images: Tensor) -> Tensor:
-        """`gradient` without its components along `images` and the directions, (N, C, H, W): the textbook projection.
+        """`gradient` without its components along the normals and the directions, (N, C, H, W): the textbook
+        projection.
 
         Source: docs/method.md, "Projecting the gradient".
         """
-        if not self.directions:
-            return gradient if self.scope is None else orthogonalize(gradient, images, self.scope)
+        if not self._more:
+            return (
+                gradient
+                if self.scope is None
+                else orthogonalize(gradient, self.normals(images).to(gradient.dtype), self.scope)
+            )
         return remove_directions(gradient, orthonormal_basis(self._vectors(images).to(gradient.dtype)))
 
     def cosine(self, delta: Tensor, images: Tensor) -> Tensor:
@@ -142,44 +194,117 @@ class ThreatModel:
         x = images.double()
         largest = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         if self.scope is not None or not self.directions:
-            cosine = alignment(delta.double(), x, self.scope or "image").abs()
+            cosine = alignment(delta.double(), self.normals(x), self.scope or "image").abs()
             largest = cosine if cosine.ndim == 1 else cosine.flatten(1).amax(1)
         if self.directions:
-            for vector in self._vectors(x).unbind(1):
+            for vector in torch.cat([_directed(direction, x) for direction in self.directions], 1).unbind(1):
                 largest = torch.maximum(largest, alignment(delta.double(), vector).abs())
         return largest
 
-    def _vectors(self, images: Tensor) -> Tensor:
-        """All directions, those of the scope included, (N, K, C, H, W)."""
-        eye = torch.eye(images.shape[1], dtype=images.dtype, device=images.device).view(1, *[images.shape[1]] * 2, 1, 1)
+    def _vectors(self, images: Tensor, normals: Tensor | None = None) -> Tensor:
+        """The vectors of the scope, which is "image", "channel" or None, and the directions that do not follow from
+        them, (N, K, C, H, W)."""
         parts = []
         if self.scope is not None:
-            parts.append(images.unsqueeze(1) if self.scope == "image" else images.unsqueeze(1) * eye)
-        for direction in self.directions:
-            if isinstance(direction, str):
-                ones = torch.ones_like(images).unsqueeze(1)
-                parts.append(ones if direction == "constant" else ones * eye)
-                continue
-            # A function may write into what it is given, and into what it has returned.
-            given = direction if isinstance(direction, Tensor) else direction(images.clone())
-            if not isinstance(given, Tensor):
-                raise ValueError(f"a direction must return a tensor; got {type(given).__name__}")
-            if given.is_complex():
-                raise ValueError(f"a direction must be real; got {given.dtype}: give its .real and .imag, as two")
-            given = given.detach().clone()
-            vector = given.to(images)
-            if isinstance(direction, Tensor) and vector.ndim < 5:
-                vector = vector.unsqueeze(0) if vector.ndim == 4 else vector.unsqueeze(0).unsqueeze(0)
-            vector = vector.unsqueeze(1) if vector.ndim == 4 else vector
-            if vector.ndim != 5 or vector.shape[2:] != images.shape[1:] or vector.shape[0] not in (1, len(images)):
-                raise ValueError(
-                    f"a direction must have the images' shape {tuple(images.shape[1:])}, one or several for all "
-                    f"images, or as a function (N, K, C, H, W); got {tuple(given.shape)}"
-                )
-            if not bool(vector.isfinite().all()):
-                raise ValueError("a direction must be finite; found NaN or infinity")
-            parts.append(vector.expand(len(images), *vector.shape[1:]))
-        return torch.cat(parts, dim=1)
+            normals = (self.normals(images) if normals is None else normals).unsqueeze(1)
+            parts.append(normals if self.scope == "image" else normals * _channels(images))
+        return torch.cat([*parts, *(_directed(direction, images) for direction in self._more)], dim=1)
+
+
+def kept(scope: Scope | None, normal: Normal, directions: Sequence[Direction]) -> tuple[str, ...]:
+    """See `ThreatModel.keeps`."""
+    means = {"image": "mean", "channel": "channel means", "pixel": "means of the pixels"}
+    found: list[str] = []
+    if scope is not None:
+        block = f"{block_size(scope)}×{block_size(scope)} block"
+        if not isinstance(normal, str) or normal == "image":
+            what = "the image" if isinstance(normal, str) else _name(normal)
+            found.append(
+                f"orthogonal to {what}" + {"image": ""}.get(scope, f" in each {scope if scope in means else block}")
+            )
+        elif normal == "luma" and scope in ("image", "pixel"):
+            found.append("mean luma kept" if scope == "image" else "luma of each pixel kept")
+        else:
+            found.append(f"{means.get(scope, f'{block} means')} kept")
+    named = {"constant": "mean kept", "channel-constant": "channel means kept", "luma": "mean luma kept"}
+    found += [named[d] if isinstance(d, str) else f"orthogonal to {_name(d)}" for d in directions]
+    return tuple(dict.fromkeys(found))
+
+
+def _follows(direction: Direction, scope: Scope | None, normal: Normal) -> bool:
+    """Whether what is orthogonal to the normal in each vector of the scope is so to the direction: sums of what is
+    zero in every group are zero."""
+    if scope is None or not isinstance(direction, str) or not isinstance(normal, str) or normal == "image":
+        return False
+    if scope in ("image", "pixel"):
+        return direction == normal
+    return True  # within a channel, luma is a constant
+
+
+def _check_vector(what: str, given: object, names: tuple[str, ...]) -> None:
+    if not isinstance(given, Tensor) and not callable(given) and not (isinstance(given, str) and given in names):
+        listed = ", ".join(map(repr, names))
+        raise ValueError(f"{what} must be {listed}, a tensor or a function of the images; got {given!r}")
+
+
+def _name(vector: object) -> str:
+    """A normal or a direction in a sentence."""
+    if isinstance(vector, str):
+        return repr(vector)
+    return "a tensor" if isinstance(vector, Tensor) else f"{getattr(vector, '__name__', type(vector).__name__)}(images)"
+
+
+def _channels(images: Tensor) -> Tensor:
+    """(1, C, C, 1, 1) what takes each channel out of the images."""
+    count = images.shape[1]
+    return torch.eye(count, dtype=images.dtype, device=images.device).view(1, count, count, 1, 1)
+
+
+def _named(name: str, images: Tensor) -> Tensor:
+    """All ones, or the weights of luma, to be expanded to the images."""
+    if name == "luma":
+        if images.shape[1] != 3:
+            raise ValueError(f"luma is of red, green and blue; the images have {images.shape[1]} channels")
+        return torch.tensor(LUMA, dtype=images.dtype, device=images.device).view(1, 3, 1, 1)
+    return torch.ones_like(images)
+
+
+def _directed(direction: Direction, images: Tensor) -> Tensor:
+    """(N, K, C, H, W) the one or several vectors that a direction stands for."""
+    if not isinstance(direction, str):
+        return _of_user("a direction", direction, images)
+    if direction == "channel-constant":
+        return torch.ones_like(images).unsqueeze(1) * _channels(images)
+    return _named(direction, images).expand_as(images).unsqueeze(1)
+
+
+def _of_user(what: str, vector: Tensor | Callable[[Tensor], Tensor], images: Tensor, several: bool = True) -> Tensor:
+    """(N, K, C, H, W) a tensor, or what a function makes of the images; K is 1 if not `several`."""
+    # A function may write into what it is given, and into what it has returned.
+    given = vector if isinstance(vector, Tensor) else vector(images.clone())
+    if not isinstance(given, Tensor):
+        raise ValueError(f"{what} must return a tensor; got {type(given).__name__}")
+    if given.is_complex():
+        raise ValueError(f"{what} must be real; got {given.dtype}: give its .real and .imag, as two")
+    given = given.detach().clone()
+    found = given.to(images)
+    if isinstance(vector, Tensor) and found.ndim < 5:
+        found = found.unsqueeze(0) if found.ndim == 4 else found.unsqueeze(0).unsqueeze(0)
+    found = found.unsqueeze(1) if found.ndim == 4 else found
+    fits = found.ndim == 5 and found.shape[2:] == images.shape[1:] and found.shape[0] in (1, len(images))
+    if not fits or (found.shape[1] != 1 and not several):
+        raise ValueError(
+            f"{what} must have the images' shape {tuple(images.shape[1:])}, one"
+            + (
+                " or several for all images, or as a function (N, K, C, H, W)"
+                if several
+                else " for all images, or as a function (N, C, H, W)"
+            )
+            + f"; got {tuple(given.shape)}"
+        )
+    if not bool(found.isfinite().all()):
+        raise ValueError(f"{what} must be finite; found NaN or infinity")
+    return found.expand(len(images), *found.shape[1:])
 
 
 def _radius(eps: Any) -> float | Tensor:

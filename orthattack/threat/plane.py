@@ -24,6 +24,8 @@ __all__ = ["Plane"]
 _IMAGE = scope_dims("image")
 # A pixel's colour has so few breakpoints that trying them all beats a search.
 _FEW = 4
+# In a group of fewer pixels, round-off does not average out, and may be more than a cosine may be.
+_MANY = 512
 # A dual gap this small, relative to the objective's scale, is below float32's round-off of the objective itself.
 _GAP = 1e-8
 # The same for an L1 step, relative to the objective.
@@ -62,7 +64,8 @@ class Plane:
         self._has_negative = bool((self.normal < 0).any())
         # Beside perturbations as wide as this, rounding is nothing, and nothing has to be repaired pixel by pixel.
         wide = 1e6 * torch.finfo(images.dtype).eps * images.abs().amax(self.dims, keepdim=True)
-        self._is_coarse = not self.is_small and bool((self._width2 > wide**2).all())
+        is_large = images.numel() >= _MANY * self._normal2.numel()
+        self._is_coarse = is_large and bool((self._width2 > wide**2).all())
 
     @cached_property
     def _scratch(self) -> tuple[Tensor, ...]:

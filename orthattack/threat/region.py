@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from orthattack.projection import reciprocal, scope_dims
+from orthattack.projection import block_size, cut, is_fine, joined, reciprocal, scope_dims
+from orthattack.threat.blocks import Blocks
 from orthattack.threat.norms import BALLS, length, unit
 from orthattack.threat.plane import Plane
 from orthattack.threat.sets import Allowed, Free
@@ -32,18 +33,19 @@ class Region:
     """The allowed images around a batch; made by `ThreatModel.around`.
 
     Points of the region are tensors (N, C, H, W) in the images' dtype. For float32 images they satisfy, recomputed in
-    float64: inside the bounds, ‖δ‖ <= eps (1 + 1e-6), and ``|cos(δ, x)|`` <= 1e-6 in every group of the scope, and so
-    with every direction. A group of nothing but values below some 1e-24, not all zero, stays as it is: denormal numbers
-    are too coarse for more, and to some processors zero. float16 and bfloat16 images keep the bounds and the ball, and
-    orthogonality as far as their grid allows: docs/api/threat-models.md says how far. Scope "pixel" is refused there.
+    float64: inside the bounds, ‖δ‖ <= eps (1 + 1e-6), and ``|cos(δ, n)|`` <= 1e-6 in every group of the scope, n being
+    the image or another normal, and so with every direction. A group of the image as the normal with nothing but values
+    below some 1e-24, not all zero, stays as it is: denormal numbers are too coarse for more, and to some processors
+    zero. float16 and bfloat16 images keep the bounds and the ball, and orthogonality as far as their grid allows:
+    docs/api/threat-models.md says how far. Scope "pixel" and blocks are refused there.
     """
 
     def __init__(self, threat: ThreatModel, images: Tensor) -> None:
-        if threat.scope == "pixel" and torch.finfo(images.dtype).bits < 32:
+        if is_fine(threat.scope) and torch.finfo(images.dtype).bits < 32:
             raise ValueError(
-                f'scope="pixel" needs images of float32 or float64; got {images.dtype}, where a colour has next to no '
-                "orthogonal neighbours (|cos| up to 0.7): pass images.float(), to a model that takes float32; "
-                'precision="bfloat16" computes its gradients in bfloat16'
+                f'scope="{threat.scope}" needs images of float32 or float64; got {images.dtype}, where so few pixels '
+                "have next to no orthogonal neighbours (|cos| up to 0.7): pass images.float(), to a model that takes "
+                'float32; precision="bfloat16" computes its gradients in bfloat16'
             )
         self.threat, self.dtype, self._ball = threat, images.dtype, BALLS[threat.norm]
         low, high = threat.bounds
@@ -57,10 +59,12 @@ class Region:
             raise ValueError(f"eps has {eps.numel()} values for {len(x)} images: it must have one per sample or be one")
         self.eps = eps.expand(len(x)).view(-1, 1, 1, 1)
         fixed = self.eps == 0
-        if threat.scope is not None:
+        normals = threat.normals(x) if threat.scope is not None else x
+        if threat.scope is not None and normals is x:
             dims = scope_dims(threat.scope)
-            dark = x.abs().amax(dims, keepdim=True) < _DARK * torch.finfo(x.dtype).tiny
-            fixed = fixed | (dark & ~zero.amin(dims, keepdim=True))
+            dark = cut(x, threat.scope).abs().amax(dims, keepdim=True) < _DARK * torch.finfo(x.dtype).tiny
+            dark = dark & ~cut(zero, threat.scope).amin(dims, keepdim=True)
+            fixed = fixed | joined(dark.expand_as(cut(x, threat.scope)), x)
         self._fixed = fixed.expand_as(x) if bool(fixed.any()) else None
         if self._ball.is_box:
             lower = self._within_eps((x.double() - self.eps).to(x.dtype), x).clamp_(min=low)
@@ -69,11 +73,14 @@ class Region:
             lower, upper = torch.full_like(x, low), torch.full_like(x, high)
         if self._fixed is not None:
             lower, upper = torch.where(self._fixed, x, lower), torch.where(self._fixed, x, upper)
-        self._set(x, lower, upper, threat._vectors(x) if threat.directions else None)
+        vectors = threat._vectors(x, normals) if threat._more else None
+        self._set(x, lower, upper, vectors, None if normals is x else normals.contiguous())
 
-    def _set(self, images: Tensor, lower: Tensor, upper: Tensor, vectors: Tensor | None) -> None:
-        self.images, self._vectors = images, vectors
-        self._allowed = _allowed(self.threat, images, lower, upper, vectors)
+    def _set(
+        self, images: Tensor, lower: Tensor, upper: Tensor, vectors: Tensor | None, normals: Tensor | None
+    ) -> None:
+        self.images, self._vectors, self._normals = images, vectors, normals
+        self._allowed = _allowed(self.threat, images, lower, upper, vectors, normals)
 
     def release(self) -> None:
         """Give back the working memory of the steps, four image batches, which the next one takes again."""
@@ -85,7 +92,8 @@ class Region:
         region.threat, region.dtype, region._ball = self.threat, self.dtype, self._ball
         region.eps, region._fixed = self.eps[index], None if self._fixed is None else self._fixed[index]
         vectors = None if self._vectors is None else self._vectors[index]
-        region._set(self.images[index], self._allowed.lower[index], self._allowed.upper[index], vectors)
+        normals = None if self._normals is None else self._normals[index]
+        region._set(self.images[index], self._allowed.lower[index], self._allowed.upper[index], vectors, normals)
         return region
 
     def step(self, points: Tensor, gradient: Tensor, alpha: Tensor | float, avoid: Tensor | None = None) -> Tensor:
@@ -108,7 +116,7 @@ class Region:
             gradient: the same shape, finite, any scale.
             alpha: step size in pixel units and the threat model's norm; one number, or (N, 1, 1, 1).
             avoid: (N, C, H, W), one more direction that the step itself, y - x_t, is orthogonal to: exactly for
-                L-infinity, before the projection for the others. Not with scope "pixel".
+                L-infinity, before the projection for the others. Not with scope "pixel" or blocks.
 
         Returns:
             (N, C, H, W), in the region.
@@ -126,7 +134,7 @@ class Region:
     def _step_avoiding(self, start: Tensor, g: Tensor, alpha: Tensor, avoid: Tensor) -> Tensor:
         x, lower, upper = self.images, self._allowed.lower, self._allowed.upper
         if self.threat.is_orthogonal:
-            vectors = self.threat._vectors(x) if self._vectors is None else self._vectors
+            vectors = self.threat._vectors(x, self._normals) if self._vectors is None else self._vectors
             avoid = torch.cat([vectors, avoid], 1)
         through = Subspace(x, lower, upper, avoid)
         if self._ball.is_box:
@@ -224,18 +232,23 @@ class Region:
         return stored if asks and bool(fits.all()) else torch.where(fits, stored, x.to(self.dtype))
 
 
-def _allowed(threat: ThreatModel, images: Tensor, lower: Tensor, upper: Tensor, vectors: Tensor | None) -> Allowed:
+def _allowed(
+    threat: ThreatModel, images: Tensor, lower: Tensor, upper: Tensor, vectors: Tensor | None, normals: Tensor | None
+) -> Allowed:
     """The set for a threat model: one plane per group of pixels where that is all, or else several for each image."""
     plane: Plane | None = None
+    if threat.scope is not None and block_size(threat.scope) is not None:
+        return Blocks(images, lower, upper, threat.scope, normals)
     if threat.scope is not None and vectors is None:
-        plane = Plane(images, lower, upper, threat.scope)
+        plane = Plane(images, lower, upper, threat.scope, normals)
     elif threat.scope is None and list(threat.directions) == ["channel-constant"]:
         plane = Plane(images, lower, upper, "channel", torch.ones_like(images))
     elif vectors is not None and vectors.shape[1] == 1:
         plane = Plane(images, lower, upper, "image", vectors[:, 0].contiguous())
     if threat.norm == "l1" and vectors is None and threat.scope != "pixel":
         # Newton's method finds the ball's multiplier along with the planes', so it serves without planes too.
-        vectors = torch.zeros_like(images).unsqueeze(1) if threat.scope is None else threat._vectors(images)
+        is_free = threat.scope is None
+        vectors = torch.zeros_like(images).unsqueeze(1) if is_free else threat._vectors(images, normals)
     if vectors is not None and (plane is None or threat.norm == "l1"):
         return Subspace(images, lower, upper, vectors, plane)
     return Free(images, lower, upper) if plane is None else plane

@@ -226,7 +226,10 @@ def test_numbers_of_a_call_may_come_from_numpy_and_torch():
     ):
         assert torch.equal(ours.norm, theirs.norm)
     threat = ThreatModel("linf", np.float32(0.5), np.array([0.0, 1.0]))
-    assert repr(threat) == "ThreatModel(norm='linf', eps=0.5, bounds=(0.0, 1.0), scope='image', directions=())"
+    assert (
+        repr(threat)
+        == "ThreatModel(norm='linf', eps=0.5, bounds=(0.0, 1.0), scope='image', directions=(), normal='image')"
+    )
 
 
 def test_a_radius_of_the_callers_array_is_a_copy():
@@ -259,7 +262,7 @@ def test_a_radius_of_the_callers_array_is_a_copy():
         ({"model": nn.Linear}, r"it is a class, so make one first, Linear\(\.\.\.\)"),
         ({"model": nn.Linear(1, 1).state_dict()}, "load the weights into a module first"),
         ({"directions": torch.ones(3, 4, 4)}, r"directions must be a list, such as directions=\['constant'\]"),
-        ({"scope": ["image"]}, r"scope must be one of 'image', 'channel', 'pixel'; got \['image'\]"),
+        ({"scope": ["image"]}, r"scope must be one of 'image', 'channel', 'pixel', or .*; got \['image'\]"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_named_with_a_remedy(options, message):

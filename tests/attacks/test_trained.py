@@ -7,6 +7,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
 
 import orthattack
 from orthattack import (
@@ -25,8 +26,10 @@ from orthattack import (
 from orthattack.eval.data.load import load_dataset
 from orthattack.eval.models.load import load_classifier
 from scripts.measure_rounding import measure
+from tests.attacks.test_family import FAMILY, RADII, make
 
 EPS = 8 / 255
+LUMA = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
 pytestmark = pytest.mark.heavy
 
 
@@ -83,6 +86,35 @@ def test_constraints_hold_on_images(trained, norm, scope):
         assert adversarials.max() <= 1
         assert size.max() <= eps * (1 + 1e-6)
         assert alignment(delta, images.double(), scope).abs().max() <= 1e-6
+
+
+KEPT = {"8×8 block means kept": ("block8", "constant"), "luma of each pixel kept": ("pixel", "luma")}
+
+
+@pytest.mark.parametrize("words", KEPT)
+@pytest.mark.parametrize("name", [*FAMILY, "MinimumNorm"])
+def test_every_attack_keeps_block_means_and_luma(trained, name, words):
+    """As pooling and a grey image have them, for each norm in turn."""
+    model, images, labels = (part[:6] if isinstance(part, Tensor) else part for part in trained)
+    scope, normal = KEPT[words]
+    norm = list(RADII)[2 * len(name) % 3]
+    options = {"scope": scope, "normal": normal}
+    attack = (
+        MinimumNorm(OrthoPGD(model, norm, RADII[norm], steps=3, generator=seeded(), **options), trials=4)
+        if name == "MinimumNorm"
+        else make(name, model, norm, **options)
+    )
+    assert attack.card.keeps == (words,)
+    result = attack.run(images, labels)
+    delta = result.adversarials.double() - images.double()
+    assert (result.norm > 0).sum() >= 3
+    assert result.cosine.max() <= 1e-6
+    assert name == "MinimumNorm" or result.norm.max() <= RADII[norm] * (1 + 1e-6)
+    if normal == "luma":
+        change, size = torch.einsum("nchw,c->nhw", delta, LUMA) / LUMA.norm(), delta.norm(dim=1)
+    else:
+        change, size = 8 * avg_pool2d(delta, 8), 8 * avg_pool2d(delta**2, 8).sqrt()
+    assert (change.abs() <= 1e-6 * size).all()
 
 
 @pytest.mark.slow

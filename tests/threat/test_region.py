@@ -694,7 +694,7 @@ def test_memory_layout_does_not_matter():
         ({"eps": -0.1}, "eps must be a finite number >= 0, in pixel units such as 8/255; got -0.1"),
         ({"eps": float("nan")}, "eps must be a finite number"),
         ({"bounds": (1, 0)}, r"bounds must be two finite numbers \(low, high\) with low < high; got \(1, 0\)"),
-        ({"scope": "row"}, "scope must be one of 'image', 'channel', 'pixel'; got 'row'"),
+        ({"scope": "row"}, "scope must be one of 'image', 'channel', 'pixel', or .*'block8'; got 'row'"),
     ],
 )
 def test_options_are_checked(options, message):

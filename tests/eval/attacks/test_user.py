@@ -111,7 +111,10 @@ def lost(self):
         (lost, "KeyError: 'no card'"),
         (lambda self: "PGD", "the card of Odd must be an orthattack.attacks.Card; got 'PGD'"),
         (lambda self: None, "the card of Odd must be an orthattack.attacks.Card; got None"),
-        (lambda self: Card("PGD", "rows"), "scope must be one of 'image', 'channel', 'pixel'; got 'rows'"),
+        (
+            lambda self: Card("PGD", "rows"),
+            "scope must be one of 'image', 'channel', 'pixel', or .*'block8'; got 'rows'",
+        ),
         (lambda self: Card("PGD", None, [3]), "each of directions must be"),
     ],
 )
