@@ -35,6 +35,9 @@ Normal = Literal["image", "constant", "luma"] | Tensor | Callable[[Tensor], Tens
 Direction = Literal["constant", "channel-constant", "luma"] | Tensor | Callable[[Tensor], Tensor]
 """What else a perturbation stays orthogonal to: see `ThreatModel`."""
 
+NAMED = {"normal": ("image", "constant", "luma"), "directions": ("constant", "channel-constant", "luma")}
+"""The normals and directions that have names."""
+
 LUMA = (0.299, 0.587, 0.114)
 """The weights of red, green and blue in the luma of ITU-R BT.601, which is JPEG's and PIL's grey."""
 
@@ -104,8 +107,8 @@ class ThreatModel:
         if not isinstance(self.directions, Sequence) or isinstance(self.directions, str):
             raise ValueError("directions must be a list, such as directions=['constant']")
         for direction in self.directions:
-            _check_vector("each of directions", direction, ("constant", "channel-constant", "luma"))
-        _check_vector("normal", self.normal, ("image", "constant", "luma"))
+            _check_vector("each of directions", direction, NAMED["directions"])
+        _check_vector("normal", self.normal, NAMED["normal"])
         if self.scope is None and not (isinstance(self.normal, str) and self.normal == "image"):
             raise ValueError(
                 f'normal={_name(self.normal)} needs a scope, the vectors that it is for: scope="image", "channel", '

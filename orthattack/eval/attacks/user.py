@@ -76,5 +76,5 @@ def _told(attack: Any) -> Card | None:
     card = attack.card
     if not isinstance(card, Card) or not isinstance(card.family, str):
         raise TypeError(f"the card of {type(attack).__name__} must be an orthattack.attacks.Card; got {card!r}")
-    ThreatModel("linf", 0.0, scope=card.scope, directions=card.directions)
+    ThreatModel("linf", 0.0, scope=card.scope, directions=card.directions, normal=card.normal)
     return card

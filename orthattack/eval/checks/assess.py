@@ -18,7 +18,7 @@ import pandas as pd
 from orthattack.eval.checks.clean import CLEAN_COLUMNS, clean_suspicions, differentiated
 from orthattack.eval.checks.probes import TRANSFER
 from orthattack.eval.storage.run_folder import RunFolder, shown_eps
-from orthattack.threat import Norm, ThreatModel, perturbation_norm
+from orthattack.threat import NAMED, Norm, ThreatModel, perturbation_norm
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ class _Model:
         for attack in self.manifest["attacks"]:
             threat, unnamed = _promise(attack)
             for eps in attack["eps"]:
-                if unnamed:  # measured on the same pixels, when the directions were at hand
+                if unnamed:  # measured on the same pixels, when they were at hand
                     rows = self.folder.read("shards", self.label, attack["label"], eps, ["promised_cosine"]).dropna()
                     cosine, others = max(cosine, rows["promised_cosine"].max()) if len(rows) else cosine, True
                 for position, image in self.folder.images(self.label, attack["label"], eps):
@@ -260,22 +260,25 @@ class _Model:
             worst <= 1 + 1e-4 and cosine <= 1e-6,
             f"{count} images: norm at most {worst:.7g} eps, "
             + (promised if orthogonal or others else "none of an attack that promises orthogonality")
-            + others * "; directions that are tensors or functions as measured during the run",
+            + others * "; tensors and functions as measured during the run",
             "what was saved is not what the attack promised",
         )
 
 
 def _promise(attack: Mapping[str, Any]) -> tuple[ThreatModel | None, bool]:
     """What an attack promises to be orthogonal to, as far as it can be told from the manifest, and whether that is not
-    all: of directions that were tensors or functions there is only a description."""
+    all: of tensors and functions there is only a description."""
     if not attack["orthogonal"]:
         return None, False
-    # Runs of 0.1.0 had the scope among the parameters only, and no directions.
+    # Runs of 0.1.0 had the scope among the parameters only, and neither directions nor a normal.
     scope = attack["scope"] if "scope" in attack else attack["parameters"].get("scope", "image")
-    directions = attack.get("directions", [])
-    named = [direction for direction in directions if direction in ("constant", "channel-constant")]
-    known = ThreatModel("l2", 0.0, scope=scope, directions=named) if scope or named else None
-    return known, len(named) < len(directions)
+    normal, directions = attack.get("normal", "image"), attack.get("directions", [])
+    named = [direction for direction in directions if direction in NAMED["directions"]]
+    is_known = normal in NAMED["normal"]
+    if not is_known:
+        scope, normal = None, "image"
+    known = ThreatModel("l2", 0.0, scope=scope, directions=named, normal=normal) if scope or named else None
+    return known, len(named) < len(directions) or not is_known
 
 
 def _both(first: pd.DataFrame, second: pd.DataFrame, one: str, other: str) -> pd.DataFrame:

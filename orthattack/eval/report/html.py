@@ -102,7 +102,7 @@ def _context(run: Run) -> dict[str, Any]:
         "manifest": json.dumps(dict(run.manifest), indent=2, ensure_ascii=False),
         "done": done,
         "expected": expected,
-        "definitions": DEFINITIONS.split("; "),
+        "definitions": [*DEFINITIONS.split("; "), *tables.promised(run)],
         "data": data,
         "stored": stored,
         "session": (run.manifest.get("sessions") or [{}])[-1],

@@ -139,6 +139,15 @@ def compared_rows(table: Any, norm: str) -> list[dict[str, Any]]:
     return [{**row, "shown_eps": "" if row["attack"] == CLEAN else shown_eps(row["eps"], norm)} for row in rows]
 
 
+def promised(run: Run) -> list[str]:
+    """What attacks promise to leave as it is, a line for those that promise the same."""
+    found: dict[str, list[str]] = {}
+    for label, about in run.attacks.items():
+        if promises := about.get("keeps"):
+            found.setdefault("; ".join(promises), []).append(label)
+    return [f"promised by {', '.join(labels)}: {promises}" for promises, labels in found.items()]
+
+
 def grid(columns: Sequence[Column], rows: Iterable[Row], name: Callable[[str], str]) -> list[list[str]]:
     """The cells of a table, those that hold names passed through `name`."""
     return [[name(row[c.key]) if c.is_name else c.cell(row) for c in columns] for row in rows]

@@ -91,7 +91,7 @@ def leaderboard_table(run: Run) -> str:
         for line, before in zip(shown[:0:-1], shown[-2::-1], strict=True):
             line[0] = "" if line[0] == before[0] else line[0]  # a radius is named once
         parts += [f"\n{_cut(model, 60)}: {_ascii(_clean(run, model))}", _aligned(shown)]
-    parts += ["", *NOTES, *(line for text in _beware(run, rows) for line in _wrapped(text))]
+    parts += ["", *NOTES, *(line for text in [*tables.promised(run), *_beware(run, rows)] for line in _wrapped(text))]
     return "\n".join(parts)
 
 
@@ -197,7 +197,7 @@ def markdown(run: Run) -> str:
         lines += ["## Beside the baselines", "", _pipes([pairs[key] for key in keys], beside), ""]
     if optimal := tables.optimality_rows(run):
         lines += ["## Optimality (arXiv:2404.19460)", "", _pipes(OPTIMALITY, optimal), ""]
-    lines += [f"- {_md(note)}" for note in [*NOTES, *_beware(run, rows)]]
+    lines += [f"- {_md(note)}" for note in [*NOTES, *tables.promised(run), *_beware(run, rows)]]
     return "\n".join(lines) + "\n"
 
 
@@ -237,7 +237,7 @@ def _md(text: str) -> str:
 
 def _ascii(text: str) -> str:
     """`text` on one line in ASCII, whatever characters a name may hold and a terminal may lack."""
-    plain = str(text).replace("–", "-").replace("−", "-").replace("ε", "eps")
+    plain = str(text).replace("–", "-").replace("−", "-").replace("ε", "eps").replace("×", "x")
     return "".join(c if c.isprintable() and c.isascii() else ascii(c)[1:-1] for c in plain)
 
 

@@ -275,11 +275,11 @@ def _moved(adversarials: Tensor, images: Tensor) -> Tensor:
 def promised_cosine(adversarials: Tensor, images: Tensor, card: Card) -> list[Any]:
     """Largest |cos| of each perturbation with all that it should be orthogonal to; None where that is nothing.
 
-    It calls the directions that are functions.
+    It calls the directions, and the normal, that are functions.
     """
     if not (card.is_orthogonal and card.exact):
         return [None] * len(images)
-    threat = ThreatModel("l2", 0.0, scope=card.scope, directions=card.directions)
+    threat = ThreatModel("l2", 0.0, scope=card.scope, directions=card.directions, normal=card.normal)
     found: list[Any] = threat.cosine(adversarials.double() - images.double(), images.clone()).tolist()
     return found
 

@@ -43,7 +43,9 @@ def describe_attacks(entries: Sequence[Entry], baselines: Mapping[str, Sequence[
             ],
             "orthogonal": first.kind.orthogonal,
             "scope": first.kind.card.scope,
+            "normal": described(first.kind.card.normal, with_source=True),
             "directions": described(first.kind.card.directions, with_source=True),
+            "keeps": list(first.kind.card.keeps) if first.kind.orthogonal else [],
             "minimal": first.kind.card.minimal,
         }
         for label, of_label in by_label.items()

@@ -111,10 +111,8 @@ def lost(self):
         (lost, "KeyError: 'no card'"),
         (lambda self: "PGD", "the card of Odd must be an orthattack.attacks.Card; got 'PGD'"),
         (lambda self: None, "the card of Odd must be an orthattack.attacks.Card; got None"),
-        (
-            lambda self: Card("PGD", "rows"),
-            "scope must be one of 'image', 'channel', 'pixel', or .*'block8'; got 'rows'",
-        ),
+        (lambda self: Card("PGD", "rows"), "or blocks of a size such as 'block8'; got 'rows'"),
+        (lambda self: Card("PGD", "image", normal="rows"), "normal must be 'image', 'constant', 'luma', a tensor or"),
         (lambda self: Card("PGD", None, [3]), "each of directions must be"),
     ],
 )

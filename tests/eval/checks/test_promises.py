@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
 import json
 import shutil
 
@@ -18,6 +19,7 @@ from orthattack.eval.attacks.load import attack_kind
 from orthattack.eval.attacks.ours import OURS
 from orthattack.eval.checks.assess import assess
 from orthattack.eval.errors import EvaluationError
+from orthattack.eval.report.text import leaderboard_table
 from orthattack.eval.storage.run_folder import RunFolder, Shard
 from tests.eval.tiny import EPS, SIZE, Net, evaluated
 
@@ -51,6 +53,10 @@ FORMS = {
     "loss": (
         {"name": "OrthoPGD", "loss": lambda logits, labels: -logits.gather(1, labels[:, None])[:, 0]}, "image", [],
     ),
+    "means of blocks": ({"name": "OrthoPGD", "scope": "block4", "normal": "constant"}, "block4", []),
+    "luma": ({"name": "PGD", "scope": "pixel", "normal": "luma"}, "pixel", []),
+    "a normal of mine": ({"name": "FGSM", "scope": "channel", "normal": DIRECTION}, "channel", []),
+    "a normal of the image": ({"name": "APGD", "scope": "block2", "normal": mirrored}, "block2", []),
     "square": ({"name": "OrthoSquare", "queries": 5, "directions": ["constant"]}, "image", ["constant"]),
 }  # fmt: skip
 FREE = {
@@ -84,6 +90,21 @@ def of_scope(scope, x):
     for k in range(SIZE * SIZE if scope == "pixel" else 0):
         mask = (torch.arange(SIZE * SIZE) == k).view(1, SIZE, SIZE).double().expand_as(x)
         yield x * mask, mask
+    if scope is not None and scope.startswith("block"):
+        k = int(scope.removeprefix("block"))
+        for c, i, j in itertools.product(range(3), range(0, SIZE, k), range(0, SIZE, k)):
+            mask = torch.zeros_like(x)
+            mask[c, i : i + k, j : j + k] = 1
+            yield x * mask, mask
+
+
+def normal_of(normal, x):
+    if isinstance(normal, torch.Tensor):
+        return normal.double()
+    if callable(normal):
+        return normal(x[None])[0]
+    weights = {"constant": (1, 1, 1), "luma": (0.299, 0.587, 0.114)}
+    return torch.tensor(weights[normal], dtype=torch.double).view(3, 1, 1).expand_as(x) if normal in weights else x
 
 
 def of_directions(directions, x):
@@ -110,7 +131,7 @@ def test_what_is_promised_is_measured_in_every_row(run, label):
     for row in found.to_dict("records"):
         x = clean[row["position"]].double()
         delta = adversarials[row["position"]].double() - x
-        pairs = [(vector, delta * mask) for vector, mask in of_scope(scope, x)]
+        pairs = [(vector, delta * mask) for vector, mask in of_scope(scope, normal_of(table.get("normal", "image"), x))]
         pairs += [(vector, delta) for vector in of_directions(table.get("directions", []), x)]
         if not pairs:
             assert pd.isna(row["promised_cosine"])
@@ -129,7 +150,7 @@ def test_what_promises_nothing_is_held_to_nothing(run, label):
 def test_the_checks_and_the_report_survive_all_of_them(run):
     check = next(c for c in run.checks() if c["check"] == "saved images keep budget and orthogonality")
     assert check["status"] == "passed", check
-    assert "directions that are tensors or functions as measured during the run" in check["figures"]
+    assert "tensors and functions as measured during the run" in check["figures"]
     assert (run.folder.path / "report.html").exists()
     kept = json.loads((run.folder.path / "manifest.json").read_text())
     about = {attack["label"]: attack for attack in kept["attacks"]}
@@ -141,9 +162,23 @@ def test_the_checks_and_the_report_survive_all_of_them(run):
     source = hashlib.sha256(inspect.getsource(mirrored).encode()).hexdigest()[:16]
     assert about["function"]["directions"] == [f"{__name__}.mirrored, source SHA-256 {source}"]
     assert about["minimal"]["minimal"]
+    assert (about["luma"]["normal"], about["luma"]["keeps"]) == ("luma", ["luma of each pixel kept"])
+    assert about["a normal of mine"]["normal"] == about["tensor"]["directions"][0]
+    assert about["a normal of the image"]["normal"] == about["function"]["directions"][0]
+    assert about["PGD"]["keeps"] == about["textbook"]["keeps"] == []
 
 
-@pytest.mark.parametrize("label", ["constant", "constants alone", "channel"])
+def test_reports_say_what_is_kept(run):
+    page, table = ((run.folder.path / name).read_text() for name in ("report.html", "results.md"))
+    told = leaderboard_table(run)
+    assert "promised by means of blocks: 4x4 block means kept" in told
+    assert "promised by luma: luma of each pixel kept" in told
+    assert "promised by detector, loss: orthogonal to the image\n" in told
+    assert "- promised by means of blocks: 4×4 block means kept" in table
+    assert "<dt>promised by luma</dt><dd> luma of each pixel kept</dd>" in page
+
+
+@pytest.mark.parametrize("label", ["constant", "constants alone", "channel", "means of blocks", "luma"])
 def test_a_saved_image_that_breaks_a_promise_is_found(run, tmp_path, label):
     """A shift by a constant, orthogonal to nothing that these promise, is put into the files."""
     shutil.copytree(run.folder.path, tmp_path / "copy")
