@@ -44,7 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         try:
             code: int = options.run(options)
-        except EvaluationError as error:
+        except BrokenPipeError:
+            raise
+        except (EvaluationError, OSError) as error:  # of disks and stores, wherever they fail
             print(f"orthattack: {printable(str(error))}", file=sys.stderr)
             return 2
         return code

@@ -17,6 +17,7 @@ import pandas as pd
 
 from orthattack.eval.checks.clean import CLEAN_COLUMNS, clean_suspicions, differentiated
 from orthattack.eval.checks.probes import TRANSFER
+from orthattack.eval.errors import EvaluationError, first_line
 from orthattack.eval.storage.run_folder import RunFolder, shown_eps
 from orthattack.threat import NAMED, Norm, ThreatModel, perturbation_norm
 
@@ -191,7 +192,7 @@ class _Model:
         found: list[tuple[int, str, list[int], int]] = []
         several = False
         for attack in self.manifest["attacks"]:
-            radii = sorted(eps for eps in attack["eps"] if eps is not None)
+            radii = sorted(eps for eps in attack.get("eps", ()) if eps is not None)
             if len(radii) < 2:
                 continue
             rows = [self._read("shards", attack["label"], eps) for eps in radii]
@@ -268,16 +269,19 @@ class _Model:
 def _promise(attack: Mapping[str, Any]) -> tuple[ThreatModel | None, bool]:
     """What an attack promises to be orthogonal to, as far as it can be told from the manifest, and whether that is not
     all: of tensors and functions there is only a description."""
-    if not attack["orthogonal"]:
+    if not attack.get("orthogonal"):
         return None, False
     # Runs of 0.1.0 had the scope among the parameters only, and neither directions nor a normal.
-    scope = attack["scope"] if "scope" in attack else attack["parameters"].get("scope", "image")
-    normal, directions = attack.get("normal", "image"), attack.get("directions", [])
-    named = [direction for direction in directions if direction in NAMED["directions"]]
-    is_known = normal in NAMED["normal"]
-    if not is_known:
-        scope, normal = None, "image"
-    known = ThreatModel("l2", 0.0, scope=scope, directions=named, normal=normal) if scope or named else None
+    scope = attack["scope"] if "scope" in attack else attack.get("parameters", {}).get("scope", "image")
+    normal, directions = attack.get("normal", "image"), attack.get("directions") or []
+    try:
+        named = [direction for direction in directions if direction in NAMED["directions"]]
+        is_known = normal in NAMED["normal"]
+        if not is_known:
+            scope, normal = None, "image"
+        known = ThreatModel("l2", 0.0, scope=scope, directions=named, normal=normal) if scope or named else None
+    except (ValueError, TypeError) as error:
+        raise EvaluationError(f"manifest.json: {attack['label']!r}: {first_line(error)}") from error
     return known, len(named) < len(directions) or not is_known
 
 

@@ -72,7 +72,8 @@ def examples(run: Run, model: str, attack: str, eps: float | None, wanted: list[
     stored_eps = run.stored_eps(attack, eps)
     columns = ["position", "name", "label", "status", "clean_prediction", "adversarial_prediction", "success", "cosine"]
     rows = run.rows(model, attack, eps, [*columns, run.norm])
-    rows = rows[rows["position"].isin(wanted) & rows["adversarial_prediction"].notna()]
+    known = rows["adversarial_prediction"].notna() & rows["clean_prediction"].notna()
+    rows = rows[rows["position"].isin(wanted) & known]
     by_position: dict[int, dict[str, Any]] = {int(row["position"]): row for row in records(rows)}
     clean = dict(run.folder.images(model, "clean", None, wanted))
     found = {}

@@ -41,13 +41,15 @@ def reported(folder: RunFolder, to: Path | None = None) -> Run:
     manifest = folder.manifest()
     run = Run(folder, manifest)  # which refuses a manifest that lacks something
     checks = [asdict(check) for check in assess(folder, manifest)] if manifest["config"].get("checks") else []
+    run = Run(folder, manifest, checks=checks)
+    target = folder if to is None else RunFolder(to)
     try:
-        folder.write_text("checks.json", json.dumps(checks, indent=1) + "\n")
-        write_report(run, None if to is None else RunFolder(to))
+        target.write_text("checks.json", json.dumps(checks, indent=1) + "\n")
+        write_report(run, target)
     except OSError as error:
         raise EvaluationError(
-            f"could not write the report to {to or folder} ({error.strerror or error}): the results are kept; mend it, "
-            f"and write the report with: orthattack report {folder}"
+            f"could not write the report to {target} ({error.strerror or error}): the results are kept; mend it, "
+            f"and write the report with: orthattack report {folder}, which --to DIR writes elsewhere"
         ) from error
     return run
 

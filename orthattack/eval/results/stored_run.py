@@ -7,7 +7,6 @@ with how often they were attacked.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from orthattack.eval.errors import EvaluationError
+from orthattack.eval.errors import EvaluationError, told
 from orthattack.eval.results.outcomes import (
     FOOLED,
     ROBUST,
@@ -37,6 +36,7 @@ from orthattack.eval.results.outcomes import (
 from orthattack.eval.results.paired import Paired, optimality
 from orthattack.eval.results.rates import Rate
 from orthattack.eval.storage.run_folder import RunFolder
+from orthattack.eval.storage.schema import CheckRecords, ManifestRecord, from_json, unfit
 
 WORST = "worst case of all"
 """Name of the rows in which an image counts as fooled if any attack at that radius fooled it."""
@@ -67,29 +67,33 @@ class Run:
         folder: the run's folder.
         manifest: what its manifest.json says.
         norm: whose attacks to see; by default the run's main norm.
+        checks: the trust checks as they have just been judged; by default what checks.json says.
     """
 
-    def __init__(self, folder: RunFolder, manifest: Mapping[str, Any], norm: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        manifest: Mapping[str, Any],
+        norm: str | None = None,
+        checks: list[dict[str, str]] | None = None,
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
-        try:
-            config = manifest["config"]
-            self.norm: str = norm or config["norm"]
-            self.models: dict[str, Mapping[str, Any]] = {model["label"]: model for model in manifest["models"]}
-            self.attacks: dict[str, Mapping[str, Any]] = {
-                attack["label"]: attack
-                for attack in manifest["attacks"]
-                if attack.get("norm", config["norm"]) == self.norm
-            }
-            main = config["eps"] if self.norm == config["norm"] else ()
-            own = [eps for attack in self.attacks.values() for eps in attack.get("eps", ()) if eps is not None]
-            # None for attacks that minimise the norm, if there is no radius to see them at.
-            self.radii: list[float | None] = [*sorted({float(eps) for eps in (*main, *own)})] or [None]
-            self.other_norms = sorted(
-                {attack.get("norm", config["norm"]) for attack in manifest["attacks"]} - {self.norm}
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise EvaluationError(f"{folder}/manifest.json lacks what a report needs ({error!r})") from error
+        if (why := unfit(ManifestRecord, manifest)) is not None:
+            raise EvaluationError(f"{folder}/manifest.json lacks what a report needs ({why})")
+        config = manifest["config"]
+        self.norm: str = norm or config["norm"]
+        self.models: dict[str, Mapping[str, Any]] = {model["label"]: model for model in manifest["models"]}
+        norms = [attack.get("norm") or config["norm"] for attack in manifest["attacks"]]
+        self.attacks: dict[str, Mapping[str, Any]] = {
+            attack["label"]: attack for attack, own in zip(manifest["attacks"], norms, strict=True) if own == self.norm
+        }
+        main = config["eps"] if self.norm == config["norm"] else ()
+        own = [eps for attack in self.attacks.values() for eps in attack.get("eps", ()) if eps is not None]
+        # None for attacks that minimise the norm, if there is no radius to see them at.
+        self.radii: list[float | None] = [*sorted({float(eps) for eps in (*main, *own)})] or [None]
+        self.other_norms = sorted(set(norms) - {self.norm})
+        self._checks = checks
         self._cells: dict[tuple[str, float | None], _Cell] = {}
 
     @classmethod
@@ -100,7 +104,7 @@ class Run:
 
     def in_norm(self, norm: str) -> Run:
         """The same run, its attacks in another norm."""
-        return Run(self.folder, self.manifest, norm)
+        return Run(self.folder, self.manifest, norm, self._checks)
 
     def radii_of(self, attack: str) -> list[float | None]:
         """The radii under which the rows of an attack are stored: None alone for one that minimises the norm."""
@@ -118,10 +122,15 @@ class Run:
 
     def checks(self) -> list[dict[str, str]]:
         """The trust checks: model, check, status ("passed", "warned" or "not run"), figures, why."""
-        try:
-            return list(json.loads(self.folder.read_text("checks.json") or "[]"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise EvaluationError(f"{self.folder}/checks.json cannot be read ({error})") from error
+        if self._checks is None:
+            try:
+                found = from_json(self.folder.read_text("checks.json") or "[]")
+                if (why := unfit(CheckRecords, found)) is not None:
+                    raise ValueError(why)
+            except (OSError, ValueError, RecursionError) as error:
+                raise EvaluationError(f"{self.folder}/checks.json cannot be read ({told(error)})") from error
+            self._checks = found
+        return self._checks
 
     def images(self, model: str) -> int:
         """How many images the run set out to attack."""
@@ -138,11 +147,16 @@ class Run:
 
     def rows(self, model: str, attack: str, eps: float | None, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """The stored rows of an attack at a radius of the run, in the order of the images."""
-        return self.folder.read("shards", model, attack, self.stored_eps(attack, eps), columns)
+        return self._within(model, self.folder.read("shards", model, attack, self.stored_eps(attack, eps), columns))
 
     def clean(self, model: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """The stored rows of the model on the images as they are."""
-        return self.folder.read("clean", model, columns=columns)
+        return self._within(model, self.folder.read("clean", model, columns=columns))
+
+    def _within(self, model: str, rows: pd.DataFrame) -> pd.DataFrame:
+        if "position" in rows and len(rows) and rows["position"].iloc[-1] >= self.images(model):
+            raise EvaluationError(f"{self.folder} has rows of {model} for more images than manifest.json says")
+        return rows
 
     def clean_accuracy(self, model: str) -> Rate:
         """Right on the clean image, over the images that could be read and predicted."""
@@ -250,7 +264,7 @@ class Run:
 
     def _distances(self, model: str, attack: str) -> NDArray[np.float64]:
         """Smallest norm by position: 0 where wrong to begin with, inf where not fooled, NaN where not scored."""
-        best = np.full(self._size(model), np.nan)
+        best = np.full(self.images(model), np.nan)
         for eps in self.radii_of(attack):
             rows = self.rows(model, attack, eps, ["position", "label", "status", "success", self.norm])
             found = self.outcomes_of(rows, attack, None)
@@ -261,10 +275,6 @@ class Run:
             )
             best[found.position] = np.fmin(best[found.position], distance)
         return best
-
-    def _size(self, model: str) -> int:
-        position = self.clean(model, ["position"])["position"]
-        return max(self.images(model), int(position.max()) + 1 if len(position) else 0)
 
     def progress(self) -> tuple[int, int]:
         """Rows that are there, and rows that there will be."""
@@ -287,7 +297,7 @@ class Run:
         return self._cells[model, eps]
 
     def _read(self, model: str, eps: float | None) -> _Cell:
-        size = self._size(model)
+        size = self.images(model)
         rows, classes, cosines = [], [], {}
         by_position: dict[str, NDArray[np.int8]] = {}
         labels = np.full(size, -1, np.int32)

@@ -14,10 +14,11 @@ import torch
 
 from orthattack.eval.attacks.kind import described
 from orthattack.eval.data.dataset import ImageDataset
-from orthattack.eval.errors import EvaluationError
+from orthattack.eval.errors import EvaluationError, told
 from orthattack.eval.models.classifier import Classifier
 from orthattack.eval.storage.lock import Share
 from orthattack.eval.storage.run_folder import RunFolder
+from orthattack.eval.storage.schema import ManifestRecord, unfit
 from orthattack.eval.suite import Entry, differences
 
 
@@ -76,15 +77,17 @@ def to_go_on(
     it is not; the message shows the differences."""
     old = folder.manifest()
     try:
+        if (why := unfit(ManifestRecord, old)) is not None:
+            raise ValueError(why)
         found = differences(old["config"], new["config"])
         for before, after in zip(old["models"], new["models"], strict=False):
-            for key in ("sha256", "preprocessing", "data"):
+            for key in ("label", "sha256", "preprocessing", "data"):
                 found += [f"{after['label']}: {line}" for line in differences({key: before[key]}, {key: after[key]})]
-        last = (old["sessions"] or [session])[-1]
+        last = (old.get("sessions") or [session])[-1]
         then = {what: dict(last[what]) for what in ("versions", "hardware")}
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise EvaluationError(
-            f"{folder}/manifest.json lacks what a run needs to go on ({error!r}); choose another folder"
+            f"{folder}/manifest.json lacks what a run needs to go on ({told(error)}); choose another folder"
         ) from error
     if found:
         raise EvaluationError(
@@ -150,7 +153,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
 def bury(folder: RunFolder, share: Share | None) -> None:
     """Set down as killed the sessions that never ended, for whoever holds the lock that they held."""
     for session in folder.sessions():
-        same = share is None or session["shard"] == _shard(share)
+        same = share is None or session.get("shard") == _shard(share)
         if same and session["outcome"] == "running":
             folder.write_session({**session, "outcome": "killed"})
 

@@ -153,11 +153,14 @@ def _working_in(
 ) -> Iterator[None]:
     """Keep others from the same work, as far as the folder allows."""
     if folder.path is None:
-        others = [one for one in folder.sessions() if one["outcome"] == "running" and one["shard"] == session["shard"]]
+        others = [
+            one for one in folder.sessions() if one["outcome"] == "running" and one.get("shard") == session["shard"]
+        ]
         for other in others:
             say(
-                f"process {other['process']} on {other['host']}, since {other['started']}, has not ended its work on "
-                f"{folder}, or was killed. If it still runs, stop it, or use --shard: both would do the same work"
+                f"process {other.get('process')} on {other.get('host')}, since {other.get('started')}, has not ended "
+                f"its work on {folder}, or was killed. If it still runs, stop it, or use --shard: both would do the "
+                "same work"
             )
         yield
         return

@@ -14,11 +14,13 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from itertools import count, groupby
 from pathlib import Path
 from typing import TypeVar
 
 from orthattack.eval.errors import EvaluationError, first_line
+from orthattack.eval.storage import inside
 
 ATTEMPTS = 6
 """How often a store is asked before its failure counts; in between it is left alone for 0.5, 1, 2, ... seconds."""
@@ -41,9 +43,8 @@ def open_files(place: Path | str, say: Callable[[str], None]) -> Files:
     know, or for which a package is missing."""
     if isinstance(place, Path) or "://" not in place:
         return Disk(Path(place))
-    if place.startswith("file://"):
-        return Disk(Path(place.removeprefix("file://")))
-    return Store(place, say)
+    kind, _, path = place.partition("://")
+    return Disk(Path(path)) if kind in ("file", "local") else Store(place, say)
 
 
 class Disk:
@@ -58,62 +59,74 @@ class Disk:
     def names(self, folder: str = "") -> list[str]:
         """What lies directly in a folder, files and folders alike, sorted; nothing if there is no such folder."""
         try:
-            return sorted(os.listdir(self.root / folder))  # noqa: PTH208 - a path for each of thousands costs
-        except (FileNotFoundError, NotADirectoryError):
+            with inside.folder(self.root, folder) as place:
+                return place.names()
+        except FileNotFoundError:
             return []
 
     def exists(self, name: str) -> bool:
-        """Whether there is such a file."""
-        return (self.root / name).is_file()
+        """Whether there is anything by that name."""
+        folder, _, last = name.rpartition("/")
+        try:
+            with inside.folder(self.root, folder) as place:
+                return place.has(last)
+        except FileNotFoundError:
+            return False
 
     def read(self, name: str) -> bytes:
         """The content of a file; FileNotFoundError if there is none."""
-        return (self.root / name).read_bytes()
+        folder, _, last = name.rpartition("/")
+        with inside.folder(self.root, folder) as place, os.fdopen(place.open(last, os.O_RDONLY), "rb") as stream:
+            return stream.read()
 
     def fetch(self, names: Sequence[str]) -> list[Path]:
         """Where on this machine's disks the contents of files are; they must not be changed there."""
-        return [self.root / name for name in names]
+        found = []
+        for folder, group in groupby(names, key=lambda name: name.rpartition("/")[0]):
+            with inside.folder(self.root, folder) as place:
+                found += [place.plain(name.rpartition("/")[2]) for name in group]
+        return found
 
-    @contextmanager
-    def writing(self, name: str) -> Iterator[Path]:
-        """A context with a path to write to; at its end that becomes the file, all of it or, on an error, nothing."""
-        path = self.root / name
-        with self._beside(path) as partial:
-            yield partial
-            _flush(partial)
-            partial.replace(path)
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file, in place of what there was: all of it or, on an error, nothing."""
+        with self._beside(name, content) as (place, partial, last):
+            place.rename(partial, last)
 
     def create(self, name: str, content: bytes) -> bool:
         """Write a file unless there is one already; whether it was written."""
-        path = self.root / name
-        with self._beside(path) as partial:
-            partial.write_bytes(content)
-            _flush(partial)
+        with self._beside(name, content) as (place, partial, last):
             try:
-                os.link(partial, path)  # fails if there is one, also over NFS, where O_EXCL may not
+                place.link(partial, last)  # fails if there is one, also over NFS, where O_EXCL may not
             except FileExistsError:
                 return False
             except OSError:  # a file system without links
-                if path.exists():
+                if place.has(last):
                     return False
-                partial.replace(path)
+                place.rename(partial, last)
             return True
 
+    def put_aside(self, name: str) -> None:
+        """Call what is damaged NAME.damaged, without its own ending."""
+        folder, _, last = name.rpartition("/")
+        with inside.folder(self.root, folder) as place:
+            stem = last.rpartition(".")[0]
+            taken = (f"{stem}.damaged" + (f"-{k}" if k else "") for k in count())
+            place.rename(last, next(new for new in taken if not place.has(new)))
+
     @contextmanager
-    def _beside(self, path: Path) -> Iterator[Path]:
-        """A name in the same folder, so on the same file system, that nobody else has, on no machine."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-        try:
-            yield partial
-        finally:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb+") as stream:
-        os.fsync(stream.fileno())
+    def _beside(self, name: str, content: bytes) -> Iterator[tuple[inside.Folder, str, str]]:
+        """Content in a file of the same folder, so on the same file system, under a name that nobody else has."""
+        folder, _, last = name.rpartition("/")
+        with inside.folder(self.root, folder, make=True) as place:
+            partial = f".{last}.{secrets.token_hex(8)}.partial"
+            try:
+                with os.fdopen(place.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as stream:
+                    stream.write(content)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                yield place, partial, last
+            finally:
+                place.remove(partial)
 
 
 class Store:
@@ -178,15 +191,9 @@ class Store:
         path.write_bytes(self.read(name))
         return path
 
-    @contextmanager
-    def writing(self, name: str) -> Iterator[Path]:
-        path = self._scratch(name)
-        try:
-            yield path
-            self._put(name, path.read_bytes())
-        finally:
-            self._copies.pop(name, None)
-            path.unlink(missing_ok=True)
+    def write(self, name: str, content: bytes) -> None:
+        self._put(name, content)
+        self._copies.pop(name, None)
 
     def _put(self, name: str, content: bytes) -> None:
         target = self._at(name)

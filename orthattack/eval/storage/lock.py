@@ -9,6 +9,7 @@ right even so, only computed twice.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from orthattack.eval.errors import EvaluationError
+from orthattack.eval.storage import inside
 
 try:
     import fcntl
@@ -41,28 +43,29 @@ def working_in(
 
     `about` is what whoever is refused should know of this process: host, process, started, shard. Yields whether the
     lock is really held; where the file system has none, `say` is told. EvaluationError: another is at work there."""
-    locks = folder / "sessions"
-    locks.mkdir(parents=True, exist_ok=True)
-    whole = locks / "whole.lock"
-    try:
-        with ExitStack() as stack:
-            if share is None:
-                held = _hold(stack, whole, True, about)
-            else:
-                own = locks / f"shard-{share[0]}-of-{share[1]}.lock"
-                held = _hold(stack, whole, False, about) and _hold(stack, own, True, about)
-            if not held:
-                say(f"{folder} is on a file system without locks: see to it that no two processes do the same work")
-            yield held
-    except _Taken:
-        raise EvaluationError(_refusal(folder, locks, share)) from None
+    with ExitStack() as stack:
+        try:
+            with inside.folder(folder, "sessions", make=True) as locks:
+                if share is None:
+                    held = _hold(stack, locks, "whole.lock", True, about)
+                else:
+                    own = f"shard-{share[0]}-of-{share[1]}.lock"
+                    held = _hold(stack, locks, "whole.lock", False, about) and _hold(stack, locks, own, True, about)
+        except _Taken:
+            raise EvaluationError(_refusal(folder, share)) from None
+        except OSError as error:
+            raise EvaluationError(f"could not lock {folder} ({error.strerror or error})") from error
+        if not held:
+            say(f"{folder} is on a file system without locks: see to it that no two processes do the same work")
+        yield held
 
 
-def _hold(stack: ExitStack, path: Path, exclusive: bool, about: Mapping[str, Any]) -> bool:
+def _hold(stack: ExitStack, locks: inside.Folder, name: str, exclusive: bool, about: Mapping[str, Any]) -> bool:
     """Lock a file until the stack is closed; False where there are no locks, _Taken if somebody else has it."""
     if not _HAS_LOCKS:
         return False
-    stream = stack.enter_context(path.open("a+", encoding="utf-8"))
+    fd = locks.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    stream = stack.enter_context(os.fdopen(fd, "r+", encoding="utf-8"))
     until = time.monotonic() + _PATIENCE
     while True:
         try:
@@ -81,8 +84,10 @@ def _hold(stack: ExitStack, path: Path, exclusive: bool, about: Mapping[str, Any
     return True
 
 
-def _refusal(folder: Path, locks: Path, share: Share | None) -> str:
-    holders = [about for path in sorted(locks.glob("*.lock")) if (about := _holder(path)) is not None]
+def _refusal(folder: Path, share: Share | None) -> str:
+    with inside.folder(folder, "sessions") as locks:
+        names = [name for name in locks.names() if name.endswith(".lock")]
+        holders = [about for name in names if (about := _holder(locks, name)) is not None]
     who = ", ".join(
         f"process {about.get('process')} on {about.get('host')}, since {about.get('started')}"
         + (f" (shard {about['shard']})" if about.get("shard") else "")
@@ -96,14 +101,14 @@ def _refusal(folder: Path, locks: Path, share: Share | None) -> str:
     return f"{folder} is at work already: {who or 'another process'}. {advice[0].upper()}{advice[1:]}"
 
 
-def _holder(path: Path) -> dict[str, Any] | None:
+def _holder(locks: inside.Folder, name: str) -> dict[str, Any] | None:
     """What whoever holds a lock says of itself, None if nobody holds it alone."""
     try:
-        with path.open("r", encoding="utf-8") as stream:
+        with os.fdopen(locks.open(name, os.O_RDONLY), encoding="utf-8") as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except OSError:
                 return dict(json.loads(stream.read() or "{}"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
     return None

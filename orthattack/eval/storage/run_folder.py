@@ -15,6 +15,7 @@ sessions and status is a copy, for whoever opens it by hand.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 import secrets
@@ -22,22 +23,33 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
 from orthattack.eval.errors import EvaluationError, first_line
-from orthattack.eval.storage.files import Disk, open_files
-from orthattack.eval.storage.schema import NULLABLE, SCHEMAS, Kind
+from orthattack.eval.storage.files import Disk, Store, open_files
+from orthattack.eval.storage.schema import NULLABLE, SCHEMAS, STATUSES, Kind, SessionRecord, from_json, unfit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = 1
+
+_CHUNK = re.compile(r"\d{6,}\.(parquet|safetensors)")
+_FOREIGN = r"|\..+\.partial|\.nfs\w+|\.DS_Store"  # what a killed process, NFS and file managers leave behind
+_FIRST_NAMES = re.compile(r"sessions" + _FOREIGN)
+_NAMES = re.compile(
+    r"(manifest|checks|results|classes)(-\w+)?\.json|results(-\w+)?\.(csv|md)|report(-\w+)?\.html"
+    r"|sessions|clean|shards|checks|images|[\w-]+\.damaged(-\d+)?" + _FOREIGN
+)
+_SESSIONS = re.compile(r"\d{5}-.+\.json|(whole|shard-\d+-of-\d+)\.lock|.+\.damaged(-\d+)?" + _FOREIGN)
+"""What a run's folder and its folder of sessions may hold, before there is a manifest and after."""
 
 
 def shown_eps(eps: float | None, norm: str) -> str:
@@ -106,34 +118,46 @@ class RunFolder:
     def create(self) -> None:
         """Make the folder; EvaluationError if that cannot be done, or if it holds something else."""
         try:
-            if not self.exists:
-                # Another process of the same run may be ahead of this one, but not have written the manifest yet.
-                others = [name for name in self._files.names() if name != "sessions" and not name.endswith(".partial")]
-                if others and not self.exists:
-                    raise EvaluationError(f"{self} is not empty and not the folder of a run; choose another")
+            # Another process of the same run may be ahead of this one, but not have written the manifest yet.
+            names = self._files.names()
+            known = _NAMES if self.exists else _FIRST_NAMES
+            strange = [name for name in names if not known.fullmatch(name)]
+            strange += [f"sessions/{name}" for name in self._files.names("sessions") if not _SESSIONS.fullmatch(name)]
+            if strange and not self.exists:
+                raise EvaluationError(f"{self} is not empty and not the folder of a run; choose another")
+            if strange:
+                raise EvaluationError(
+                    f"{self} holds what no run writes ({', '.join(strange[:3])}): move it, or choose another folder"
+                )
             if self.path is not None:
                 self.path.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryFile(dir=self.path):  # can it be written to?
                     pass
         except (OSError, ValueError) as error:  # a name with a null character is a ValueError
-            raise EvaluationError(f"could not make the run folder {self} ({error})") from error
+            text = getattr(error, "strerror", None) or error
+            raise EvaluationError(f"could not make the run folder {self} ({text})") from error
 
     def manifest(self) -> dict[str, Any]:
         """What manifest.json and the sessions say; EvaluationError if it cannot be read."""
         try:
-            manifest: dict[str, Any] = json.loads(self._files.read("manifest.json"))
+            manifest: dict[str, Any] = from_json(self._files.read("manifest.json"))
         except (OSError, ValueError, RecursionError) as error:
-            raise EvaluationError(f"{self} is not the folder of a run: no readable manifest.json") from error
+            odd = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+            why = f" ({error.strerror or error})" if isinstance(error, OSError) and odd else ""
+            raise EvaluationError(f"{self} is not the folder of a run: no readable manifest.json{why}") from error
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             found = manifest.get("format") if isinstance(manifest, dict) else None
             raise EvaluationError(f"{self} has format {found!r}; this version reads format {FORMAT}")
         records = self.sessions()
         if records:
-            # Runs of older versions have theirs in the manifest.
-            earlier = [session for session in manifest.get("sessions", []) if "id" not in session]
-            manifest["sessions"] = earlier + records
-            manifest["warnings"] = list(dict.fromkeys(text for one in records for text in one["warnings"]))
+            texts = (text for one in records for text in one.get("warnings", ()))
+            manifest["warnings"] = list(dict.fromkeys(texts))
             manifest["status"] = _status(records)
+            # Runs of older versions have theirs in the manifest.
+            listed = manifest.get("sessions")
+            if isinstance(listed, list):
+                records = [one for one in listed if not isinstance(one, dict) or "id" not in one] + records
+            manifest["sessions"] = records
         return manifest
 
     def create_manifest(self, manifest: Mapping[str, Any]) -> bool:
@@ -146,17 +170,23 @@ class RunFolder:
     def sessions(self) -> list[dict[str, Any]]:
         """The records of all sessions, in the order in which they began, whatever their clocks say."""
         found = []
-        for name in self._files.names("sessions"):
+        for name in self._names("sessions"):
             if name.endswith(".json") and not name.startswith("."):
                 try:
-                    found.append(dict(json.loads(self._files.read(f"sessions/{name}"))))
-                except (OSError, ValueError) as error:
-                    raise EvaluationError(f"{self}/sessions/{name} cannot be read ({error})") from error
+                    record = from_json(self._files.read(f"sessions/{name}"))
+                    if (why := unfit(SessionRecord, record)) is not None:
+                        raise ValueError(why)
+                except (OSError, ValueError, RecursionError) as error:
+                    raise EvaluationError(
+                        f"{self}/sessions/{name} cannot be read ({getattr(error, 'strerror', None) or error}): it only "
+                        "says who worked on the run; remove it"
+                    ) from error
+                found.append(record)
         return found
 
     def new_session_id(self, host: str, process: int) -> str:
         """A name for a session's record that no other has, after those of all that began before."""
-        numbers = [int(name[:5]) for name in self._files.names("sessions") if re.fullmatch(r"\d{5}-.*\.json", name)]
+        numbers = [int(name[:5]) for name in self._names("sessions") if re.fullmatch(r"\d{5}-.*\.json", name)]
         return f"{max(numbers, default=0) + 1:05d}-{_slug(host)}-{process}-{secrets.token_hex(3)}"
 
     def write_session(self, session: Mapping[str, Any]) -> None:
@@ -173,8 +203,7 @@ class RunFolder:
         return f"{self}/{name}" if self.path is None else self.path / name
 
     def _write(self, name: str, content: bytes) -> None:
-        with self._files.writing(name) as partial:
-            partial.write_bytes(content)
+        self._files.write(name, content)
 
     def is_done(self, shard: Shard, rows: int) -> bool:
         """Whether the shard's file is there and whole. One that is damaged, by a failing disk, say, is put aside.
@@ -182,17 +211,17 @@ class RunFolder:
         In a store, what is there counts as whole: stores keep checksums, and to open each of many thousands takes long.
         """
         name = shard.path.as_posix()
-        if self.path is None or not self._files.exists(name):
+        if isinstance(self._files, Store) or not self._files.exists(name):
             return self._files.exists(name)
-        path = self.path / shard.path
         try:
+            (path,) = self._files.fetch([name])
             table = _table(path, None)
             if table.num_rows == rows and table.schema.equals(SCHEMAS[shard.kind]):
                 return True
             reason = "another number of rows, or other columns"
         except _DAMAGE as error:
-            reason = first_line(error)
-        path.replace(path.with_suffix(".damaged"))
+            reason = getattr(error, "strerror", None) or first_line(error)
+        self._files.put_aside(name)
         note = f"{shard.path} was damaged ({reason}) and is made again; what there was is kept as *.damaged"
         self.notes.append(note)
         self._say(note)
@@ -208,7 +237,7 @@ class RunFolder:
 
     def there(self, example: Shard) -> set[int]:
         """Which chunks of a model, attack and radius have a file."""
-        return {int(name[:6]) for name in self._names(example.path) if name[:6].isdigit()}
+        return {int(PurePosixPath(name).stem) for name in self._chunks(example.path)}
 
     def write(self, shard: Shard, columns: Mapping[str, Sequence[object]], images: Mapping[int, Tensor]) -> None:
         """Store a finished shard: its rows and, by position, the images to keep of it."""
@@ -225,10 +254,10 @@ class RunFolder:
                 "position": torch.tensor(positions),
                 "images": torch.stack([images[position].cpu() for position in positions]).contiguous(),
             }
-            with self._files.writing(shard.image_path.as_posix()) as partial:
-                partial.write_bytes(save(tensors))  # OSError of a full disk; save_file has its own
-        with self._files.writing(shard.path.as_posix()) as partial:
-            pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
+            self._files.write(shard.image_path.as_posix(), save(tensors))
+        stream = io.BytesIO()
+        pq.write_table(table, stream, compression="zstd", write_page_checksum=True)
+        self._files.write(shard.path.as_posix(), stream.getvalue())
 
     def read(
         self,
@@ -239,16 +268,16 @@ class RunFolder:
         columns: Sequence[str] | None = None,
     ) -> pd.DataFrame:
         """The rows of one model and, but for clean, one attack at one radius, in the order of the images."""
-        example = Shard(model, attack, eps, 0, kind).path
-        parts = self._tables([f"{example.parent.as_posix()}/{name}" for name in self._names(example)], columns)
         schema = SCHEMAS[kind]
+        parts = self._tables(self._chunks(Shard(model, attack, eps, 0, kind).path), schema, columns)
         if not parts:
             parts = [schema.empty_table() if columns is None else schema.empty_table().select(list(columns))]
-        return _frame(parts)
+        return _frame(parts, kind, f"{self}/{kind}/{_slug(model)}" + ("" if kind == "clean" else f"/{_slug(attack)}"))
 
     def read_shard(self, shard: Shard, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """The rows of one shard."""
-        return _frame(self._tables([shard.path.as_posix()], columns))
+        name = shard.path.as_posix()
+        return _frame(self._tables([name], SCHEMAS[shard.kind], columns), shard.kind, f"{self}/{name}")
 
     def images(
         self,
@@ -260,32 +289,44 @@ class RunFolder:
     ) -> Iterator[tuple[int, Tensor]]:
         """Stored images (3, H, W), float32, with their positions; only those at `positions` if given."""
         wanted = None if positions is None else set(positions)
-        for path in self._fetched(Shard(model, attack, eps, 0, kind).image_path):
-            with _opened(path) as file:
-                for row, position in enumerate(file.get_tensor("position").tolist()):
+        for path in self._fetched(self._chunks(Shard(model, attack, eps, 0, kind).image_path)):
+            with _opened(path) as (file, found):
+                for row, position in enumerate(found):
                     if wanted is None or position in wanted:
                         yield position, file.get_slice("images")[row]
 
     def image_positions(self, model: str, attack: str, eps: float | None) -> list[int]:
         """Positions of the stored images, without reading the images."""
         found: list[int] = []
-        for path in self._fetched(Shard(model, attack, eps, 0).image_path):
-            with _opened(path) as file:
-                found += file.get_tensor("position").tolist()
+        for path in self._fetched(self._chunks(Shard(model, attack, eps, 0).image_path)):
+            with _opened(path) as (_, positions):
+                found += positions
         return found
 
-    def _tables(self, names: Sequence[str], columns: Sequence[str] | None) -> list[pa.Table]:
+    def _tables(self, names: Sequence[str], schema: pa.Schema, columns: Sequence[str] | None) -> list[pa.Table]:
         """The tables in files; EvaluationError that names one which is damaged."""
-        paths = self._files.fetch(names)
-        return [_rows(path, f"{self}/{name}", columns) for path, name in zip(paths, names, strict=True)]
+        paths = self._fetched(names)
+        return [_rows(path, f"{self}/{name}", schema, columns) for path, name in zip(paths, names, strict=True)]
 
-    def _names(self, example: Path) -> list[str]:
-        names = self._files.names(example.parent.as_posix())
-        return [name for name in names if name.endswith(example.suffix) and not name.startswith(".")]
+    def _names(self, folder: str) -> list[str]:
+        """What lies in one of its folders; EvaluationError if that cannot be told."""
+        try:
+            return self._files.names(folder)
+        except OSError as error:
+            raise EvaluationError(f"{self} cannot be read ({error.strerror or error})") from error
 
-    def _fetched(self, example: Path) -> list[Path]:
+    def _chunks(self, example: Path) -> list[str]:
+        """The files of a model, attack and radius, in order."""
         folder = example.parent.as_posix()
-        return self._files.fetch([f"{folder}/{name}" for name in self._names(example)])
+        names = [name for name in self._names(folder) if _CHUNK.fullmatch(name) and name.endswith(example.suffix)]
+        return [f"{folder}/{name}" for name in names]
+
+    def _fetched(self, names: Sequence[str]) -> list[Path]:
+        """Where files lie; EvaluationError that names one which cannot be had."""
+        try:
+            return self._files.fetch(names)
+        except OSError as error:
+            raise EvaluationError(f"{self} cannot be read ({error.strerror or error})") from error
 
 
 def _status(sessions: Sequence[Mapping[str, Any]]) -> str:
@@ -312,13 +353,17 @@ def _table(path: Path, columns: Sequence[str] | None) -> pa.Table:
     return file.read(columns=None if columns is None else list(columns), use_threads=False)
 
 
-def _rows(path: Path, name: str, columns: Sequence[str] | None) -> pa.Table:
+def _rows(path: Path, name: str, schema: pa.Schema, columns: Sequence[str] | None) -> pa.Table:
     try:
-        return _table(path, columns)
+        table = _table(path, columns)
+        for column in schema.names if columns is None else columns:
+            if column not in table.column_names or table.schema.field(column).type != schema.field(column).type:
+                raise ValueError(f"no column {column} of {schema.field(column).type}")
     except _DAMAGE as error:
         raise EvaluationError(
             f"{name} is damaged ({first_line(error)}): start the run again with the same command, which makes it again"
         ) from error
+    return table
 
 
 _DAMAGE = (OSError, ValueError, pa.ArrowException)
@@ -326,10 +371,17 @@ _DAMAGE = (OSError, ValueError, pa.ArrowException)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path) -> Iterator[tuple[Any, list[int]]]:
+    """A file of images, and their positions."""
+    import torch
+
     try:
         with safe_open(path, framework="pt") as file:
-            yield file
+            positions, shape = file.get_tensor("position"), file.get_slice("images").get_shape()
+            fits = positions.dim() == 1 and positions.dtype == torch.int64
+            if not (fits and len(shape) == 4 and shape[:2] == [len(positions), 3] and min(shape[2:]) > 0):
+                raise SafetensorError(f"images of shape {shape}")
+            yield file, positions.tolist()
     except (SafetensorError, OSError) as error:
         raise EvaluationError(
             f"{path} is damaged ({first_line(error)}): delete it, and the Parquet file of the same number of that "
@@ -337,7 +389,35 @@ def _opened(path: Path) -> Iterator[Any]:
         ) from error
 
 
-def _frame(tables: Sequence[pa.Table]) -> pd.DataFrame:
-    """A frame of nullable types, so that a whole number stays one where some are missing."""
+def _unsound(frame: pd.DataFrame, kind: Kind) -> str | None:
+    """What is wrong with rows whose columns have the right types."""
+    for name in _KEYS.intersection(frame.columns):
+        if frame[name].isna().any():
+            return f"one has no {name}"
+    if "status" in frame and not frame["status"].isin(STATUSES).all():
+        return "a status that there is not"
+    if "position" in frame and not (np.diff(frame["position"].to_numpy(int), prepend=-1) > 0).all():
+        return "positions that do not rise"
+    if "status" in frame:
+        ok = frame[(frame["status"] == "ok").to_numpy(bool)]
+        for name in _OF_OK[kind].intersection(frame.columns):
+            if ok[name].isna().any():
+                return f"one that is ok has no {name}"
+    return None
+
+
+_KEYS = {"position", "label", "status"}
+_ATTACKED = {"success", "adversarial_prediction"}
+_OF_OK: dict[Kind, set[str]] = {"clean": {"prediction", "wrong_share"}, "shards": _ATTACKED, "checks": _ATTACKED}
+
+
+def _frame(tables: Sequence[pa.Table], kind: Kind, place: str) -> pd.DataFrame:
+    """A frame of nullable types, so that a whole number stays one where some are missing. EvaluationError: its rows
+    are none that a run writes."""
     frame: pd.DataFrame = pa.concat_tables(tables).to_pandas(types_mapper=NULLABLE.get)
+    if (why := _unsound(frame, kind)) is not None:
+        raise EvaluationError(
+            f"{place} is damaged, with rows that no run writes ({why}): remove it, and start the run again with the "
+            "same command, which makes it again"
+        )
     return frame

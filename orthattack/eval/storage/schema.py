@@ -1,13 +1,19 @@
-"""The columns of a run's Parquet files, and the nullable types that they are read as."""
+"""The forms of a run's records: the columns of its Parquet files, and what its JSON files must hold to be used."""
 
 from __future__ import annotations
 
-from typing import Literal
+import json
+import math
+from typing import Annotated, Any, Literal
 
 import pandas as pd
 import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, model_validator
+
+from orthattack.threat import Norm
 
 Kind = Literal["clean", "shards", "checks"]
+STATUSES = ("ok", "misclassified", "unreadable", "error", "invalid")
 
 _KEY = [("position", pa.int32()), ("name", pa.string()), ("label", pa.int32()), ("status", pa.string())]
 
@@ -70,3 +76,122 @@ NULLABLE = {
     pa.float64(): pd.Float64Dtype(),
     pa.string(): pd.StringDtype(),
 }
+
+
+class _Record(BaseModel):
+    """What must be so; more keys are allowed, and those of other versions may lack what has a default."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class SessionRecord(_Record):
+    """A file of sessions/."""
+
+    outcome: str
+    id: str = Field(default="", pattern=r"^[^/]*$")  # which is its file's name
+    host: str = ""
+    process: int = 0
+    started: str = ""
+    warnings: list[str] = []
+    notes: list[str] = []
+    command: list[str] = []
+    shard: str | None = None
+    finished: str | None = None
+
+
+class _OldSession(SessionRecord):
+    outcome: str = ""
+
+
+_Eps = Annotated[float, Field(ge=0, le=1e12)]
+
+
+class _Data(_Record):
+    images: int = Field(ge=0, le=2 * 10**7)  # there are tables by position
+
+
+class _Model(_Record):
+    label: str
+    num_classes: int = Field(default=0, ge=0, le=10**7)
+    data: _Data
+    class_names: list[str] | None = None
+    published_accuracy: float | None = None
+
+
+class _Attack(_Record):
+    label: str
+    norm: Norm | None = None
+    eps: list[_Eps | None] = []
+    parameters: dict[str, Any] = {}
+    baselines: list[str] | None = None
+    scope: str | None = None
+    directions: str | list[Any] | None = None
+    orthogonal: bool = False
+    minimal: bool = False
+
+
+class _Probe(_Record):
+    model: str
+    label: str
+    eps: _Eps
+
+
+class _Config(_Record):
+    norm: Norm
+    eps: list[_Eps]
+    checks: bool = False
+
+
+class ManifestRecord(_Record):
+    """manifest.json."""
+
+    config: _Config
+    models: list[_Model]
+    attacks: list[_Attack]
+    probes: list[_Probe] = []
+    warnings: list[str] = []
+    sessions: list[_OldSession] = []
+    status: str = "running"
+
+    @model_validator(mode="after")
+    def _fit(self) -> ManifestRecord:
+        for listed in (self.models, self.attacks):
+            labels = [one.label for one in listed]
+            if len(set(labels)) < len(labels):
+                raise ValueError("a label comes twice")
+        if self.config.checks and not (self.config.eps and all(model.num_classes for model in self.models)):
+            raise ValueError("there are checks, but no eps, or no num_classes")
+        return self
+
+
+class _Check(_Record):
+    model: str
+    check: str
+    status: Literal["passed", "warned", "not run"]
+    figures: str
+    why: str
+
+
+class CheckRecords(RootModel[list[_Check]]):
+    """checks.json."""
+
+
+def from_json(text: str | bytes) -> Any:
+    """What JSON says; ValueError if it is none, or if a number of it is none or too large."""
+
+    def number(digits: str) -> float:
+        if not math.isfinite(value := float(digits)):
+            raise ValueError(f"{digits} is no number")
+        return value
+
+    return json.loads(text, parse_constant=number, parse_float=number)
+
+
+def unfit(kind: type[BaseModel], content: object) -> str | None:
+    """Why a record is not of that form, in a few words; None if it is."""
+    try:
+        kind.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
+    return None

@@ -170,7 +170,7 @@ def session_of(**more):
 @pytest.fixture
 def begun(folder):
     model = {"label": "m", "sha256": "x", "preprocessing": {"crop": 8}, "data": {"images": 3}}
-    manifest = {"config": {"eps": [0.1]}, "models": [model]}
+    manifest = {"config": {"norm": "l2", "eps": [0.1]}, "models": [model], "attacks": []}
     folder.write_manifest(manifest)
     folder.write_session({**session_of(), "outcome": "killed"})
     return manifest

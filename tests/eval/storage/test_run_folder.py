@@ -20,7 +20,8 @@ SHARD = Shard("model", "PGD", 4 / 255, 3)
 
 
 def columns(schema, n=2, **values):
-    return {name: [None] * n for name in schema.names} | {"position": list(range(n))} | values
+    own = {"position": list(range(n)), "label": [0] * n, "status": ["misclassified"] * n}
+    return {name: [None] * n for name in schema.names} | own | values
 
 
 @pytest.fixture
@@ -49,8 +50,10 @@ def test_rows_and_images_come_back_as_they_went(folder):
 
 def test_chunks_are_read_in_order(folder):
     for chunk in (11, 2):
-        folder.write(Shard("m", "clean", None, chunk, "clean"), columns(CLEAN_SCHEMA, position=[chunk, chunk]), {})
-    assert folder.read("clean", "m")["position"].tolist() == [2, 2, 11, 11]
+        folder.write(
+            Shard("m", "clean", None, chunk, "clean"), columns(CLEAN_SCHEMA, position=[2 * chunk, 2 * chunk + 1]), {}
+        )
+    assert folder.read("clean", "m")["position"].tolist() == [4, 5, 22, 23]
 
 
 def test_what_is_not_there_is_empty_with_the_same_types(folder):
@@ -189,6 +192,11 @@ def test_a_folder_in_which_another_process_just_begins_is_no_obstacle(tmp_path):
     with pytest.raises(EvaluationError, match="is not empty"):
         RunFolder(tmp_path).create()
     (tmp_path / "manifest.json").write_text("{}")
+    (tmp_path / "sessions" / "mine.txt").touch()
+    with pytest.raises(EvaluationError, match=r"holds what no run writes \(other, sessions/mine.txt\): move it, or"):
+        RunFolder(tmp_path).create()
+    (tmp_path / "other").unlink()
+    (tmp_path / "sessions" / "mine.txt").unlink()
     RunFolder(tmp_path).create()
     with pytest.raises(EvaluationError, match="could not make the run folder"):
         RunFolder("a\0b").create()
