@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import heapq
+import itertools
 import sys
+import time
+from collections.abc import Iterable
 
 FAILURES = (Exception, SystemExit)
 """What the code of other people may raise. A model that calls ``sys.exit`` does not end the run."""
@@ -35,17 +40,39 @@ def _text(error: BaseException) -> str:
         return ""
 
 
-def printable(text: str) -> str:
-    r"""`text` without what a terminal takes for a command; its lines stay lines.
+def printable(text: str, keep: str = "\n") -> str:
+    r"""`text` with whatever cannot be seen escaped, commands to a terminal and marks of direction among it; its lines
+    stay lines, unless nothing is to be kept.
 
     >>> printable("a\x1b[31m\nb")
     'a\\x1b[31m\nb'
     """
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    return text if text.isprintable() else "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
 
 
 def say(line: str) -> None:
-    """Tell a person something at once, beside whatever bar there is."""
+    """Tell a person something at once, on one line, beside whatever bar there is."""
     from tqdm import tqdm
 
-    tqdm.write(f"orthattack: {printable(line)}", file=sys.stderr)
+    tqdm.write(f"orthattack: {printable(line, keep='')}", file=sys.stderr)
+
+
+def nearest(word: str, known: Iterable[str], count: int = 1, cutoff: float = 0.6) -> list[str]:
+    """The names most like a word, the likest first, in at most about 0.1 s however many and long they are.
+
+    >>> nearest("0/cta.png", ["0/dog.png", "0/cat.png", "1/x.png"])
+    ['0/cat.png']
+    """
+    until, word = time.monotonic() + 0.1, word[:_COMPARED]
+    grams = {word[k : k + 2] for k in range(len(word) - 1)}
+
+    def alike(name: str) -> int:
+        return sum(gram in name for gram in grams)
+
+    in_time = itertools.takewhile(lambda found: found[0] % 64 or time.monotonic() < until, enumerate(known))
+    likely = heapq.nlargest(50, (name for _, name in in_time), key=alike)
+    ratios = [(difflib.SequenceMatcher(None, name[:_COMPARED], word).ratio(), name) for name in likely]
+    return [name for ratio, name in sorted(ratios, reverse=True) if ratio >= cutoff][:count]
+
+
+_COMPARED = 80  # characters: comparing two texts takes up to the product of their lengths

@@ -5,7 +5,6 @@ Each key is described once, by `_key`: what it is, what it may be, and the flag 
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import sys
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from orthattack.eval.errors import EvaluationError, first_line
+from orthattack.eval.errors import EvaluationError, first_line, nearest
 from orthattack.eval.models import BUNDLED
 
 if TYPE_CHECKING:
@@ -279,6 +278,9 @@ class Suite(_Strict):
             ("model", [model.label for model in self.models]),
             ("attack", [attack.label for attack in self.attacks]),
         ):
+            for label in labels:
+                if label != label.encode("utf-8", "replace").decode():
+                    raise ValueError(f"a {what} is called {label!r}, which is no text: give it a label")
             twice = sorted({label for label in labels if labels.count(label) > 1})
             if twice:
                 raise ValueError(f"two {what}s are called {twice[0]!r}: give one of them another label")
@@ -377,7 +379,7 @@ def make_suite(content: Mapping[str, Any], origin: str) -> Suite:
             word = str(first["loc"][-1])
             model = within.get(str(first["loc"][0]), Suite) if len(first["loc"]) > 1 else Suite
             known = [*model.model_fields]
-            close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+            close = nearest(word, known, cutoff=0.4)
             message = "unknown key; " + (f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}")
         else:
             message = wrong(first)

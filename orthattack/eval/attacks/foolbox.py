@@ -23,7 +23,7 @@ from orthattack.eval.attacks.kind import (
     Runner,
     check_options,
     family,
-    nearest,
+    suggested,
 )
 from orthattack.eval.attacks.seeds import joint_seed
 from orthattack.eval.errors import EvaluationError
@@ -48,7 +48,7 @@ def foolbox_attack(name: str, rest: str, options: dict[str, Any]) -> AttackKind:
     if rest in _NOT_RUN:
         raise EvaluationError(f"{name} cannot be run here: {_NOT_RUN[rest]}")
     if rest not in known:
-        raise EvaluationError(f"Foolbox has no attack {rest!r} that can be run here; {nearest(rest, sorted(known))}")
+        raise EvaluationError(f"Foolbox has no attack {rest!r} that can be run here; {suggested(rest, sorted(known))}")
     kind = known[rest]
     parameters = inspect.signature(kind).parameters
     check_options(name, options, [key for key in parameters if key not in {*GIVEN, "distance"}], foreign=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import inspect
 import json
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from orthattack.attacks.base import Card
-from orthattack.eval.errors import EvaluationError
+from orthattack.eval.errors import EvaluationError, nearest
 from orthattack.threat import Norm
 
 Origin = Literal["orthattack", "foolbox", "torchattacks", "user"]
@@ -144,9 +143,9 @@ def described(value: object, with_source: bool = False) -> object:
     return f"{getattr(value, '__module__', type(value).__module__)}.{name}{digest}"
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
+def suggested(word: str, known: Sequence[str]) -> str:
     lower = {name.casefold(): name for name in known}
-    close = difflib.get_close_matches(word.casefold(), list(lower), n=2, cutoff=0.4)
+    close = nearest(word.casefold(), lower, 2, 0.4)
     return f"did you mean {' or '.join(lower[name] for name in close)}?" if close else f"there are {', '.join(known)}"
 
 
@@ -154,7 +153,7 @@ def check_options(name: str, options: Mapping[str, Any], accepted: Sequence[str]
     """EvaluationError if an option is none of those, or the steps wanted of a foreign attack are no number of steps."""
     for option in options:
         if option not in accepted:
-            raise EvaluationError(f"attack {name} has no option {option!r}; {nearest(option, sorted(accepted))}")
+            raise EvaluationError(f"attack {name} has no option {option!r}; {suggested(option, sorted(accepted))}")
     steps = options.get("steps", 1)
     if foreign and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
         raise EvaluationError(f"attack {name}: steps must be a whole number, at least 1; got {steps!r}")

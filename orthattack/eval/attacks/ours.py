@@ -21,7 +21,7 @@ from orthattack.eval.attacks.kind import (
     Placeholder,
     Runner,
     check_options,
-    nearest,
+    suggested,
 )
 from orthattack.eval.errors import EvaluationError
 from orthattack.threat import Norm
@@ -46,7 +46,9 @@ def our_attack(name: str, options: dict[str, Any]) -> AttackKind:
     """One of `OURS` or DetectorEvasion, with its parameters."""
     lower = {known.casefold(): known for known in (*OURS, ours.DetectorEvasion.__name__)}
     if name.casefold() not in lower:
-        raise EvaluationError(f"unknown attack {name!r}; {nearest(name, OURS)} Others: foolbox:NAME, torchattacks:NAME")
+        raise EvaluationError(
+            f"unknown attack {name!r}; {suggested(name, OURS)} Others: foolbox:NAME, torchattacks:NAME"
+        )
     kind = getattr(ours, lower[name.casefold()])
     if kind is ours.MinimumNorm:
         return _minimum(options)

@@ -23,7 +23,7 @@ from orthattack.eval.attacks.kind import (
     Runner,
     check_options,
     family,
-    nearest,
+    suggested,
 )
 from orthattack.eval.attacks.seeds import drawing, joint_seed
 from orthattack.eval.errors import EvaluationError
@@ -40,7 +40,7 @@ def torchattacks_attack(name: str, rest: str, options: dict[str, Any]) -> Attack
         raise EvaluationError(f"{name} cannot be run here: {_NOT_RUN[rest]}")
     if rest not in known:
         raise EvaluationError(
-            f"torchattacks has no attack {rest!r} that can be run here; {nearest(rest, sorted(known))}"
+            f"torchattacks has no attack {rest!r} that can be run here; {suggested(rest, sorted(known))}"
         )
     kind = known[rest]
     parameters = inspect.signature(kind).parameters

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
-from orthattack.eval.errors import EvaluationError
+from orthattack.eval.errors import EvaluationError, nearest
 from orthattack.eval.models.classifier import Classifier
 
 _KEYS, _VALUES = ("folder", "wnid", "class"), ("label", "index")
@@ -147,20 +147,59 @@ def map_from_file(keys: Sequence[Sequence[str]], needed: Iterable[int], path: Pa
     labels = tuple(next((listed[key] for key in synonyms if key in listed), None) for synonyms in keys)
     for k in needed:
         if labels[k] is None:
-            close = difflib.get_close_matches(keys[k][0], listed, n=1)
+            close = nearest(keys[k][0], listed)
             hint = f"; the nearest that it lists is {close[0]!r}" if close else ""
             raise EvaluationError(f"{path} does not list {keys[k][0]!r}, a class of {where}{hint}")
     return ClassMap(labels, f"classes matched by {path.name}, columns {key_column} and {value_column}")
 
 
-def read_table(path: Path, what: str) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Columns and rows, each with its line number, of a CSV file. EvaluationError: it cannot be read as one."""
+def read_table(path: Path, what: str) -> tuple[list[str], Iterator[tuple[int, dict[str, str]]]]:
+    """Columns, and rows one at a time, each with its line number, of a CSV file. EvaluationError, also on the way: it
+    cannot be read as one, or is larger than any that is meant."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            return list(reader.fieldnames or []), [(reader.line_num, row) for row in reader]
+            columns = list(csv.DictReader(bounded_lines(stream)).fieldnames or [])
     except (OSError, ValueError, csv.Error) as error:
         raise EvaluationError(f"could not read {what} file {path} ({error})") from error
+    return columns, _table_rows(path, what)
+
+
+def _table_rows(path: Path, what: str) -> Iterator[tuple[int, dict[str, str]]]:
+    before = 0
+
+    def lines(stream: TextIO) -> Iterator[str]:
+        for number, line in enumerate(bounded_lines(stream), 1):
+            if number > before + _MAX_ROW:  # in quotes, a row may go on over many
+                raise ValueError(f"the row of line {before + 1} has more than {_MAX_ROW} lines")
+            yield line
+
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(lines(stream))
+            for row in reader:
+                before = reader.line_num
+                yield before, row
+    except (OSError, ValueError, csv.Error) as error:
+        raise EvaluationError(f"could not read {what} file {path} ({error})") from error
+
+
+_MAX_ROW = 100
+MAX_LINES, _MAX_LINE, _MAX_TEXT = 1_500_000, 2**17, 2**26  # of a list of images or classes: ImageNet has 1.3 million
+
+
+def bounded_lines(stream: TextIO) -> Iterator[str]:
+    """The lines of a list. ValueError: too many, or too long ones, for what it is."""
+    size = 0
+    for number in count(1):
+        line = stream.readline(_MAX_LINE)
+        if not line:
+            return
+        size += len(line)
+        if number > MAX_LINES or size > _MAX_TEXT:
+            raise ValueError(f"more than {MAX_LINES:,} lines, or {_MAX_TEXT / 1e6:.0f} million characters")
+        if len(line) == _MAX_LINE and not line.endswith("\n"):
+            raise ValueError(f"line {number} is longer than {_MAX_LINE:,} characters")
+        yield line
 
 
 def _synonyms(name: str) -> list[str]:

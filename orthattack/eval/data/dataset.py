@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from orthattack.arguments import why_outside
+from orthattack.eval.data.classes import bounded_lines
 from orthattack.eval.data.readers import Dataset, Source
-from orthattack.eval.errors import EvaluationError, told
+from orthattack.eval.errors import EvaluationError, nearest, told
 from orthattack.eval.models.preprocessing import DecodeError, Preprocessing
 
 _HASHED_WHOLE = 64
@@ -120,7 +120,7 @@ class ImageDataset:
         seen: set[str] = set()
         for name in names:
             if name not in position_of:
-                close = difflib.get_close_matches(name, self.names, n=1, cutoff=0)
+                close = nearest(name, self.names, cutoff=0)
                 raise EvaluationError(
                     f"--subset names {name!r}, which {self.name} does not have; the nearest is {close[0]!r}"
                 )
@@ -206,7 +206,8 @@ def read_names(path: Path) -> list[str]:
     """Names of images, one a line, for `ImageDataset.subset`; blank lines and lines that begin with # are skipped.
     EvaluationError: a file that cannot be read as text."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        with path.open(encoding="utf-8-sig") as stream:
+            lines = (line.strip() for line in bounded_lines(stream))
+            return [line for line in lines if line and not line.startswith("#")]
     except (OSError, ValueError) as error:
         raise EvaluationError(f"could not read subset file {path} ({error})") from error
-    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from orthattack.eval import plugin
 from orthattack.eval.data.classes import ClassMap, Order, map_from_file, match_folders, match_names, read_table
@@ -157,8 +160,17 @@ def _class_folders(
         matched = map_from_file([(name,) for name in found], range(len(found)), classes, folder)
     paths = [(path, k) for k, files in enumerate(found.values()) for path in files]
     names = [path.relative_to(folder).as_posix() for path, _ in paths]
+    root, linked = str(folder.resolve()), {name for name in found if (folder / name).is_symlink()}
+    _refuse_twice(Path(root), names, array("q", (_resolved(root, name, linked) for name in names)), str(folder))
     labels = _relabelled([k for _, k in paths], matched)
-    return names, labels, Files([path for path, _ in paths]), matched, _not_read(folder, skipped)
+    return names, labels, Files(names, folder), matched, _not_read(folder, skipped)
+
+
+def _resolved(root: str, name: str, linked: Collection[str]) -> int:
+    """A number for what an image's path resolves to, where only its class folder and itself can be links."""
+    path = f"{root}/{name}"
+    is_link = name.partition("/")[0] in linked or os.path.islink(path)  # noqa: PTH114 - there may be millions
+    return hash(os.path.realpath(path) if is_link else path)
 
 
 _LOOSE = "images beside the class folders"
@@ -243,7 +255,7 @@ def _labelled(folder: Path, path: Path) -> tuple[list[str], list[int], Files]:
     columns, rows = read_table(path, "labels")
     if not {"file", "label"} <= set(columns):
         raise EvaluationError(f"{path} must have columns file and label; it has {', '.join(columns) or 'none'}")
-    root, found = folder.resolve(), dict[str, int]()
+    root, found, files = folder.resolve(), dict[str, int](), array("q")
     for line, row in rows:
         name, label = row["file"], row["label"]
         if not name or not re.fullmatch(r"\s*\d{1,9}\s*", label or ""):
@@ -251,12 +263,27 @@ def _labelled(folder: Path, path: Path) -> tuple[list[str], list[int], Files]:
                 f"{path}, line {line}: label must be a class index >= 0, file a name; got {name!r}, {label!r}"
             )
         try:
-            is_inside = (root / name).resolve().is_relative_to(root)
+            resolved = (root / name).resolve()
         except (OSError, ValueError, RuntimeError) as error:  # a null character, or links in a circle
             raise EvaluationError(f"{path}, line {line}: {name!r} is no file name ({error})") from error
-        if not is_inside:
+        if not resolved.is_relative_to(root):
             raise EvaluationError(f"{path}, line {line}: {name!r} lies outside {folder}")
         if name in found:
             raise EvaluationError(f"{path}, line {line}: {name!r} is listed twice")
         found[name] = int(label.strip())
-    return list(found), list(found.values()), Files([root / name for name in found])
+        files.append(hash(str(resolved)))
+    names = list(found)
+    _refuse_twice(root, names, files, str(path))
+    return names, list(found.values()), Files(names, root)
+
+
+def _refuse_twice(root: Path, names: Sequence[str], files: array[int], where: str) -> None:
+    """EvaluationError that names two which are the same file; `files` has a number for what each resolves to."""
+    order = np.argsort(np.frombuffer(files, np.int64) if files else [], kind="stable")
+    numbers = np.frombuffer(files, np.int64)[order] if files else order
+    for k in np.flatnonzero(numbers[1:] == numbers[:-1]):
+        first, second = names[order[k]], names[order[k + 1]]
+        if (root / first).resolve() == (root / second).resolve():
+            raise EvaluationError(
+                f"{where} has one image twice: {first!r} and {second!r} are the same file, which would count it twice"
+            )

@@ -15,33 +15,33 @@ import stat
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch import Tensor
 
+from orthattack.eval.data import parquet
 from orthattack.eval.errors import EvaluationError, first_line, told
 from orthattack.eval.models.preprocessing import DecodeError, decode
 from orthattack.eval.plugin import kept_process
 from orthattack.lending import global_random_numbers, guarded
 
-CACHED_BYTES = 256 * 2**20  # how much of the row groups read last is kept; the last one is kept whatever its size
+CACHED_BYTES = 16 * 2**20  # how much of the rows read last is kept; the last one is kept whatever its size
 
 
-MAX_BYTES = 2**30  # of an image file; larger ones are not read into memory
+MAX_BYTES = 2**27  # of an image file; larger ones are not read into memory
 
 
 class Files:
-    """Image files."""
+    """Image files, at paths, or by names in a folder."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = paths
+    def __init__(self, paths: Sequence[Path | str], root: Path = Path()) -> None:
+        self._paths, self._root = paths, root
 
     def image(self, position: int) -> Image.Image:
         return decode(self.content(position))
@@ -52,12 +52,12 @@ class Files:
             raise DecodeError("no such file")
         if size > MAX_BYTES:
             raise DecodeError(f"a file of {size / 1e9:.3g} GB: too large to read safely")
-        return self._paths[position].read_bytes()
+        return (self._root / self._paths[position]).read_bytes()
 
     def size(self, position: int) -> int:
         """Bytes of the file; -1 if there is none, or none to be read through: a pipe or device is not opened."""
         try:
-            found = self._paths[position].stat()
+            found = (self._root / self._paths[position]).stat()
         except OSError:
             return -1
         return found.st_size if stat.S_ISREG(found.st_mode) else -1
@@ -197,7 +197,7 @@ class Shards:
     """Parquet files as Hugging Face's datasets are stored: the bytes of image files beside labels.
 
     Columns: ``image`` (or ``img``), a struct with ``bytes``, or binary; ``label`` (or ``labels``, ``fine_label``), an
-    integer. Labels are read at once, images a row group at a time. EvaluationError: not Parquet, or other columns."""
+    integer. Labels are read at once, images a few rows at a time. EvaluationError: not Parquet, or other columns."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
@@ -208,31 +208,39 @@ class Shards:
         self._groups: list[tuple[int, int]] = []  # of each, its shard and its number there
         self._column: list[str] = []
         self._lock = threading.Lock()
-        self._cache: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
+        self._cache: OrderedDict[int, bytes | None] = OrderedDict()
+        self._reader: tuple[int, Iterator[bytes | None]] | None = None  # of a row group, at `_next`
+        self._next = self._kept = 0  # the latter in bytes
         stems = [path.stem for path in paths]
         for shard, path in enumerate(paths):
             stem = path.stem if stems.count(path.stem) == 1 else path.with_suffix("").as_posix()
             try:
                 self._read_labels(shard, stem)
             except (pa.ArrowException, OSError, ValueError) as error:
-                raise EvaluationError(f"{path} is not a whole Parquet file ({first_line(error)})") from error
+                raise EvaluationError(f"{path} cannot be read as a Parquet file ({first_line(error)})") from error
 
     def _read_labels(self, shard: int, stem: str) -> None:
         path = self._paths[shard]
-        with pq.ParquetFile(path) as file:
+        with parquet.opened(path) as file:
             schema, first = file.schema_arrow, len(self.labels)
             image = _column(schema, ("image", "img"), path, _holds_bytes, "a struct with bytes, or binary")
             label = _column(schema, ("label", "labels", "fine_label"), path, pa.types.is_integer, "an integer")
-            self._column.append(image)
+            self._column.append(f"{image}.bytes" if pa.types.is_struct(schema.field(image).type) else image)
             position = first
             for group in range(file.num_row_groups):
                 self._starts.append(position)
                 self._groups.append((shard, group))
                 position += file.metadata.row_group(group).num_rows
-            labels = file.read(columns=[label]).column(0)
-        if labels.null_count:
-            raise EvaluationError(f"{path}: {labels.null_count} of its rows have no {label}")
-        self.labels += labels.to_pylist()
+                for _ in parquet.page_sizes(file, path, group, [self._column[shard]]):
+                    pass  # refused now rather than image by image
+            for batch in parquet.batches(file, path, [label]):
+                if batch.column(0).null_count:
+                    raise EvaluationError(f"{path}: {batch.column(0).null_count} of its rows have no {label}")
+                self.labels += batch.column(0).to_pylist()
+                if len(self.labels) > position:
+                    break
+        if len(self.labels) != position:
+            raise ValueError(f"{len(self.labels) - first} labels of {position - first} rows")
         self.names += [f"{stem}/{row}" for row in range(position - first)]
         if shard == 0:
             self.classes = _huggingface_classes(schema, label)
@@ -241,31 +249,52 @@ class Shards:
         return decode(self.content(position))
 
     def content(self, position: int) -> bytes:
-        group = self._group_of(position)
         with self._lock:
-            column = self._cache.get(group)
-            if column is None:
-                column = self._cache[group] = self._read(group)
-                while len(self._cache) > 1 and sum(c.nbytes for c in self._cache.values()) > CACHED_BYTES:
-                    self._cache.popitem(last=False)
-            self._cache.move_to_end(group)
-        value = column[position - self._starts[group]].as_py()
-        data = value["bytes"] if isinstance(value, dict) else value
+            if position not in self._cache:
+                self._read_on(position)
+            data = self._cache[position]
         if data is None:
             raise DecodeError("the shard has no bytes for it")
-        content: bytes = data
-        return content
+        return data
+
+    def _read_on(self, position: int) -> None:
+        """Read rows up to that one, from where the last was read or from the start of its row group, and keep the
+        last of them: threads do not ask quite in order."""
+        group = self._group_of(position)
+        if self._reader is None or self._reader[0] != group or self._next > position:
+            self._reader, self._next = None, self._starts[group]  # the old one is let go of first
+            self._reader = group, self._rows(group)
+        while self._next <= position:
+            try:
+                data = next(self._reader[1])
+            except StopIteration:
+                self._reader = None
+                raise DecodeError("the shard ends before it") from None
+            except (pa.ArrowException, OSError, ValueError) as error:
+                self._reader = None
+                raise DecodeError(f"its shard is damaged ({first_line(error)})") from error
+            if self._next not in self._cache:
+                self._cache[self._next] = data
+                self._kept += len(data or b"")
+            self._next += 1
+            while len(self._cache) > 1 and self._kept > CACHED_BYTES:
+                self._kept -= len(self._cache.popitem(last=False)[1] or b"")
+
+    def _rows(self, group: int) -> Iterator[bytes | None]:
+        shard, index = self._groups[group]
+        path = self._paths[shard]
+        with parquet.opened(path) as file:
+            for batch in parquet.batches(file, path, [self._column[shard]], [index]):
+                column = batch.column(0)
+                column = column.field(0) if pa.types.is_struct(column.type) else column
+                for value in column:
+                    yield value.as_py()
 
     def size(self, position: int) -> int:
         return self._paths[self._groups[self._group_of(position)][0]].stat().st_size
 
     def _group_of(self, position: int) -> int:
         return bisect_right(self._starts, position) - 1
-
-    def _read(self, group: int) -> pa.ChunkedArray:
-        shard, index = self._groups[group]
-        with pq.ParquetFile(self._paths[shard]) as file:
-            return file.read_row_group(index, columns=[self._column[shard]]).column(0)
 
 
 def _column(schema: pa.Schema, names: Sequence[str], path: Path, fits: Any, what: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import os
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import torchvision
 
-from orthattack.eval.errors import FAILURES, EvaluationError, first_line
+from orthattack.eval.errors import FAILURES, EvaluationError, first_line, nearest
 
 PREFIX = "torchvision:"
 
@@ -23,7 +22,7 @@ def check_torchvision(data: str) -> tuple[type, dict[str, Any]]:
     name, *parts = data.removeprefix(PREFIX).split(",")
     known = [one for one in torchvision.datasets.__all__ if inspect.isclass(getattr(torchvision.datasets, one))]
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=3) or ["CIFAR10", "ImageNet"]
+        close = nearest(name, known, 3) or ["CIFAR10", "ImageNet"]
         raise EvaluationError(f"torchvision has no data set {name!r}; did you mean {' or '.join(close)}?")
     kind: type = getattr(torchvision.datasets, name)
     parameters = set(inspect.signature(kind).parameters)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from orthattack.eval import plugin
-from orthattack.eval.errors import EvaluationError, first_line
+from orthattack.eval.errors import EvaluationError, first_line, nearest
 from orthattack.eval.models import BUNDLED
 from orthattack.eval.models.classifier import Classifier, checked
 from orthattack.eval.models.fitting import fitted
@@ -39,7 +38,7 @@ def check_name(name: str) -> None:
             raise EvaluationError(
                 f"{name!r} is a Python file: name a function of it, --model {module}:{function or 'FUNCTION'}"
             )
-        close = difflib.get_close_matches(name, known, n=3) or ["resnet50", *BUNDLED]
+        close = nearest(name, known, 3) or ["resnet50", *BUNDLED]
         raise EvaluationError(
             f"unknown model {name!r}; did you mean {' or '.join(close)}? There are also timm:NAME and your own "
             "package.module:function"

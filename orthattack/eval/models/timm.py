@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from torch import nn
 from torchvision.models import ResNet50_Weights
 from torchvision.transforms import InterpolationMode
 
-from orthattack.eval.errors import EvaluationError, first_line
+from orthattack.eval.errors import EvaluationError, first_line, nearest
 from orthattack.eval.models.classifier import Classifier, from_checkpoint
 from orthattack.eval.models.fitting import read_fitted
 from orthattack.eval.models.preprocessing import Preprocessing
@@ -25,7 +24,7 @@ def check(name: str) -> None:
     """Raise EvaluationError if timm has no such model."""
     architecture = name.removeprefix(PREFIX)
     if not timm.is_model(architecture.partition(".")[0]):
-        close = difflib.get_close_matches(architecture, timm.list_models(), n=3) or ["resnet50"]
+        close = nearest(architecture, timm.list_models(), 3) or ["resnet50"]
         raise EvaluationError(f"unknown model {name!r}; did you mean {' or '.join(PREFIX + one for one in close)}?")
 
 

@@ -5,7 +5,6 @@ This is the only module that reads weights.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -21,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from orthattack.eval.errors import EvaluationError, first_line
+from orthattack.eval.errors import EvaluationError, first_line, nearest
 from orthattack.eval.models.formats import foreign, is_safetensors, refused_pickle
 
 
@@ -76,7 +75,7 @@ def _absent(path: Path) -> str:
             endings = {".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar"}
             inside = sorted(file.name for file in path.iterdir() if file.suffix in endings)
             return "is a folder" + (f": pass a file in it, such as {path / inside[0]}" if inside else "")
-        close = difflib.get_close_matches(path.name, [file.name for file in path.parent.iterdir()], n=1)
+        close = nearest(path.name, (file.name for file in path.parent.iterdir()))
         return "does not exist" + (f"; did you mean {path.with_name(close[0])}?" if close else "")
     except (OSError, ValueError):  # such as a name that is too long
         return "does not exist"

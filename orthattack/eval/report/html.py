@@ -17,6 +17,7 @@ from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
+from orthattack.eval.errors import printable
 from orthattack.eval.report import gallery, plots
 from orthattack.eval.report import table as tables
 from orthattack.eval.report.table import NORMS, UNDEFINED, Row, number, percent
@@ -35,8 +36,9 @@ def page(run: Run) -> str:
     """The whole report. Undefined numbers are shown as "–"."""
     read = {name: files("orthattack.eval.report").joinpath("templates", name).read_text("utf-8") for name in _FILES}
     environment = Environment(
-        loader=DictLoader(read), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+        loader=DictLoader(read), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        finalize=_seen,
+    )  # fmt: skip
     environment.filters.update(percent=percent, number=lambda value, form: number(form, value), tip=_tip)
     script = read["report.js"]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -50,6 +52,15 @@ def page(run: Run) -> str:
 
 
 _FILES = ("report.html.j2", "report.css", "report.js")
+
+
+def _seen(value: Any, keep: str = "\n\t") -> Any:
+    """The same, with what cannot be seen in its texts escaped, such as marks that turn the direction of text."""
+    if type(value) is str:  # not what is markup already
+        return printable(value, keep)
+    if isinstance(value, dict):
+        return {key: _seen(item, keep) for key, item in value.items()}
+    return [_seen(item, keep) for item in value] if isinstance(value, list) else value
 
 
 def _tip(row: Row) -> str:
@@ -103,7 +114,7 @@ def _context(run: Run) -> dict[str, Any]:
         "done": done,
         "expected": expected,
         "definitions": [*DEFINITIONS.split("; "), *tables.promised(run)],
-        "data": data,
+        "data": _seen(data, keep=""),
         "stored": stored,
         "session": (run.manifest.get("sessions") or [{}])[-1],
     }

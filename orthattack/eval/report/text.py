@@ -6,6 +6,7 @@ import html
 import json
 import shutil
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import pandas as pd
 from tabulate import tabulate
 
-from orthattack.eval.errors import EvaluationError
+from orthattack.eval.errors import EvaluationError, printable
 from orthattack.eval.report import table as tables
 from orthattack.eval.report.table import NORMS, OPTIMALITY, Column, Row, grid
 from orthattack.eval.results.comparison import CLEAN, compared, differences
@@ -73,10 +74,15 @@ def write_report(run: Run, folder: RunFolder | None = None) -> list[Path | str]:
 
 
 def _for_spreadsheets(table: pd.DataFrame) -> pd.DataFrame:
-    """The same, with an apostrophe before names that a spreadsheet would take for a formula."""
+    """The same, with an apostrophe before names that a spreadsheet would take for a formula, and what cannot be seen
+    escaped. A spreadsheet leaves out what comes before the sign and is not shown, and takes its full width too."""
 
     def inert(value: object) -> object:
-        return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+        if not isinstance(value, str):
+            return value
+        shown = "".join(c for c in unicodedata.normalize("NFKC", value) if c.isprintable() and not c.isspace())
+        is_formula = shown.startswith(("=", "+", "-", "−", "@")) or value.startswith(("\t", "\r"))
+        return "'" * is_formula + printable(value, keep="")
 
     return table.assign(**{name: table[name].map(inert) for name in ("model", "attack") if name in table})
 
@@ -233,7 +239,7 @@ def _pipes(columns: Sequence[Column], rows: Sequence[Row]) -> str:
 
 def _md(text: str) -> str:
     """Text that Markdown shows as it is: no markup, no HTML, no end of a cell."""
-    escaped = html.escape(" ".join(str(text).split()), quote=False)
+    escaped = html.escape(printable(" ".join(str(text).split()), keep=""), quote=False)
     return "".join("\\" + c if c in "\\`*_[]|~$!#" else c for c in escaped)
 
 

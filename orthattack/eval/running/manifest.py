@@ -14,7 +14,7 @@ import torch
 
 from orthattack.eval.attacks.kind import described
 from orthattack.eval.data.dataset import ImageDataset
-from orthattack.eval.errors import EvaluationError, told
+from orthattack.eval.errors import EvaluationError, printable, told
 from orthattack.eval.models.classifier import Classifier
 from orthattack.eval.storage.lock import Share
 from orthattack.eval.storage.run_folder import RunFolder
@@ -91,7 +91,8 @@ def to_go_on(
         ) from error
     if found:
         raise EvaluationError(
-            f"{folder} holds another run; choose another folder, or make these the same:\n  " + "\n  ".join(found)
+            f"{folder} holds another run; choose another folder, or make these the same:\n  "
+            + "\n  ".join(printable(line, keep="") for line in found)
         )
     for what, verb in (("versions", "continued with other versions"), ("hardware", "continued on other hardware")):
         before, today = then[what], session[what]

@@ -6,6 +6,7 @@ Names are relative to the root, with forward slashes.
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -34,6 +35,8 @@ _FINAL += (NotADirectoryError, NotImplementedError, TypeError, ValueError)
 
 # An object appears when its upload is complete. Elsewhere (sftp, smb, hdfs ...) a file grows while it is written.
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "tos", "memory"}
+
+_MAX_RECORD = 64 * 2**20  # bytes of a manifest, a session, checks
 
 T = TypeVar("T")
 
@@ -74,9 +77,11 @@ class Disk:
             return False
 
     def read(self, name: str) -> bytes:
-        """The content of a file; FileNotFoundError if there is none."""
+        """The content of a record; FileNotFoundError if there is none."""
         folder, _, last = name.rpartition("/")
         with inside.folder(self.root, folder) as place, os.fdopen(place.open(last, os.O_RDONLY), "rb") as stream:
+            if os.fstat(stream.fileno()).st_size > _MAX_RECORD:
+                raise OSError(errno.EFBIG, f"{self.root / name} is larger than any record of a run")
             return stream.read()
 
     def fetch(self, names: Sequence[str]) -> list[Path]:

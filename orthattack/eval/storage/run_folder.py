@@ -29,9 +29,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
+from orthattack.eval.data import parquet
 from orthattack.eval.errors import EvaluationError, first_line
 from orthattack.eval.storage.files import Disk, Store, open_files
 from orthattack.eval.storage.schema import NULLABLE, SCHEMAS, STATUSES, Kind, SessionRecord, from_json, unfit
@@ -63,7 +65,7 @@ def _slug(text: str) -> str:
     """A file name for any text: the text itself where it is one, else a readable part and a hash."""
     plain = re.sub(r"[^A-Za-z0-9._-]", "_", text)[:60].lstrip(".") or "_"
     is_free = plain == text and re.search(r"-[0-9a-f]{8}$", text) is None  # or it could be that of another text
-    return plain if is_free else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return plain if is_free else f"{plain}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True)
@@ -348,9 +350,25 @@ def _text(value: object) -> object:
 
 
 def _table(path: Path, columns: Sequence[str] | None) -> pa.Table:
+    """A file's table, checksums verified. ValueError: it claims more than rows of a run could be."""
     # Half the time of pq.read_table, which looks for a data set of many files around each.
-    file = pq.ParquetFile(path, page_checksum_verification=True)
-    return file.read(columns=None if columns is None else list(columns), use_threads=False)
+    with parquet.opened(path, page_checksum_verification=True, read_dictionary=_TEXTS) as file:
+        sizes = [size for group in range(file.num_row_groups) for size in parquet.page_sizes(file, path, group)]
+        if sum(map(sum, sizes)) > _MAX_TABLE or file.metadata.num_rows * file.metadata.num_columns > _MAX_CELLS:
+            raise ValueError("larger than rows of a run are")
+        table = file.read(columns=None if columns is None else list(columns), use_threads=False)
+    for k, name in enumerate(table.column_names):
+        if pa.types.is_dictionary(table.column(k).type):  # which may repeat a long text as often as there are rows
+            parts = table.column(k).chunks
+            length = sum(pc.sum(pc.binary_length(part.dictionary).take(part.indices)).as_py() or 0 for part in parts)
+            if length > _MAX_TABLE:
+                raise ValueError(f"{name} unpacks to {length / 1e6:.3g} MB")
+            table = table.set_column(k, name, table.column(k).cast(pa.string()))
+    return table
+
+
+_TEXTS = ["name", "status", "message"]
+_MAX_TABLE, _MAX_CELLS = 64 * 2**20, 20_000_000  # bytes of pages, and of texts; numbers
 
 
 def _rows(path: Path, name: str, schema: pa.Schema, columns: Sequence[str] | None) -> pa.Table:

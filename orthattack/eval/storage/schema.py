@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import pandas as pd
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, RootModel, ValidationError, model_validator
 
 from orthattack.threat import Norm
 
@@ -103,6 +103,13 @@ class _OldSession(SessionRecord):
     outcome: str = ""
 
 
+def text(value: str) -> str:
+    """The same; ValueError if it holds bytes that are no text, as names of files and arguments may."""
+    value.encode()
+    return value
+
+
+_Label = Annotated[str, AfterValidator(text)]
 _Eps = Annotated[float, Field(ge=0, le=1e12)]
 
 
@@ -111,7 +118,7 @@ class _Data(_Record):
 
 
 class _Model(_Record):
-    label: str
+    label: _Label
     num_classes: int = Field(default=0, ge=0, le=10**7)
     data: _Data
     class_names: list[str] | None = None
@@ -119,7 +126,7 @@ class _Model(_Record):
 
 
 class _Attack(_Record):
-    label: str
+    label: _Label
     norm: Norm | None = None
     eps: list[_Eps | None] = []
     parameters: dict[str, Any] = {}

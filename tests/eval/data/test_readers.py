@@ -92,17 +92,18 @@ def test_classes_in_the_metadata_are_matched_by_name(tmp_path):
     assert "since there are as many (the model's have no names)" in unnamed.mapping
 
 
-def test_row_groups_that_are_kept_are_bounded(tmp_path, monkeypatch):
+def test_row_groups_are_read_once_in_order_and_what_is_kept_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "CACHED_BYTES", 0)
     shard(tmp_path / "a.parquet", list(range(12)), rows=2)
     read = []
-    original = pq.ParquetFile.read_row_group
+    original = sources.parquet.batches
     monkeypatch.setattr(
-        pq.ParquetFile, "read_row_group", lambda self, k, **options: read.append(k) or original(self, k, **options)
-    )
+        sources.parquet, "batches", lambda file, path, columns, groups=None: read.append(groups)
+        or original(file, path, columns, groups),
+    )  # fmt: skip
     dataset = load_dataset(str(tmp_path), classifier())
     assert reds(dataset) == list(range(12))
-    assert read == list(range(6))  # each once, in order
+    assert read == [None, *([k] for k in range(6))]  # the labels, then each once, in order
     assert len(dataset._source._cache) == 1
 
 
@@ -122,7 +123,7 @@ def test_shards_that_cannot_be_used_are_explained(tmp_path):
         return str(caught.value)
 
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
-    assert "is not a whole Parquet file" in refused(tmp_path / "broken.parquet")
+    assert "cannot be read as a Parquet file" in refused(tmp_path / "broken.parquet")
     assert f"no Parquet file fits {tmp_path}/x*.parquet" in refused(f"{tmp_path}/x*.parquet")
     pq.write_table(pa.table({"pixels": [b"1"], "label": [1]}), tmp_path / "b.parquet")
     assert "b.parquet has no column image or img; it has pixels, label" in refused(tmp_path / "b.parquet")

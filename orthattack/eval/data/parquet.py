@@ -1,0 +1,163 @@
+"""Parquet files read in bounded memory, whatever their footers and pages claim.
+
+Arrow allocates what a page says that it unpacks to, and repeats a value of a dictionary as often as asked for. So
+pages' headers are read first, and values a few at a time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+MAX_PAGE = 32 * 2**20  # bytes that a page unpacks to, and so the largest value; a few are in memory at a time
+MAX_ROWS = 1_000_000  # of a file
+_MAX_FOOTER, _MAX_HEADER = 2 * 2**20, 2**20
+_BATCH = 32 * 2**20
+
+
+def opened(path: Path, **options: Any) -> pq.ParquetFile:
+    """A file whose pages have not been looked at yet. ValueError: a footer of absurd size, or too many rows;
+    OSError, pa.ArrowException: no Parquet."""
+    with path.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        stream.seek(max(0, size - 8))
+        footer = int.from_bytes(stream.read(4), "little")
+    if size >= 12 and _MAX_FOOTER < footer < size:
+        raise ValueError(f"a footer of {footer / 1e6:.3g} MB, of which {_MAX_FOOTER / 1e6:.1f} are read")
+    file = pq.ParquetFile(path, buffer_size=2**20, **options)
+    if file.metadata.num_rows > MAX_ROWS:
+        rows = file.metadata.num_rows
+        file.close()
+        raise ValueError(f"{rows:,} rows, of which a file may have {MAX_ROWS:,}: write several files")
+    return file
+
+
+def batches(
+    file: pq.ParquetFile, path: Path, columns: Sequence[str], groups: Sequence[int] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """The columns of row groups, so many rows at a time that they fit whatever is in them; columns are names of
+    leaves, such as image.bytes."""
+    for group in range(file.num_row_groups) if groups is None else groups:
+        largest = max((max(pages) for pages in page_sizes(file, path, group, columns)), default=0)
+        size = max(1, min(65_536, _BATCH // max(1, largest)))
+        yield from file.iter_batches(size, [group], list(columns), use_threads=False)
+
+
+def page_sizes(
+    file: pq.ParquetFile, path: Path, group: int, columns: Sequence[str] | None = None
+) -> Iterator[tuple[int, int]]:
+    """Of each leaf, or of those of the columns: to how many bytes its largest dictionary and its largest other page
+    unpack. ValueError: to more than `MAX_PAGE`, or damaged."""
+    about = file.metadata.row_group(group)
+    with path.open("rb") as stream:
+        for k in range(about.num_columns):
+            leaf = about.column(k)
+            if columns is not None and leaf.path_in_schema not in columns:
+                continue
+            start = leaf.data_page_offset
+            if leaf.has_dictionary_page and 0 < leaf.dictionary_page_offset < start:
+                start = leaf.dictionary_page_offset
+            sizes = [0, 0]
+            for is_dictionary, size in _pages(stream, start, start + leaf.total_compressed_size):
+                if size > MAX_PAGE:
+                    raise ValueError(
+                        f"column {leaf.path_in_schema} has a page that unpacks to {size / 1e6:.3g} MB, of which "
+                        f"{MAX_PAGE / 1e6:.3g} are read: write it in smaller row groups, of 100 images, say"
+                    )
+                sizes[not is_dictionary] = max(sizes[not is_dictionary], size)
+            yield sizes[0], sizes[1]
+
+
+def _pages(stream: BinaryIO, at: int, end: int) -> Iterator[tuple[bool, int]]:
+    """Whether each page between two places is a dictionary, and to how many bytes it unpacks."""
+    window = 256
+    while at < end:
+        stream.seek(at)
+        header = stream.read(window)
+        try:
+            fields, length = _struct(header, 0, 0)
+        except IndexError:
+            if len(header) < window or window >= _MAX_HEADER:
+                raise ValueError("a page's header is cut off, or too long") from None
+            window *= 8
+            continue
+        kind, unpacked, packed = (fields.get(k, 0) for k in (1, 2, 3))
+        if unpacked < 0 or packed < 0:
+            raise ValueError("a page of negative size")
+        yield kind == 2, unpacked
+        at += length + packed
+
+
+def _struct(data: bytes, at: int, depth: int) -> tuple[dict[int, int], int]:
+    """The whole numbers among the fields of a struct in Thrift's compact protocol, and where it ends. IndexError: it
+    is cut off; ValueError: it is none."""
+    fields: dict[int, int] = {}
+    field = 0
+    while True:
+        head = data[at]
+        at += 1
+        if head == 0:
+            return fields, at
+        kind, delta = head & 15, head >> 4
+        if delta:
+            field += delta
+        else:
+            field, at = _zigzag(data, at)
+        if kind in (4, 5, 6):
+            fields[field], at = _zigzag(data, at)
+        else:
+            at = _skipped(data, at, kind, depth)
+
+
+def _skipped(data: bytes, at: int, kind: int, depth: int) -> int:
+    """Where a value of that kind ends."""
+    if depth > 8:
+        raise ValueError("a page's header is nested too deeply")
+    if kind in (1, 2):  # true and false are kinds
+        return at
+    if kind in (3, 7):
+        return at + (1 if kind == 3 else 8)
+    if kind in (4, 5, 6):
+        return _zigzag(data, at)[1]
+    if kind == 8:
+        length, at = _varint(data, at)
+        if at + length > len(data):
+            raise IndexError
+        return at + length
+    if kind == 12:
+        return _struct(data, at, depth + 1)[1]
+    if kind in (9, 10):
+        head = data[at]
+        at += 1
+        count = head >> 4
+        if count == 15:
+            count, at = _varint(data, at)
+        for _ in range(count):
+            at = at + 1 if head & 15 in (1, 2) else _skipped(data, at, head & 15, depth + 1)
+            if at > len(data):
+                raise IndexError
+        return at
+    raise ValueError("a page's header that is none")
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+        shift += 7
+        if shift > 63:
+            raise ValueError("a number of a page's header is too long")
+
+
+def _zigzag(data: bytes, at: int) -> tuple[int, int]:
+    value, at = _varint(data, at)
+    return (value >> 1) ^ -(value & 1), at
