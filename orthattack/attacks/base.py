@@ -38,6 +38,7 @@ from orthattack.losses import Goal, Loss, attack_loss
 from orthattack.models import Model, explained
 from orthattack.projection import Scope
 from orthattack.threat import Direction, Norm, Normal, Region, ThreatModel, is_same, kept, perturbation_norm
+from orthattack.threat.levels import snapped
 from orthattack.threat.norms import BALLS
 
 UNLIMITED = 1e30
@@ -50,6 +51,7 @@ class Options(TypedDict, total=False):
     scope: Scope | None
     directions: Sequence[Direction]
     normal: Normal
+    levels: int | None
     loss: Loss
     targeted: bool
     early_stop: bool
@@ -140,6 +142,7 @@ class Attack(Configured):
         eot_samples: int = 1,
         directions: Sequence[Direction] = (),
         normal: Normal = "image",
+        levels: int | None = None,
         enforce: Enforce = "perturbation",
         reference: Reference = "clean",
         transform: Transform | None = None,
@@ -171,6 +174,7 @@ class Attack(Configured):
             scope,
             tuple(directions) if _is_list(directions) else directions,
             normal,
+            levels,
         )
         self.search = search
         self.enforce, self.reference = enforce, reference
@@ -202,6 +206,8 @@ class Attack(Configured):
             options["normal"] = named[0]
         if threat.directions:
             options["directions"] = named[1:]
+        if threat.levels is not None:
+            options["levels"] = threat.levels
         if self.targeted:
             options["targeted"] = True
         return f"{type(self).__name__}({', '.join(f'{k}={_shown(v)}' for k, v in options.items())})"
@@ -489,6 +495,7 @@ class Attack(Configured):
         self._observer.say("bounds", why_too_dark("images", images, (low, high)))
         # `clamp` may make zeros of denormal numbers.
         x = torch.where(images < low, low, torch.where(images > high, high, images))
+        x = x if self.threat.levels is None else snapped(x, self.threat.levels, self.threat.bounds)
         return x.contiguous(), labels.long().clone()
 
 

@@ -95,12 +95,16 @@ class MinimumNorm(Configured):
             raise ValueError(
                 f"eps has {len(eps)} values for {len(images)} images: it must have one per sample or be one"
             )
-        eps = eps.expand(len(images)).clamp(max=self.max_eps).clone()
+        threat, step = attack.threat, 0.0
+        if threat.levels is not None and threat.norm == "linf":  # whole numbers of levels are all the radii there are
+            step = (threat.bounds[1] - threat.bounds[0]) / (threat.levels - 1)
+        eps = threat.on_grid(eps.expand(len(images)).clamp(max=self.max_eps)).clamp(min=step)
         low, high = torch.zeros_like(eps), torch.full_like(eps, torch.inf)
         high[result.success] = 0.0
         for trial in range(self.trials):
             # An interval that is narrower than 1 in 1000 is not worth a trial, nor one beyond the largest radius.
-            rows = ((high > 1.001 * low) & (low < self.max_eps)).nonzero().squeeze(1)
+            wide = (high > 1.001 * low) & (high > low + 1.5 * step) & (low + step <= self.max_eps * (1 + 1e-6))
+            rows = (wide & (low < self.max_eps)).nonzero().squeeze(1)
             if len(rows) == 0:
                 break
             try:
@@ -126,7 +130,7 @@ class MinimumNorm(Configured):
             high[rows] = torch.where(fooling, found.norm.double(), high[rows])
             result = _updated(result, found, rows, fooling | ~result.success[rows])
             middle = torch.where(high.isfinite(), (low + high) / 2, 2 * eps)
-            eps = middle.clamp(max=self.max_eps)
+            eps = threat.on_grid(middle.clamp(max=self.max_eps)).clamp(min=step)
         attack._warn_of_gradients(result, stuck)
         return result
 

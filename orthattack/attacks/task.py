@@ -166,10 +166,10 @@ class Best:
         self._forwards[rows] += evaluation.forward_calls
 
     def result(self, images: Tensor, threat: ThreatModel) -> AttackResult:
-        delta = self.adversarials.double() - images.double()
+        norm, cosine = threat.sizes(images, self.adversarials)
         return AttackResult(
             self.adversarials, self.success, self._merit if self._loss is None else self._loss, self._steps,
-            threat.cosine(delta, images), perturbation_norm(delta, threat.norm), self._zero, self._forwards,
+            cosine, norm, self._zero, self._forwards,
             self._gradients,
         )  # fmt: skip
 
@@ -244,7 +244,8 @@ class Task:
         return Draws(lambda: self.streams.of(self.index), images.device, images.dtype)
 
     def score(self, points: Tensor, step: int, with_gradient: bool) -> Evaluation:
-        """Evaluate `points` of these samples and offer them to `best`."""
+        """Evaluate `points` of these samples, as they are stored, and offer them to `best`."""
+        points = self.region.stored(points)
         # A sample that leaves the batch must be fooled for certain; the others are judged in the end. Every claim is
         # confirmed about a model that draws, so that points are compared by means over draws, and by the norm, where
         # a claim that does not hold would hide the larger one that does.

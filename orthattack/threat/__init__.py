@@ -24,6 +24,7 @@ from orthattack.projection import (
     remove_directions,
     scope_dims,
 )
+from orthattack.threat.levels import grid_units, levels_of, radius_in_levels
 from orthattack.threat.norms import BALLS, Norm, perturbation_norm
 from orthattack.threat.region import Region
 
@@ -84,6 +85,10 @@ class ThreatModel:
         normal: n, the "image" itself; "constant", all ones, so that the mean of each vector stays; "luma", the weights
             (0.299, 0.587, 0.114) of the three channels; a tensor (C, H, W), the same for every image; or a function of
             the images (N, C, H, W) that returns (N, C, H, W). Where it is zero in a whole vector, that one is free.
+        levels: what the images are stored with, from 2 to 65536, such as 256 for 8 bits; None: any number will do.
+            Images and adversarials then have the values low + k (high - low) / (levels - 1), and all of the above
+            holds for the integers k, orthogonality as an exact 0. Not with colours (``scope="pixel"``), luma, tensors
+            and functions, to which too few small integers are orthogonal.
 
     Raises:
         ValueError: an option outside these.
@@ -95,6 +100,7 @@ class ThreatModel:
     scope: Scope | None = "image"
     directions: Sequence[Direction] = ()
     normal: Normal = "image"
+    levels: int | None = None
 
     def __post_init__(self) -> None:
         if is_number(self.norm):
@@ -122,6 +128,28 @@ class ThreatModel:
                 f"{'pixel' if self.scope == 'pixel' else 'block'} already; got {_name(self._more[0])}: take scope "
                 '"image" or "channel"'
             )
+        object.__setattr__(self, "levels", self._checked_levels())
+
+    def _checked_levels(self) -> int | None:
+        levels = plain(self.levels)
+        if levels is None:
+            return None
+        if not isinstance(levels, int) or isinstance(levels, bool) or not 2 <= levels <= 65536:
+            raise ValueError(f"levels must be an integer from 2 to 65536, such as 256 for 8 bits; got {levels!r}")
+        unknown = [v for v in (self.normal, *self.directions) if not isinstance(v, str) or v == "luma"]
+        if unknown:
+            raise ValueError(
+                f"levels leaves too few integers that are orthogonal to {_name(unknown[0])}: use the normals 'image' "
+                "and 'constant', and 'constant' and 'channel-constant' in directions"
+            )
+        if self.scope == "pixel" and self.normal == "image":
+            raise ValueError(
+                'levels cannot be combined with scope="pixel": next to no small integers are orthogonal to the values '
+                'of a pixel. Use scope="image" or "channel", or normal="constant"'
+            )
+        if self.scope is not None and self.normal == "image":
+            grid_units(levels, self.bounds)
+        return levels
 
     def __eq__(self, other: object) -> bool:
         """Whether all of it is the same, a radius per sample included."""
@@ -133,7 +161,7 @@ class ThreatModel:
     @property
     def _rest(self) -> tuple[object, ...]:
         """What it is besides its radius."""
-        return self.norm, self.bounds, self.scope, self.directions, _Directions([self.normal])
+        return self.norm, self.bounds, self.scope, self.directions, _Directions([self.normal]), self.levels
 
     @property
     def is_orthogonal(self) -> bool:
@@ -174,6 +202,28 @@ class ThreatModel:
     def around(self, images: Tensor) -> Region:
         """The allowed images around each of `images`, (N, C, H, W), floating point, inside the bounds."""
         return Region(self, images)
+
+    def on_grid(self, eps: Tensor) -> Tensor:
+        """Radii, float64, as large as they are on the grid of `levels`: whole levels for L-infinity."""
+        if self.levels is None or self.norm != "linf":
+            return eps
+        unit = (self.bounds[1] - self.bounds[0]) / (self.levels - 1)
+        return (radius_in_levels("linf", eps, 1 / unit) * unit).clamp(max=eps)
+
+    def sizes(self, images: Tensor, adversarials: Tensor) -> tuple[Tensor, Tensor]:
+        """(N,) each: the norm of the perturbations, in pixel units, and `cosine`; of the integers if there are
+        `levels`, which round-off then has no part in."""
+        if self.levels is None:
+            delta = adversarials.double() - images.double()
+            return perturbation_norm(delta, self.norm), self.cosine(delta, images)
+        k = levels_of(images, self.levels, self.bounds)
+        d = levels_of(adversarials, self.levels, self.bounds) - k
+        unit = (self.bounds[1] - self.bounds[0]) / (self.levels - 1)
+        x = images.double()
+        if self.scope is not None and self.normal == "image":
+            shift, scale = grid_units(self.levels, self.bounds)
+            x = scale * k + shift
+        return perturbation_norm(d, self.norm) * unit, self.cosine(d, x)
 
     def tangent(self, gradient: Tensor, images: Tensor) -> Tensor:
         """`gradient` without its components along the normals and the directions, (N, C, H, W): the textbook

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from orthattack.projection import block_size, cut, is_fine, joined, reciprocal, scope_dims
 from orthattack.threat.blocks import Blocks
+from orthattack.threat.levels import Grid, snapped
 from orthattack.threat.norms import BALLS, length, unit
 from orthattack.threat.plane import Plane
 from orthattack.threat.sets import Allowed, Free
@@ -58,6 +59,11 @@ class Region:
         if eps.shape not in ((), (len(x),)):
             raise ValueError(f"eps has {eps.numel()} values for {len(x)} images: it must have one per sample or be one")
         self.eps = eps.expand(len(x)).view(-1, 1, 1, 1)
+        self._grid: Grid | None = None
+        if threat.levels is not None:
+            x = snapped(x.to(self.dtype), threat.levels, threat.bounds).to(x.dtype)
+            self.eps = threat.on_grid(self.eps)
+            self._grid = Grid(threat, x, self.dtype, self.eps)
         fixed = self.eps == 0
         normals = threat.normals(x) if threat.scope is not None else x
         if threat.scope is not None and normals is x:
@@ -91,6 +97,7 @@ class Region:
         region = object.__new__(Region)
         region.threat, region.dtype, region._ball = self.threat, self.dtype, self._ball
         region.eps, region._fixed = self.eps[index], None if self._fixed is None else self._fixed[index]
+        region._grid = None if self._grid is None else self._grid.select(index)
         vectors = None if self._vectors is None else self._vectors[index]
         normals = None if self._normals is None else self._normals[index]
         region._set(self.images[index], self._allowed.lower[index], self._allowed.upper[index], vectors, normals)
@@ -154,6 +161,14 @@ class Region:
         points = points.to(self.images.dtype).contiguous()
         points = self._ball.project(self._allowed, points, self.eps)
         return self._stored(points) if self._ball.is_box else self._stored_in_ball(points)
+
+    def stored(self, points: Tensor) -> Tensor:
+        """`points` of the region as they are judged: with `levels`, the nearest ones that can be stored and keep what
+        the region promises as integers, the images' own where there are none; otherwise as they are.
+
+        Source: docs/method.md, "Exact in 8 bits".
+        """
+        return points if self._grid is None else self._grid.nearest(points)
 
     def shrunk(self, points: Tensor) -> Tensor:
         """Points of a larger region of the same kind, pulled towards the images until they are in this one.

@@ -665,3 +665,80 @@ def test_what_still_stands_is_packed_into_full_batches():
     assert sum(sizes) == int(result.forward_calls.sum())
     with pytest.raises(ValueError, match="batch_size must be an integer >= 1; got 0"):
         make("PGD", model).run(images, labels, batch_size=0)
+
+
+# --- exact in 8 bits --------------------------------------------------------------------------------------------------
+
+
+def stored(images):
+    """Images as a file of 8 bits holds them."""
+    return (images * 255).round() / 255
+
+
+def integers(images):
+    return (images.double() * 255).round().long()
+
+
+@norms
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("more", [{}, {"scope": "channel", "directions": ["constant"]}])
+def test_exact_in_8_bits_holds_for_integers_and_for_what_the_model_sees_of_a_file(name, norm, more):
+    model, (images, _) = small_model(), drawn(n=8)
+    images = stored(images)
+    labels = model(images).argmax(1)
+    result = make(name, model, norm, eps=2 * RADII[norm], levels=256, **(more if name in ORTHO else {})).run(
+        images, labels
+    )
+    k, d = integers(images), integers(result.adversarials) - integers(images)
+    assert torch.equal(result.adversarials, integers(result.adversarials).float() / 255)
+    size = sizes(d, norm) / 255
+    assert (size <= 2 * RADII[norm] * (1 + 1e-6)).all()
+    torch.testing.assert_close(result.norm, size, rtol=1e-12, atol=0)
+    with torch.no_grad():
+        assert torch.equal(result.success, model(result.adversarials).argmax(1) != labels)
+    assert (d != 0).flatten(1).any(1).sum() >= 4
+    if name in ORTHO:
+        assert ((d * k).sum((1, 2, 3)) == 0).all()
+        assert (result.cosine == 0).all()
+        if more:
+            assert ((d * k).sum((2, 3)) == 0).all()
+            assert (d.sum((1, 2, 3)) == 0).all()
+
+
+@norms
+@pytest.mark.parametrize("early_stop", [False, True])
+def test_exact_in_8_bits_with_restarts_radii_of_their_own_and_a_sweep(norm, early_stop):
+    model, (images, labels) = small_model(), drawn(n=8)
+    images, eps = stored(images), RADII[norm]
+    labels = model(images).argmax(1)
+    options = {"levels": 256, "random_start": True, "restarts": 2, "early_stop": early_stop}
+    each = eps * torch.linspace(0, 3, 8)
+    own = make("OrthoPGD", model, norm, **options).run(images, labels, eps=each)
+    swept = make("OrthoPGD", model, norm, **options).sweep(images, labels, [eps / 2, 2 * eps])
+    for result, radius in ((own, each), (swept[0], eps / 2), (swept[1], 2 * eps)):
+        d = integers(result.adversarials) - integers(images)
+        assert ((d * integers(images)).sum((1, 2, 3)) == 0).all()
+        assert (sizes(d, norm) / 255 <= radius * (1 + 1e-6)).all()
+        with torch.no_grad():
+            assert torch.equal(result.success, model(result.adversarials).argmax(1) != labels)
+    assert (swept[1].success | ~swept[0].success).all()
+
+
+def test_the_smallest_norm_in_8_bits_is_a_whole_number_of_levels():
+    """The bisection asks for no radius between two of them: 255 radii are told apart by 8 trials."""
+    model, (images, _) = small_model(), drawn(n=8)
+    images = stored(images)
+    labels = model(images).argmax(1)
+    result = MinimumNorm(make("OrthoPGD", model, eps=16 / 255, levels=256), trials=20).run(images, labels)
+    assert result.success.any()
+    size = result.norm[result.success] * 255
+    torch.testing.assert_close(size, size.round(), rtol=0, atol=1e-9)
+    assert ((integers(result.adversarials) - integers(images)) * integers(images)).sum((1, 2, 3)).eq(0).all()
+    assert (result.gradient_calls <= 8 * 4).all()
+
+
+def test_images_that_no_8_bits_hold_are_refused_by_every_attack():
+    model, (images, labels) = small_model(), drawn()
+    for name in FAMILY:
+        with pytest.raises(ValueError, match=r"images must be as stored with levels=256 .* round them first"):
+            make(name, model, levels=256).run(0.999 * images, labels)
