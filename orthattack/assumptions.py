@@ -134,7 +134,7 @@ def observe(lent: Model, images: Tensor, bounds: tuple[float, float] = (0, 1), m
         before = _random_states(image.device)
         alone = _answer(ask, image)
         draws = not same_values(before, _random_states(image.device))
-        pair = _answer(ask, torch.cat([image, beside[0]]))
+        alone, pair = _finite(alone, _answer(ask, torch.cat([image, beside[0]])))
         if pair is None or (alone is not None and alone.shape[1] != pair.shape[1]):
             return Behaviour()
         seen = pair if alone is None else torch.cat([alone, pair])
@@ -154,10 +154,10 @@ def observe(lent: Model, images: Tensor, bounds: tuple[float, float] = (0, 1), m
         # Something differs, if only by round-off: twice the same question, in a batch of the same size.
         smallest = max(1e-4 if image.is_cuda else 1e-5, 8 * _epsilon(pair))
         for _ in range(DRAWS if draws else 1):
-            again = _answer(ask, torch.cat([image, beside[0]]))
+            answers = [_answer(ask, torch.cat([image, another])) for another in beside]
+            again, other = _finite(*answers)
             if again is not None and (noise := share(again[:1], pair[:1])) > smallest:
                 return Behaviour(noise, 0.0, statistics, probabilities, sigmoids)
-        other = _answer(ask, torch.cat([image, beside[1]]))
         dependence = 0.0 if other is None else share(other[:1], pair[:1])
         tolerance = max(_NOISE, 8 * _epsilon(pair))
         if dependence <= tolerance and alone is not None:
@@ -207,15 +207,26 @@ def _ends_in_sigmoid(model: Model, image: Tensor) -> bool:
     """Whether the last thing that a model computes is a sigmoid, so that logits that happen to lie in [0, 1] are not
     taken for its values."""
     with torch.enable_grad():
-        answer = _answer(model, image.clone().requires_grad_(), is_kept=True)
+        answer = _answer(model, image.clone().requires_grad_())
     last = None if answer is None else answer.grad_fn
     while last is not None and last.name().startswith(_MOVES):
         last = last.next_functions[0][0]
     return last is not None and last.name().startswith("Sigmoid")
 
 
-def _answer(model: Model, images: Tensor, is_kept: bool = False) -> Tensor | None:
-    """Finite logits (N, K), or None if there are none; with their graph if it `is_kept`."""
+def _finite(*answers: Tensor | None) -> list[Tensor | None]:
+    """Answers on the host, None for those that are not finite: of a GPU all is asked at once."""
+    given = [answer.detach() for answer in answers if answer is not None]
+    if given and given[0].is_cuda:
+        flat = torch.cat([answer.flatten() for answer in given]).cpu().split([answer.numel() for answer in given])
+        given = [numbers.view(answer.shape) for numbers, answer in zip(flat, given, strict=True)]
+    left = iter(given)
+    found = [None if answer is None else next(left) for answer in answers]
+    return [None if answer is None or not bool(answer.isfinite().all()) else answer for answer in found]
+
+
+def _answer(model: Model, images: Tensor) -> Tensor | None:
+    """What a model says, with its graph, or None if that is no logits (N, K)."""
     try:
         logits = model(images.clone())
     except Exception:  # a model's own code may raise anything, and will again where it is not caught
@@ -223,8 +234,7 @@ def _answer(model: Model, images: Tensor, is_kept: bool = False) -> Tensor | Non
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] == 0:
         return None
     is_plain = logits.dtype in FLOATS and logits.layout == torch.strided and not logits.is_meta
-    usable = is_plain and bool(logits.isfinite().all())
-    return None if not usable else logits if is_kept else logits.detach()
+    return logits if is_plain else None
 
 
 def _epsilon(logits: Tensor) -> float:

@@ -209,6 +209,7 @@ class _Borrower:
     def give_back(self) -> None:
         """Put back what no other thread has: as this borrower found it, the last one as the first did."""
         _BORROWERS.remove(self)
+        buffers: list[tuple[nn.Module, _BuffersOf]] = []
         with ExitStack() as stack:  # which goes on after an error
             for key, (aspect, thing, state) in self.taken.items():
                 first, threads = _LOANS[key]
@@ -216,7 +217,15 @@ class _Borrower:
                 if not threads:
                     del _LOANS[key]
                 if aspect.write is not None and not set(threads) - {self.thread}:
-                    stack.callback(aspect.write, thing, state if threads else first)
+                    before = state if threads else first
+                    if aspect is _BUFFERS:
+                        buffers.append((thing, before))
+                    else:
+                        stack.callback(aspect.write, thing, before)
+            pairs = [(kept, state[1][name]) for _, state in buffers for name, kept in state[0].items() if kept is not None]
+            same = _same_on_gpu(pairs)
+            for module, state in buffers:
+                stack.callback(_set_buffers, module, state, same)
         self.taken.clear()
 
     def others(self) -> list[_Borrower]:
@@ -226,11 +235,25 @@ class _Borrower:
         return [other for other in others if any(key[1] in mine for key in other.taken)]
 
 
-def _set_buffers(module: nn.Module, state: tuple[dict[str, Tensor | None], dict[str, Tensor]]) -> None:
+_BuffersOf = tuple[dict[str, Tensor | None], dict[str, Tensor]]
+"""A module's buffers by name: themselves, and copies of their values."""
+
+
+def _same_on_gpu(pairs: Sequence[tuple[Tensor, Tensor]]) -> set[int]:
+    """The ids of the first of each pair on a GPU, if all of them have the same bits: one question to it, not one each."""
+    pairs = [pair for pair in pairs if pair[0].is_cuda and pair[1].is_cuda]
+    with suppress(RuntimeError, NotImplementedError):  # of several GPUs, or sparse
+        joined = [torch.cat([t.detach().reshape(-1).view(torch.uint8) for t in side]) for side in zip(*pairs, strict=True)]
+        if joined and torch.equal(*joined):
+            return {id(first) for first, _ in pairs}
+    return set()
+
+
+def _set_buffers(module: nn.Module, state: _BuffersOf, same: set[int]) -> None:
     owned, values = state
     for name, value in values.items():
         kept = owned[name]
-        if kept is not None and not torch.equal(kept, value):
+        if kept is not None and id(kept) not in same and not torch.equal(kept, value):
             with torch.inference_mode(kept.is_inference()):
                 kept.copy_(value)
     for name in set(module._buffers.keys()) - owned.keys():  # registered during the attack
@@ -327,7 +350,7 @@ _FLAG = _Aspect(
 )
 _BUFFERS = _Aspect(
     lambda module: (dict(module._buffers), {k: b.clone() for k, b in module._buffers.items() if b is not None}),
-    _set_buffers,
+    lambda module, state: _set_buffers(module, state, set()),
 )
 _DRAWN = _Aspect(lambda name: random_stream(name)[0](), lambda name, state: random_stream(name)[1](state))
 _PROCESS = _Aspect(lambda _: _read(_GLOBAL), lambda _, values: _write(_GLOBAL, values))
@@ -474,14 +497,16 @@ def _settle(borrower: _Borrower, watched: _Watched, model: Model, images: Tensor
 
 def _mended(watched: _Watched) -> list[_Change]:
     """Put everything right; what was found."""
-    return [change for item in watched.values() for change in _mend(*item, watched)]
+    pairs = [(thing, was.values) for thing, was, *_ in watched.values() if isinstance(thing, Tensor)]
+    same = _same_on_gpu([(a, b) for a, b in pairs if b is not None and _are_alike(a, b)])
+    return [change for item in watched.values() for change in _mend(*item, watched, same)]
 
 
-def _mend(thing: Any, was: _Was, at: str, of: str, watched: _Watched) -> list[_Change]:
+def _mend(thing: Any, was: _Was, at: str, of: str, watched: _Watched, same: set[int]) -> list[_Change]:
     if of == _REACHED and not isinstance(thing, nn.Module):
         return []
     changes: list[_Change] = []
-    if isinstance(thing, Tensor) and _mend_values(thing, was):
+    if isinstance(thing, Tensor) and _mend_values(thing, was, same):
         changes.append((at, of, None))
     if isinstance(thing, nn.Module) and type(thing) is not was.type:
         changes.append((at or "the model's class", "layers", None))
@@ -523,9 +548,9 @@ def _hold(thing: Any, key: Any, value: Any) -> None:
         held.pop(key, None) if is_gone else held.update({key: value})
 
 
-def _mend_values(tensor: Tensor, was: _Was) -> bool:
+def _mend_values(tensor: Tensor, was: _Was, same: set[int]) -> bool:
     """Give a tensor its memory and values back; whether these had changed."""
-    changed = not _is_same(was.values, tensor)
+    changed = id(tensor) not in same and not _is_same(was.values, tensor)
     if not tensor.is_inference() and (changed or _address(tensor) != _address(was.memory)):
         tensor.data = was.memory
     if changed and was.values is not None:
@@ -552,11 +577,15 @@ def _copy(tensor: Tensor) -> Tensor | None:
         return None
 
 
+def _are_alike(a: Tensor, b: Tensor) -> bool:
+    return (a.dtype, a.shape, a.device) == (b.dtype, b.shape, b.device)
+
+
 def _is_same(values: Tensor | None, tensor: Tensor) -> bool:
     """Whether a tensor has these values, bit for bit where they are NaN; True if they cannot be compared."""
     if values is None:
         return True
-    if values.dtype != tensor.dtype or values.shape != tensor.shape or values.device != tensor.device:
+    if not _are_alike(values, tensor):
         return False
     is_compared = False
     tensor = tensor.detach()

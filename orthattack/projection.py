@@ -276,7 +276,7 @@ def times_power(vector: Tensor, exponent: Tensor, out: Tensor | None = None) -> 
     """`vector` times 2**exponent per group."""
     # In two factors, since 2**exponent overflows at either end of the range.
     half = exponent // 2
-    two = torch.tensor(2, dtype=vector.dtype, device=vector.device)
+    two = torch.full((), 2, dtype=vector.dtype, device=vector.device)  # torch.tensor would stop a GPU
     return torch.mul(torch.mul(vector, two**half, out=out), two ** (exponent - half), out=out)
 
 

@@ -258,7 +258,8 @@ class Attack(Configured):
         """
         self._warn_of_radius(images, eps)
         result, stuck = self._run(images, labels, eps, start, self.search, self.early_stop, seeds, batch_size)
-        self._warn_of_gradients(result, stuck)
+        if stuck is not None:
+            self._warn_of_gradients(result, stuck)
         return result
 
     def _warn_of_radius(self, images: Tensor, eps: float | Tensor | None, name: str = "eps") -> None:
@@ -289,8 +290,9 @@ class Attack(Configured):
         seeds: Sequence[int] | None = None,
         batch_size: int | None = None,
         is_first: bool = True,
-    ) -> tuple[AttackResult, Tensor]:
-        """The result, and at how many steps no loss had a gradient; not `is_first`: odd logits are no error."""
+    ) -> tuple[AttackResult, Tensor | None]:
+        """The result, and at how many steps no loss had a gradient, None if its own had one at all; not `is_first`: odd
+        logits are no error."""
         batch_size = plain(batch_size)
         if batch_size is not None:
             check_count("batch_size", batch_size)
@@ -327,9 +329,7 @@ class Attack(Configured):
                 if len(rows := (~best.exact).nonzero().squeeze(1)) > 0:
                     best.judge(rows, oracle.judge(best.adversarials[rows], goal.select(rows), self._loss))
             result = best.result(x, threat)
-            if len(x) > 0:
-                self._warn_of_room(region, result)
-            return self._told(best, result, x, threat), best.stuck
+            return self._told(best, result, x, threat, region) if len(x) > 0 else (result, None)
 
     def _scorer(self, lent: Mapping[str, Model], images: Tensor, is_random: bool, unchecked: int) -> Scorer:
         """What the search asks: the borrowed model, and where its gradients come from."""
@@ -351,42 +351,48 @@ class Attack(Configured):
             observer.say("random", f"{found.on_randomness(can_average='eot_samples' in self._names())}{unused}")
         return found.is_random
 
-    def _told(self, best: Best, result: AttackResult, images: Tensor, threat: ThreatModel) -> AttackResult:
-        """The result, without the successes of what left the threat model's ball or bounds; warned of, as is NaN."""
-        if bool((best.unanswered & ~result.success).any()):
-            self._observer.say(
-                "NaN",
-                f"NaN or infinite answers for {int((best.unanswered & ~result.success).sum())} of {len(images)} images "
-                "at points that were tried: no success, and no sign of robustness. Look for a division, a root or an "
-                "overflow in the model",
-            )
+    def _told(
+        self, best: Best, result: AttackResult, images: Tensor, threat: ThreatModel, region: Region
+    ) -> tuple[AttackResult, Tensor | None]:
+        """What `_run` returns, without the successes of what left the threat model's ball or bounds; warned of, as are
+        NaN and images to which nothing may be done."""
         (low, high), size = threat.bounds, images[:1].numel()
         # Foreign attacks round where ours round inwards.
         slack = torch.finfo(images.dtype).eps * max(abs(low), abs(high))
-        eps = torch.as_tensor(threat.eps, dtype=torch.float64, device=images.device)
+        eps = threat.eps.to(result.norm) if isinstance(threat.eps, Tensor) else threat.eps
         beyond = result.norm > 1.0001 * eps + slack * BALLS[threat.norm].of_ones(size)
         found = result.adversarials.flatten(1)
         beyond |= ((found < low - slack) | (found > high + slack)).any(1)
-        if not bool(beyond.any()):
-            return result
+        unanswered, idle = best.unanswered & ~result.success, ~result.success & (result.norm == 0)
+        flat = result.zero_gradients > 0
+        odd = torch.stack([rows.any() for rows in (unanswered, idle, beyond, flat)]).tolist()  # one question to a GPU
+        stuck = best.stuck if odd[3] else None
+        if odd[0]:
+            self._observer.say(
+                "NaN",
+                f"NaN or infinite answers for {int(unanswered.sum())} of {len(images)} images at points that were "
+                "tried: no success, and no sign of robustness. Look for a division, a root or an overflow in the model",
+            )
+        if odd[1]:
+            self._warn_of_room(region, idle.nonzero().squeeze(1), len(images))
+        if not odd[2]:
+            return result, stuck
         warn(
             f"{int(beyond.sum())} of {len(images)} adversarials left the threat model, by something that takes part in "
             f"the attack and writes into images: their norm is up to {float(result.norm.max()):.4g}. They count as no "
             "success"
         )
-        return replace(result, success=result.success & ~beyond)
+        return replace(result, success=result.success & ~beyond), stuck
 
-    def _warn_of_room(self, region: Region, result: AttackResult) -> None:
-        """Warn once of images that were not fooled and that nothing may be done to."""
-        if len(rows := (~result.success & (result.norm == 0)).nonzero().squeeze(1)) == 0:
-            return
+    def _warn_of_room(self, region: Region, rows: Tensor, count: int) -> None:
+        """Warn once of those of `count` images, the ones at `rows`, that nothing may be done to."""
         left = region.select(rows)
         offset = left.random_start(torch.Generator().manual_seed(0)).double() - left.images.double()
         eps = left.eps.flatten().double().clamp(max=left.threat.diameter(left.images.shape[1:]))
         fixed = int(((perturbation_norm(offset, left.threat.norm) <= 1e-6 * eps) & (eps > 0)).sum())
         self._observer.say(
             "room",
-            f"the threat model leaves nothing but the image itself for {fixed} of {len(result.success)} images (eps, "
+            f"the threat model leaves nothing but the image itself for {fixed} of {count} images (eps, "
             "bounds and what it is orthogonal to): that they were not fooled is no sign of robustness. Choose a larger "
             "eps, another scope or fewer directions"
             if fixed > 0
@@ -397,15 +403,14 @@ class Attack(Configured):
         """Say, once for a call, for how many samples there was no usable gradient at half of the steps or more."""
         steps = result.gradient_calls // self.eot_samples
         flat, total = result.zero_gradients, len(stuck)
-        moved, left, swapped = (
-            int(rows.sum())
-            for rows in (
-                steps > stuck,
-                ~result.success & (stuck > 0) & (2 * stuck >= steps),
-                (flat > stuck) & (2 * flat >= steps),
-            )
+        rows = (
+            steps > stuck,
+            ~result.success & (stuck > 0) & (2 * stuck >= steps),
+            (flat > stuck) & (2 * flat >= steps),
+            stuck > 0,
         )
-        if moved == 0 and bool((stuck > 0).any()):
+        moved, left, swapped, held = torch.stack([row.sum() for row in rows]).tolist()
+        if moved == 0 and held > 0:
             whose = list(self._models)[self.gradient_model is not None]
             warn(
                 f"nothing could be climbed: the {whose}'s gradient is zero or not finite at every step, for each of "
@@ -455,7 +460,8 @@ class Attack(Configured):
             self._warn_of_radius(images, radius)
             if last is None:
                 last, stuck = self._run(images, labels, radius, None, self.search, self.early_stop)
-                self._warn_of_gradients(last, stuck)
+                if stuck is not None:
+                    self._warn_of_gradients(last, stuck)
             else:
                 rows = (~last.success).nonzero().squeeze(1)
                 start = last.adversarials[rows]

@@ -37,6 +37,7 @@ class FastCopy:
         self._model, self._how = model, how
         self._copy: Model | None = None
         self._state: tuple[object, ...] = ()
+        self._sums = torch.empty(0)
         self._has_warned = False
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -66,7 +67,7 @@ class FastCopy:
             raise ValueError("it has hooks, which a copy would lose")
         tensors = [*self._model.parameters(), *self._model.buffers()]
         # Versions miss what is written through `.data`; sums of the values do not.
-        sums = torch.stack([t.sum(dtype=torch.float64) for t in tensors]).tolist() if tensors else []
+        sums = torch.stack([t.sum(dtype=torch.float64) for t in tensors]).view(torch.long) if tensors else images[:0]
         versions = [(id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors]
         attributes = [
             (name, value)
@@ -74,10 +75,10 @@ class FastCopy:
             for name, value in vars(module).items()
             if isinstance(value, bool | int | float | str)
         ]
-        state = (sums, versions, attributes)
-        if self._copy is not None and state == self._state:
+        state = (versions, attributes)
+        if self._copy is not None and state == self._state and torch.equal(sums, self._sums):
             return self._copy
-        self._copy, self._state = None, state
+        self._copy, self._state, self._sums = None, state, sums
         made = _folded(copy.deepcopy(self._model)).to(memory_format=torch.channels_last)
         fast = cast("Model", torch.compile(made)) if self._how == "compile" else made
         sample = images[:1]

@@ -89,7 +89,8 @@ class MinimumNorm(Configured):
             beyond = self.max_eps > 1.0001 * attack.threat.diameter(images.shape[1:])
             attack._warn_of_radius(images, self.max_eps if beyond else 0.0, "max_eps")
         each = None if seeds is None or not isinstance(images, Tensor) else checked_seeds(seeds, len(images))
-        result, stuck = attack._run(images, labels, 0.0, None, _Look(), True)
+        result, flat = attack._run(images, labels, 0.0, None, _Look(), True)
+        stuck = torch.zeros_like(result.steps) if flat is None else flat
         eps = torch.as_tensor(attack.threat.eps, dtype=torch.float64, device=images.device)
         if eps.ndim == 1 and len(eps) not in (1, len(images)):
             raise ValueError(
@@ -124,7 +125,8 @@ class MinimumNorm(Configured):
                 reason = str(error).strip().split("\n")[0] or type(error).__name__
                 warn(f"trial {trial + 1} of {self.trials} failed, and what was found before it is kept: {reason}")
                 break
-            stuck[rows] += more
+            if more is not None:
+                stuck[rows] += more
             fooling = found.success & (found.norm < high[rows])
             low[rows] = torch.where(found.success, low[rows], eps[rows])
             high[rows] = torch.where(fooling, found.norm.double(), high[rows])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from orthattack.arguments import check_count, is_number
+from orthattack.arguments import check_count, is_number, uploaded
 from orthattack.attacks.base import Attack, Options
 from orthattack.attacks.task import Merit, Task
 from orthattack.losses import attack_loss
@@ -85,7 +85,8 @@ def _draw(task: Task, *shape: int) -> Tensor:
     """Uniform numbers in [0, 1), drawn where the generator is, so that they are the same on every device."""
     images = task.region.images
     generator = task.generator
-    return torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64).to(images)
+    drawn = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
+    return uploaded(drawn.to(images.dtype), images.device)
 
 
 def _signs(task: Task, *shape: int) -> Tensor:
@@ -93,8 +94,10 @@ def _signs(task: Task, *shape: int) -> Tensor:
 
 
 def _window(task: Task, side: int) -> tuple[slice, slice]:
-    height, width = task.region.images.shape[-2:]
-    top, left = (int(float(u) * (n - side + 1)) for u, n in zip(_draw(task, 2), (height, width), strict=True))
+    generator, sizes = task.generator, task.region.images.shape[-2:]
+    drawn = torch.rand(2, generator=generator, device=generator.device, dtype=torch.float64)
+    uniform = drawn.to(task.region.images.dtype).tolist()
+    top, left = (int(u * (n - side + 1)) for u, n in zip(uniform, sizes, strict=True))
     return slice(top, top + side), slice(left, left + side)
 
 
@@ -138,7 +141,7 @@ def _moved(task: Task, points: Tensor, side: int) -> Tensor:
 
     unused = (region.eps.pow(order) - power(delta, (1, 2, 3))).clamp(min=0) / delta.shape[1]
     budget = (unused + power(target, (2, 3)) + power(source, (2, 3))).pow(1 / order)
-    bump = _bump(side).to(delta) * _signs(task, 1, delta.shape[1], 1, 1)
+    bump = uploaded(_bump(side).to(delta.dtype), delta.device) * _signs(task, 1, delta.shape[1], 1, 1)
     kept = target * reciprocal(power(target, (2, 3)).pow(1 / order)).to(delta.dtype)
     pattern = bump * reciprocal(power(bump, (2, 3)).pow(1 / order)).to(delta.dtype) + kept
     pattern = pattern * (budget * reciprocal(power(pattern, (2, 3)).pow(1 / order))).to(delta.dtype)

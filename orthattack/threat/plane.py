@@ -54,18 +54,18 @@ class Plane:
         self.dims = scope_dims(scope)
         # In a range where its square neither overflows nor vanishes.
         scaled_normal, exponent = scaled(images if normal is None else normal, self.dims)
-        self.normal = images if normal is None and not bool((exponent.abs() > 16).any()) else scaled_normal
+        self._width2 = total((upper - lower).square_(), self.dims)
+        # Beside perturbations as wide as this, rounding is nothing, and nothing has to be repaired pixel by pixel.
+        wide = 1e6 * torch.finfo(images.dtype).eps * images.abs().amax(self.dims, keepdim=True)
+        found = (exponent.abs() > 16).any(), (scaled_normal < 0).any(), (self._width2 > wide**2).all()
+        is_extreme, self._has_negative, is_wide = torch.stack(found).tolist()  # one question to a GPU
+        self.normal = images if normal is None and not is_extreme else scaled_normal
         self._settling = images if normal is None else scaled_normal
         self._normal2 = dot(self.normal, self.normal, self.dims)
         self._grid = self._normal2 if normal is None else dot(images.abs(), self.normal.abs(), self.dims)
         self._normal1 = total(self.normal.abs(), self.dims)
-        self._width2 = total((upper - lower).square_(), self.dims)
         self.is_small = images.numel() <= _FEW * self._normal2.numel()
-        self._has_negative = bool((self.normal < 0).any())
-        # Beside perturbations as wide as this, rounding is nothing, and nothing has to be repaired pixel by pixel.
-        wide = 1e6 * torch.finfo(images.dtype).eps * images.abs().amax(self.dims, keepdim=True)
-        is_large = images.numel() >= _MANY * self._normal2.numel()
-        self._is_coarse = is_large and bool((self._width2 > wide**2).all())
+        self._is_coarse = images.numel() >= _MANY * self._normal2.numel() and is_wide
 
     @cached_property
     def _scratch(self) -> tuple[Tensor, ...]:
@@ -139,7 +139,7 @@ class Plane:
         move, spent = solve(g, up, down, alpha)
         y = self._settled((start + move * moves).clamp_(self.lower, self.upper), [self._box], start)
         short = moves & (spent < (1 - 1e-6) * alpha)
-        if count > 1 and bool(short.any()):
+        if count > 1 and (y.is_cuda or bool(short.any())):  # asking would stop the GPU
             y = torch.where(short, self.sparse_step(start, gradient, alpha, 1), y)
         return y
 
@@ -387,21 +387,28 @@ class Plane:
         lost = self._lost(points)
         if points.is_cuda and self._is_coarse:  # so rare here that it is not worth asking, which would stop the GPU
             return torch.where(lost, fallback, points)
-        if not bool(lost.any()):
+        if not points.is_cuda and not bool(lost.any()):
             return points
         groups = lost.squeeze(self.dims)
 
         def rows(tensor: Tensor) -> Tensor:  # a view with the pixels of a group along the last dimension
             return tensor.movedim(-3, -1) if self.scope == "pixel" else tensor.flatten(self.dims[0])
 
-        def lost_rows(box: Callable[[], Box]) -> Box:
+        def chosen(tensor: Tensor) -> Tensor:  # all of them on a GPU
+            return rows(tensor).flatten(0, -2) if tensor.is_cuda else rows(tensor)[groups]
+
+        def chosen_box(box: Callable[[], Box]) -> Box:
             low, high = box()
-            return rows(low)[groups], rows(high)[groups]
+            return chosen(low), chosen(high)
 
         settled = points.clone(memory_format=torch.contiguous_format)
-        y, x, n, z = (rows(tensor)[groups] for tensor in (points, self.images, self._settling, fallback))
+        y, x, n, z = (chosen(tensor) for tensor in (points, self.images, self._settling, fallback))
         unit = 1e-6 if points.dtype == torch.float32 else 1e-12
-        rows(settled)[groups] = settled_rows(y, x, n, [partial(lost_rows, box) for box in boxes], z, 0.75 * unit)
+        found = settled_rows(y, x, n, [partial(chosen_box, box) for box in boxes], z, 0.75 * unit)
+        if points.is_cuda:
+            rows(settled).copy_(torch.where(groups.reshape(-1, 1), found, y).view_as(rows(settled)))
+        else:
+            rows(settled)[groups] = found
         return settled
 
     def _mixture(self, mix: Callable[[Tensor, Tensor], Tensor], bracket: Bracket, fallback: Tensor) -> Tensor:

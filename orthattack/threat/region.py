@@ -53,9 +53,12 @@ class Region:
         x = images.detach().to(torch.promote_types(images.dtype, torch.float32)).contiguous()
         bits = x.view(torch.int64 if x.dtype == torch.float64 else torch.int32)
         zero = bits << 1 == 0
-        if bool((zero & (bits != 0)).any()):
+        if x.is_cuda or bool((zero & (bits != 0)).any()):  # asking would stop the GPU
             x = torch.where(zero, 0.0, x)  # not -0: the side of a ratio g / x is read off its sign
-        eps = torch.as_tensor(threat.eps, dtype=torch.float64, device=x.device)
+        if isinstance(threat.eps, Tensor):
+            eps = threat.eps.to(x.device, torch.float64)
+        else:
+            eps = torch.full((), threat.eps, dtype=torch.float64, device=x.device)
         if eps.shape not in ((), (len(x),)):
             raise ValueError(f"eps has {eps.numel()} values for {len(x)} images: it must have one per sample or be one")
         self.eps = eps.expand(len(x)).view(-1, 1, 1, 1)
@@ -71,7 +74,7 @@ class Region:
             dark = cut(x, threat.scope).abs().amax(dims, keepdim=True) < _DARK * torch.finfo(x.dtype).tiny
             dark = dark & ~cut(zero, threat.scope).amin(dims, keepdim=True)
             fixed = fixed | joined(dark.expand_as(cut(x, threat.scope)), x)
-        self._fixed = fixed.expand_as(x) if bool(fixed.any()) else None
+        self._fixed = fixed.expand_as(x) if x.is_cuda or bool(fixed.any()) else None  # asking would stop the GPU
         if self._ball.is_box:
             lower = self._within_eps((x.double() - self.eps).to(x.dtype), x).clamp_(min=low)
             upper = self._within_eps((x.double() + self.eps).to(x.dtype), x).clamp_(max=high)
@@ -193,9 +196,9 @@ class Region:
         def draw(shape: Sequence[int], draws: Callable[..., Tensor] = torch.rand) -> Tensor:
             if generator is None or isinstance(generator, torch.Generator):
                 device = x.device if generator is None else generator.device
-                return draws(tuple(shape), generator=generator, device=device, dtype=x.dtype).to(x.device)
+                return uploaded(draws(tuple(shape), generator=generator, device=device, dtype=x.dtype), x.device)
             rows = [draws(tuple(shape[1:]), generator=own, device=own.device, dtype=x.dtype) for own in generator]
-            return torch.stack(rows).to(x.device)
+            return uploaded(torch.stack(rows), x.device)
 
         offset = self._ball.direction(draw, x.shape)
         if not self._ball.is_box:  # the volume within a radius grows as its n-th power

@@ -17,6 +17,9 @@ __all__ = ["Box", "settled_rows"]
 Box = tuple[Tensor, Tensor]
 """The smallest and the largest value of each pixel."""
 
+_AT_A_TIME = 2**16
+"""Rows for which a GPU tries neighbouring values at a time: 70 MB for each of them in float64."""
+
 
 def settled_rows(
     points: Tensor, images: Tensor, normals: Tensor, boxes: list[Callable[[], Box]], fallback: Tensor, allowed: float
@@ -24,31 +27,38 @@ def settled_rows(
     """Rows y (R, n) of a box near the plane ⟨y - x, n⟩ = 0, moved onto it as nearly as their dtype allows.
 
     They are moved inside the `boxes`, each asked for only when it is needed, the first tried first. A row whose |cos|
-    stays above `allowed` becomes the `fallback`.
+    stays above `allowed` becomes the `fallback`; rows that are near enough stay. On a GPU, which asking would stop, the
+    last and costliest attempt is for an eighth of the rows at most.
     """
     y, x, n, dtype = points.double(), images.double(), normals.double(), points.dtype
     # Among many pixels there is one that will do in any thousand of them.
     few = slice(None, None, y.shape[1] // 1024 | 1)
-    Attempt = tuple[Callable[[], Box], slice, Callable[..., Tensor]]
+    Attempt = tuple[Callable[[], Box], slice, Callable[..., Tensor], int]
     attempts: list[Attempt] = [
-        (boxes[-1], few, _take_up),
-        *((box, slice(None), _take_up) for box in boxes),
-        *((boxes[-1], slice(None), partial(_combine, radius=radius)) for radius in (1, 8, 64)),
+        (boxes[-1], few, _take_up, 1),
+        *((box, slice(None), _take_up, 1) for box in boxes),
+        *((boxes[-1], slice(None), partial(_combine, radius=radius), radius // 8 or 1) for radius in (1, 8, 64)),
     ]
-    for box, columns, attempt in attempts[y.shape[1] < 4096 :]:
+    for box, columns, attempt, share in attempts[y.shape[1] < 4096 :]:
         excess, limit = _excess(y - x, n, allowed)
-        off = (excess.abs() > limit).squeeze(1).nonzero().squeeze(1)
-        if len(off) == 0:
+        off = (excess.abs() > limit).squeeze(1)
+        tried = off.byte().topk(-(-len(y) // share)).indices if y.is_cuda else off.nonzero().squeeze(1)
+        if len(tried) == 0:
             return y.to(dtype)
-        low, high = box()
-        part, n_off = y[off][:, columns], n[off][:, columns]
-        # No pixel moves by more than the whole perturbation: that would not repair it but replace it.
-        size = torch.linalg.vector_norm(y[off] - x[off], dim=1, keepdim=True)
-        low, high = torch.maximum(low[off][:, columns], part - size), torch.minimum(high[off][:, columns], part + size)
-        # The limits may lie between two numbers of the dtype, so what an attempt gives is judged as it will be stored.
-        part = part.clamp(low, high)
-        moved = attempt(part, n_off, low, high, excess[off], limit[off], dtype=dtype)
-        y[off.unsqueeze(1), torch.arange(y.shape[1], device=y.device)[columns]] = moved.to(dtype).double()
+        lower, upper = box()
+        for rows in tried.split(_AT_A_TIME if y.is_cuda else len(tried)):
+            part, n_part = y[rows][:, columns], n[rows][:, columns]
+            # No pixel moves by more than the whole perturbation: that would not repair it but replace it.
+            size = torch.linalg.vector_norm(y[rows] - x[rows], dim=1, keepdim=True)
+            low = torch.maximum(lower[rows][:, columns], part - size)
+            high = torch.minimum(upper[rows][:, columns], part + size)
+            # The limits may lie between two numbers of the dtype, so what an attempt gives is judged as it will be
+            # stored.
+            moved = attempt(part.clamp(low, high), n_part, low, high, excess[rows], limit[rows], dtype=dtype)
+            moved = moved.to(dtype).double()
+            if y.is_cuda:  # where rows are among them that are near enough
+                moved = torch.where(off[rows].unsqueeze(1), moved, part)
+            y[rows.unsqueeze(1), torch.arange(y.shape[1], device=y.device)[columns]] = moved
     excess, limit = _excess(y - x, n, allowed)
     return torch.where(excess.abs() > limit, fallback.double(), y).to(dtype)
 

@@ -8,6 +8,7 @@ the best step is the limit of such projections. Everything is computed in float6
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,10 +21,22 @@ from orthattack.threat.sets import soften
 __all__ = ["Subspace"]
 
 _IMAGE = scope_dims("image")
-# The duality gap at which a step is done, and how often is tried: τ, Newton's directions for each, lengths of each.
-_GAP, _STAGES, _NEWTON, _LINE = 1e-5, 9, 100, 30
-# How often points are moved back onto the planes before they are given up.
-_SETTLE = 24
+# The duality gap at which a step is done.
+_GAP = 1e-5
+
+
+class _Trials(NamedTuple):
+    """How often is tried, at most: τ, Newton's directions for each, lengths of each, moves back onto the planes."""
+
+    stages: int
+    newton: int
+    line: int
+    settle: int
+
+
+_ASKING = _Trials(9, 100, 30, 24)
+# To ask whether a search is done, the host would have to wait for the GPU; there, it is so long whatever it finds.
+_ON_GPU = _Trials(5, 5, 2, 6)
 
 
 class Subspace:
@@ -41,6 +54,8 @@ class Subspace:
         self, images: Tensor, lower: Tensor, upper: Tensor, directions: Tensor, plane: Plane | None = None
     ) -> None:
         self.images, self.lower, self.upper, self._plane = images, lower, upper, plane
+        self._asks = not images.is_cuda
+        self._trials = _ASKING if self._asks else _ON_GPU
         self.basis = orthonormal_basis(directions.double())
         self._rows = self.basis.unbind(-4)
         # A direction that was dropped as dependent would make the Newton matrix singular.
@@ -82,9 +97,9 @@ class Subspace:
         primal, dual = torch.zeros_like(size), torch.where(moves, torch.inf, 0.0)
         multiplier = torch.zeros(*self.basis.shape[:2], dtype=torch.float64, device=s.device)
         tau = width * s[0].numel() * reciprocal(size)  # a pixel of average gradient just reaches its bound
-        for _ in range(_STAGES):
+        for _ in range(self._trials.stages):
             active = (dual - primal > allowed).flatten()
-            if not bool(active.any()):
+            if self._asks and not bool(active.any()):
                 break
 
             def point(m: Tensor, tau: Tensor = tau) -> tuple[Tensor, Tensor]:
@@ -96,7 +111,9 @@ class Subspace:
             # Only what is on the planes counts, and the last stages, with few pixels between their bounds, may miss.
             length = torch.linalg.vector_norm(tried - s, dim=_IMAGE)
             missed = active & (self._components(tried - s).abs().amax(1) > 1e-9 * length)
-            if bool(missed.any()):
+            if not self._asks:
+                active = active & ~missed
+            elif bool(missed.any()):
                 tried = self._nearest(tried, lower, upper, s, None, missed)
             value = dot(g, tried - s, _IMAGE)
             running = active.view(-1, 1, 1, 1)
@@ -122,7 +139,7 @@ class Subspace:
         x, lower, upper = self.images.double(), self.lower.double(), self.upper.double()
         y = self._nearest(points.double(), lower, upper, x, None)
         outside = ((y - x).abs().sum(_IMAGE, keepdim=True) > eps).flatten()
-        if bool(outside.any()):
+        if not self._asks or bool(outside.any()):
             inside = self._nearest(points.double(), lower, upper, x, None, outside, eps)
             y = torch.where(outside.view(-1, 1, 1, 1), inside, y)
         return self.settle(self._kept(y.to(points.dtype).clamp_(self.lower, self.upper)))
@@ -148,9 +165,9 @@ class Subspace:
             misses: Tensor = self._components(delta).abs().amax(1) > unit * length
             return misses
 
-        for attempt in range(_SETTLE):
+        for attempt in range(self._trials.settle):
             lost = off(points)
-            if not bool(lost.any()):
+            if self._asks and not bool(lost.any()):
                 return points
             y = points.double()
             excess = self._components(y - x)
@@ -235,10 +252,10 @@ class Subspace:
         m, (y, free) = start, point(start)
         f = residual(y)
         reach = f.abs().amax(1)
-        for _ in range(_NEWTON):
+        for _ in range(self._trials.newton):
             length = torch.linalg.vector_norm(y - anchor, dim=_IMAGE)
             active = active & (f.abs().amax(1) > 2e-13 * length)
-            if not bool(active.any()):
+            if self._asks and not bool(active.any()):
                 break
             # Where fewer pixels than directions are free, the damping keeps the step finite; it fades with F.
             damping = 1e-3 * f.abs().amax(1) * reciprocal(reach)
@@ -246,12 +263,12 @@ class Subspace:
             slope = (f * direction).sum(1)
             rate = torch.ones_like(slope)
             least, most = torch.zeros_like(slope), torch.full_like(slope, torch.inf)
-            for _ in range(_LINE):
+            for _ in range(self._trials.line):
                 y_next, free_next = point(m + rate.unsqueeze(1) * direction)
                 f_next = residual(y_next)
                 now = (f_next * direction).sum(1)
                 too_far, too_near = (now < -0.5 * slope) & active, (now > 0.5 * slope) & active
-                if not bool((too_far | too_near).any()):
+                if self._asks and not bool((too_far | too_near).any()):
                     break
                 least, most = torch.where(too_near, rate, least), torch.where(too_far, rate, most)
                 # Across a flat stretch of F, where no pixel is free, only the bracket shows the way.
@@ -287,7 +304,7 @@ class Subspace:
         trace = matrix.diagonal(dim1=1, dim2=2).sum(1)
         eye = torch.eye(len(rows), dtype=f.dtype, device=f.device)
         matrix = matrix + (1e-12 + 1e-10 * trace + damping).view(-1, 1, 1) * eye
-        solution: Tensor = torch.linalg.solve(matrix, f)
+        solution: Tensor = torch.linalg.solve_ex(matrix, f).result  # `solve` asks the GPU whether it could
         return solution
 
 

@@ -1,0 +1,133 @@
+"""The paths for GPUs, without a GPU (see `tests.pretend`): no question to the device in a step, and the same results."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import orthattack
+from orthattack import attacks
+from orthattack.attacks import Attack, AttackResult
+from tests.pretend import OnGpu, pretended, to_gpu
+
+RADII = {"linf": 8 / 255, "l2": 0.5, "l1": 12.0}
+CONSTRAINTS: dict[str, dict[str, Any]] = {
+    "plain": {"scope": None},
+    "image": {"scope": "image"},
+    "channel": {"scope": "channel"},
+    "pixel": {"scope": "pixel"},
+    "block means": {"scope": "block4", "normal": "constant"},
+    "luma": {"scope": "pixel", "normal": "luma"},
+    "image and constant": {"scope": "image", "directions": ["constant"]},
+    "channel means": {"scope": None, "directions": ["channel-constant"]},
+}
+GRADIENT = ("PGD", "FGSM", "MIFGSM", "NIFGSM", "APGD")
+SETTINGS: dict[str, dict[str, Any]] = {
+    "gradient form": {"enforce": "gradient"},
+    "bfloat16": {"precision": "bfloat16"},
+    "optimize": {"optimize": "auto"},
+    "margin": {"loss": "margin"},
+    "targeted": {"targeted": True},
+    "function": {"loss": lambda logits, labels: nn.functional.cross_entropy(logits, labels, reduction="none")},
+    "restarts": {"restarts": 2},
+    "momentum": {"momentum": 0.9, "nesterov": True},
+    "eps per image": {"eps": torch.tensor([2.0, 4.0, 6.0, 8.0]) / 255},
+    "tiny eps": {"eps": 1e-5},
+    "batches": {},
+}
+
+
+def small_model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    layers = (nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 49, 5))
+    return nn.Sequential(*layers).eval()
+
+
+def cases() -> list[Any]:
+    made: list[tuple[str, Callable[[nn.Module, int], Attack]]] = []
+    for (norm, eps), (name, options) in itertools.product(RADII.items(), CONSTRAINTS.items()):
+        made.append((f"PGD-{norm}-{name}", partial(_made, "PGD", norm=norm, eps=eps, **options)))
+    for kind, ortho, norm in itertools.product(GRADIENT[1:], ("", "Ortho"), ("linf", "l2")):
+        made.append((f"{ortho}{kind}-{norm}", partial(_made, ortho + kind, norm=norm, eps=RADII[norm])))
+    for ortho, norm in itertools.product(("", "Ortho"), ("linf", "l2")):
+        made.append((f"{ortho}Square-{norm}", partial(_made, f"{ortho}Square", norm=norm, eps=RADII[norm])))
+    made += [(f"OrthoPGD-{name}", partial(_made, "OrthoPGD", **{"eps": 8 / 255, **o})) for name, o in SETTINGS.items()]
+    made += [(f"detector-{norm}", partial(_evasion, norm=norm, eps=RADII[norm])) for norm in ("linf", "l2")]
+    return [pytest.param(make, id=name.replace(" ", "-")) for name, make in made]
+
+
+def _made(kind: str, model: nn.Module, steps: int, **options: Any) -> Attack:
+    count = {} if kind in ("FGSM", "OrthoFGSM") else {"queries" if "Square" in kind else "steps": steps}
+    attack: Attack = getattr(orthattack, kind)(model, **count, **options)
+    return attack
+
+
+def _evasion(model: nn.Module, steps: int, **options: Any) -> Attack:
+    detector = small_model(1)
+    if isinstance(next(model.parameters()), OnGpu):
+        to_gpu(detector)
+    return orthattack.DetectorEvasion(model, lambda x: detector(x)[:, 0], steps=steps, **options)
+
+
+def attacked(
+    make: Callable[[nn.Module, int], Attack], steps: int, monkeypatch: Any, batch_size: int | None = None
+) -> tuple[dict[tuple[str, str], int], AttackResult, AttackResult]:
+    """What a first call asks of a GPU, its result, and that of a CPU."""
+    torch.manual_seed(0)
+    images = torch.rand(4, 3, 16, 16)
+    labels = small_model()(images).argmax(1)
+    torch.manual_seed(1)
+    expected = make(small_model(), steps).run(images, labels, batch_size=batch_size)
+    torch.manual_seed(1)
+    with pretended(monkeypatch) as mode:
+        here = [tensor.to("cuda") for tensor in (images, labels)]
+        attack = make(to_gpu(small_model()), steps)
+        mode.asked.clear()
+        result = attack.run(*here, batch_size=batch_size)
+        asked = dict(mode.asked)
+    for name, value in vars(result).items():
+        assert isinstance(value, OnGpu), name
+    plain = AttackResult(**{name: value.as_subclass(Tensor) for name, value in vars(result).items()})
+    return asked, plain, expected
+
+
+@pytest.mark.parametrize("make", cases())
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_a_step_asks_a_gpu_nothing(make, monkeypatch, request):
+    size = 2 if "batches" in request.node.name else None
+    few, *_ = attacked(make, 2, monkeypatch, size)
+    many, found, expected = attacked(make, 5, monkeypatch, size)
+    more = {line: count - few.get(line, 0) for line, count in many.items() if count != few.get(line, 0)}
+    assert not more, "asked at each step"
+    assert sum(many.values()) <= 10, many
+    attack = make(small_model(), 5)
+    assert found.cosine.max() <= 1e-6 or not attack.card.is_orthogonal or not attack.card.exact
+    assert (found.norm <= torch.as_tensor(attack.eps, dtype=torch.float64) * (1 + 1e-6)).all()
+    if attack.precision == "float32":  # claims in reduced precision are confirmed, and there are none without a GPU
+        assert torch.equal(found.forward_calls, expected.forward_calls)
+    # The searches for the multipliers are as long as they are whatever they find: the last digits differ.
+    assert found.loss == pytest.approx(expected.loss, rel=0.02, abs=0.02)
+
+
+def test_the_pretended_gpu_refuses_what_a_gpu_refuses_and_counts_what_stops_it(monkeypatch):
+    with pretended(monkeypatch) as mode:
+        a = torch.rand(3, device="cuda")
+        assert isinstance(a * 2 + torch.zeros(3, device="cuda"), OnGpu)
+        with pytest.raises(RuntimeError, match="on one device, found cuda:0 and cpu"):
+            a + torch.rand(3)
+        assert not mode.asked
+        for ask in (
+            lambda: bool((a > 0).all()), lambda: a.tolist(), lambda: a.cpu(), lambda: a[a > 0.5], lambda: a.nonzero(),
+            lambda: torch.tensor(2.0, device="cuda"), lambda: torch.ones(3).to("cuda"), lambda: torch.equal(a, a),
+            lambda: float(a[0]), lambda: torch.ones(3).to(a), lambda: torch.where(a > 0.5),
+        ):  # fmt: skip
+            mode.asked.clear()
+            ask()
+            assert sum(mode.asked.values()) == 1
+    assert attacks.PGD is orthattack.PGD
