@@ -3,6 +3,7 @@
     python -m benchmarks steps [--models NAME ...] [--batches 1 8 32] [--steps 10] [--rounds 4]
     python -m benchmarks arithmetic
     python -m benchmarks accuracy --weights FILE ... --data FOLDER [--limit 300]
+    python -m benchmarks gpu
     python -m benchmarks growth
     python -m benchmarks start
     python -m benchmarks throughput --data FOLDER --labels CSV [--steps 10 50] [--attacks PGD OrthoPGD]
@@ -13,10 +14,11 @@
 
 `steps`: time per gradient step and image, and peak memory, beside the bare step, Foolbox and torchattacks.
 `arithmetic`: the attack's own step beside the model's. `accuracy`: seconds and gradient calls to the robust accuracy
-that Foolbox's LinfPGD reaches. `growth`: time against image size and number of images. `start`: of the import and of
---help. `throughput`: how much of an evaluation's time is the attack. `workers`, `driver`: what Ray costs, and how many
-workers its driver can feed. `report` writes the stored tables into docs/performance.md and docs/strength.md, and draws
-the plots. `study` is docs/study.md's; it has options of its own. The device is the GPU if there is one.
+that Foolbox's LinfPGD reaches. `gpu`: steps and arithmetic of several models in large batches, for a GPU, in five
+minutes, after the attacks' tests on it. `growth`: time against image size and number of images. `start`: of the import
+and of --help. `throughput`: how much of an evaluation's time is the attack. `workers`, `driver`: what Ray costs, and
+how many workers its driver can feed. `report` writes the stored tables into docs/performance.md and docs/strength.md,
+and draws the plots. `study` is docs/study.md's; it has options of its own. The device is the GPU if there is one.
 
 How strong the attacks are is a suite of the evaluation: orthattack eval benchmarks/strength.toml
 
@@ -62,6 +64,10 @@ def main(argv: list[str] | None = None) -> int:
     accuracy.add_argument("--weights", type=Path, nargs="+", required=True, help="of ResNet-18s for 64x64 images")
     accuracy.add_argument("--data", required=True, help="their images")
     accuracy.add_argument("--limit", type=int, default=300)
+    gpu = what.add_parser("gpu", parents=[timed])
+    gpu.add_argument("--rounds", type=int, default=3)
+    gpu.add_argument("--seconds", type=float, default=200, help="after which no more models are measured")
+    gpu.add_argument("--no-tests", action="store_true", help="measure only")
     what.add_parser("growth", parents=[timed, rounds])
     what.add_parser("start", parents=[timed, rounds])
     throughput = what.add_parser("throughput", parents=[timed])
@@ -91,7 +97,7 @@ def _run(args: argparse.Namespace) -> int:
 
         print(*report.write(args.docs, args.results), sep="\n")
         return 0
-    from benchmarks import accuracy, arithmetic, growth, steps, throughput, workers
+    from benchmarks import accuracy, arithmetic, gpu, growth, steps, throughput, workers
     from benchmarks.stored import keep
 
     torch.set_num_threads(args.threads)
@@ -106,6 +112,11 @@ def _run(args: argparse.Namespace) -> int:
         for weights in args.weights:
             rows = accuracy.accuracy_rows(weights, args.data, args.limit, args.rounds)
             keep("accuracy", weights.stem, rows, args.threads, args.out)
+    elif args.what == "gpu":
+        failed = 0 if args.no_tests else gpu.tests(ROOT)
+        for kind, name, rows in gpu.tables(args.seconds, args.rounds):
+            keep(kind, name, rows, args.threads, args.out)
+        return failed
     elif args.what == "growth":
         keep("growth", "growth", [*growth.size_rows(args.rounds), *growth.count_rows()], args.threads, args.out)
     elif args.what == "start":

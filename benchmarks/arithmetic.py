@@ -14,48 +14,52 @@ import torchvision
 from torch import Tensor
 
 from benchmarks.stored import Row
-from benchmarks.timing import side_by_side
+from benchmarks.timing import DEVICE, side_by_side
 from orthattack import Normalized, ThreatModel
 from orthattack.eval.data.dataset import Batch
 from orthattack.eval.data.load import load_dataset
 from orthattack.eval.models.classifier import Classifier
 from orthattack.eval.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from orthattack.projection import Scope
+from orthattack.threat import Norm
 
-EPS, ALPHA = 4 / 255, 1 / 255
+RADII: dict[Norm, float] = {"linf": 4 / 255, "l2": 2.0, "l1": 60.0}
+ALPHAS: dict[Norm, float] = {"linf": 1 / 255, "l2": 0.5, "l1": 15.0}
+SCOPES: tuple[Scope, ...] = ("image", "channel", "pixel", "block8")
 
 
-def rows(batch_size: int, rounds: int) -> list[Row]:
+def rows(batch_size: int, rounds: int, name: str = "resnet18") -> list[Row]:
     torch.manual_seed(0)
-
-    model = Normalized(torchvision.models.resnet18(), IMAGENET_MEAN, IMAGENET_STD).eval().requires_grad_(False)
+    made = getattr(torchvision.models, name)()
+    model = Normalized(made, IMAGENET_MEAN, IMAGENET_STD).eval().requires_grad_(False).to(DEVICE)
     preprocessing = Preprocessing(256, 224)
-    classifier = Classifier("resnet18", model, preprocessing, None, 1000, "random")
-    first = next(load_dataset("imagenet-samples", classifier).batches(batch_size, preprocessing))
+    classifier = Classifier(name, model, preprocessing, None, 1000, "random")
+    first = next(load_dataset("imagenet-samples", classifier).batches(20, preprocessing))
     assert isinstance(first, Batch)
-    images, labels = first.images, first.labels
+    again = torch.arange(batch_size) % len(first.images)
+    images, labels = first.images[again].to(DEVICE), first.labels[again].to(DEVICE)
     gradient = input_gradient(model, images, labels)
 
     def step(threat: ThreatModel) -> Callable[[], Tensor]:
         region = threat.around(images)
         points = region.random_start(torch.Generator().manual_seed(0))
-        return lambda: region.step(points, gradient, ALPHA if threat.norm == "linf" else 0.5)
+        alpha = torch.full((batch_size, 1, 1, 1), ALPHAS[threat.norm], device=DEVICE)
+        return lambda: region.step(points, gradient, alpha)
 
-    candidates: dict[str, Callable[[], Tensor]] = {
-        "ResNet-18, forward and input gradient": lambda: input_gradient(model, images, labels),
-        "L-infinity, sign and clip (PGD)": step(ThreatModel("linf", EPS, scope=None)),
-        "L-infinity, exact, image": step(ThreatModel("linf", EPS)),
-        "L-infinity, exact, channel": step(ThreatModel("linf", EPS, scope="channel")),
-        "L-infinity, exact, pixel": step(ThreatModel("linf", EPS, scope="pixel")),
-        "L2 (PGD)": step(ThreatModel("l2", 2.0, scope=None)),
-        "L2, exact, image": step(ThreatModel("l2", 2.0)),
-        "for comparison: one full sort": lambda: (gradient / images.clamp(min=1e-3)).flatten(1).sort(1).values,
-    }
+    bare = f"{name}, forward and input gradient"
+    candidates: dict[str, Callable[[], Tensor]] = {bare: lambda: input_gradient(model, images, labels)}
+    for norm, eps in RADII.items():
+        candidates[f"{norm}, plain"] = step(ThreatModel(norm, eps, scope=None))
+        for scope in SCOPES:
+            candidates[f"{norm}, {scope}"] = step(ThreatModel(norm, eps, scope=scope))
+        candidates[f"{norm}, image and constant"] = step(ThreatModel(norm, eps, directions=["constant"]))
+    candidates["for comparison: one full sort"] = lambda: (gradient / images.clamp(min=1e-3)).flatten(1).sort(1).values
     seconds = side_by_side(candidates, rounds, warm_up=2)
-    bare = statistics.median(seconds["ResNet-18, forward and input gradient"])
+    whole = statistics.median(seconds[bare])
     return [
-        {"one step": name, "ms per image": [1e3 * s / len(images) for s in times],
-         "of ResNet-18's, %": round(100 * statistics.median(times) / bare, 1)}
-        for name, times in seconds.items()
+        {"one step": key, "ms per image": [1e3 * s / len(images) for s in times],
+         f"of {name}'s, %": round(100 * statistics.median(times) / whole, 1)}
+        for key, times in seconds.items()
     ]  # fmt: skip
 
 

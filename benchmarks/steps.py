@@ -23,10 +23,8 @@ PEERS = ("bare step", "torchattacks PGD", "Foolbox LinfPGD")
 def step_rows(
     name: str, batch: int, size: int, steps: int, rounds: int, only: Sequence[str] | None = None
 ) -> list[Row]:
-    import torchvision
-
     torch.manual_seed(0)
-    model = getattr(torchvision.models, name)().eval().to(DEVICE)
+    model = network(name).eval().to(DEVICE)
     for layer in model.modules():  # torchvision sets the last layer of its transformers to 0
         if isinstance(layer, nn.Linear) and not bool(layer.weight.any()):
             nn.init.normal_(layer.weight, std=0.02)
@@ -36,7 +34,7 @@ def step_rows(
     runs = candidates(model, steps)
     runs = runs if only is None else {key: runs[key] for key in only}
     for run in runs.values():  # to warm up
-        run(images[:1], labels[:1])
+        run(images[:1] if DEVICE.type == "cpu" else images, labels[:1] if DEVICE.type == "cpu" else labels)
     short = candidates(model, 2)  # need as much memory as longer ones
     memory = {key: peak_memory(partial(short[key], images, labels)) for key in runs}
     seconds = side_by_side({key: partial(run, images, labels) for key, run in runs.items()}, rounds, warm_up=0)
@@ -45,6 +43,19 @@ def step_rows(
          "ms": [s / steps / batch * 1e3 for s in seconds[key]], "peak MB": memory[key]}
         for key in runs
     ]  # fmt: skip
+
+
+def network(name: str) -> nn.Module:
+    """A torchvision model, or an EfficientNet-lite of efficientnet-lite-pytorch."""
+    if name.startswith("efficientnet-lite"):
+        from efficientnet_lite_pytorch import EfficientNet
+
+        made: nn.Module = EfficientNet.from_name(name)
+        return made
+    import torchvision
+
+    found: nn.Module = getattr(torchvision.models, name)()
+    return found
 
 
 def pictures(count: int, size: int) -> Tensor:
@@ -93,6 +104,7 @@ def candidates(model: nn.Module, steps: int) -> dict[str, Callable[[Tensor, Tens
         "OrthoPGD, bfloat16": ours(OrthoPGD, precision="bfloat16"),
         "PGD, optimize": ours(PGD, optimize="auto"),
         "OrthoPGD, optimize": ours(OrthoPGD, optimize="auto"),
+        "OrthoPGD, compile": ours(OrthoPGD, optimize="compile"),
         "OrthoPGD, bfloat16, optimize": ours(OrthoPGD, optimize="auto", precision="bfloat16"),
         "OrthoPGD, bfloat16, optimize, early stop": ours(
             OrthoPGD, optimize="auto", precision="bfloat16", early_stop=True

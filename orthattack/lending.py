@@ -222,7 +222,9 @@ class _Borrower:
                         buffers.append((thing, before))
                     else:
                         stack.callback(aspect.write, thing, before)
-            pairs = [(kept, state[1][name]) for _, state in buffers for name, kept in state[0].items() if kept is not None]
+            pairs = [
+                (kept, state[1][name]) for _, state in buffers for name, kept in state[0].items() if kept is not None
+            ]
             same = _same_on_gpu(pairs)
             for module, state in buffers:
                 stack.callback(_set_buffers, module, state, same)
@@ -240,10 +242,12 @@ _BuffersOf = tuple[dict[str, Tensor | None], dict[str, Tensor]]
 
 
 def _same_on_gpu(pairs: Sequence[tuple[Tensor, Tensor]]) -> set[int]:
-    """The ids of the first of each pair on a GPU, if all of them have the same bits: one question to it, not one each."""
+    """The ids of the first of each pair on a GPU, if all have the same bits: one question to it, not one each."""
     pairs = [pair for pair in pairs if pair[0].is_cuda and pair[1].is_cuda]
     with suppress(RuntimeError, NotImplementedError):  # of several GPUs, or sparse
-        joined = [torch.cat([t.detach().reshape(-1).view(torch.uint8) for t in side]) for side in zip(*pairs, strict=True)]
+        joined = [
+            torch.cat([t.detach().reshape(-1).view(torch.uint8) for t in side]) for side in zip(*pairs, strict=True)
+        ]
         if joined and torch.equal(*joined):
             return {id(first) for first, _ in pairs}
     return set()

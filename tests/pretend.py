@@ -1,9 +1,9 @@
 """A GPU that is not there: tensors that say they are on "cuda:0", hold real numbers on the CPU, and count questions.
 
-Under `Pretend`, whatever is made on or moved to a CUDA device is a `OnGpu`: the paths for GPUs run, on real numbers, and
-autograd works. Mixing with a tensor on the CPU is the error that it would be. What makes the host wait for the device is
-counted, with the line of the package that asks: a number, a truth value or a comparison read; a mask that selects; a
-tensor copied from or to the host.
+Under `Pretend`, whatever is made on or moved to a CUDA device is an `OnGpu`: the paths for GPUs run, on real numbers,
+and autograd works. Mixing with a tensor on the CPU is the error that it would be. What makes the host wait for the
+device is counted, with the line of the package that asks: a number, a truth value or a comparison that is read; a mask
+that selects; a tensor copied from the host or to it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Pretend(TorchFunctionMode):
         where = f"{line.filename.rpartition('/orthattack/')[2]}:{line.lineno}" if line else "the model"
         self.asked[what, where] += 1
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         on_gpu = any(isinstance(leaf, OnGpu) for leaf in given)
@@ -76,7 +76,9 @@ class Pretend(TorchFunctionMode):
             on_gpu, waits = isinstance(args[0], OnGpu), not kwargs.pop("non_blocking", False)
             moved = next((a for a in args[1:] if isinstance(a, str | torch.device | Tensor)), device)
             moved = moved.device if isinstance(moved, Tensor) else moved
-            target = "cpu" if func is Tensor.cpu else "cuda" if func is Tensor.cuda else moved and torch.device(moved).type
+            target = (
+                "cpu" if func is Tensor.cpu else "cuda" if func is Tensor.cuda else moved and torch.device(moved).type
+            )
             args = tuple(a for a in args if not isinstance(a, str | torch.device))
             if len(args) > 1 and isinstance(args[1], OnGpu):  # .to(like)
                 args = (args[0], args[1].dtype, *args[2:])
@@ -96,9 +98,7 @@ class Pretend(TorchFunctionMode):
         home = target == "cuda" or (on_gpu and target is None)
         return tree_map(lambda t: _placed(t, home), out)
 
-    def _check(
-        self, func: Any, args: Any, given: list[Tensor], on_gpu: bool, target: str | None, waits: bool
-    ) -> None:
+    def _check(self, func: Any, args: Any, given: list[Tensor], on_gpu: bool, target: str | None, waits: bool) -> None:
         here = [t for t in given if not isinstance(t, OnGpu) and t.ndim > 0]
         if on_gpu and here and func not in _ANYWHERE:
             name = getattr(func, "__name__", str(func))

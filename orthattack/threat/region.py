@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from orthattack.arguments import uploaded
 from orthattack.projection import block_size, cut, is_fine, joined, reciprocal, scope_dims
 from orthattack.threat.blocks import Blocks
 from orthattack.threat.levels import Grid, snapped

@@ -1,8 +1,10 @@
-"""The paths for GPUs, without a GPU (see `tests.pretend`): no question to the device in a step, and the same results."""
+"""The paths for GPUs, with or without one (see `tests.pretend`): no step asks the device, and results are the same."""
 
 from __future__ import annotations
 
 import itertools
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,7 +18,7 @@ from orthattack import attacks
 from orthattack.attacks import Attack, AttackResult
 from tests.pretend import OnGpu, pretended, to_gpu
 
-RADII = {"linf": 8 / 255, "l2": 0.5, "l1": 12.0}
+RADII = {"linf": 8 / 255, "l2": 1.0, "l1": 12.0}
 CONSTRAINTS: dict[str, dict[str, Any]] = {
     "plain": {"scope": None},
     "image": {"scope": "image"},
@@ -27,6 +29,8 @@ CONSTRAINTS: dict[str, dict[str, Any]] = {
     "image and constant": {"scope": "image", "directions": ["constant"]},
     "channel means": {"scope": None, "directions": ["channel-constant"]},
 }
+Make = Callable[[nn.Module, int], Attack]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 GRADIENT = ("PGD", "FGSM", "MIFGSM", "NIFGSM", "APGD")
 SETTINGS: dict[str, dict[str, Any]] = {
     "gradient form": {"enforce": "gradient"},
@@ -39,7 +43,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "momentum": {"momentum": 0.9, "nesterov": True},
     "eps per image": {"eps": torch.tensor([2.0, 4.0, 6.0, 8.0]) / 255},
     "tiny eps": {"eps": 1e-5},
-    "batches": {},
 }
 
 
@@ -50,7 +53,7 @@ def small_model(seed: int = 0) -> nn.Module:
 
 
 def cases() -> list[Any]:
-    made: list[tuple[str, Callable[[nn.Module, int], Attack]]] = []
+    made: list[tuple[str, Make]] = []
     for (norm, eps), (name, options) in itertools.product(RADII.items(), CONSTRAINTS.items()):
         made.append((f"PGD-{norm}-{name}", partial(_made, "PGD", norm=norm, eps=eps, **options)))
     for kind, ortho, norm in itertools.product(GRADIENT[1:], ("", "Ortho"), ("linf", "l2")):
@@ -69,44 +72,66 @@ def _made(kind: str, model: nn.Module, steps: int, **options: Any) -> Attack:
 
 
 def _evasion(model: nn.Module, steps: int, **options: Any) -> Attack:
-    detector = small_model(1)
-    if isinstance(next(model.parameters()), OnGpu):
-        to_gpu(detector)
+    weight = next(model.parameters())
+    detector = to_gpu(small_model(1)) if isinstance(weight, OnGpu) else small_model(1).to(weight.device)
     return orthattack.DetectorEvasion(model, lambda x: detector(x)[:, 0], steps=steps, **options)
 
 
-def attacked(
-    make: Callable[[nn.Module, int], Attack], steps: int, monkeypatch: Any, batch_size: int | None = None
-) -> tuple[dict[tuple[str, str], int], AttackResult, AttackResult]:
-    """What a first call asks of a GPU, its result, and that of a CPU."""
+def on_cpu(make: Make, steps: int) -> tuple[Tensor, Tensor, AttackResult]:
     torch.manual_seed(0)
     images = torch.rand(4, 3, 16, 16)
     labels = small_model()(images).argmax(1)
     torch.manual_seed(1)
-    expected = make(small_model(), steps).run(images, labels, batch_size=batch_size)
+    return images, labels, make(small_model(), steps).run(images, labels)
+
+
+def on_pretended_gpu(make: Make, steps: int, monkeypatch: Any) -> tuple[Counter[tuple[str, str]], AttackResult]:
+    """What a first call asks of a GPU, and its result."""
+    images, labels, _ = on_cpu(make, steps)
     torch.manual_seed(1)
     with pretended(monkeypatch) as mode:
-        here = [tensor.to("cuda") for tensor in (images, labels)]
+        here = images.to("cuda"), labels.to("cuda")
         attack = make(to_gpu(small_model()), steps)
         mode.asked.clear()
-        result = attack.run(*here, batch_size=batch_size)
-        asked = dict(mode.asked)
+        result = attack.run(*here)
+        asked = Counter(mode.asked)
     for name, value in vars(result).items():
         assert isinstance(value, OnGpu), name
-    plain = AttackResult(**{name: value.as_subclass(Tensor) for name, value in vars(result).items()})
-    return asked, plain, expected
+    return asked, AttackResult(**{name: value.as_subclass(Tensor) for name, value in vars(result).items()})
 
 
+def on_gpu(make: Make, steps: int) -> tuple[Counter[tuple[str, str]], AttackResult]:
+    """The same with a GPU, whose own debug mode says what waits."""
+    images, labels, _ = on_cpu(make, steps)
+    torch.manual_seed(1)
+    here = images.cuda(), labels.cuda()
+    attack = make(small_model().cuda(), steps)
+    attack.run(*here)  # the first call loads kernels
+    torch.manual_seed(1)
+    attack = make(small_model().cuda(), steps)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = attack.run(*here)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    asked = Counter((f"{w.filename}:{w.lineno}", "waits") for w in caught if "synchronizing" in str(w.message))
+    return asked, AttackResult(**{name: value.cpu() for name, value in vars(result).items()})
+
+
+@pytest.mark.parametrize("device", ["pretended", pytest.param("cuda", marks=needs_gpu)])
 @pytest.mark.parametrize("make", cases())
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
-def test_a_step_asks_a_gpu_nothing(make, monkeypatch, request):
-    size = 2 if "batches" in request.node.name else None
-    few, *_ = attacked(make, 2, monkeypatch, size)
-    many, found, expected = attacked(make, 5, monkeypatch, size)
+def test_a_step_asks_a_gpu_nothing(make, device, monkeypatch):
+    run = on_gpu if device == "cuda" else partial(on_pretended_gpu, monkeypatch=monkeypatch)
+    few, _ = run(make, 2)
+    many, found = run(make, 4)
+    *_, expected = on_cpu(make, 4)
     more = {line: count - few.get(line, 0) for line, count in many.items() if count != few.get(line, 0)}
     assert not more, "asked at each step"
     assert sum(many.values()) <= 10, many
-    attack = make(small_model(), 5)
+    attack = make(small_model(), 4)
     assert found.cosine.max() <= 1e-6 or not attack.card.is_orthogonal or not attack.card.exact
     assert (found.norm <= torch.as_tensor(attack.eps, dtype=torch.float64) * (1 + 1e-6)).all()
     if attack.precision == "float32":  # claims in reduced precision are confirmed, and there are none without a GPU

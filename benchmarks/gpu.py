@@ -1,0 +1,46 @@
+"""What a GPU is for the attacks: time per step beside the peers', the attack's own arithmetic, and what waits for it.
+
+One command and some five minutes: the attack's tests that need a GPU, steps of several models in batches of 32 and 256,
+and one step of each kind beside the model's.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks import arithmetic
+from benchmarks.steps import step_rows
+from benchmarks.stored import Row
+
+CANDIDATES = (
+    "Foolbox LinfPGD", "torchattacks PGD", "bare step", "bare step, bfloat16", "PGD", "PGD, optimize", "OrthoPGD",
+    "OrthoPGD, early stop", "OrthoPGD, optimize", "OrthoPGD, bfloat16", "OrthoPGD, bfloat16, optimize",
+    "OrthoPGD, compile",
+)  # fmt: skip
+MODELS = {"resnet50": (32, 256), "efficientnet-lite0": (32, 256), "vit_b_16": (32, 256)}
+
+
+def tables(seconds: float, rounds: int) -> Iterator[tuple[str, str, list[Row]]]:
+    """What to store: of what kind, its name, and its rows; models that there is no more time for are left out."""
+    end = time.monotonic() + seconds
+    yield "arithmetic", "resnet50-32", arithmetic.rows(32, 15, "resnet50")
+    for batch in (32, 256):
+        for name in MODELS:
+            if time.monotonic() < end:
+                steps = 10 if batch == 32 else 5
+                yield "steps", f"{name}-{batch}-{steps}", step_rows(name, batch, 224, steps, rounds, CANDIDATES)
+
+
+def tests(folder: Path) -> int:
+    """Run the attacks' tests on the GPU; the exit status."""
+    if not torch.cuda.is_available():
+        print("no GPU: the tests on one are skipped", flush=True)
+        return 0
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cuda", "tests/attacks"]
+    return subprocess.run(command, cwd=folder, check=False).returncode
