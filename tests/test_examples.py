@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.eval.tiny import evaluated
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -123,3 +125,10 @@ def test_attack_template(capsys, monkeypatch):
     assert all(int(row[1]) > 8 for row in rows)
     assert float(rows[0][2]) > 1e-3
     assert float(rows[1][2]) <= 1e-6
+
+
+def test_the_pictures_of_a_run_are_verified_without_the_package(capsys, monkeypatch, tmp_path):
+    """tests/eval/running/test_levels.py changes a pixel, which it then finds."""
+    evaluated(tmp_path, ["OrthoPGD"], levels=256)
+    out = printed("verify_pngs.py", capsys, monkeypatch, str(tmp_path))
+    assert len(re.findall(r"^OrthoPGD \d+-\d+: max \|delta\| [0-8], product 0$", out, re.M)) == 9

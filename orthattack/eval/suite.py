@@ -163,6 +163,7 @@ class AttackSpec(BaseModel):
     label: str = _key(..., "what the results call it; unique", "text")
     norm: Norm | None = _key(None, "another norm than the suite's, with radii of its own", "linf, l2 or l1")
     eps: tuple[Radius, ...] | None = _key(None, "those radii", _EPS, min_length=1)
+    levels: Literal[256] | None = _key(None, "256: exact in 8 bits, if the suite is not", "256")
     baselines: tuple[str, ...] | None = _key(
         None, "labels of the attacks to compare it with; by default those of its family",
         "a list of other attacks' labels",
@@ -209,6 +210,7 @@ class Entry:
     eps: float | None
     seed: int
     label: str
+    levels: int | None = None
 
 
 class Suite(_Strict):
@@ -232,6 +234,10 @@ class Suite(_Strict):
     eps: tuple[Radius, ...] = _key(
         ..., "radii in [0, 1] pixels (default: 4/255, l2: 0.5)", _EPS, "--eps E", Radius, nargs="+", min_length=1
     )
+    levels: Literal[256] | None = _key(
+        None, "256: adversarials that 8 bits hold exactly, judged as stored; others' are rounded first", "256",
+        "--levels 256", int,
+    )  # fmt: skip
     steps: Count = _key(
         10, "steps of the iterative attacks, where they do not say themselves", "a whole number, at least 1",
         "--steps N", Count,
@@ -313,11 +319,12 @@ class Suite(_Strict):
         found: list[Entry] = []
         for attack in self.attacks:
             kind, norm = kinds[attack.label], attack.norm or self.norm
-            kind.check(norm, self.steps)
+            kind.check(norm, self.steps, attack.levels or self.levels)
             for seed in self.seeds:
                 label = attack.label if len(self.seeds) == 1 else f"{attack.label} (seed {seed})"
                 radii = (None,) if kind.card.minimal else attack.eps or self.eps
-                found += [Entry(attack, kind, norm, eps, seed, label) for eps in radii]
+                levels = attack.levels or self.levels
+                found += [Entry(attack, kind, norm, eps, seed, label, levels) for eps in radii]
         return found
 
     def baselines(self, kinds: Mapping[str, AttackKind] | None = None) -> dict[str, list[str]]:

@@ -162,6 +162,7 @@ WRONG = {
     "attacks": [[], [3], {"name": "PGD"}, None, True],
     "norm": ["l3", 2, None, []],
     "eps": [[], "x", None, [None], [[0.1]], True, [True], {"a": 1}],
+    "levels": [16, "a", True, []],
     "steps": [0, -1, 1.5, "10", True, None, []],
     "seeds": [[], ["a"], [1.5], None, True],
     "batch_size": [0, "a", 2.5, None],

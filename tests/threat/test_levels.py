@@ -196,6 +196,28 @@ def test_what_is_lost_on_real_images_is_little(scope, normal, least):
     assert (gain > least * ideal).all()
 
 
+def test_few_colours_have_small_integers():
+    """Why levels refuses scope "pixel": all d are tried, for 20,000 colours of Foolbox's images."""
+    import foolbox
+
+    model = foolbox.PyTorchModel(torch.nn.Identity().eval(), bounds=(0, 1))
+    images, _ = foolbox.samples(model, "imagenet", batchsize=20, data_format="channels_first")
+    generator = torch.Generator().manual_seed(0)
+    colours = (images * 255).round().movedim(1, -1).reshape(-1, 3)
+    colours = colours[torch.randperm(len(colours), generator=generator)[:20000]]
+    gradient = torch.randn(colours.shape, generator=generator)
+    for radius, share, gain in ((1, 0.07, 0.04), (2, 0.14, 0.06), (4, 0.31, 0.13)):
+        d = torch.cartesian_prod(*[torch.arange(-radius, radius + 1.0)] * 3)
+        some, best = 0, 0.0
+        for part, g in zip(colours.split(2000), gradient.split(2000), strict=True):
+            moved = part[:, None] + d
+            allowed = (part @ d.T == 0) & (moved.amin(2) >= 0) & (moved.amax(2) <= 255)
+            some += int((allowed.sum(1) > 1).sum())
+            best += float(torch.where(allowed, g @ d.T, 0).amax(1).sum())
+        assert some / len(colours) == pytest.approx(share, abs=0.01)
+        assert best / float(gradient.abs().sum() * radius) == pytest.approx(gain, abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

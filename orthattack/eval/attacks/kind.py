@@ -34,6 +34,7 @@ class Conditions:
     steps: int = 10
     classes: int = 2  # number of classes of the model
     batch_size: int = 32  # how many images the model is given at a time
+    levels: int | None = None  # what the images are stored with, if adversarials are to be exact there
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class AttackKind:
         """What its random numbers are derived from: the same attack under another label draws the same."""
         return json.dumps([self.name, dict(self.parameters)], sort_keys=True)
 
-    def check(self, norm: Norm, steps: int) -> None:
+    def check(self, norm: Norm, steps: int, levels: int | None = None) -> None:
         """Raise EvaluationError if the attack cannot be run in a norm or refuses one of its parameters."""
         if norm not in self.norms:
             raise EvaluationError(
@@ -99,7 +100,7 @@ class AttackKind:
         if self.source == "user":  # whose function may do anything with the model
             return
         try:
-            self.bind(Placeholder(), Conditions(norm, None if self.card.minimal else 0.01, steps))
+            self.bind(Placeholder(), Conditions(norm, None if self.card.minimal else 0.01, steps, levels=levels))
         except EvaluationError:
             raise
         except ModuleNotFoundError as error:

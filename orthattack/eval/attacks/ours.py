@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -95,6 +96,8 @@ def _own(kind: Any, options: Mapping[str, Any], model: nn.Module, conditions: Co
     more = dict(options)
     if "steps" in inspect.signature(kind).parameters:
         more.setdefault("steps", conditions.steps)
+    if conditions.levels is not None:
+        more["levels"] = conditions.levels
     if _takes_generator(kind):
         more["generator"] = torch.Generator().manual_seed(0)
     attack: Attack = kind(model, norm=conditions.norm, eps=conditions.eps, **more)
@@ -116,7 +119,7 @@ def _minimum(options: dict[str, Any]) -> AttackKind:
     first = {"linf": 4 / 255, "l2": 0.5, "l1": 8.0}  # where to begin; the radius is doubled until something falls
 
     def attack(model: nn.Module, conditions: Conditions) -> Any:
-        start = Conditions(conditions.norm, first[conditions.norm], conditions.steps, conditions.classes)
+        start = replace(conditions, eps=first[conditions.norm])
         return ours.MinimumNorm(_own(kind, inner_options, model, start), **own)
 
     def make(model: nn.Module, conditions: Conditions) -> Runner:

@@ -19,8 +19,8 @@ from orthattack.threat import ThreatModel
 
 
 def user_attack(name: str, factory: Any, given: Mapping[str, Any] | None = None) -> AttackKind:
-    """A user's own attack: `factory` takes the model, what it has of ``norm``, ``eps`` and ``steps``, and `given`, and
-    returns a callable (images, labels) -> adversarial images.
+    """A user's own attack: `factory` takes the model, what it has of ``norm``, ``eps``, ``steps`` and ``levels``, and
+    `given`, and returns a callable (images, labels) -> adversarial images.
 
     A subclass of `orthattack.attacks.Attack`, or a function that returns such an attack, is one of ours: what it
     promises is read from its card, on a model of no account, and its calls are counted per image.
@@ -35,6 +35,7 @@ def user_attack(name: str, factory: Any, given: Mapping[str, Any] | None = None)
 
     def made(model: nn.Module, conditions: Conditions) -> Any:
         shared: dict[str, Any] = {"norm": conditions.norm, "eps": conditions.eps, "steps": conditions.steps}
+        shared["levels"] = conditions.levels
         if isinstance(factory, type) and issubclass(factory, Attack):
             shared["generator"] = torch.Generator().manual_seed(0)
         more = {key: value for key, value in shared.items() if key in parameters}

@@ -9,11 +9,13 @@ result.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
 import pandas as pd
+import torch
+from torch import Tensor
 
 from orthattack.eval.checks.clean import CLEAN_COLUMNS, clean_suspicions, differentiated
 from orthattack.eval.checks.probes import TRANSFER
@@ -75,6 +77,8 @@ class _Model:
             "success survives rounding to 8 bits": self._rounding(),
             "saved images keep budget and orthogonality": self._saved(),
         }
+        if any(attack.get("levels") for attack in self.manifest["attacks"]):
+            found["saved images are exact in 8 bits"] = self._exact()
         checks = []
         for name, result in found.items():
             if isinstance(result, str):
@@ -264,6 +268,40 @@ class _Model:
             + others * "; tensors and functions as measured during the run",
             "what was saved is not what the attack promised",
         )
+
+    def _exact(self) -> Found:
+        """Ball and products with the image as whole numbers, of the stored images, from nothing but the files."""
+        clean = dict(self.folder.images(self.label, "clean", None))
+        count, bound, off, worst, largest = 0, 0, 0, 0.0, 0.0
+        for attack in self.manifest["attacks"]:
+            if not attack.get("levels"):
+                continue
+            threat = _promise(attack)[0] if attack["source"] == "orthattack" else None  # others' are only rounded
+            levels = ThreatModel("l2", 0.0, scope=None, levels=256) if threat is None else replace(threat, levels=256)
+            for eps in attack["eps"]:
+                for position, image in self.folder.images(self.label, attack["label"], eps):
+                    if position not in clean:
+                        continue
+                    x, adversarial = clean[position][None], image[None]
+                    count += 1
+                    off += not (_is_8_bit(x) and _is_8_bit(adversarial))
+                    norm, cosine = replace(levels, norm=attack["norm"]).sizes(x, adversarial)
+                    worst = max(worst, float(norm) / eps) if eps else worst
+                    if threat is not None:
+                        bound, largest = bound + 1, max(largest, float(cosine))
+        if count == 0:
+            return "no adversarial image was saved"
+        return (
+            off == 0 and worst <= 1 + 1e-6 and largest == 0,
+            f"{count} images: {off} not of 8 bits, norm at most {worst:.7g} eps; "
+            + (f"(delta * image).sum() == 0 for {bound}" if largest == 0 else f"|cos| up to {largest:.1e} of {bound}"),
+            "what was saved is not exact",
+        )
+
+
+def _is_8_bit(image: Tensor) -> bool:
+    """Whether these are the floats of an image of 8 bits."""
+    return bool(torch.equal((image * 255).round() / 255, image))
 
 
 def _promise(attack: Mapping[str, Any]) -> tuple[ThreatModel | None, bool]:

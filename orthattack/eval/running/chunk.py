@@ -21,7 +21,15 @@ from orthattack.eval.data.dataset import ImageDataset, Unreadable
 from orthattack.eval.errors import told
 from orthattack.eval.models.classifier import Classifier
 from orthattack.eval.plugin import kept_process
-from orthattack.eval.running.judge import Columns, Judge, clean_columns, plain_copy, promised_cosine, row_columns
+from orthattack.eval.running.judge import (
+    Columns,
+    Judge,
+    as_stored,
+    clean_columns,
+    plain_copy,
+    promised_cosine,
+    row_columns,
+)
 from orthattack.eval.storage.run_folder import RunFolder, Shard
 from orthattack.eval.storage.schema import CLEAN_SCHEMA, ROW_SCHEMA, Kind
 from orthattack.eval.suite import Entry
@@ -59,6 +67,7 @@ class Job:
     folder: RunFolder
     batch_size: int
     say: Callable[[str], None]
+    is_exact: bool = False  # whether images are stored in 8 bits
     was_halved: bool = field(init=False, default=False)
     sizes: dict[str, int] = field(init=False, default_factory=dict)  # of attacks that are not ours, by label
     judge: Judge = field(init=False)
@@ -267,6 +276,9 @@ class Part:
                 seconds = _clock(self.job.device) - start
                 calls = counted.forward - before.forward, counted.gradient - before.gradient
                 found = replace(found, adversarials=plain_copy(found.adversarials, images))
+                if entry.levels and entry.kind.source != "orthattack":
+                    adversarials = as_stored(found.adversarials, images, entry.norm, entry.eps, entry.levels)
+                    found = replace(found, adversarials=adversarials)
                 promised = promised_cosine(found.adversarials, images, entry.kind.card)
             right, clean = [self.right[k] for k in batch], [self.predictions[k] for k in batch]
             columns = row_columns(self.job.judge, images, found, labels, right, clean, entry.norm, entry.eps)
@@ -293,7 +305,8 @@ class Part:
     ) -> None:
         complete = [{**self._key[k], **rows.get(k, {}), **self._failed.get(k, {})} for k in self.positions]
         columns = {name: [row.get(name) for row in complete] for name in names}
-        self.job.folder.write(shard, columns, {k: images[k] for k in images if k in self.keep})
+        kept = {k: images[k] for k in images if k in self.keep}
+        self.job.folder.write(shard, columns, kept, self.job.is_exact and self.kind == "shards")
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from orthattack.assumptions import observe
-from orthattack.attacks.base import Card
+from orthattack.attacks.base import UNLIMITED, Card
 from orthattack.attacks.scoring import input_gradient
 from orthattack.eval.attacks.counter import CallCounter
 from orthattack.eval.attacks.kind import Found
@@ -265,6 +265,19 @@ def _faults(adversarials: Tensor, lengths: list[float], norm: Norm, eps: float |
         else:
             found.append(None if length <= limit else f"left the ball: {norm} norm {length:.6g}, eps {eps:.6g}")
     return found
+
+
+def as_stored(adversarials: Tensor, images: Tensor, norm: Norm, eps: float | None, levels: int) -> Tensor:
+    """Another library's adversarials on the grid of stored images, and in the ball there; what is invalid stays."""
+    delta = adversarials.double() - images.double()
+    sizes = perturbation_norm(delta, norm).tolist()
+    rows = [k for k, fault in enumerate(_faults(adversarials, sizes, norm, eps)) if fault is None]
+    if not rows:
+        return adversarials
+    threat = ThreatModel(norm, UNLIMITED if eps is None else eps, scope=None, levels=levels)
+    stored = adversarials.clone()
+    stored[rows] = threat.around(images[rows]).stored(adversarials[rows])
+    return stored
 
 
 def _moved(adversarials: Tensor, images: Tensor) -> Tensor:

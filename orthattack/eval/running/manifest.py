@@ -46,7 +46,9 @@ def describe_attacks(entries: Sequence[Entry], baselines: Mapping[str, Sequence[
             "scope": first.kind.card.scope,
             "normal": described(first.kind.card.normal, with_source=True),
             "directions": described(first.kind.card.directions, with_source=True),
-            "keeps": list(first.kind.card.keeps) if first.kind.orthogonal else [],
+            "keeps": (list(first.kind.card.keeps) if first.kind.orthogonal else [])
+            + (["exact in 8 bits"] if first.levels else []),
+            "levels": first.levels,
             "minimal": first.kind.card.minimal,
         }
         for label, of_label in by_label.items()

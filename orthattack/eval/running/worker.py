@@ -84,6 +84,7 @@ class Worker:
             dataset = self._inputs.dataset(classifier)
             suite, folder = self._plan.suite, self._plan.folder
             self._job = Job(label, classifier, dataset, self._device, folder, suite.batch_size, self._say)
+            self._job.is_exact = any(entry.levels for entry in self._plan.entries)
             self._decoder = Decoder(self._job.load, ahead=not dataset.is_foreign)
         return self._job, self._decoder
 
@@ -100,7 +101,7 @@ class Worker:
 
     def _bound(self, job: Job, entry: Entry) -> Bound:
         suite, classes = self._plan.suite, job.classifier.num_classes
-        conditions = Conditions(entry.norm, entry.eps, suite.steps, classes, suite.batch_size)
+        conditions = Conditions(entry.norm, entry.eps, suite.steps, classes, suite.batch_size, entry.levels)
         return job.bound(entry, conditions)
 
     def _doubt(self, job: Job) -> None:

@@ -5,6 +5,7 @@
     shards/MODEL/ATTACK/EPS/CHUNK.parquet          a row per image: the model after the attack
     checks/MODEL/CHECK/EPS/CHUNK.parquet           the same for the attacks of the trust checks
     images/MODEL/ATTACK/EPS/CHUNK.safetensors      adversarial images, bit for bit; the clean ones under ATTACK "clean"
+    images/MODEL/ATTACK/EPS/CHUNK-POSITION.png     the same, one by one, of a run that is exact in 8 bits
     sessions/NUMBER-HOST-PROCESS.json              one process at work on the run: when, how, on what, and how it ended
 
 Every file is whole or not there (`files`), so what exists is finished. Several processes may write to one run: each has
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 
 _CHUNK = re.compile(r"\d{6,}\.(parquet|safetensors)")
+_PICTURE = re.compile(r"\d{6,}-(\d{6,18})\.png")
 _FOREIGN = r"|\..+\.partial|\.nfs\w+|\.DS_Store"  # what a killed process, NFS and file managers leave behind
 _FIRST_NAMES = re.compile(r"sessions" + _FOREIGN)
 _NAMES = re.compile(
@@ -241,8 +243,14 @@ class RunFolder:
         """Which chunks of a model, attack and radius have a file."""
         return {int(PurePosixPath(name).stem) for name in self._chunks(example.path)}
 
-    def write(self, shard: Shard, columns: Mapping[str, Sequence[object]], images: Mapping[int, Tensor]) -> None:
-        """Store a finished shard: its rows and, by position, the images to keep of it."""
+    def write(
+        self,
+        shard: Shard,
+        columns: Mapping[str, Sequence[object]],
+        images: Mapping[int, Tensor],
+        as_png: bool = False,
+    ) -> None:
+        """Store a finished shard: its rows and, by position, the images to keep of it, `as_png` if 8 bits hold them."""
         import torch
         from safetensors.torch import save
 
@@ -250,7 +258,15 @@ class RunFolder:
         table = pa.table(
             {field.name: pa.array(map(_text, columns[field.name]), field.type) for field in schema}, schema
         )
-        if images:  # before the rows, since it is the rows that say that the shard is finished
+        # Images before the rows, since it is the rows that say that the shard is finished.
+        if as_png:
+            for position in list(images):
+                content = _png(images[position])
+                if content is not None:
+                    name = f"{shard.image_path.with_suffix('').as_posix()}-{position:06d}.png"
+                    self._files.write(name, content)
+                    images = {k: image for k, image in images.items() if k != position}
+        if images:
             positions = sorted(images)
             tensors = {
                 "position": torch.tensor(positions),
@@ -291,6 +307,11 @@ class RunFolder:
     ) -> Iterator[tuple[int, Tensor]]:
         """Stored images (3, H, W), float32, with their positions; only those at `positions` if given."""
         wanted = None if positions is None else set(positions)
+        pictures = self._pictures(Shard(model, attack, eps, 0, kind).image_path)
+        if wanted is not None:
+            pictures = {position: name for position, name in pictures.items() if position in wanted}
+        for position, path in zip(pictures, self._fetched([*pictures.values()]), strict=True):
+            yield position, _from_png(path)
         for path in self._fetched(self._chunks(Shard(model, attack, eps, 0, kind).image_path)):
             with _opened(path) as (file, found):
                 for row, position in enumerate(found):
@@ -299,7 +320,7 @@ class RunFolder:
 
     def image_positions(self, model: str, attack: str, eps: float | None) -> list[int]:
         """Positions of the stored images, without reading the images."""
-        found: list[int] = []
+        found = [*self._pictures(Shard(model, attack, eps, 0).image_path)]
         for path in self._fetched(self._chunks(Shard(model, attack, eps, 0).image_path)):
             with _opened(path) as (_, positions):
                 found += positions
@@ -322,6 +343,12 @@ class RunFolder:
         folder = example.parent.as_posix()
         names = [name for name in self._names(folder) if _CHUNK.fullmatch(name) and name.endswith(example.suffix)]
         return [f"{folder}/{name}" for name in names]
+
+    def _pictures(self, example: Path) -> dict[int, str]:
+        """The PNG files of a model, attack and radius, by position."""
+        folder = example.parent.as_posix()
+        found = (_PICTURE.fullmatch(name) for name in self._names(folder))
+        return {int(match[1]): f"{folder}/{match[0]}" for match in found if match}
 
     def _fetched(self, names: Sequence[str]) -> list[Path]:
         """Where files lie; EvaluationError that names one which cannot be had."""
@@ -405,6 +432,37 @@ def _opened(path: Path) -> Iterator[tuple[Any, list[int]]]:
             f"{path} is damaged ({first_line(error)}): delete it, and the Parquet file of the same number of that "
             "model and attack, and start the run again with the same command, which makes them again"
         ) from error
+
+
+def _png(image: Tensor) -> bytes | None:
+    """An image (3, H, W) as a file that gives back the same floats, as k / 255; None if 8 bits do not hold it."""
+    import torch
+    from PIL import Image
+
+    k = (image.cpu().nan_to_num() * 255).round().clamp(0, 255)
+    if not torch.equal(k / 255, image.cpu()):
+        return None
+    stream = io.BytesIO()
+    Image.fromarray(k.byte().permute(1, 2, 0).contiguous().numpy()).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _from_png(path: Path) -> Tensor:
+    """The image (3, H, W), float32, in a file that `_png` has made."""
+    import torch
+
+    from orthattack.eval.models.preprocessing import DecodeError, decode
+
+    try:
+        image = decode(path.read_bytes())
+        if image.format != "PNG" or image.mode != "RGB":
+            raise DecodeError(f"{image.format} of mode {image.mode}")
+    except (OSError, ValueError) as error:
+        raise EvaluationError(
+            f"{path} is damaged ({first_line(error)}): delete it, and the Parquet file of the same number of that "
+            "model and attack, and start the run again with the same command, which makes them again"
+        ) from error
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().to(torch.float32) / 255
 
 
 def _unsound(frame: pd.DataFrame, kind: Kind) -> str | None:
