@@ -9,6 +9,9 @@ from orthattack.threat.plane import Plane
 
 __all__ = ["Blocks"]
 
+# Of few pixels round-off does not average out; what it leaves is settled.
+_SLACK = 3.0
+
 
 class Blocks:
     """The points y of a box with ⟨y - x, n⟩ = 0 in every block of pixels, a set of `sets.Allowed`.
@@ -25,7 +28,7 @@ class Blocks:
     ) -> None:
         self.images, self.lower, self.upper, self._scope = images, lower, upper, scope
         x, low, high = map(self._cut, (images, lower, upper))
-        self._plane = Plane(x, low, high, "channel", None if normal is None else self._cut(normal))
+        self._plane = Plane(x, low, high, "channel", None if normal is None else self._cut(normal), _SLACK)
 
     def _cut(self, tensor: Tensor) -> Tensor:
         return cut(tensor, self._scope).contiguous()

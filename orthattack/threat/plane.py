@@ -24,7 +24,7 @@ __all__ = ["Plane"]
 _IMAGE = scope_dims("image")
 # A pixel's colour has so few breakpoints that trying them all beats a search.
 _FEW = 4
-# In a group of fewer pixels, round-off does not average out, and may be more than a cosine may be.
+# In a group of fewer pixels round-off does not average out.
 _MANY = 512
 # A dual gap this small, relative to the objective's scale, is below float32's round-off of the objective itself.
 _GAP = 1e-8
@@ -42,15 +42,22 @@ class Plane:
         lower, upper: the box, which holds x.
         scope: which pixels share a plane.
         normal: what the planes are orthogonal to, the images' shape; x by default, as everything here is written.
+        slack: how many times what round-off leaves of a sum of many pixels ends Newton's method.
 
     `is_small` says that a group has only a few pixels, for which all is tried that might be the solution. A plane keeps
     four image batches of working memory until its `release`, so no two threads may use it at once.
     """
 
     def __init__(
-        self, images: Tensor, lower: Tensor, upper: Tensor, scope: Scope, normal: Tensor | None = None
+        self,
+        images: Tensor,
+        lower: Tensor,
+        upper: Tensor,
+        scope: Scope,
+        normal: Tensor | None = None,
+        slack: float = 1.0,
     ) -> None:
-        self.images, self.lower, self.upper, self.scope = images, lower, upper, scope
+        self.images, self.lower, self.upper, self.scope, self._slack = images, lower, upper, scope, slack
         self.dims = scope_dims(scope)
         # In a range where its square neither overflows nor vanishes.
         scaled_normal, exponent = scaled(images if normal is None else normal, self.dims)
@@ -297,7 +304,7 @@ class Plane:
         torch.sub(points, x, out=delta0)
         along, distance2 = dot(delta0, normal, dims, scratch), dot(delta0, delta0, dims, scratch)
         # Of equal pixels with a perturbation below their grid, all round the same way: λ cannot settle more than that.
-        unit = torch.finfo(x.dtype).eps
+        unit = self._slack * torch.finfo(x.dtype).eps
         noise = unit * ((torch.minimum(distance2, self._width2) * self._normal2).sqrt() + self._grid / 4)
         s = torch.ones_like(x[:, :1, :1, :1])
         if radius is not None:
@@ -385,8 +392,8 @@ class Plane:
         """`points`, with the orthogonality restored that rounding has cost (see `rounding`) in the groups where it is
         too much: inside the first of the `boxes` in which it can be, or else by the `fallback`."""
         lost = self._lost(points)
-        if points.is_cuda and self._is_coarse:  # so rare here that it is not worth asking, which would stop the GPU
-            return torch.where(lost, fallback, points)
+        is_quick = points.is_cuda and self._is_coarse  # one pixel of many will do, and little is lost with the others
+        boxes = [self._box] if is_quick else boxes
         if not points.is_cuda and not bool(lost.any()):
             return points
         groups = lost.squeeze(self.dims)
@@ -404,7 +411,7 @@ class Plane:
         settled = points.clone(memory_format=torch.contiguous_format)
         y, x, n, z = (chosen(tensor) for tensor in (points, self.images, self._settling, fallback))
         unit = 1e-6 if points.dtype == torch.float32 else 1e-12
-        found = settled_rows(y, x, n, [partial(chosen_box, box) for box in boxes], z, 0.75 * unit)
+        found = settled_rows(y, x, n, [partial(chosen_box, box) for box in boxes], z, 0.75 * unit, is_quick)
         if points.is_cuda:
             rows(settled).copy_(torch.where(groups.reshape(-1, 1), found, y).view_as(rows(settled)))
         else:

@@ -22,13 +22,19 @@ _AT_A_TIME = 2**16
 
 
 def settled_rows(
-    points: Tensor, images: Tensor, normals: Tensor, boxes: list[Callable[[], Box]], fallback: Tensor, allowed: float
+    points: Tensor,
+    images: Tensor,
+    normals: Tensor,
+    boxes: list[Callable[[], Box]],
+    fallback: Tensor,
+    allowed: float,
+    is_quick: bool = False,
 ) -> Tensor:
     """Rows y (R, n) of a box near the plane ⟨y - x, n⟩ = 0, moved onto it as nearly as their dtype allows.
 
     They are moved inside the `boxes`, each asked for only when it is needed, the first tried first. A row whose |cos|
     stays above `allowed` becomes the `fallback`; rows that are near enough stay. On a GPU, which asking would stop, the
-    last and costliest attempt is for an eighth of the rows at most.
+    last and costliest attempt is for an eighth of the rows at most; if `is_quick` the first attempt is the only one.
     """
     y, x, n, dtype = points.double(), images.double(), normals.double(), points.dtype
     # Among many pixels there is one that will do in any thousand of them.
@@ -39,7 +45,7 @@ def settled_rows(
         *((box, slice(None), _take_up, 1) for box in boxes),
         *((boxes[-1], slice(None), partial(_combine, radius=radius), radius // 8 or 1) for radius in (1, 8, 64)),
     ]
-    for box, columns, attempt, share in attempts[y.shape[1] < 4096 :]:
+    for box, columns, attempt, share in attempts[y.shape[1] < 4096 :][: 1 if is_quick else None]:
         excess, limit = _excess(y - x, n, allowed)
         off = (excess.abs() > limit).squeeze(1)
         tried = off.byte().topk(-(-len(y) // share)).indices if y.is_cuda else off.nonzero().squeeze(1)

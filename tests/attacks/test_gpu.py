@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import orthattack
-from orthattack import attacks
+from orthattack import ThreatModel, attacks
 from orthattack.attacks import Attack, AttackResult
 from tests.pretend import OnGpu, pretended, to_gpu
 
@@ -156,3 +156,30 @@ def test_the_pretended_gpu_refuses_what_a_gpu_refuses_and_counts_what_stops_it(m
             ask()
             assert sum(mode.asked.values()) == 1
     assert attacks.PGD is orthattack.PGD
+
+
+@pytest.mark.parametrize(
+    ("scope", "normal"),
+    [("image", "image"), ("channel", "image"), ("image", "constant"), ("channel", "luma"), ("block8", "constant")],
+)
+def test_a_small_step_is_not_given_up_on_a_gpu(scope, normal, monkeypatch):
+    """Where rounding has moved it off the plane, which it does to 8-bit images beside a small L2 radius."""
+    generator = torch.Generator().manual_seed(0)
+    images = (torch.rand(4, 3, 32, 32, generator=generator) * 255).round() / 255
+    gradients = torch.randn(3, *images.shape, generator=generator)
+    threat = ThreatModel("l2", 0.1, scope=scope, normal=normal)
+
+    def stepped(x: Tensor, along: Tensor) -> Tensor:
+        region, alpha = threat.around(x), torch.full_like(x[:, :1, :1, :1], 0.02)
+        mode.asked.clear()
+        points = x
+        for g in along:
+            points = region.step(points, g, alpha)
+        return points
+
+    with pretended(monkeypatch) as mode:
+        found = stepped(images.to("cuda"), gradients.to("cuda")).as_subclass(Tensor)
+        assert not mode.asked
+    assert threat.cosine(found.double() - images.double(), images).max() <= 1e-6
+    torch.testing.assert_close(found, stepped(images, gradients), rtol=0, atol=2e-4)
+    assert (found - images).flatten(1).norm(dim=1).min() >= 0.03
