@@ -78,7 +78,7 @@ def evaluate(
     inputs = suite_inputs(suite, kinds, classifiers, dataset)
     if shard is not None and out is None:
         raise EvaluationError("shard needs out, the folder that all shards share")
-    folder = run_folder(out)
+    folder = run_folder(out, say=say)
     with _kept_modes(classifiers):
         run_suite(suite, inputs, folder, device=device, share=shard, progress=progress, command=sys.argv, say=say)
     manifest = folder.manifest()

@@ -237,18 +237,29 @@ def _cannot_write(folder: RunFolder, error: OSError) -> EvaluationError:
 def _everything(plan: Plan, share: Share | None, engine: Engine, progress: bool, say: Callable[[str], None]) -> str:
     """Do what is left; returns how it ended: complete, part (this share is done, others are not), or interrupted."""
     try:
-        todo = plan.todo(share)
+        with plan.folder.at_once():
+            todo = plan.todo(share)
         often = 0.1 if sys.stderr.isatty() else 30.0  # a log file is no place for an animation
         with tqdm(total=todo.total, initial=todo.done, unit="img", disable=not progress, mininterval=often) as bar:
             engine(todo.units, plan, _Progress(plan, bar), say)
-            if share is not None and not plan.is_ready_for_transfer():
+            if share is not None and not _is_ready(plan):
                 return "part"
-            if transfers := plan.transfers():
+            if plan.suite.checks and (transfers := _left(plan)):
                 bar.set_description("trust checks")
                 engine(transfers, plan, lambda *_: None, say)
     except KeyboardInterrupt:
         return "interrupted"
     return "complete"
+
+
+def _is_ready(plan: Plan) -> bool:
+    with plan.folder.at_once():
+        return plan.is_ready_for_transfer()
+
+
+def _left(plan: Plan) -> list[Unit]:
+    with plan.folder.at_once():
+        return plan.transfers()
 
 
 @dataclass

@@ -8,25 +8,30 @@ from __future__ import annotations
 
 import errno
 import os
+import queue
 import secrets
 import shutil
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count, groupby
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 from orthattack.eval.errors import EvaluationError, first_line
 from orthattack.eval.storage import inside
 
-ATTEMPTS = 6
-"""How often a store is asked before its failure counts; in between it is left alone for 0.5, 1, 2, ... seconds."""
+ATTEMPTS, DEADLINE = 6, 60.0
+"""How often a store is asked before its failure counts, and in how many seconds of the clock in all; in between it is
+left alone for 0.5, 1, 2, ... seconds."""
 
-_PAUSE = 0.5
+_PAUSE, _ANSWER, _SPEED = 0.5, 20.0, 1e6  # seconds, seconds that an answer may take, and bytes a second beyond
+_LARGE = 50e6  # bytes, of a file of images that is read
+_GONE = 5.0  # seconds that a store has for a request which has not answered the one before
 _DOWNLOADS = 16
 
 # What a store means by these will not change by asking again.
@@ -118,6 +123,10 @@ class Disk:
             taken = (f"{stem}.damaged" + (f"-{k}" if k else "") for k in count())
             place.rename(last, next(new for new in taken if not place.has(new)))
 
+    def at_once(self) -> AbstractContextManager[None]:
+        """A context in which what there is is told from one look, where that is cheaper."""
+        return nullcontext()
+
     @contextmanager
     def _beside(self, name: str, content: bytes) -> Iterator[tuple[inside.Folder, str, str]]:
         """Content in a file of the same folder, so on the same file system, under a name that nobody else has."""
@@ -143,7 +152,7 @@ class Store:
         import fsspec
 
         try:
-            self._fs, self._root = fsspec.core.url_to_fs(url.rstrip("/"))
+            self._fs, self._root = fsspec.core.url_to_fs(url.rstrip("/"), **_options(url))
         except ImportError as error:  # fsspec says which package is missing
             raise EvaluationError(f"{url} cannot be used: {first_line(error)}") from error
         except ValueError as error:
@@ -151,7 +160,10 @@ class Store:
         protocol = self._fs.protocol
         protocols = {protocol} if isinstance(protocol, str) else set(protocol)
         self._puts_are_atomic = bool(protocols & _OBJECT_STORES)
-        self._url, self._say = url.rstrip("/"), say
+        if hasattr(self._fs, "retries"):  # s3fs's own, beside those of its client
+            self._fs.retries = 1
+        self._url, self._say, self._is_gone = url.rstrip("/"), say, False
+        self._tree: dict[str, list[str]] | None = None
         self._copies: dict[str, Path] = {}
         self._temporary = Path(tempfile.mkdtemp(prefix="orthattack-"))
         weakref.finalize(self, shutil.rmtree, self._temporary, ignore_errors=True)
@@ -164,11 +176,36 @@ class Store:
             self._fs.invalidate_cache()  # others write here too
             return [str(entry).rstrip("/").rpartition("/")[2] for entry in self._fs.ls(path, detail=False)]
 
+        if self._tree is not None:
+            return self._tree.get(folder, [])
         path = self._at(folder)
         try:
             return sorted(self._patiently(listed))
         except (FileNotFoundError, NotADirectoryError):
             return []
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A context in which what there is is told from one look at everything: a request for each 1,000 files."""
+
+        def listed() -> list[str]:
+            self._fs.invalidate_cache()
+            return [str(path).lstrip("/") for path in self._fs.find(self._root)]
+
+        try:
+            paths = self._patiently(listed, _SPEED * DEADLINE / 2)
+        except FileNotFoundError:
+            paths = []
+        tree: dict[str, set[str]] = {}
+        for path in paths:
+            parts = path.removeprefix(self._root.lstrip("/")).strip("/").split("/")
+            for k, part in enumerate(parts):
+                tree.setdefault("/".join(parts[:k]), set()).add(part)
+        self._tree = {folder: sorted(names) for folder, names in tree.items()}
+        try:
+            yield
+        finally:
+            self._tree = None
 
     def exists(self, name: str) -> bool:
         def found() -> bool:
@@ -176,13 +213,18 @@ class Store:
             self._fs.info(self._at(name))  # not `exists`, which takes any failure for an absence
             return True
 
+        if self._tree is not None:
+            folder, _, last = name.rpartition("/")
+            return last in self._tree.get(folder, ())
         try:
             return self._patiently(found)
         except FileNotFoundError:
             return False
 
     def read(self, name: str) -> bytes:
-        return self._patiently(lambda: bytes(self._fs.cat_file(self._at(name))))
+        return self._patiently(
+            lambda: bytes(self._fs.cat_file(self._at(name))), _LARGE if name.endswith(".safetensors") else 0
+        )
 
     def fetch(self, names: Sequence[str]) -> list[Path]:
         missing = [name for name in names if name not in self._copies]
@@ -203,7 +245,7 @@ class Store:
     def _put(self, name: str, content: bytes) -> None:
         target = self._at(name)
         if self._puts_are_atomic:
-            self._patiently(lambda: self._fs.pipe_file(target, content))
+            self._patiently(lambda: self._fs.pipe_file(target, content), len(content))
             return
 
         def beside_and_moved() -> None:
@@ -213,7 +255,7 @@ class Store:
             self._fs.pipe_file(partial, content)
             self._fs.mv(partial, target)
 
-        self._patiently(beside_and_moved)
+        self._patiently(beside_and_moved, len(content))
 
     def create(self, name: str, content: bytes) -> bool:
         if not self._puts_are_atomic:  # whole, but of two that start in the same moment both may think they are first
@@ -236,20 +278,82 @@ class Store:
     def _scratch(self, name: str) -> Path:
         return self._temporary / f"{secrets.token_hex(8)}-{name.rpartition('/')[2]}"
 
-    def _patiently(self, action: Callable[[], T]) -> T:
-        """What `action` returns, tried `ATTEMPTS` times; OSError that says so if it never succeeds."""
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                return action()
-            except _FINAL:
-                raise
-            except Exception as error:  # every store raises its own
-                found = f"{type(error).__name__}: {first_line(error)}"
-                if attempt == ATTEMPTS:
-                    raise OSError(f"failed {ATTEMPTS} times, the last time with {found}") from error
-            self._say(f"{self._url} failed ({found}); trying again, {attempt + 1} of {ATTEMPTS}")
-            time.sleep(_PAUSE * 2 ** (attempt - 1))
-        raise AssertionError("unreachable")
+    def _patiently(self, action: Callable[[], T], size: float = 0) -> T:
+        """What `action` returns, tried `ATTEMPTS` times within `DEADLINE`, and longer for so many bytes; OSError that
+        says so if it never succeeds. The clients' own attempts are off, so that this is the time it takes."""
+        from tenacity import (
+            RetryCallState,
+            Retrying,
+            retry_if_exception,
+            stop_after_attempt,
+            stop_after_delay,
+            wait_exponential,
+        )
+
+        limit, attempts = (_GONE, 1) if self._is_gone else (DEADLINE + size / _SPEED, ATTEMPTS)
+        until = time.monotonic() + limit
+
+        def said(state: RetryCallState) -> None:
+            told = f"{self._url} failed ({_found(state)}); trying again, {state.attempt_number + 1} of {attempts}"
+            self._say(told)
+
+        def failed(state: RetryCallState) -> T:
+            self._is_gone = True
+            times = f"{state.attempt_number} times, the last time with" if state.attempt_number > 1 else "with"
+            raise OSError(f"failed {times} {_found(state)}") from _error(state)
+
+        retrying = Retrying(
+            retry=retry_if_exception(lambda error: isinstance(error, Exception) and not isinstance(error, _FINAL)),
+            stop=stop_after_attempt(attempts) | stop_after_delay(limit - 0.5),
+            wait=wait_exponential(_PAUSE),
+            sleep=lambda seconds: time.sleep(seconds),
+            before_sleep=said,
+            retry_error_callback=failed,
+        )
+        answer: T = retrying(lambda: _in_time(action, min(_ANSWER + size / _SPEED, until - time.monotonic())))
+        self._is_gone = False
+        return answer
+
+
+def _error(state: Any) -> BaseException | None:
+    found: BaseException | None = state.outcome.exception()
+    return found
+
+
+def _found(state: Any) -> str:
+    error = _error(state)
+    return "" if error is None else f"{type(error).__name__}: {first_line(error)}"
+
+
+def _in_time(action: Callable[[], T], seconds: float) -> T:
+    """What `action` returns; TimeoutError if it takes longer by the clock. Clients limit single reads and connections,
+    but not a server that sends a byte now and then; the thread that waits for it ends with the process."""
+    done: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(1)
+
+    def work() -> None:
+        try:
+            done.put((action(), None))
+        except BaseException as error:
+            done.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        answer, error = done.get(timeout=max(0.1, seconds))
+    except queue.Empty:
+        raise TimeoutError(f"no answer in {seconds:.0f} s") from None
+    if error is not None:
+        raise error
+    return cast("T", answer)
+
+
+def _options(url: str) -> dict[str, Any]:
+    """How a store's client is to be made so that it does not try again by itself; what the person has set is kept."""
+    import fsspec
+
+    if url.partition("://")[0] not in ("s3", "s3a"):
+        return {}
+    once = {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": _ANSWER}
+    return {"config_kwargs": once | fsspec.config.conf.get("s3", {}).get("config_kwargs", {})}
 
 
 Files = Disk | Store

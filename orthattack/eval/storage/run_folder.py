@@ -22,7 +22,7 @@ import re
 import secrets
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -103,6 +103,8 @@ class RunFolder:
     def __init__(self, place: Path | str, say: Callable[[str], None] = lambda _: None) -> None:
         self._files = open_files(place, say)
         self._say = say
+        self._manifest: bytes | None = None
+        self._ended: dict[str, dict[str, Any]] = {}  # sessions that have, whose records do not change any more
         self.notes: list[str] = []  # what of it belongs into the session's record
 
     def __str__(self) -> str:
@@ -124,9 +126,10 @@ class RunFolder:
         try:
             # Another process of the same run may be ahead of this one, but not have written the manifest yet.
             names = self._files.names()
-            known = _NAMES if self.exists else _FIRST_NAMES
+            known = _NAMES if "manifest.json" in names else _FIRST_NAMES
+            inner = self._files.names("sessions") if "sessions" in names else []
             strange = [name for name in names if not known.fullmatch(name)]
-            strange += [f"sessions/{name}" for name in self._files.names("sessions") if not _SESSIONS.fullmatch(name)]
+            strange += [f"sessions/{name}" for name in inner if not _SESSIONS.fullmatch(name)]
             if strange and not self.exists:
                 raise EvaluationError(f"{self} is not empty and not the folder of a run; choose another")
             if strange:
@@ -144,7 +147,9 @@ class RunFolder:
     def manifest(self) -> dict[str, Any]:
         """What manifest.json and the sessions say; EvaluationError if it cannot be read."""
         try:
-            manifest: dict[str, Any] = from_json(self._files.read("manifest.json"))
+            # It is created once, and only its copies of what the sessions say change; a store takes long to ask.
+            kept = self._manifest if isinstance(self._files, Store) else None
+            manifest: dict[str, Any] = from_json(kept or self._files.read("manifest.json"))
         except (OSError, ValueError, RecursionError) as error:
             odd = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
             why = f" ({error.strerror or error})" if isinstance(error, OSError) and odd else ""
@@ -152,6 +157,7 @@ class RunFolder:
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             found = manifest.get("format") if isinstance(manifest, dict) else None
             raise EvaluationError(f"{self} has format {found!r}; this version reads format {FORMAT}")
+        self._manifest = _json(manifest)
         records = self.sessions()
         if records:
             texts = (text for one in records for text in one.get("warnings", ()))
@@ -176,6 +182,9 @@ class RunFolder:
         found = []
         for name in self._names("sessions"):
             if name.endswith(".json") and not name.startswith("."):
+                if name in self._ended:
+                    found.append(dict(self._ended[name]))
+                    continue
                 try:
                     record = from_json(self._files.read(f"sessions/{name}"))
                     if (why := unfit(SessionRecord, record)) is not None:
@@ -186,6 +195,8 @@ class RunFolder:
                         "says who worked on the run; remove it"
                     ) from error
                 found.append(record)
+                if record["outcome"] != "running":
+                    self._ended[name] = dict(record)
         return found
 
     def new_session_id(self, host: str, process: int) -> str:
@@ -195,6 +206,7 @@ class RunFolder:
 
     def write_session(self, session: Mapping[str, Any]) -> None:
         """Write a session's record; nobody else writes that file."""
+        self._ended.pop(f"{session['id']}.json", None)
         self._write(f"sessions/{session['id']}.json", _json(session))
 
     def read_text(self, name: str) -> str | None:
@@ -208,6 +220,10 @@ class RunFolder:
 
     def _write(self, name: str, content: bytes) -> None:
         self._files.write(name, content)
+
+    def at_once(self) -> AbstractContextManager[None]:
+        """A context in which what there is is told from one look, where that is cheaper, as in a store."""
+        return self._files.at_once()
 
     def is_done(self, shard: Shard, rows: int) -> bool:
         """Whether the shard's file is there and whole. One that is damaged, by a failing disk, say, is put aside.
