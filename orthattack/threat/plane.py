@@ -15,7 +15,7 @@ from torch import Tensor
 
 from orthattack.projection import Scope, dot, orthogonalize, reciprocal, scaled, scope_dims, total
 from orthattack.threat.norms import by_secant, by_threshold, filled, sparsity
-from orthattack.threat.rootfind import Bracket, ends_of, search, try_all
+from orthattack.threat.rootfind import Bracket, by_sorting, ends_of, search, try_all
 from orthattack.threat.rounding import Box, settled_rows
 from orthattack.threat.sets import soften
 
@@ -119,6 +119,8 @@ class Plane:
         if self.is_small:
             jumps = _by_group(ratio.nan_to_num(0), dims).sort(dim=0).values
             bracket = try_all(residual, scale, jumps[1:] / 2 + jumps[:-1] / 2)
+        elif ratio.is_cuda:
+            bracket = by_sorting(residual, ratio, weight, least, dims)
         else:
             bracket = search(residual, scale, torch.where(moves, _GAP * alpha * size, torch.inf), ends, None)
 

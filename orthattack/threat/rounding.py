@@ -17,6 +17,9 @@ __all__ = ["Box", "settled_rows"]
 Box = tuple[Tensor, Tensor]
 """The smallest and the largest value of each pixel."""
 
+_NEIGHBOURS = ((1, 1), (8, 2), (64, 16))
+"""How many neighbouring values are tried to each side, and on a GPU of one in how many rows."""
+
 _AT_A_TIME = 2**16
 """Rows for which a GPU tries neighbouring values at a time: 70 MB for each of them in float64."""
 
@@ -34,7 +37,7 @@ def settled_rows(
 
     They are moved inside the `boxes`, each asked for only when it is needed, the first tried first. A row whose |cos|
     stays above `allowed` becomes the `fallback`; rows that are near enough stay. On a GPU, which asking would stop, the
-    last and costliest attempt is for an eighth of the rows at most; if `is_quick` the first attempt is the only one.
+    last and costliest attempts are for a part of the rows at most; if `is_quick` the first attempt is the only one.
     """
     y, x, n, dtype = points.double(), images.double(), normals.double(), points.dtype
     # Among many pixels there is one that will do in any thousand of them.
@@ -43,7 +46,7 @@ def settled_rows(
     attempts: list[Attempt] = [
         (boxes[-1], few, _take_up, 1),
         *((box, slice(None), _take_up, 1) for box in boxes),
-        *((boxes[-1], slice(None), partial(_combine, radius=radius), radius // 8 or 1) for radius in (1, 8, 64)),
+        *((boxes[-1], slice(None), partial(_combine, radius=radius), share) for radius, share in _NEIGHBOURS),
     ]
     for box, columns, attempt, share in attempts[y.shape[1] < 4096 :][: 1 if is_quick else None]:
         excess, limit = _excess(y - x, n, allowed)

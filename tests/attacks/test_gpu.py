@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import orthattack
 from orthattack import ThreatModel, attacks
 from orthattack.attacks import Attack, AttackResult
+from orthattack.threat import perturbation_norm
 from tests.pretend import OnGpu, pretended, to_gpu
 
 RADII = {"linf": 8 / 255, "l2": 1.0, "l1": 12.0}
@@ -138,6 +140,38 @@ def test_a_step_asks_a_gpu_nothing(make, device, monkeypatch):
         assert torch.equal(found.forward_calls, expected.forward_calls)
     # The searches for the multipliers are as long as they are whatever they find: the last digits differ.
     assert found.loss == pytest.approx(expected.loss, rel=0.02, abs=0.02)
+
+
+@pytest.mark.parametrize("norm", RADII)
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_a_step_on_a_gpu_gains_as_much(norm, name, monkeypatch):
+    torch.manual_seed(0)
+    images, gradient = (torch.rand(3, 3, 16, 16) * 1.4 - 0.2).clamp(0, 1), torch.randn(3, 3, 16, 16)
+    threat = ThreatModel(norm, RADII[norm], **{"scope": None, **CONSTRAINTS[name]})
+    alpha = torch.full((3, 1, 1, 1), RADII[norm] / 4)
+
+    def steps(images: Tensor, gradient: Tensor, alpha: Tensor) -> list[Tensor]:
+        region = threat.around(images)
+        points = [region.random_start(torch.Generator().manual_seed(0))]
+        for k in range(4):
+            points.append(region.step(points[-1], gradient.roll(k, 3), alpha))
+        return points
+
+    points = steps(images, gradient, alpha)
+    with pretended(monkeypatch):
+        on_gpu = steps(images.to("cuda"), gradient.to("cuda"), alpha.to("cuda"))
+    found = [point.as_subclass(Tensor) for point in on_gpu]
+    for y in found:
+        delta = y.double() - images.double()
+        assert (perturbation_norm(delta, norm) <= RADII[norm] * (1 + 1e-6)).all()
+        assert not threat.is_orthogonal or threat.cosine(delta, images).max() <= 1e-6
+    gains = [
+        torch.stack(
+            [((y - x) * gradient.roll(k, 3)).double().sum((1, 2, 3)) for k, (x, y) in enumerate(pairwise(path))]
+        )
+        for path in (points, found)
+    ]
+    assert (gains[1].sum(0) >= 0.995 * gains[0].sum(0)).all(), gains
 
 
 def test_the_pretended_gpu_refuses_what_a_gpu_refuses_and_counts_what_stops_it(monkeypatch):
