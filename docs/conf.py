@@ -32,6 +32,7 @@ NAVIGATION: dict[str, dict[str, list[str]]] = {
             "docs/how-to/my-own-attack",
             "docs/how-to/add-an-attack",
             "docs/how-to/foolbox",
+            "docs/how-to/invariants",
             "docs/how-to/cluster",
             "docs/how-to/reading-the-report",
             "docs/scaling",

@@ -218,8 +218,9 @@ def _finite(*answers: Tensor | None) -> list[Tensor | None]:
     """Answers on the host, None for those that are not finite: of a GPU all is asked at once."""
     given = [answer.detach() for answer in answers if answer is not None]
     if given and given[0].is_cuda:
-        flat = torch.cat([answer.flatten() for answer in given]).cpu().split([answer.numel() for answer in given])
-        given = [numbers.view(answer.shape) for numbers, answer in zip(flat, given, strict=True)]
+        numbers = torch.cat([answer.flatten() for answer in given]).cpu()
+        flat = torch.split(numbers, [answer.numel() for answer in given])
+        given = [part.view(answer.shape) for part, answer in zip(flat, given, strict=True)]
     left = iter(given)
     found = [None if answer is None else next(left) for answer in answers]
     return [None if answer is None or not bool(answer.isfinite().all()) else answer for answer in found]

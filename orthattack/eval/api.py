@@ -49,9 +49,9 @@ def evaluate(
             gives them labels.
         data: a source by name, a table as in a suite, or `ImageDataset`.
         attacks: names, tables as in a suite (``{"name": "PGD", "steps": 50}``), in which options may also be tensors
-            and functions (``directions``, ``loss``, and ``detector`` of ``DetectorEvasion``), or, in a mapping from
-            labels, also functions: ``attack(model)(images, labels)`` returns adversarial images. What a function draws
-            at random is seeded for each batch.
+            and functions (``directions``, ``normal``, ``loss``, and ``detector`` of ``DetectorEvasion``), or, in a
+            mapping from labels, also functions: ``attack(model)(images, labels)`` returns adversarial images. What a
+            function draws at random is seeded for each batch.
         out: the run's folder, or its URL in a store that fsspec knows; the same call goes on with what is in it. By
             default a new one under ``runs/``.
         device: where to compute.

@@ -55,7 +55,7 @@ def settled_rows(
         if len(tried) == 0:
             return y.to(dtype)
         lower, upper = box()
-        for rows in tried.split(_AT_A_TIME if y.is_cuda else len(tried)):
+        for rows in torch.split(tried, _AT_A_TIME if y.is_cuda else len(tried)):
             part, n_part = y[rows][:, columns], n[rows][:, columns]
             # No pixel moves by more than the whole perturbation: that would not repair it but replace it.
             size = torch.linalg.vector_norm(y[rows] - x[rows], dim=1, keepdim=True)

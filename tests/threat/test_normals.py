@@ -11,7 +11,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from orthattack import PGD, OrthoPGD, ThreatModel, alignment, orthogonalize
+from orthattack import PGD, DetectorEvasion, OrthoPGD, ThreatModel, alignment, orthogonalize
 from orthattack.threat import perturbation_norm
 from tests.attacks.test_attacks import small_model
 from tests.conftest import examples, gradient_kinds, image_kinds, make_gradient, make_images, seeds
@@ -359,6 +359,11 @@ def test_wrong_options_are_explained(options, message):
 def test_wrong_images_and_normals_are_explained(options, images, message):
     with pytest.raises(ValueError, match=message):
         ThreatModel("linf", 0.1, **options).around(images)
+
+
+def test_a_detector_needs_room_that_blocks_do_not_leave():
+    with pytest.raises(ValueError, match='"image" or "channel" here: "block8" leaves no room for another gradient'):
+        DetectorEvasion(small_model(), lambda x: x.mean((1, 2, 3)), scope="block8")
 
 
 def test_threat_models_and_cards_are_equal_by_their_normals():

@@ -137,8 +137,10 @@ def _cells(run: Run) -> list[dict[str, Any]]:
 def _by_calls(run: Run, table: pd.DataFrame, look: dict[str, plots.Style]) -> list[dict[str, Any]]:
     found = _cells(run)
     for cell in found:
-        at = table["eps"].isna() if cell["at"] is None else table["eps"] == cell["at"]
-        rows = table[(table["model"] == cell["model"]) & at & (table["attack"] != WORST)] if len(table) else table
+        rows = table
+        if len(table):  # without an attack in this norm it has no columns
+            at = table["eps"].isna() if cell["at"] is None else table["eps"] == cell["at"]
+            rows = table[(table["model"] == cell["model"]) & at & (table["attack"] != WORST)]
         cell["svg"] = Markup(plots.accuracy_by_calls(rows, look)) if len(rows) else None  # noqa: S704
     return found
 

@@ -178,6 +178,12 @@ def test_reports_say_what_is_kept(run):
     assert "<dt>promised by luma</dt><dd> luma of each pixel kept</dd>" in page
 
 
+def test_a_run_whose_attacks_are_all_in_another_norm_is_reported(tmp_path):
+    run = evaluated(tmp_path / "r", [{"name": "PGD", "norm": "l2", "eps": 0.5}], report=True)
+    assert "<h1" in (run.folder.path / "report.html").read_text()
+    assert "PGD" in leaderboard_table(run.in_norm("l2"))
+
+
 @pytest.mark.parametrize("label", ["constant", "constants alone", "channel", "means of blocks", "luma"])
 def test_a_saved_image_that_breaks_a_promise_is_found(run, tmp_path, label):
     """A shift by a constant, orthogonal to nothing that these promise, is put into the files."""
