@@ -26,7 +26,7 @@ __all__ = ["Grid", "grid_units", "level_values", "levels_of", "radius_in_levels"
 
 _IMAGE = scope_dims("image")
 # How many pixels of a group a trial looks at and may move, and among how many of each kind the last moves are sought.
-_LOOKED, _MOVED, _LAST, _FORCED = 8192, 1024, 48, 8
+_LOOKED, _MOVED, _LAST, _FORCED = 4096, 512, 32, 4
 # How often all pixels are tried for a group that nothing else has helped.
 _TRIALS = 40
 # For how many rows at a time, each of which takes half a megabyte.
@@ -90,6 +90,11 @@ def grid_units(levels: int, bounds: tuple[float, float]) -> tuple[int, int]:
     return near.numerator, near.denominator
 
 
+def asks(tensor: Tensor) -> bool:
+    """Whether what is done next may depend on values: asking for them would stop a GPU."""
+    return not tensor.is_cuda
+
+
 def radius_in_levels(norm: Norm, eps: Tensor, per_unit: float) -> Tensor:
     """A radius in units of the grid: a whole number of levels for L-infinity."""
     radius = eps * per_unit * (1 + _SLACK)
@@ -142,12 +147,10 @@ class Grid:
         target = points.to(k.dtype) - self._low if self._low else points.to(k.dtype, copy=True)
         target.mul_(per_unit)
         if self._norm == "linf":
-            target.clamp_(k - self._radius, k + self._radius).clamp_(0, self._top)
-            d = target.round().sub_(k)
-            target.sub_(k)
+            d = target.clamp_(0, self._top).round().sub_(k).clamp_(-self._radius, self._radius)
         else:
-            target.sub_(k)
-            d = self._in_ball(target)
+            d = self._in_ball(target.sub_(k))
+            target.add_(k)
         if self._is_bound:
             self._balance(d, target)
         level = d.add_(k)
@@ -156,7 +159,7 @@ class Grid:
         return self._values.index_select(0, level.flatten().int()).view_as(level)
 
     def _in_ball(self, target: Tensor) -> Tensor:
-        """The integers next to s times `target`, which is scaled in place, at the s at which they are as long as that.
+        """The integers next to s times a `target` d, scaled in place, at the s at which they are as long as that.
 
         Rounding alone would lose a perturbation that is smaller than half a level nearly everywhere. For a linear
         objective g, round(s g) is what gains the most of all integers of its L2 norm.
@@ -168,22 +171,31 @@ class Grid:
         radius = torch.maximum(radius.pow(order) - order * keep, 0.9 * radius.pow(order)).pow(1 / order)
         wanted = torch.minimum(length(target, order), radius)
 
-        def rounded(s: Tensor) -> tuple[Tensor, Tensor]:
-            d = torch.mul(target, s.to(target.dtype)).round_().add_(k).clamp_(0, top).sub_(k)
-            return d, length(d, order)
+        def size(s: Tensor, v: Tensor = target, at: Tensor = k) -> Tensor:
+            return length(torch.mul(v, s.to(v.dtype)).round_().add_(at).clamp_(0, top).sub_(at), order)
 
-        largest = target.abs().amax(_IMAGE, keepdim=True).double()
+        def search(low: Tensor, high: Tensor, wanted: Tensor, times: int, *sample: Tensor) -> tuple[Tensor, Tensor]:
+            best, found = low, torch.zeros_like(low, dtype=torch.bool)
+            for _ in range(times):
+                s = (low * high).sqrt()
+                fits = size(s, *sample) <= wanted * (1 + 1e-7)
+                best, low, high = torch.where(fits, s, best), torch.where(fits, s, low), torch.where(fits, high, s)
+                found = found | fits
+            return best, found
+
+        largest, count = target.abs().amax(_IMAGE, keepdim=True).double(), target[0].numel()
         low = torch.where(largest > 0, 0.4999 * reciprocal(largest), 1)  # where all are 0
-        high = torch.maximum(2 * reciprocal(wanted / target[0].numel() ** (1 / order)), 2 * low).clamp(min=2)
-        best = low
-        for _ in range(12):
-            s = (low * high).sqrt()
-            _, size = rounded(s)
-            fits = size <= wanted * (1 + 1e-7)
-            best, low, high = torch.where(fits, s, best), torch.where(fits, s, low), torch.where(fits, high, s)
-        d, _ = rounded(best)
+        high = torch.maximum(2 * reciprocal(wanted / count ** (1 / order)), 2 * low).clamp(min=2)
+        best, found = low, torch.zeros_like(low, dtype=torch.bool)
+        if asks(target) and count > 8 * _LOOKED:  # some of the pixels tell about where it is
+            few = [t.flatten(1)[:, :: count // (4 * _LOOKED) | 1].reshape(len(t), 1, 1, -1) for t in (target, k)]
+            share = length(few[0], order) * reciprocal(length(target, order))
+            near, _ = search(low, high, wanted * share, 12, *few)
+            best, found = search(0.87 * near, 1.15 * near, wanted, 7)
+        if not asks(target) or not bool((found | (largest == 0)).all()):
+            best = torch.where(found, best, search(low, high, wanted, 12)[0])
         target.mul_(best.to(target.dtype))
-        return d
+        return target.round().add_(k).clamp_(0, top).sub_(k)
 
     @property
     def _is_bound(self) -> bool:
@@ -205,7 +217,7 @@ class Grid:
             kept = kept & self._repaired(d, target, self._normals(), self._scope, self._sums)
         if self._norm != "linf":
             kept = kept & (length(d, BALLS[self._norm].order) <= self._radius)
-        if d.is_cuda or not bool(kept.all()):
+        if not asks(d) or not bool(kept.all()):
             together = "image" in (self._scope if self._normal else None, self._sums)
             d.mul_(kept.amin((1, 2, 3), keepdim=True) if together else kept)
 
@@ -218,7 +230,8 @@ class Grid:
             part = slice(c, c + 1) if apart else slice(None)
             rows, goal, normal, k = (_rows(t[:, part], inner) for t in (d, target, n, self._k))
             radius = self._radius.view(-1, 1).repeat_interleave(len(rows) // len(d), 0)
-            excess = _moved(excess, rows, goal, normal, self._limits(k, radius), sums is not None)
+            wide = 1 if self._norm == "linf" else 4  # few may be moved towards 0 where most are there
+            excess = _moved(excess, rows, goal, normal, self._limits(k, radius), sums is not None, wide)
             if is_fine(inner):
                 d.copy_(_unrolled(rows, d, inner))
         found = excess == 0
@@ -235,13 +248,13 @@ class Grid:
         return _rows(d.double() * n, scope).sum(1, keepdim=True)
 
     def _limits(self, k: Tensor, radius: Tensor) -> Limits:
-        """What some columns of rows of d may become: where many are moved, and where the last few are."""
+        """What some columns of rows of d may become, where many are moved and where the last few are, and their k."""
 
-        def within(d: Tensor, rows: Any, columns: slice) -> tuple[Ends, Ends]:
+        def within(d: Tensor, rows: Any, columns: slice) -> tuple[Ends, Ends, Tensor]:
             at, most = k[:, columns][rows], radius[rows]
             box = torch.maximum(-most, -at), torch.minimum(most, self._top - at)
             # Towards 0 no ball is left; of that for the last few something was left over.
-            return (box if self._norm == "linf" else (d.clamp(max=0), d.clamp(min=0))), box
+            return (box if self._norm == "linf" else (d.clamp(max=0), d.clamp(min=0))), box, at
 
         return within
 
@@ -265,34 +278,36 @@ def _unrolled(rows: Tensor, like: Tensor, scope: Scope) -> Tensor:
 Ends = tuple[Tensor, Tensor]
 """The least and the largest values."""
 
-Limits = Callable[[Tensor, Any, slice], tuple[Ends, Ends]]
+Limits = Callable[[Tensor, Any, slice], tuple[Ends, Ends, Tensor]]
 
 
-def _moved(excess: Tensor, d: Tensor, target: Tensor, n: Tensor, limits: Limits, pairs: bool) -> Tensor:
-    """Move entries of rows d (R, m), in place, by one level each, so that `excess` (R, 1), ⟨d, n⟩, becomes 0.
+def _moved(excess: Tensor, d: Tensor, target: Tensor, n: Tensor, limits: Limits, pairs: bool, wide: int) -> Tensor:
+    """Move entries of rows d (R, m), in place, by one level each, so that `excess` (R, 1), ⟨d, n⟩, becomes 0; the
+    target is one of k + d.
 
     Some entries of each row are looked at, then others, then all. On a GPU, which asking would stop, all are not.
     With `pairs` an entry moves up where another moves down. Returns the excess that is left.
     """
-    stride = d.shape[1] // _LOOKED | 1
+    stride = d.shape[1] // (wide * _LOOKED) | 1
     trials = [slice(first % stride, None, stride) for first in range(3)]
-    if not d.is_cuda:
+    if asks(d):
         trials = [*trials[:stride], *[slice(None)] * _TRIALS]
     excess, stuck = excess.clone(), torch.zeros_like(excess, dtype=torch.bool)
     for columns in trials:
         rows = None
-        if not d.is_cuda:
+        if asks(d):
             rows = ((excess != 0) & ~stuck).squeeze(1).nonzero().squeeze(1)
             if len(rows) == 0:
                 break
         for chunk in _chunks(rows, len(d)):
             part, goal, normal = (t[:, columns][chunk] for t in (d, target, n))
-            inner, outer = limits(part, chunk, columns)
-            count = part.shape[1] if columns == slice(None) else _MOVED
+            inner, outer, level = limits(part, chunk, columns)
+            goal = goal - level
+            count = part.shape[1] if columns == slice(None) else wide * _MOVED
             before = excess[chunk]
             left, change = _bulk(before, part, goal, normal, inner, count, pairs)
             part = part + change
-            if d.is_cuda or bool(left.any()):
+            if not asks(d) or bool(left.any()):
                 left, change = _last(left, part, goal, normal, outer, pairs)
                 part = part + change
             d[:, columns][chunk], excess[chunk] = part, left
@@ -313,9 +328,11 @@ def _bulk(
 ) -> tuple[Tensor, Tensor]:
     """What is left of the excess (R, 1), and moves (R, m), -1, 0 or 1: the cheapest, as long as the excess keeps its
     sign. Cheap is what moves little away from the target for what it takes off."""
-    (a, at, way_a, _), (b, bt, way_b, _) = _moves(excess, d, target, n, limits, count, pairs)
+    cheapest = _moves(excess, d, target, n, limits, count, pairs)
+    a, at, way_a, _ = cheapest(1)
     gain = a
     if pairs:  # large ones with small ones
+        b, bt, way_b, _ = cheapest(-1)
         order_a = a.nan_to_num(-torch.inf).argsort(1, descending=True)
         order_b = b.nan_to_num(torch.inf).argsort(1)
         at, way_a, bt, way_b = (
@@ -333,8 +350,8 @@ def _bulk(
 def _last(excess: Tensor, d: Tensor, target: Tensor, n: Tensor, limits: Ends, pairs: bool) -> tuple[Tensor, Tensor]:
     """The same by a few moves: f + a - b as near to the excess as can be, each of f, a and b one move or none; with
     `pairs`, f = a' - b' and a - b are pairs. Of those that are as near, the cheapest."""
-    found = _moves(excess, d, target, n, limits, 8 * _LAST, pairs)
-    (a, at, way_a, cost_a), (b, bt, way_b, cost_b) = map(_various, found)
+    cheapest = _moves(excess, d, target, n, limits, 8 * _LAST, pairs)
+    (a, at, way_a, cost_a), (b, bt, way_b, cost_b) = _various(cheapest(1)), _various(cheapest(-1))
     none, few = torch.zeros_like(excess), a[:, :_FORCED].shape[1]
     at_f, way_f = torch.cat([at[:, :few], bt[:, :few]], 1), torch.cat([way_a[:, :few], way_b[:, :few]], 1)
     f, cost_f = torch.cat([none, a[:, :few], -b[:, :few]], 1), torch.cat([none, cost_a[:, :few], cost_b[:, :few]], 1)
@@ -371,14 +388,15 @@ Moves = tuple[Tensor, Tensor, Tensor, Tensor]
 
 def _moves(
     excess: Tensor, d: Tensor, target: Tensor, n: Tensor, limits: Ends, count: int, pairs: bool
-) -> tuple[Moves, Moves]:
-    """The cheapest moves of either direction, `count` of each: those that take off, and those that add. Of pairs, the
-    move of the one entry and that of the other; the cost is by how much the square distance to the target grows."""
+) -> Callable[[int], Moves]:
+    """The `count` cheapest moves that take off (1) or add (-1); of pairs, that of the one entry or of the other. The
+    cost is by how much the square distance to the target grows."""
     there = -excess.sign().to(d.dtype)
     there = there.expand_as(n) if pairs else there * n.sign()
     size = n if pairs else n.abs()
 
-    def cheapest(way: Tensor) -> Moves:
+    def cheapest(side: int) -> Moves:
+        way = side * there
         moved, cost = d + way, (1 - 2 * way * (target - d)).clamp_(min=1e-6)
         cost = cost if pairs else cost.div_(size)
         allowed = (moved >= limits[0]) & (moved <= limits[1]) & (way != 0)
@@ -386,7 +404,7 @@ def _moves(
         sizes = torch.where(cost < torch.inf, size.gather(1, at), torch.nan)
         return sizes.double(), at, way.gather(1, at), cost.double()
 
-    return cheapest(there), cheapest(-there)
+    return cheapest
 
 
 def _various(moves: Moves) -> Moves:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import foolbox
 import numpy as np
 import pytest
 import torch
@@ -32,6 +33,13 @@ def integers(kind: str, shape: tuple[int, ...], levels: int, seed: int) -> torch
         return torch.linspace(0, top, shape[-1]).round().long().expand(shape).contiguous()
     constant = {"black": 0, "white": top, "constant": top // 3}.get(kind)
     return drawn if constant is None else torch.full(shape, constant)
+
+
+def samples(count: int) -> torch.Tensor:
+    """Foolbox's images, 224×224."""
+    model = foolbox.PyTorchModel(torch.nn.Identity().eval(), bounds=(0, 1))
+    images, _ = foolbox.samples(model, "imagenet", batchsize=count, data_format="channels_first")
+    return (images * 255).round() / 255
 
 
 def assert_exact(threat: ThreatModel, k: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
@@ -181,12 +189,8 @@ def test_a_perturbation_smaller_than_half_a_level_is_not_lost():
 )
 def test_what_is_lost_on_real_images_is_little(scope, normal, least):
     """A random step of 4/255 on Foolbox's images: as much gain, but for a share, as in real numbers."""
-    import foolbox
-
-    model = foolbox.PyTorchModel(torch.nn.Identity().eval(), bounds=(0, 1))
-    images, _ = foolbox.samples(model, "imagenet", batchsize=4, data_format="channels_first")
+    images = samples(4)
     k = (images * 255).round().long()
-    images = k / 255
     gradient = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     threat = ThreatModel("linf", 4 / 255, scope=scope, normal=normal, levels=256)
     region = threat.around(images)
@@ -196,12 +200,32 @@ def test_what_is_lost_on_real_images_is_little(scope, normal, least):
     assert (gain > least * ideal).all()
 
 
+@pytest.mark.parametrize("norm", list(RADII))
+@pytest.mark.parametrize(
+    ("scope", "directions"),
+    [("image", ()), ("channel", ()), ("image", ("constant",)), ("image", ("channel-constant",))],
+)
+def test_the_fixed_trials_of_a_gpu_are_as_exact_and_lose_no_image(monkeypatch, norm, scope, directions):
+    """There nothing is asked of the values; here the same is done without asking."""
+    images = samples(4)
+    k = (images * 255).round().long()
+    gradient = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    eps = {"linf": 4 / 255, "l2": 1.0, "l1": 30.0}[norm]
+    threat = ThreatModel(norm, eps, scope=scope, directions=directions, levels=256)
+    region = threat.around(images)
+    points = region.step(region.random_start(torch.Generator().manual_seed(0)), gradient, eps)
+    gains = []
+    for asking in (True, False):
+        monkeypatch.setattr("orthattack.threat.levels.asks", lambda tensor, asking=asking: asking)
+        d = assert_exact(threat, k, region.stored(points))
+        gains.append((d * gradient).flatten(1).sum(1))
+    assert (gains[0] > 0).all()
+    torch.testing.assert_close(gains[1], gains[0], rtol=0.02, atol=0)
+
+
 def test_few_colours_have_small_integers():
     """Why levels refuses scope "pixel": all d are tried, for 20,000 colours of Foolbox's images."""
-    import foolbox
-
-    model = foolbox.PyTorchModel(torch.nn.Identity().eval(), bounds=(0, 1))
-    images, _ = foolbox.samples(model, "imagenet", batchsize=20, data_format="channels_first")
+    images = samples(20)
     generator = torch.Generator().manual_seed(0)
     colours = (images * 255).round().movedim(1, -1).reshape(-1, 3)
     colours = colours[torch.randperm(len(colours), generator=generator)[:20000]]
