@@ -56,8 +56,9 @@ def reported(folder: RunFolder, to: Path | None = None) -> Run:
 
 
 def write_report(run: Run, folder: RunFolder | None = None) -> list[Path | str]:
-    """Write the report into the run's folder, or another; returns where its files are: results.json, results.csv,
-    results.md, report.html; of attacks in another norm than the run's, the same with the norm in their names."""
+    """Write the report into the run's folder, or another; returns where its files are: results.json, classes.json
+    (rates per class), results.csv, results.md, report.html; of attacks in another norm than the run's, the same with
+    the norm in their names."""
     from orthattack.eval.report.html import page
 
     written: list[Path | str] = []
@@ -65,6 +66,7 @@ def write_report(run: Run, folder: RunFolder | None = None) -> list[Path | str]:
         name = "{}" if view is run else f"{{}}-{view.norm}"
         for stem, ending, text in (
             ("results", "json", json.dumps(as_json(view), indent=1, allow_nan=False) + "\n"),
+            ("classes", "json", _lines(by_class(view))),
             ("results", "csv", _for_spreadsheets(view.table()).to_csv(index=False, lineterminator="\n")),
             ("results", "md", markdown(view)),
             ("report", "html", page(view)),
@@ -178,15 +180,24 @@ def as_json(run: Run) -> dict[str, Any]:
         "table": [{k: v for k, v in row.items() if k != "left_out"} for row in tables.leaderboard_rows(run)],
         "paired": records(run.paired()),
         "optimality": records(run.optimality()),
-        "per_class": [
-            {"model": model, "eps": eps, "class": run.class_name(model, row["label"]), **row}
-            for model in run.models
-            for eps in run.radii
-            for row in records(run.per_class(model, eps))
-        ],
         "checks": run.checks(),
         "manifest": dict(run.manifest),
     }
+
+
+def by_class(run: Run) -> list[dict[str, Any]]:
+    """Robust accuracy per class, attack, radius and model, which may be many more rows than there are results."""
+    return [
+        {"model": model, "eps": eps, "class": run.class_name(model, row["label"]), **row}
+        for model in run.models
+        for eps in run.radii
+        for row in records(run.per_class(model, eps))
+    ]
+
+
+def _lines(rows: Sequence[Row]) -> str:
+    """Rows as JSON, one a line."""
+    return "[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in rows) + "\n]\n"
 
 
 def markdown(run: Run) -> str:

@@ -163,6 +163,14 @@ class Plan:
                 return False
         return True
 
+    def compact(self) -> None:
+        """Make one file of each attack at each radius on a model, where all of it is done."""
+        for model in self._counts:
+            rows = {chunk: len(self.positions(Unit(model, "attack", chunk, ()))) for chunk in self._chunks(model)}
+            for example in self._shards(model):
+                if rows.keys() <= self.folder.there(example):
+                    self.folder.compact(example, rows)
+
     def _chunks(self, model: str) -> range:
         return range(-(-self._counts[model] // self.suite.shard_size))
 

@@ -23,7 +23,7 @@ from orthattack.eval.attacks.seeds import drawing
 from orthattack.eval.checks.probes import planned_probes
 from orthattack.eval.data.dataset import ImageDataset, read_names
 from orthattack.eval.data.load import check_data, load_dataset
-from orthattack.eval.errors import EvaluationError, printable
+from orthattack.eval.errors import EvaluationError, first_line, printable
 from orthattack.eval.models.classifier import Classifier, checked
 from orthattack.eval.models.load import check_name, load_classifier
 from orthattack.eval.running.judge import check_batches
@@ -244,12 +244,20 @@ def _everything(plan: Plan, share: Share | None, engine: Engine, progress: bool,
             engine(todo.units, plan, _Progress(plan, bar), say)
             if share is not None and not _is_ready(plan):
                 return "part"
+            _compact(plan, say)
             if plan.suite.checks and (transfers := _left(plan)):
                 bar.set_description("trust checks")
                 engine(transfers, plan, lambda *_: None, say)
     except KeyboardInterrupt:
         return "interrupted"
     return "complete"
+
+
+def _compact(plan: Plan, say: Callable[[str], None]) -> None:
+    try:
+        plan.compact()
+    except (OSError, EvaluationError) as error:  # a full disk, or another process that was faster
+        say(f"the shards of {plan.folder} stay as they are ({first_line(error)})")
 
 
 def _is_ready(plan: Plan) -> bool:

@@ -123,6 +123,13 @@ class Disk:
             taken = (f"{stem}.damaged" + (f"-{k}" if k else "") for k in count())
             place.rename(last, next(new for new in taken if not place.has(new)))
 
+    def remove(self, names: Sequence[str]) -> None:
+        """Remove files."""
+        for folder, group in groupby(names, key=lambda name: name.rpartition("/")[0]):
+            with inside.folder(self.root, folder) as place:
+                for name in group:
+                    place.remove(name.rpartition("/")[2])
+
     def at_once(self) -> AbstractContextManager[None]:
         """A context in which what there is is told from one look, where that is cheaper."""
         return nullcontext()

@@ -2,7 +2,8 @@
 
     manifest.json                                  what was run, by what, on what
     clean/MODEL/CHUNK.parquet                      a row per image: the model on it as it is
-    shards/MODEL/ATTACK/EPS/CHUNK.parquet          a row per image: the model after the attack
+    shards/MODEL/ATTACK/EPS/CHUNK.parquet          a row per image: the model after the attack; FIRST-LAST.parquet, of
+                                                   all chunks, when these are complete
     checks/MODEL/CHECK/EPS/CHUNK.parquet           the same for the attacks of the trust checks
     images/MODEL/ATTACK/EPS/CHUNK.safetensors      adversarial images, bit for bit; the clean ones under ATTACK "clean"
     images/MODEL/ATTACK/EPS/CHUNK-POSITION.png     the same, one by one, of a run that is exact in 8 bits
@@ -25,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -44,7 +45,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 
-_CHUNK = re.compile(r"\d{6,}\.(parquet|safetensors)")
+_CHUNK = re.compile(r"\d{6,8}(-\d{6,8})?\.(parquet|safetensors)")  # a chunk, or all from one to another
+_MAX_COMPACT, _MAX_IMAGES = 500_000, 2**27  # rows, and bytes of images, in one file
 _PICTURE = re.compile(r"\d{6,}-(\d{6,18})\.png")
 _FOREIGN = r"|\..+\.partial|\.nfs\w+|\.DS_Store"  # what a killed process, NFS and file managers leave behind
 _FIRST_NAMES = re.compile(r"sessions" + _FOREIGN)
@@ -103,6 +105,7 @@ class RunFolder:
     def __init__(self, place: Path | str, say: Callable[[str], None] = lambda _: None) -> None:
         self._files = open_files(place, say)
         self._say = say
+        self._whole: set[str] = set()  # files of many chunks that have been read
         self._manifest: bytes | None = None
         self._ended: dict[str, dict[str, Any]] = {}  # sessions that have, whose records do not change any more
         self.notes: list[str] = []  # what of it belongs into the session's record
@@ -231,18 +234,26 @@ class RunFolder:
         In a store, what is there counts as whole: stores keep checksums, and to open each of many thousands takes long.
         """
         name = shard.path.as_posix()
-        if isinstance(self._files, Store) or not self._files.exists(name):
-            return self._files.exists(name)
+        if self._files.exists(name):
+            return isinstance(self._files, Store) or self._is_whole(name, shard.kind, rows)
+        return any(shard.chunk in _range(one) and self._is_whole(one, shard.kind) for one in self._chunks(shard.path))
+
+    def _is_whole(self, name: str, kind: Kind, rows: int | None = None) -> bool:
+        """Whether a file of rows can be read; if not, it is put aside."""
+        if name in self._whole:
+            return True
         try:
             (path,) = self._files.fetch([name])
             table = _table(path, None)
-            if table.num_rows == rows and table.schema.equals(SCHEMAS[shard.kind]):
+            if rows in (None, table.num_rows) and table.schema.equals(SCHEMAS[kind]):
+                if "-" in PurePosixPath(name).stem:  # of many chunks, which may ask one by one
+                    self._whole.add(name)
                 return True
             reason = "another number of rows, or other columns"
         except _DAMAGE as error:
             reason = getattr(error, "strerror", None) or first_line(error)
-        self._files.put_aside(name)
-        note = f"{shard.path} was damaged ({reason}) and is made again; what there was is kept as *.damaged"
+        cast("Disk", self._files).put_aside(name)
+        note = f"{name} was damaged ({reason}) and is made again; what there was is kept as *.damaged"
         self.notes.append(note)
         self._say(note)
         return False
@@ -253,11 +264,48 @@ class RunFolder:
         wanted = self.there(example) & rows.keys()
         if self.path is None:
             return wanted
-        return {chunk for chunk in wanted if self.is_done(replace(example, chunk=chunk), rows[chunk])}
+        whole: set[int] = set()
+        for name in self._chunks(example.path):
+            if len(own := _range(name)) > 1:
+                total = sum(rows[k] for k in own) if rows.keys() >= set(own) else None  # None for a share of the work
+                whole |= set(own) if self._is_whole(name, example.kind, total) else set()
+        return {k for k in wanted if k in whole or self.is_done(replace(example, chunk=k), rows[k])}
 
     def there(self, example: Shard) -> set[int]:
         """Which chunks of a model, attack and radius have a file."""
-        return {int(PurePosixPath(name).stem) for name in self._chunks(example.path)}
+        return {chunk for name in self._chunks(example.path) for chunk in _range(name)}
+
+    def compact(self, example: Shard, rows: Mapping[int, int]) -> None:
+        """Make one file of all chunks of a model, attack and radius, and one of their images, on a disk. The chunks go
+        when what has been made of them was read back and is the same, so that whoever is killed loses nothing."""
+        if not isinstance(self._files, Disk) or len(rows) < 2 or sum(rows.values()) > _MAX_COMPACT:
+            return
+        kinds: list[tuple[Path, Callable[[Sequence[Path]], bytes | None], Callable[[Path, Sequence[Path]], bool]]] = [
+            (example.image_path, _merged_images, _same_images),
+            (example.path, _merged_rows, _same_rows),
+        ]
+        for path, merged, same in kinds:
+            target = path.with_name(f"{min(rows):06d}-{max(rows):06d}{path.suffix}").as_posix()
+            names = self._chunks(path)
+            if target not in names and len(names) > 1:
+                content = merged(self._fetched(names))
+                if content is None:
+                    continue
+                self._files.write(target, content)
+                try:
+                    is_same = same(self._fetched([target])[0], self._fetched(names))
+                except _DAMAGE:
+                    is_same = False
+                if not is_same:
+                    self._files.put_aside(target)
+                    continue
+            if target in self._singles(path):  # also of what a process that was killed has left
+                self._files.remove([name for name in self._singles(path) if name != target])
+
+    def _singles(self, example: Path) -> list[str]:
+        """All files of a model, attack and radius, in order."""
+        folder = example.parent.as_posix()
+        return [f"{folder}/{n}" for n in self._names(folder) if _CHUNK.fullmatch(n) and n.endswith(example.suffix)]
 
     def write(
         self,
@@ -355,10 +403,12 @@ class RunFolder:
             raise EvaluationError(f"{self} cannot be read ({error.strerror or error})") from error
 
     def _chunks(self, example: Path) -> list[str]:
-        """The files of a model, attack and radius, in order."""
-        folder = example.parent.as_posix()
-        names = [name for name in self._names(folder) if _CHUNK.fullmatch(name) and name.endswith(example.suffix)]
-        return [f"{folder}/{name}" for name in names]
+        """The files of a model, attack and radius, in order; without chunks that are in another file too."""
+        names = self._singles(example)
+        ranges = {name: _range(name) for name in names if "-" in PurePosixPath(name).stem}
+        if not ranges:
+            return names
+        return [n for n in names if not any(n != m and _range(n).start in whole for m, whole in ranges.items())]
 
     def _pictures(self, example: Path) -> dict[int, str]:
         """The PNG files of a model, attack and radius, by position."""
@@ -372,6 +422,42 @@ class RunFolder:
             return self._files.fetch(names)
         except OSError as error:
             raise EvaluationError(f"{self} cannot be read ({error.strerror or error})") from error
+
+
+def _range(name: str) -> range:
+    """The chunks that a file holds."""
+    first, _, last = PurePosixPath(name).stem.partition("-")
+    return range(int(first), int(last or first) + 1)
+
+
+def _merged_rows(paths: Sequence[Path]) -> bytes | None:
+    """The content of one file of several."""
+    stream = io.BytesIO()
+    table = pa.concat_tables([_table(path, None) for path in paths])
+    pq.write_table(table, stream, compression="zstd", write_page_checksum=True)
+    return stream.getvalue()
+
+
+def _same_rows(path: Path, parts: Sequence[Path]) -> bool:
+    """Whether a file has the rows of others, one after the other."""
+    whole, table = pa.concat_tables([_table(part, None) for part in parts]), _table(path, None)
+    frames = [one.to_pandas(types_mapper=NULLABLE.get) for one in (whole, table)]
+    return table.schema.equals(whole.schema) and bool(frames[0].equals(frames[1]))
+
+
+def _merged_images(paths: Sequence[Path]) -> bytes | None:
+    """The same for images; None if they would be too large for one file."""
+    import torch
+    from safetensors.torch import load_file, save
+
+    if sum(path.stat().st_size for path in paths) > _MAX_IMAGES:
+        return None
+    parts = [load_file(path) for path in paths]
+    return bytes(save({key: torch.cat([part[key] for part in parts]) for key in ("position", "images")}))
+
+
+def _same_images(path: Path, parts: Sequence[Path]) -> bool:
+    return path.read_bytes() == _merged_images(parts)
 
 
 def _status(sessions: Sequence[Mapping[str, Any]]) -> str:

@@ -95,7 +95,7 @@ class SessionRecord(_Record):
     warnings: list[str] = []
     notes: list[str] = []
     command: list[str] = []
-    shard: str | None = None
+    shard: Any = None
     finished: str | None = None
 
 

@@ -137,7 +137,7 @@ def test_a_run_goes_on_through_no_link(small, orthattack, tmp_path, place):
 def test_a_report_is_written_through_no_link(tmp_path):
     run, outside = make_run(tmp_path / "run").path, tmp_path / "outside"
     outside.mkdir()
-    names = ["checks.json", "report.html", "results.csv", "results.json", "results.md"]
+    names = ["checks.json", "classes.json", "report.html", "results.csv", "results.json", "results.md"]
     for name in names:
         (outside / name).write_text("precious")
         link(run / name, outside / name)
@@ -176,7 +176,7 @@ def test_a_report_written_elsewhere_leaves_the_run_as_it_is(tmp_path, orthattack
     assert told.code == 0, told.err
     assert state() == before
     written = sorted(path.name for path in (tmp_path / "elsewhere").iterdir())
-    assert written == ["checks.json", "report.html", "results.csv", "results.json", "results.md"]
+    assert written == ["checks.json", "classes.json", "report.html", "results.csv", "results.json", "results.md"]
     if refused is not None:
         assert refused.code == 2
         assert f"could not write the report to {run} (Read-only file system): the results are kept" in refused.err
