@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from orthattack import OrthoPGD
+from orthattack.eval.data.dataset import Batch
 from orthattack.eval.data.load import load_dataset
 from orthattack.eval.models.load import load_classifier
 
@@ -38,6 +39,7 @@ def cases(count: int) -> Iterator[tuple[str, nn.Module, Tensor, Tensor, tuple[in
     for name in ("cifar10-robust", "cifar10-standard"):
         classifier = load_classifier(name)
         batch = next(iter(load_dataset("cifar10-samples", classifier).batches(20, classifier.preprocessing)))
+        assert isinstance(batch, Batch)
         yield name, classifier.model, batch.images, batch.labels, (8, 4, 2, 1)
 
 

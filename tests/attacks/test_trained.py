@@ -25,6 +25,7 @@ from orthattack import (
 )
 from orthattack.eval.data.load import load_dataset
 from orthattack.eval.models.load import load_classifier
+from scripts.measure_levels import measured
 from scripts.measure_rounding import measure
 from tests.attacks.test_family import FAMILY, RADII, make
 
@@ -129,6 +130,14 @@ def test_rounding_costs_what_the_documentation_says():
     assert (image["before"], image["after"]) == (20, 20)
     assert pixel["cosine"].mean() >= 0.5
     assert 1 < pixel["norm"].max() <= 1.02
+
+
+@pytest.mark.parametrize("radius", [4, 1])
+def test_exactness_in_8_bits_costs_no_strength(trained, radius):
+    """docs/method.md's table, here with one image of twenty allowed for."""
+    (one, loss), (other, its) = (measured(*trained, radius / 255, levels) for levels in (None, 256))
+    assert other <= one + 0.05 + 1e-6
+    assert its >= loss - 0.05
 
 
 def test_projecting_only_the_gradient_does_not_make_the_perturbation_orthogonal(trained):
