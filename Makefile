@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist worksteal --durations 10
 
-.PHONY: demo test test-all test-oldest coverage surface figures lint docs clean
+.PHONY: demo test test-all test-oldest coverage surface figures lint audit docs clean
 
 demo: $(VENV)/demo.installed  ## attack the bundled models on 20 images and print the table
 	$(BIN)/orthattack eval $(ARGS)
@@ -35,6 +35,10 @@ lint: $(VENV)/dev.installed  ## formatting, lint, types, imports and spelling
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/typos
+
+audit: $(VENV)/demo.installed  ## compare what is installed with the advisories of PyPI, which must be reachable
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/python -m pip_audit --local --skip-editable $(ARGS)
 
 docs: $(VENV)/docs.installed  ## the documentation as a site, build/site/index.html
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -c docs . build/site $(ARGS)

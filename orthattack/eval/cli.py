@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -40,6 +41,9 @@ finished is kept
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code, see the end of its help."""
+    for stream in (sys.stdout, sys.stderr):  # which LANG=C lets have ASCII only, and names may have anything
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     try:
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +21,21 @@ _MAX_FOOTER, _MAX_HEADER = 2 * 2**20, 2**20
 _BATCH = 32 * 2**20
 
 
-def opened(path: Path, **options: Any) -> pq.ParquetFile:
+@contextmanager
+def as_text(path: Path) -> Iterator[str]:
+    """A name of a file for libraries that take none but text: its own or, if that is no text, that of a descriptor."""
+    name = str(path)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        with path.open("rb") as stream:
+            yield f"/dev/fd/{stream.fileno()}"
+    else:
+        yield name
+
+
+@contextmanager
+def opened(path: Path, **options: Any) -> Iterator[pq.ParquetFile]:
     """A file whose pages have not been looked at yet. ValueError: a footer of absurd size, or too many rows;
     OSError, pa.ArrowException: no Parquet."""
     with path.open("rb") as stream:
@@ -29,12 +44,11 @@ def opened(path: Path, **options: Any) -> pq.ParquetFile:
         footer = int.from_bytes(stream.read(4), "little")
     if size >= 12 and _MAX_FOOTER < footer < size:
         raise ValueError(f"a footer of {footer / 1e6:.3g} MB, of which {_MAX_FOOTER / 1e6:.1f} are read")
-    file = pq.ParquetFile(path, buffer_size=2**20, **options)
-    if file.metadata.num_rows > MAX_ROWS:
-        rows = file.metadata.num_rows
-        file.close()
-        raise ValueError(f"{rows:,} rows, of which a file may have {MAX_ROWS:,}: write several files")
-    return file
+    with as_text(path) as name, pq.ParquetFile(name, buffer_size=2**20, **options) as file:
+        if file.metadata.num_rows > MAX_ROWS:
+            rows = f"{file.metadata.num_rows:,} rows"
+            raise ValueError(f"{rows}, of which a file may have {MAX_ROWS:,}: write several files")
+        yield file
 
 
 def batches(

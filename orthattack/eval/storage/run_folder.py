@@ -448,11 +448,11 @@ def _same_rows(path: Path, parts: Sequence[Path]) -> bool:
 def _merged_images(paths: Sequence[Path]) -> bytes | None:
     """The same for images; None if they would be too large for one file."""
     import torch
-    from safetensors.torch import load_file, save
+    from safetensors.torch import load, save
 
     if sum(path.stat().st_size for path in paths) > _MAX_IMAGES:
         return None
-    parts = [load_file(path) for path in paths]
+    parts = [load(path.read_bytes()) for path in paths]
     return bytes(save({key: torch.cat([part[key] for part in parts]) for key in ("position", "images")}))
 
 
@@ -523,7 +523,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, list[int]]]:
     import torch
 
     try:
-        with safe_open(path, framework="pt") as file:
+        with parquet.as_text(path) as name, safe_open(name, framework="pt") as file:
             positions, shape = file.get_tensor("position"), file.get_slice("images").get_shape()
             fits = positions.dim() == 1 and positions.dtype == torch.int64
             if not (fits and len(shape) == 4 and shape[:2] == [len(positions), 3] and min(shape[2:]) > 0):
