@@ -25,3 +25,13 @@ def assert_same(one: dict[str, Any], two: dict[str, Any]) -> None:
             pd.testing.assert_frame_equal(content, two[name], check_exact=True, obj=name)
         else:
             assert content == two[name], name
+
+
+def seconds(run: Path) -> dict[tuple[str, ...], float]:
+    """What differs from one computation to the next: by model, attack, radius and image, the time it took."""
+    found = {}
+    for folder in sorted({path.parent for path in run.glob("shards/*/*/*/*.parquet")}):
+        frame = pd.concat([pd.read_parquet(path) for path in folder.glob("*.parquet")])
+        for position, took in zip(frame["position"], frame["seconds"].fillna(-1), strict=True):
+            found[(*folder.parts[-3:], str(position))] = float(took)
+    return found

@@ -17,7 +17,7 @@ import pytest
 from orthattack.eval import cli
 from orthattack.eval.storage.run_folder import RunFolder
 from tests.faults.files.conftest import MODEL, rows
-from tests.stored import assert_same, contents
+from tests.stored import assert_same, contents, seconds
 
 RUN = ["eval", "--model", MODEL, "--limit", 8, "--attacks", "FGSM", "PGD", "--steps", 2, "--shard-size", 4]
 RUN += ["--save-images", "all", "--no-checks"]
@@ -40,13 +40,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("needs the right to mount a file system")
     yield path
     subprocess.run(["umount", path], check=True)
-
-
-def seconds(run: Path) -> dict[tuple[str, int], float]:
-    """What differs from one computation to the next: by attack and image, the time it took."""
-    frames = {path.parts[-3]: pd.read_parquet(path.parent) for path in sorted(run.glob("shards/*/*/*/*.parquet"))}
-    return {(attack, position): took for attack, frame in frames.items()
-            for position, took in zip(frame["position"], frame["seconds"].fillna(-1), strict=True)}  # fmt: skip
 
 
 def test_a_full_disk_keeps_what_is_finished_and_the_same_command_goes_on(small_disk, whole, orthattack):
