@@ -279,8 +279,14 @@ def random_stream(name: str) -> _Setting:
     return partial(torch.cuda.get_rng_state, name), lambda state: torch.cuda.set_rng_state(state, name)
 
 
+_NOTHING = object()
+
+
 def _named(holder: Any, name: str) -> _Setting:
-    return lambda: getattr(holder, name, None), lambda value: setattr(holder, name, value)
+    def write(value: Any) -> None:
+        delattr(holder, name) if value is _NOTHING else setattr(holder, name, value)
+
+    return lambda: getattr(holder, name, _NOTHING), write
 
 
 def _entered(kind: Any, read: Callable[[], Any]) -> _Setting:
@@ -360,7 +366,6 @@ _DRAWN = _Aspect(lambda name: random_stream(name)[0](), lambda name, state: rand
 _PROCESS = _Aspect(lambda _: _read(_GLOBAL), lambda _, values: _write(_GLOBAL, values))
 
 
-_NOTHING = object()
 _KINDS = {"_parameters": "weights", "_buffers": "buffers", "_modules": "layers"}
 _ORDER = ["weights", "buffers", "layers", "hooks", "methods", "attributes"]
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, tuple, set)

@@ -346,7 +346,8 @@ def _attacks(options: argparse.Namespace) -> int:
         for attack in list_attacks()
         if options.pattern.casefold() in attack["name"].casefold()
     ]
-    print(tabulate(rows, ["attack", "norms", "parameters and defaults"], "simple", maxcolwidths=[None, None, 80]))
+    widths = [None, None, 80] if rows else None  # of no rows, tabulate 0.9 refuses any
+    print(tabulate(rows, ["attack", "norms", "parameters and defaults"], "simple", maxcolwidths=widths))
     if not rows and options.pattern.casefold().startswith("torchattacks") and not find_spec("torchattacks"):
         print("orthattack: torchattacks is not installed: pip install 'orthattack[torchattacks]'", file=sys.stderr)
         return 2

@@ -372,8 +372,7 @@ def _radius(eps: Any) -> float | Tensor:
         eps = torch.as_tensor(eps.copy())  # of NumPy
     if not isinstance(eps, Tensor):
         check_real("eps", eps, what, low=0)
-        number: float = eps
-        return number
+        return float(eps)  # an integer may be larger than torch takes
     if eps.ndim > 1:
         raise ValueError(f"eps must be a number or one per sample, (N,); got shape {tuple(eps.shape)}")
     is_real = not eps.dtype.is_complex and eps.dtype != torch.bool

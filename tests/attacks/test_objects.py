@@ -226,10 +226,18 @@ def test_numbers_of_a_call_may_come_from_numpy_and_torch():
     ):
         assert torch.equal(ours.norm, theirs.norm)
     threat = ThreatModel("linf", np.float32(0.5), np.array([0.0, 1.0]))
-    assert (
-        repr(threat)
-        == "ThreatModel(norm='linf', eps=0.5, bounds=(0.0, 1.0), scope='image', directions=(), normal='image')"
+    assert repr(threat) == (
+        "ThreatModel(norm='linf', eps=0.5, bounds=(0.0, 1.0), scope='image', directions=(), normal='image', "
+        "levels=None)"
     )
+
+
+def test_a_radius_may_be_an_integer_too_large_for_torch():
+    attack = orthattack.PGD(classifier(), eps=10**25, steps=1)
+    with pytest.warns(UserWarning, match=r"^eps=1e\+25 allows every image"):
+        result = attack.run(IMAGES, LABELS)
+    assert result.adversarials.isfinite().all()
+    assert result.norm.max() <= 1
 
 
 def test_a_radius_of_the_callers_array_is_a_copy():

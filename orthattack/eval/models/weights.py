@@ -100,14 +100,13 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[tuple[str
         with warnings.catch_warnings(), path.open("rb") as stream:  # not by its name, which may lie
             warnings.simplefilter("ignore")  # about old formats, which are read or refused all the same
             content = torch.load(stream, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise EvaluationError(f"{path} {refused_pickle(path, error)}") from error
     except Exception as error:  # of a file that is anything at all
-        if "magic number" in str(error):  # of a pickle that torch.save did not write
+        cut = re.search("unexpected EOF.*", str(error))  # which torch 2.4 calls an UnpicklingError
+        if not cut and (isinstance(error, pickle.UnpicklingError) or "magic number" in str(error)):
             raise EvaluationError(f"{path} {refused_pickle(path, error)}") from error
         raise EvaluationError(
-            f"{path} is neither a safetensors nor a PyTorch file, or damaged ({first_line(error)}): fetch it again, "
-            "and compare its size with the original's"
+            f"{path} is neither a safetensors nor a PyTorch file, or damaged ({cut[0] if cut else first_line(error)}): "
+            "fetch it again, and compare its size with the original's"
         ) from error
     sets = dict(_state_dicts(content, ()))
     if not sets:

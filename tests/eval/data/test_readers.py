@@ -208,7 +208,6 @@ def cifar10(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.filterwarnings("ignore::numpy.exceptions.VisibleDeprecationWarning")
 def test_torchvisions_cifar10(cifar10):
     dataset = load_dataset(f"torchvision:CIFAR10,root={cifar10}", classifier(10))
     assert dataset.labels == (3, 8, 8, 0, 6, 1)

@@ -140,7 +140,7 @@ PYTORCH = {
     "truncated": (lambda s: saved(s)[:-1000], "is cut off, or damaged"),
     "legacy, truncated": (
         lambda s: saved(s, _use_new_zipfile_serialization=False)[:-1000],
-        "is neither a safetensors nor a PyTorch file",
+        "is neither a safetensors nor a PyTorch file, or damaged (unexpected EOF, expected",
     ),
     "text": (lambda s: b"hello", "is text, not weights"),
     "list": (lambda s: saved([1, 2]), "is not a state dict"),
