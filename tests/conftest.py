@@ -25,6 +25,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from orthattack.attacks import base
+
 torch.set_num_threads(1)
 
 # Both lanes draw the same examples every time; `HYPOTHESIS_PROFILE=explore` looks for new ones.
@@ -185,3 +187,9 @@ def browser() -> Iterator[Any]:
         browser = playwright.chromium.launch(executable_path=found, args=quiet)
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that has arithmetic for bfloat16, as far as attacks know."""
+    monkeypatch.setattr(base, "has_bfloat16", lambda _: True)

@@ -134,6 +134,7 @@ def pretended(monkeypatch: Any) -> Iterator[Pretend]:
     state = torch.zeros(16, dtype=torch.uint8)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: state.clone())
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     with Pretend() as mode:
         yield mode
 

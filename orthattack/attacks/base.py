@@ -29,9 +29,9 @@ from orthattack.arguments import (
 )
 from orthattack.assumptions import PROBABILITIES, SIGMOIDS, Observer
 from orthattack.attacks.configured import Configured
-from orthattack.attacks.fast_copy import FastCopy, Optimize
+from orthattack.attacks.fast_copy import Optimize, fast_copy
 from orthattack.attacks.gradient_form import Enforce, GradientForm, Reference, check_form
-from orthattack.attacks.scoring import InBatches, Oracle, Precision, Scorer, Transform
+from orthattack.attacks.scoring import InBatches, Oracle, Precision, Scorer, Transform, has_bfloat16
 from orthattack.attacks.task import AttackResult, Best, Merit, OnStep, Search, Streams, Task
 from orthattack.lending import borrowed, guarded, in_evaluation, is_foreign
 from orthattack.losses import Goal, Loss, attack_loss
@@ -138,7 +138,7 @@ class Attack(Configured):
         bounds: tuple[float, float] = (0, 1),
         generator: torch.Generator | None = None,
         precision: Precision = "float32",
-        optimize: Optimize = "none",
+        optimize: Optimize = "auto",
         eot_samples: int = 1,
         directions: Sequence[Direction] = (),
         normal: Normal = "image",
@@ -182,7 +182,6 @@ class Attack(Configured):
         self.early_stop, self.precision, self.eot_samples = early_stop, precision, eot_samples
         self.optimize: Optimize = optimize
         self.transform, self.gradient_model, self.on_step = transform, gradient_model, on_step
-        self._fast = FastCopy(model if gradient_model is None else gradient_model, optimize)
         self._loss = attack_loss(loss)
         self._observer = Observer()
         self._knows_radius = False  # whether the caller was warned that it allows every image
@@ -312,8 +311,6 @@ class Attack(Configured):
                 region = free.around(x.clone() if strangers else x)
                 goal = Goal(None, labels) if self.targeted else Goal(labels)
                 is_random = self._observed(lent, x)
-                if self.precision == "bfloat16" and x.device.type == "cpu":
-                    _warn_of_slow_bfloat16()
                 oracle = self._scorer(lent, x, is_random, len(x) if is_first else 0)
                 if batch_size is not None and batch_size < len(x):
                     oracle = InBatches(oracle, batch_size)
@@ -334,9 +331,22 @@ class Attack(Configured):
     def _scorer(self, lent: Mapping[str, Model], images: Tensor, is_random: bool, unchecked: int) -> Scorer:
         """What the search asks: the borrowed model, and where its gradients come from."""
         other = lent.get("gradient_model")
-        fast = None if is_random else self._fast.of(lent["model"] if other is None else other, images)
+        whose = "model" if other is None else "gradient_model"
+        fast, why_not = None, ""
+        if not is_random:
+            fast, why_not = fast_copy(self._models[whose], lent[whose], self.optimize, images)
+        if why_not and self.optimize == "compile":
+            self._observer.say("compile", f'optimize="compile" is not used for this model: {why_not}')
+        precision = self.precision
+        if precision == "bfloat16" and not has_bfloat16(images.device):
+            precision = "float32"
+            self._observer.say(
+                "bfloat16",
+                f'precision="bfloat16" computes in float32 here: this {images.device.type.upper()} has no arithmetic '
+                "for bfloat16, and emulating it takes 3 to 15 times as long",
+            )
         return Oracle(
-            lent["model"], self.precision, self.eot_samples, other if fast is None else fast, is_random, unchecked,
+            lent["model"], precision, self.eot_samples, other if fast is None else fast, is_random, unchecked,
             is_copy=other is None, transform=self.transform,
         )  # fmt: skip
 
@@ -346,7 +356,7 @@ class Attack(Configured):
         found = observer.of(self.model, lent["model"], images, bounds)
         observer.say("batch", found.on_batches())
         observer.say("probabilities", PROBABILITIES if found.probabilities else SIGMOIDS if found.sigmoids else None)
-        unused = f"; optimize={self.optimize!r} is not used" if self.optimize != "none" else ""
+        unused = '; optimize="compile" is not used' if self.optimize == "compile" else ""
         if found.is_random and (self.eot_samples == 1 or unused):
             observer.say("random", f"{found.on_randomness(can_average='eot_samples' in self._names())}{unused}")
         return found.is_random
@@ -568,11 +578,3 @@ def _shown(value: object) -> str:
 
 def _is_list(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def _warn_of_slow_bfloat16() -> None:
-    if torch.backends.cpu.get_cpu_capability() == "AVX2":  # an x86 without AVX-512; each convolution is emulated
-        warn(
-            'precision="bfloat16" is slow on this CPU, which lacks AVX-512: a ResNet-18 took 15 times as long as in '
-            "float32"
-        )

@@ -7,87 +7,105 @@ from __future__ import annotations
 
 import copy
 import threading
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from orthattack.arguments import warn
 from orthattack.models import Model
 
-Optimize = Literal["none", "auto", "compile"]
+Optimize = Literal["auto", "none", "compile"]
 
 # Folding reorders float32 arithmetic, which moves logits by 1e-5 of their spread at most; anything more is a mistake.
 _AGREES = 1e-3
-# Threads may share an attack. Of the module, so that attacks can be copied and pickled.
+# Threads may share a model.
 _LOCK = threading.RLock()
 
 
-class FastCopy:
-    """The faster copy of one model, made when it is first asked for and again when the model has changed.
+@dataclass
+class _Made:
+    """What was last made of a model, None if nothing could be, why not, and of which state of it."""
+
+    copy: Model | None = None
+    why_not: str = ""
+    state: tuple[object, ...] = ()
+    sums: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+_MADE: WeakKeyDictionary[nn.Module, dict[str, _Made]] = WeakKeyDictionary()
+"""The copies of each model that is alive, for all attacks on it."""
+
+
+def fast_copy(model: Model, lent: Model, how: Optimize, images: Tensor) -> tuple[Model | None, str]:
+    """What to take gradients of in place of a borrowed model, or None and why.
+
+    A copy is made once for each state of a model. One whose state is another than at the call before, as in training,
+    is not worth a copy until it comes twice.
 
     Args:
-        model: the model that is attacked.
-        how: "none"; "auto", eval-mode batch norms folded into the convolutions before them and weights in channels-last
-            memory; "compile", that through `torch.compile` too.
+        model: the model.
+        lent: the same, borrowed: what decides whether the copy agrees.
+        how: "auto", batch norms in evaluation mode folded into the convolutions before them and weights in
+            channels-last memory, for models of several convolutions; "compile", that through `torch.compile` too, for
+            any; "none".
+        images: (N, C, H, W); the first is what it is tried on.
     """
-
-    def __init__(self, model: Model, how: Optimize) -> None:
-        self._model, self._how = model, how
-        self._copy: Model | None = None
-        self._state: tuple[object, ...] = ()
-        self._sums = torch.empty(0)
-        self._has_warned = False
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return FastCopy, (self._model, self._how)  # the copy itself is made anew where it is needed
-
-    def of(self, lent: Model, images: Tensor) -> Model | None:
-        """What to take gradients of in place of the borrowed model `lent`; None, with a warning the first time, if a
-        copy cannot be made or does not agree with it on the first of `images`."""
-        if self._how == "none":
-            return None
+    if how == "none":
+        return None, ""
+    if not isinstance(model, nn.Module):
+        return None, f"it is a {type(model).__name__}, not a torch.nn.Module"
+    if how == "auto" and sum(isinstance(module, nn.Conv2d) for module in model.modules()) < 2:
+        return None, "it has no convolutions to speak of"
+    with _LOCK:
+        made, state, sums = _MADE.setdefault(model, {}).setdefault(how, _Made()), _state(model), _sums(model)
+        is_known = made.state == state and torch.equal(made.sums, sums)
+        if is_known and (made.copy is not None or made.why_not):
+            return made.copy, made.why_not
+        is_first = not made.state
+        made.copy, made.why_not, made.state, made.sums = None, "", state, sums
+        if how == "auto" and not is_first and not is_known:
+            return None, ""
         try:
-            with _LOCK:
-                return self._checked(lent, images)
+            made.copy = _checked(model, lent, how, images[:1])
         except Exception as error:  # a model's own code may raise anything
-            if not self._has_warned:
-                reason = str(error).strip().split("\n")[0] or type(error).__name__
-                warn(f"optimize={self._how!r} is not used for this model: {reason}")
-            self._has_warned = True
-            return None
+            made.why_not = str(error).strip().split("\n")[0] or type(error).__name__
+        return made.copy, made.why_not
 
-    def _checked(self, lent: Model, images: Tensor) -> Model:
-        if not isinstance(self._model, nn.Module):
-            raise TypeError(f"it is a {type(self._model).__name__}, not a torch.nn.Module")
-        if isinstance(self._model, torch.jit.ScriptModule):
-            raise TypeError("it is a TorchScript module, which cannot be traced again")
-        if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in self._model.modules()):
-            raise ValueError("it has hooks, which a copy would lose")
-        tensors = [*self._model.parameters(), *self._model.buffers()]
-        # Versions miss what is written through `.data`; sums of the values do not.
-        sums = torch.stack([t.sum(dtype=torch.float64) for t in tensors]).view(torch.long) if tensors else images[:0]
-        versions = [(id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors]
-        attributes = [
-            (name, value)
-            for module in self._model.modules()
-            for name, value in vars(module).items()
-            if isinstance(value, bool | int | float | str)
-        ]
-        state = (versions, attributes)
-        if self._copy is not None and state == self._state and torch.equal(sums, self._sums):
-            return self._copy
-        self._copy, self._state, self._sums = None, state, sums
-        made = _folded(copy.deepcopy(self._model)).to(memory_format=torch.channels_last)
-        fast = cast("Model", torch.compile(made)) if self._how == "compile" else made
-        sample = images[:1]
-        expected, found = lent(sample), fast(sample)
-        spread = (expected.amax() - expected.amin()).clamp(min=expected.abs().amax() * 1e-3)
-        if not bool(((found - expected).abs() <= _AGREES * spread).all()):
-            raise ValueError("the faster copy's logits differ from the model's")
-        self._copy = fast
-        return fast
+
+def _state(model: nn.Module) -> tuple[object, ...]:
+    """Which tensors and settings a model has."""
+    tensors = [*model.parameters(), *model.buffers()]
+    versions = [(id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors]
+    attributes = [
+        (name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, bool | int | float | str) and name != "training"
+    ]
+    return versions, attributes
+
+
+def _sums(model: nn.Module) -> Tensor:
+    """Of the values of all tensors: their versions miss what is written through `.data`."""
+    sums = [t.sum(dtype=torch.float64) for t in (*model.parameters(), *model.buffers())]
+    return torch.stack(sums).view(torch.long) if sums else torch.empty(0)
+
+
+def _checked(model: nn.Module, lent: Model, how: Optimize, sample: Tensor) -> Model:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("it is a TorchScript module, which cannot be traced again")
+    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules()):
+        raise ValueError("it has hooks, which a copy would lose")
+    made = _folded(copy.deepcopy(model)).to(memory_format=torch.channels_last)
+    fast = cast("Model", torch.compile(made)) if how == "compile" else made
+    expected, found = lent(sample), fast(sample)
+    spread = (expected.amax() - expected.amin()).clamp(min=expected.abs().amax() * 1e-3)
+    if not bool(((found - expected).abs() <= _AGREES * spread).all()):
+        raise ValueError("the faster copy's logits differ from the model's")
+    return fast
 
 
 class _Tracer(fx.Tracer):

@@ -45,11 +45,12 @@ class PGD(Attack):
         early_stop: drop a sample from the batch as soon as it is fooled.
         bounds: smallest and largest pixel value.
         generator: source of the random starts; by default one of the attack's own, seeded from torch's seed.
-        precision: "bfloat16" computes gradients under autocast; success is judged in the model's own precision. On an
-            x86 CPU without AVX-512 that is far slower than "float32", and a warning says so.
+        precision: "bfloat16" computes gradients under autocast; success is judged in the model's own precision. Where
+            the processor has no arithmetic for it, gradients are computed in float32, and a warning says so.
         optimize: "auto" takes gradients of a faster copy of the model, its batch norms folded into the convolutions and
-            its weights channels last; "compile" compiles that too. Success is judged by the model itself. Where no copy
-            can be made, a warning says why and the model does the work.
+            its weights channels last, where one can be made; it takes as much memory as the model, and stays while the
+            model does. "compile" compiles that too, and a warning says why where it cannot. "none" takes the model
+            itself. Success is judged by the model itself in any case.
         schedule: of the step size: "fixed", "linear" or "cosine" decay to 0.
         momentum: 0, or the factor by which the sum of the past gradients is kept at each step (MI-FGSM).
         nesterov: take the gradient where the momentum leads (NI-FGSM).

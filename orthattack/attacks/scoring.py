@@ -26,6 +26,20 @@ T = TypeVar("T")
 _MARGIN = attack_loss("margin")
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a processor has arithmetic for bfloat16, and need not emulate it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    if device.type != "cpu":
+        return True
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability != "AVX512":  # AVX2: an x86 without; of others torch does not say
+        return capability != "AVX2"
+    # Newer releases of torch know which of those with AVX-512 have it.
+    known = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return any(ask is None or ask() for ask in known)
+
+
 class NoGradientError(ValueError):
     """A model is not connected to the images by autograd at all."""
 

@@ -12,6 +12,7 @@ from scipy.optimize import linprog
 from torch import nn
 
 from orthattack import FGSM, PGD, AttackResult, OrthoFGSM, OrthoPGD, alignment, orthogonalize
+from orthattack.attacks.scoring import has_bfloat16
 from tests.conftest import examples, image_kinds, make_images, scopes, seeds
 
 SIZE = (3, 6, 6)
@@ -354,21 +355,39 @@ def test_non_finite_gradients_do_not_spread():
     assert result.zero_gradients.tolist() == [3, 0]
 
 
-def test_a_cpu_on_which_bfloat16_is_slow_is_warned_of(monkeypatch):
-    model, (images, labels) = small_model(), drawn(n=2)
-    attack = PGD(model, steps=1, precision="bfloat16")
+def test_a_processor_without_bfloat16_computes_in_float32_and_says_so(monkeypatch):
+    seen = []
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return network(x)
+
+    network, (images, labels) = small_model(), drawn(n=2)
+    attack = PGD(model, steps=1, precision="bfloat16", random_start=False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    with pytest.warns(UserWarning, match="slow on this CPU, which lacks AVX-512") as warned:
-        attack(images, labels)
+    with pytest.warns(UserWarning, match="computes in float32 here: this CPU has no arithmetic for bfloat16") as warned:
+        found = attack(images, labels)
     assert [w.filename for w in warned] == [__file__]
+    assert not any(seen)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        PGD(model, steps=1)(images, labels)
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+        assert torch.equal(found, PGD(model, steps=1, random_start=False)(images, labels))
         attack(images, labels)
+        assert not any(seen)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+        for has_amx in (False, True):
+            monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=has_amx: has, raising=False)
+            attack(images, labels)
+            assert any(seen) == has_amx
+        monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")  # an older torch does not say
+        assert has_bfloat16(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    assert not has_bfloat16(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("attack", [PGD, OrthoPGD])
+@pytest.mark.usefixtures("bfloat16")
 def test_reduced_precision_is_judged_in_full(attack):
     model, (images, labels) = small_model(), drawn(n=30)
     options = {"eps": 0.05, "steps": 5, "precision": "bfloat16", "generator": torch.Generator().manual_seed(0)}

@@ -624,6 +624,7 @@ def test_the_two_averages_are_what_they_say():
             Ensemble(models, average)
 
 
+@pytest.mark.usefixtures("bfloat16")
 @pytest.mark.parametrize("name", ["APGD", "OrthoAPGD", "OrthoMIFGSM", "AutoAttack"])
 def test_reduced_precision_is_judged_in_full_by_every_attack(name):
     model, (images, labels) = small_model(), drawn(n=20)
