@@ -23,13 +23,13 @@ TRIED_STEPS = (3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 20, 30, 50)
 
 
 _EARLY: dict[str, Any] = {"early_stop": True}
-_FAST = {**_EARLY, "optimize": "auto", "precision": "bfloat16"}
+_FAST = {**_EARLY, "precision": "bfloat16"}
 OURS: dict[str, dict[str, Any]] = {
     "PGD": {"kind": PGD},
     "PGD, early stop": {"kind": PGD, **_EARLY},
     "OrthoPGD": {"kind": OrthoPGD},
     "OrthoPGD, early stop": {"kind": OrthoPGD, **_EARLY},
-    "OrthoPGD, bfloat16, optimize, early stop": {"kind": OrthoPGD, **_FAST},
+    "OrthoPGD, bfloat16, early stop": {"kind": OrthoPGD, **_FAST},
     "the same, steps from 2 eps down to 0": {"kind": OrthoPGD, **_FAST, "alpha": 2 * EPS, "schedule": "linear"},
 }
 

@@ -19,9 +19,9 @@ from benchmarks.steps import step_rows
 from benchmarks.stored import Row
 
 CANDIDATES = (
-    "Foolbox LinfPGD", "torchattacks PGD", "bare step", "bare step, bfloat16", "PGD", "PGD, optimize", "OrthoPGD",
-    "OrthoPGD, early stop", "OrthoPGD, optimize", "OrthoPGD, bfloat16", "OrthoPGD, bfloat16, optimize",
-    "OrthoPGD, compile",
+    "Foolbox LinfPGD", "torchattacks PGD", "bare step", "bare step, bfloat16", "PGD", "OrthoPGD",
+    "OrthoPGD, early stop", "OrthoPGD, bfloat16", "OrthoPGD, compile", 'PGD, optimize="none"',
+    'OrthoPGD, optimize="none"',
 )  # fmt: skip
 MODELS = {"resnet50": (32, 256), "efficientnet-lite0": (32, 256), "vit_b_16": (32, 256)}
 

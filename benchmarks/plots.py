@@ -93,11 +93,8 @@ def _growth(folder: Path, figures: Path) -> None:
     if growth is not None:
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
         rows = list(growth[0].rows)
-        for name, colour in zip(
-            ("Foolbox LinfPGD", "bare step", "PGD", "OrthoPGD"),
-            ("#999999", "#000000", "#e69f00", "#0072b2"),
-            strict=True,
-        ):
+        names = dict.fromkeys(row["candidate"] for row in rows if row["against"] == "size")
+        for name, colour in zip(names, ("#999999", "#000000", "#e69f00", "#0072b2"), strict=True):
             points = [
                 (row["x"], statistics.median(row["ms"]))
                 for row in rows

@@ -69,8 +69,8 @@ def _steps_table(content: Table) -> str:
 
 def _summary(machines: Iterable[Sequence[Table]]) -> str:
     """All models and batches, a table for each hardware: time of a step in parts of Foolbox's."""
-    columns = ["bare step", "torchattacks PGD", "PGD", "OrthoPGD", "OrthoPGD, bfloat16", "PGD, optimize",
-               "OrthoPGD, optimize", "OrthoPGD, bfloat16, optimize"]  # fmt: skip
+    columns = ["bare step", "torchattacks PGD", "PGD", "OrthoPGD", "OrthoPGD, bfloat16", 'PGD, optimize="none"',
+               'OrthoPGD, optimize="none"']  # fmt: skip
     found = []
     for contents in machines:
         here: list[list[Row]] = [list(content.rows) for content in contents]

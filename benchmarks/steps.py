@@ -97,16 +97,13 @@ def candidates(model: nn.Module, steps: int) -> dict[str, Callable[[Tensor, Tens
         "bare step": partial(bare, reduced=False),
         "bare step, bfloat16": partial(bare, reduced=True),
         "PGD": ours(PGD),
-        "OrthoPGD, gradient": ours(OrthoPGD, enforce="gradient"),
         "OrthoPGD": ours(OrthoPGD),
         "OrthoPGD, early stop": ours(OrthoPGD, early_stop=True),
-        "PGD, bfloat16": ours(PGD, precision="bfloat16"),
         "OrthoPGD, bfloat16": ours(OrthoPGD, precision="bfloat16"),
-        "PGD, optimize": ours(PGD, optimize="auto"),
-        "OrthoPGD, optimize": ours(OrthoPGD, optimize="auto"),
+        "OrthoPGD, bfloat16, early stop": ours(OrthoPGD, precision="bfloat16", early_stop=True),
         "OrthoPGD, compile": ours(OrthoPGD, optimize="compile"),
-        "OrthoPGD, bfloat16, optimize": ours(OrthoPGD, optimize="auto", precision="bfloat16"),
-        "OrthoPGD, bfloat16, optimize, early stop": ours(
-            OrthoPGD, optimize="auto", precision="bfloat16", early_stop=True
-        ),
+        'PGD, optimize="none"': ours(PGD, optimize="none"),
+        'OrthoPGD, optimize="none"': ours(OrthoPGD, optimize="none"),
+        'OrthoPGD, gradient, optimize="none"': ours(OrthoPGD, enforce="gradient", optimize="none"),
+        'OrthoPGD, bfloat16, optimize="none"': ours(OrthoPGD, precision="bfloat16", optimize="none"),
     }

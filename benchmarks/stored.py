@@ -17,6 +17,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter, field_validator
 from tabulate import tabulate
 
+from orthattack.attacks.scoring import has_bfloat16
+
 __all__ = ["RESULTS", "Row", "Stored", "Table", "by_machine", "keep", "machine", "medians", "shown", "stored"]
 
 RESULTS = Path(__file__).parent / "results"
@@ -63,7 +65,9 @@ def machine() -> tuple[str, str]:
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
         return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"), name
-    capability = torch.backends.cpu.get_cpu_capability()  # AVX2, AVX512: what bfloat16 costs depends on it
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability == "AVX512" and not has_bfloat16(torch.device("cpu")):
+        return "avx512-without-bfloat16", "CPU with AVX512, without bfloat16"
     return capability.lower(), f"CPU with {capability}"
 
 
