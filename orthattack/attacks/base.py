@@ -333,7 +333,8 @@ class Attack(Configured):
         other = lent.get("gradient_model")
         whose = "model" if other is None else "gradient_model"
         fast, why_not = None, ""
-        if not is_random:
+        # By the norm, each claim of a copy has to be confirmed, which takes longer than the copy saves.
+        if not is_random and (self.optimize == "compile" or self.search.merit != "norm"):
             fast, why_not = fast_copy(self._models[whose], lent[whose], self.optimize, images)
         if why_not and self.optimize == "compile":
             self._observer.say("compile", f'optimize="compile" is not used for this model: {why_not}')

@@ -117,7 +117,9 @@ def test_the_other_norms_stay_in_their_balls(trained, norm, epsilons):
 def test_it_is_the_attack_itself(standard):
     model, images, labels = standard
     _, clipped, _ = FoolboxAttack(OrthoPGD, steps=5, generator=seeded())(foolboxed(model), images, labels, epsilons=EPS)
-    assert torch.equal(clipped, OrthoPGD(model, eps=EPS, steps=5, generator=seeded())(images, labels))
+    # Foolbox hands on a function, of which there is no faster copy.
+    alone = OrthoPGD(model, eps=EPS, steps=5, generator=seeded(), optimize="none")
+    assert torch.equal(clipped, alone(images, labels))
 
 
 def test_targets_come_from_the_criterion(standard):
