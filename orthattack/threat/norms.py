@@ -139,7 +139,7 @@ def by_threshold(allowed: Allowed, points: Tensor, radius: Tensor) -> Tensor:
     done = size <= radius * (1 + 1e-7)
     inside = torch.where(done, nearest, x)
     asks = not x.is_cuda
-    for attempt in range(60 if asks else 24):
+    for attempt in range(60 if asks else 40):
         if asks and bool(done.all()):
             break
         newton = low + f_low * reciprocal(slope)

@@ -50,7 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def small_model(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    layers = (nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 49, 5))
+    layers = (nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 25, 5))
     return nn.Sequential(*layers).eval()
 
 
@@ -64,7 +64,12 @@ def cases() -> list[Any]:
         made.append((f"{ortho}Square-{norm}", partial(_made, f"{ortho}Square", norm=norm, eps=RADII[norm])))
     made += [(f"OrthoPGD-{name}", partial(_made, "OrthoPGD", **{"eps": 8 / 255, **o})) for name, o in SETTINGS.items()]
     made += [(f"detector-{norm}", partial(_evasion, norm=norm, eps=RADII[norm])) for norm in ("linf", "l2")]
-    return [pytest.param(make, id=name.replace(" ", "-")) for name, make in made]
+    return [pytest.param(make, id=name.replace(" ", "-"), marks=lane(*name.split("-")[1:])) for name, make in made]
+
+
+def lane(norm: str = "", name: str = "") -> list[Any]:
+    """L1 steps on many planes are too long for the fast lane: on a GPU each search is as long as the longest."""
+    return [pytest.mark.slow] * (norm == "l1" and name != "plain")
 
 
 def _made(kind: str, model: nn.Module, steps: int, **options: Any) -> Attack:
@@ -79,17 +84,21 @@ def _evasion(model: nn.Module, steps: int, **options: Any) -> Attack:
     return orthattack.DetectorEvasion(model, lambda x: detector(x)[:, 0], steps=steps, **options)
 
 
-def on_cpu(make: Make, steps: int) -> tuple[Tensor, Tensor, AttackResult]:
+def batch() -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
-    images = torch.rand(4, 3, 16, 16)
-    labels = small_model()(images).argmax(1)
+    images = torch.rand(4, 3, 12, 12)
+    return images, small_model()(images).argmax(1)
+
+
+def on_cpu(make: Make, steps: int) -> AttackResult:
+    images, labels = batch()
     torch.manual_seed(1)
-    return images, labels, make(small_model(), steps).run(images, labels)
+    return make(small_model(), steps).run(images, labels)
 
 
 def on_pretended_gpu(make: Make, steps: int, monkeypatch: Any) -> tuple[Counter[tuple[str, str]], AttackResult]:
     """What a first call asks of a GPU, and its result."""
-    images, labels, _ = on_cpu(make, steps)
+    images, labels = batch()
     torch.manual_seed(1)
     with pretended(monkeypatch) as mode:
         here = images.to("cuda"), labels.to("cuda")
@@ -104,7 +113,7 @@ def on_pretended_gpu(make: Make, steps: int, monkeypatch: Any) -> tuple[Counter[
 
 def on_gpu(make: Make, steps: int) -> tuple[Counter[tuple[str, str]], AttackResult]:
     """The same with a GPU, whose own debug mode says what waits."""
-    images, labels, _ = on_cpu(make, steps)
+    images, labels = batch()
     torch.manual_seed(1)
     here = images.cuda(), labels.cuda()
     attack = make(small_model().cuda(), steps)
@@ -125,28 +134,32 @@ def on_gpu(make: Make, steps: int) -> tuple[Counter[tuple[str, str]], AttackResu
 @pytest.mark.parametrize("device", ["pretended", pytest.param("cuda", marks=needs_gpu)])
 @pytest.mark.parametrize("make", cases())
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+@pytest.mark.usefixtures("bfloat16")
 def test_a_step_asks_a_gpu_nothing(make, device, monkeypatch):
     run = on_gpu if device == "cuda" else partial(on_pretended_gpu, monkeypatch=monkeypatch)
-    few, _ = run(make, 2)
-    many, found = run(make, 4)
-    *_, expected = on_cpu(make, 4)
+    few, _ = run(make, 1)
+    many, found = run(make, 3)
+    expected = on_cpu(make, 3)
     more = {line: count - few.get(line, 0) for line, count in many.items() if count != few.get(line, 0)}
     assert not more, "asked at each step"
-    assert sum(many.values()) <= 10, many
-    attack = make(small_model(), 4)
+    attack = make(small_model(), 3)
+    models = 2 if isinstance(attack, orthattack.DetectorEvasion) else 1
+    assert sum(many.values()) <= 10 + 3 * (models - 1), many
     assert found.cosine.max() <= 1e-6 or not attack.card.is_orthogonal or not attack.card.exact
     assert (found.norm <= torch.as_tensor(attack.eps, dtype=torch.float64) * (1 + 1e-6)).all()
     if attack.precision == "float32":  # claims in reduced precision are confirmed, and there are none without a GPU
         assert torch.equal(found.forward_calls, expected.forward_calls)
     # The searches for the multipliers are as long as they are whatever they find: the last digits differ.
-    assert found.loss == pytest.approx(expected.loss, rel=0.02, abs=0.02)
+    tolerance = 0.05 if attack.norm == "l1" else 0.02
+    assert found.loss == pytest.approx(expected.loss, rel=tolerance, abs=0.02)
 
 
-@pytest.mark.parametrize("norm", RADII)
-@pytest.mark.parametrize("name", CONSTRAINTS)
+@pytest.mark.parametrize(
+    ("norm", "name"), [pytest.param(n, c, marks=lane(n, c)) for n, c in itertools.product(RADII, CONSTRAINTS)]
+)
 def test_a_step_on_a_gpu_gains_as_much(norm, name, monkeypatch):
     torch.manual_seed(0)
-    images, gradient = (torch.rand(3, 3, 16, 16) * 1.4 - 0.2).clamp(0, 1), torch.randn(3, 3, 16, 16)
+    images, gradient = (torch.rand(3, 3, 12, 12) * 1.4 - 0.2).clamp(0, 1), torch.randn(3, 3, 12, 12)
     threat = ThreatModel(norm, RADII[norm], **{"scope": None, **CONSTRAINTS[name]})
     alpha = torch.full((3, 1, 1, 1), RADII[norm] / 4)
 
