@@ -29,7 +29,7 @@ _MARGIN = attack_loss("margin")
 def has_bfloat16(device: torch.device) -> bool:
     """Whether a processor has arithmetic for bfloat16, and need not emulate it."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     if device.type != "cpu":
         return True
     capability = torch.backends.cpu.get_cpu_capability()
