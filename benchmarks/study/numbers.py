@@ -33,7 +33,7 @@ def interval_of_mean(values: Any) -> tuple[float, float, float]:
     mean = float(data.mean())
     if np.ptp(data) == 0:
         return mean, mean, mean
-    found = stats.bootstrap((data,), np.mean, method="percentile", batch=1000, rng=np.random.default_rng(0))
+    found = stats.bootstrap((data,), np.mean, method="percentile", batch=1000, random_state=np.random.default_rng(0))
     return mean, float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
