@@ -15,6 +15,7 @@ from orthattack import (
     APGD,
     PGD,
     AutoAttack,
+    DetectorEvasion,
     Ensemble,
     MinimumNorm,
     OrthoAPGD,
@@ -723,6 +724,21 @@ def test_exact_in_8_bits_with_restarts_radii_of_their_own_and_a_sweep(norm, earl
         with torch.no_grad():
             assert torch.equal(result.success, model(result.adversarials).argmax(1) != labels)
     assert (swept[1].success | ~swept[0].success).all()
+
+
+@norms
+def test_evading_a_detector_in_8_bits_holds_for_integers(norm):
+    model, (images, _) = small_model(), drawn(n=8)
+    images = stored(images)
+    labels = model(images).argmax(1)
+    options = {"norm": norm, "eps": 2 * RADII[norm], "steps": 5, "scope": "image", "levels": 256}
+    attack = DetectorEvasion(model, lambda x: x.square().mean((1, 2, 3)), 0.5, **options)
+    result = attack.run(images, labels)
+    k, d = integers(images), integers(result.adversarials) - integers(images)
+    assert torch.equal(result.adversarials, integers(result.adversarials).float() / 255)
+    assert ((d * k).sum((1, 2, 3)) == 0).all()
+    assert (sizes(d, norm) / 255 <= 2 * RADII[norm] * (1 + 1e-6)).all()
+    assert (d != 0).flatten(1).any(1).sum() >= 4
 
 
 def test_the_smallest_norm_in_8_bits_is_a_whole_number_of_levels():
