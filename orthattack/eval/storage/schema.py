@@ -10,8 +10,7 @@ import pandas as pd
 import pyarrow as pa
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, RootModel, ValidationError, model_validator
 
-from orthattack.threat import Norm
-
+Norm = Literal["linf", "l2", "l1"]  # `orthattack.threat.Norm`, which would bring torch
 Kind = Literal["clean", "shards", "checks"]
 STATUSES = ("ok", "misclassified", "unreadable", "error", "invalid")
 
