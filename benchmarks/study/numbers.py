@@ -67,9 +67,14 @@ def _show(triple: tuple[float, float, float], form: str = ".3f", scale: float = 
     mean, low, high = (scale * value for value in triple)
     if math.isnan(mean):
         return "none"
-    if math.isnan(low):
-        return f"{mean:{form}}"
-    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+    shown = _number(mean, form)
+    return shown if math.isnan(low) else f"{shown} [{low:{form}}, {high:{form}}]"
+
+
+def _number(value: float, form: str) -> str:
+    """A number without the sign of a 0: it is that of what was rounded, in whose last digits releases of NumPy differ."""
+    shown = f"{value:{form}}"
+    return f"{0.0:{form}}" if shown.startswith("-") and float(shown) == 0 else shown
 
 
 def _points(pair: Paired) -> str:
@@ -77,7 +82,7 @@ def _points(pair: Paired) -> str:
     assert difference is not None
     assert interval is not None
     mark = "\\*" if (pair.p or 1) < 0.05 else ""
-    return f"{100 * difference:+.1f} [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]{mark}"
+    return f"{_number(100 * difference, '+.1f')} [{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]{mark}"
 
 
 def _accuracy(rate: Rate) -> str:
