@@ -72,7 +72,7 @@ def _show(triple: tuple[float, float, float], form: str = ".3f", scale: float = 
 
 
 def _number(value: float, form: str) -> str:
-    """A number without the sign of a 0: it is that of what was rounded, in whose last digits releases of NumPy differ."""
+    """A number without the sign of a 0, which is that of last digits in which releases of NumPy differ."""
     shown = f"{value:{form}}"
     return f"{0.0:{form}}" if shown.startswith("-") and float(shown) == 0 else shown
 

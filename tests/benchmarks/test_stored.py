@@ -23,6 +23,8 @@ def test_the_pages_have_the_stored_tables():
     for page in pages.values():
         assert report.filled(page, content) == page
     for name in content:
+        if name.startswith("steps/"):
+            continue  # the summary has a line of each
         assert any(f"<!-- {name} -->" in page for page in pages.values()), f"no page has a place for {name}"
 
 
