@@ -35,6 +35,7 @@ def test_quickstart(capsys, monkeypatch):
     assert float(re.search(r"image: +(\S+)", out)[1]) <= 1e-6
 
 
+@pytest.mark.slow
 def test_foolbox_users(capsys, monkeypatch):
     rows = re.findall(
         r"(\S+) +eps (\d)/255 .*? (\d+)% .*? (\S+)$", printed("foolbox_users.py", capsys, monkeypatch), re.M

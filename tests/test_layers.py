@@ -100,9 +100,9 @@ def loaded(*arguments: object) -> set[str]:
         (("eval", "--help"), {"torch", "numpy", "torchvision", "foolbox"}),
         (("eval", "SUITE", "--steps", "3"), {"torch", "numpy", "torchvision", "foolbox"}),
         (("compare", "RUN", "RUN"), {"torch", "torchvision", "foolbox", "matplotlib"}),
-        (("report", "RUN"), {"torchvision", "foolbox"}),
-        (("attacks", "Ortho"), {"torchvision", "pandas", "matplotlib"}),
-        (("models", "resnet18"), {"foolbox", "pandas", "matplotlib"}),
+        pytest.param(("report", "RUN"), {"torchvision", "foolbox"}, marks=pytest.mark.slow),
+        pytest.param(("attacks", "Ortho"), {"torchvision", "pandas", "matplotlib"}, marks=pytest.mark.slow),
+        pytest.param(("models", "resnet18"), {"foolbox", "pandas", "matplotlib"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_command_loads_what_it_uses(tmp_path, command, without):

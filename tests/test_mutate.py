@@ -80,6 +80,7 @@ def test_a_mutant_changes_its_own_place_and_nothing_else():
         mutant.applied(b"# a new line\n" + source)
 
 
+@pytest.mark.slow
 def test_the_same_seed_draws_the_same_mutants_and_another_seed_others():
     one, possible = drawn(MODULES, 1, 50)
     assert one == drawn(MODULES, 1, 50)[0]

@@ -681,6 +681,7 @@ def integers(images):
     return (images.double() * 255).round().long()
 
 
+@pytest.mark.heavy
 @norms
 @pytest.mark.parametrize("name", FAMILY)
 @pytest.mark.parametrize("more", [{}, {"scope": "channel", "directions": ["constant"]}])

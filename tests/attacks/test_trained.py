@@ -92,6 +92,7 @@ def test_constraints_hold_on_images(trained, norm, scope):
 KEPT = {"8×8 block means kept": ("block8", "constant"), "luma of each pixel kept": ("pixel", "luma")}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("words", KEPT)
 @pytest.mark.parametrize("name", [*FAMILY, "MinimumNorm"])
 def test_every_attack_keeps_block_means_and_luma(trained, name, words):
@@ -289,6 +290,7 @@ def test_random_squares_fool_without_a_gradient(norm):
     assert result.cosine.max() <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["linf", pytest.param("l2", marks=pytest.mark.slow)])
 def test_the_smallest_norms_agree_with_attacks_at_fixed_eps(trained, norm):
     model, images, labels = trained

@@ -164,6 +164,7 @@ def test_two_runs_are_compared(tmp_path, capsys):
     assert "is not the folder of a run" in refused(capsys, "compare", tmp_path / "a", tmp_path)
 
 
+@pytest.mark.slow
 def test_weights_that_cannot_be_used_at_that_size(capsys, tmp_path):
     save_file(torchvision.models.vit_b_16(num_classes=3, image_size=224).state_dict(), tmp_path / "w.safetensors")
     (tmp_path / "data").mkdir()

@@ -94,6 +94,7 @@ def assert_same(one, two):
     assert one.checks() == two.checks() != []
 
 
+@pytest.mark.slow
 def test_a_store_that_fails_now_and_then_ends_with_the_same_rows(tmp_path, flaky, plain):
     run = evaluate(MODEL, DATA, ATTACKS, out=f"flaky://{tmp_path}/run", **OPTIONS)
     assert next(Flaky.requests) > 60

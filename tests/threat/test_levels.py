@@ -177,6 +177,7 @@ def test_a_perturbation_smaller_than_half_a_level_is_not_lost():
         assert float((d * gradient).sum()) > 0.97 * float(best)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scope", "normal", "least"),
     [

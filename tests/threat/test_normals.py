@@ -88,6 +88,7 @@ def assert_inside(threat: ThreatModel, normal: str, images: Tensor, points: Tens
     assert threat.cosine(delta, images).max() <= allowed
 
 
+@pytest.mark.heavy
 @examples(120)
 @given(
     **every,
@@ -138,6 +139,7 @@ def test_a_step_is_the_best_one(norm, normal, scope, image, seed):
     assert gain == pytest.approx(best, rel=2e-4 if norm == "l1" else 1e-6, abs=1e-9)
 
 
+@pytest.mark.heavy
 @examples(60)
 @given(**every, image=image_kinds, seed=seeds)
 def test_the_projection_is_the_nearest_point(norm, normal, scope, image, seed):

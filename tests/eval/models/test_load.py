@@ -273,6 +273,7 @@ def test_every_torchvision_classifier_says_its_preprocessing():
             )
 
 
+@pytest.mark.slow
 def test_a_vision_transformers_size_is_read_from_its_weights(tmp_path):
     torch.manual_seed(0)
     state = torchvision.models.vit_b_32(num_classes=3, image_size=96).state_dict()

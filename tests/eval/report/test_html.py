@@ -92,6 +92,7 @@ def test_figures_take_their_colours_from_the_page(ordinary):
     assert "<text" in text  # can be selected and searched
 
 
+@pytest.mark.slow
 def test_cards_are_spread_evenly_and_bounded(tmp_path, monkeypatch):
     folder = make_run(tmp_path / "run", stored=40, n=40)
     whole = data_of(page(Run.open(folder.path)))

@@ -158,6 +158,7 @@ def test_a_folder_that_holds_more_than_a_run_is_left_alone(tmp_path, name):
     assert (folder.path / name).read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_report_written_elsewhere_leaves_the_run_as_it_is(tmp_path, orthattack):
     def state() -> dict[Path, tuple[int, int]]:
         return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in [run, *run.rglob("*")]}

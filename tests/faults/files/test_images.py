@@ -89,6 +89,7 @@ BAD: dict[str, tuple[bytes, str]] = {
 }
 
 
+@pytest.mark.slow
 def test_every_kind_of_image_file_is_attacked_or_is_a_row_that_says_why(tmp_path):
     """In a process of its own: nothing hangs, and nothing but our own lines is printed."""
     data = tmp_path / "data"
