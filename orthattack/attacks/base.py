@@ -335,7 +335,7 @@ class Attack(Configured):
         fast, why_not = None, ""
         # By the norm, each claim of a copy has to be confirmed, which takes longer than the copy saves.
         if not is_random and (self.optimize == "compile" or self.search.merit != "norm"):
-            fast, why_not = fast_copy(self._models[whose], lent[whose], self.optimize, images)
+            fast, why_not = fast_copy(self._models[whose], self.optimize, images)
         if why_not and self.optimize == "compile":
             self._observer.say("compile", f'optimize="compile" is not used for this model: {why_not}')
         precision = self.precision

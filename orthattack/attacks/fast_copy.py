@@ -39,19 +39,18 @@ _MADE: WeakKeyDictionary[nn.Module, dict[str, _Made]] = WeakKeyDictionary()
 """The copies of each model that is alive, for all attacks on it."""
 
 
-def fast_copy(model: Model, lent: Model, how: Optimize, images: Tensor) -> tuple[Model | None, str]:
-    """What to take gradients of in place of a borrowed model, or None and why.
+def fast_copy(model: Model, how: Optimize, images: Tensor) -> tuple[Model | None, str]:
+    """What to take gradients of in place of a model that is borrowed now, or None and why.
 
     A copy is made once for each state of a model. One whose state is another than at the call before, as in training,
     is not worth a copy until it comes twice.
 
     Args:
         model: the model.
-        lent: the same, borrowed: what decides whether the copy agrees.
         how: "auto", batch norms in evaluation mode folded into the convolutions before them and weights in
             channels-last memory, for models of several convolutions; "compile", that through `torch.compile` too, for
             any; "none".
-        images: (N, C, H, W); the first is what it is tried on.
+        images: (N, C, H, W); on the first the copy has to agree with what it was made from.
     """
     if how == "none":
         return None, ""
@@ -69,7 +68,7 @@ def fast_copy(model: Model, lent: Model, how: Optimize, images: Tensor) -> tuple
         if how == "auto" and not is_first and not is_known:
             return None, ""
         try:
-            made.copy = _checked(model, lent, how, images[:1])
+            made.copy = _checked(model, how, images[:1])
         except Exception as error:  # a model's own code may raise anything
             made.why_not = str(error).strip().split("\n")[0] or type(error).__name__
         return made.copy, made.why_not
@@ -94,14 +93,16 @@ def _sums(model: nn.Module) -> Tensor:
     return torch.stack(sums).view(torch.long) if sums else torch.empty(0)
 
 
-def _checked(model: nn.Module, lent: Model, how: Optimize, sample: Tensor) -> Model:
+def _checked(model: nn.Module, how: Optimize, sample: Tensor) -> Model:
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("it is a TorchScript module, which cannot be traced again")
     if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules()):
         raise ValueError("it has hooks, which a copy would lose")
-    made = _folded(copy.deepcopy(model)).to(memory_format=torch.channels_last)
+    copied = copy.deepcopy(model)
+    expected = copied(sample)  # not the model itself, which may count its calls
+    made = _folded(copied).to(memory_format=torch.channels_last)
     fast = cast("Model", torch.compile(made)) if how == "compile" else made
-    expected, found = lent(sample), fast(sample)
+    found = fast(sample)
     spread = (expected.amax() - expected.amin()).clamp(min=expected.abs().amax() * 1e-3)
     if not bool(((found - expected).abs() <= _AGREES * spread).all()):
         raise ValueError("the faster copy's logits differ from the model's")

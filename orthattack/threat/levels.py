@@ -146,6 +146,9 @@ class Grid:
         k, per_unit = self._k, self._per_unit
         target = points.to(k.dtype) - self._low if self._low else points.to(k.dtype, copy=True)
         target.mul_(per_unit)
+        if self._low:  # what is on the grid is so but for round-off
+            whole = target.round()
+            target = torch.where((target - whole).abs() < 1e-3, whole, target)
         if self._norm == "linf":
             d = target.clamp_(0, self._top).round().sub_(k).clamp_(-self._radius, self._radius)
         else:

@@ -125,8 +125,8 @@ def test_the_users_model_is_untouched_and_not_what_is_differentiated(images):
     labels = model(images).argmax(1)
     Counting.seen.clear()
     PGD(model, steps=3, optimize="auto")(images, labels)
-    # Twice to check the copy, once to score the last iterate, once to judge what is returned and was not the last.
-    assert Counting.seen.count(id(model[0])) in (3, 4)
+    # Once to score the last iterate, once to judge what is returned and was not the last.
+    assert Counting.seen.count(id(model[0])) in (1, 2)
     assert {name: id(module) for name, module in model.named_modules()} == modules
     for name, value in model.state_dict(keep_vars=True).items():
         assert id(value) == before[name][0]
@@ -138,7 +138,7 @@ def test_a_model_that_has_changed_is_copied_again(images):
     model, made = trained(), []
 
     def of() -> nn.Module | None:
-        return fast_copy.fast_copy(model, model, "auto", images)[0]
+        return fast_copy.fast_copy(model, "auto", images)[0]
 
     with torch.no_grad():
         made.append(of())
@@ -189,7 +189,7 @@ def test_a_copy_that_answers_otherwise_is_not_used(images, monkeypatch):
 
     monkeypatch.setattr(fast_copy, "_folded", spoiled)
     for _ in range(2):
-        assert fast_copy.fast_copy(model, model, "auto", images) == (
+        assert fast_copy.fast_copy(model, "auto", images) == (
             None, "the faster copy's logits differ from the model's",
         )  # fmt: skip
 

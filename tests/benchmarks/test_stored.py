@@ -73,6 +73,7 @@ def test_candidates_are_timed_in_turn():
     assert [len(times) for times in found.values()] == [2, 2]
 
 
+@pytest.mark.usefixtures("bfloat16")
 def test_the_candidates_run_and_leave_the_model_trainable():
     pytest.importorskip("torchattacks", reason="needs the extra torchattacks")
     torch.manual_seed(0)

@@ -48,7 +48,15 @@ def test_with_no_arguments_it_attacks_the_bundled_models_offline(tmp_path):
     done = orthattack("eval", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "runs").iterdir()
-    expected = {"manifest.json", "checks.json", "results.json", "results.csv", "results.md", "report.html"}
+    expected = {
+        "manifest.json",
+        "checks.json",
+        "classes.json",
+        "results.json",
+        "results.csv",
+        "results.md",
+        "report.html",
+    }
     assert {path.name for path in run.iterdir() if path.is_file()} == expected
     assert done.stdout.rstrip().endswith(f"report: runs/{run.name}/report.html")
     table = Run.open(run).table().set_index(["model", "attack"])

@@ -249,6 +249,11 @@ class _Model:
                     rows = self.folder.read("shards", self.label, attack["label"], eps, ["promised_cosine"]).dropna()
                     cosine, others = max(cosine, rows["promised_cosine"].max()) if len(rows) else cosine, True
                 for position, image in self.folder.images(self.label, attack["label"], eps):
+                    if position not in clean:
+                        raise EvaluationError(
+                            f"the saved images of {self.label} are damaged: {attack['label']} has one of image "
+                            f"{position}, and there is no clean one: remove the folder images, and start the run again"
+                        )
                     x, adversarial = clean[position].double()[None], image.double()[None]
                     delta = adversarial - x
                     count += 1

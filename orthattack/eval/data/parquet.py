@@ -34,6 +34,13 @@ def as_text(path: Path) -> Iterator[str]:
         yield name
 
 
+def _file(name: str, **options: Any) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(name, buffer_size=2**20, **options)
+    except KeyError as error:  # pyarrow's, of what `read_dictionary` names
+        raise ValueError(f"no column {error.args[0].decode()}") from error
+
+
 @contextmanager
 def opened(path: Path, **options: Any) -> Iterator[pq.ParquetFile]:
     """A file whose pages have not been looked at yet. ValueError: a footer of absurd size, or too many rows;
@@ -44,7 +51,7 @@ def opened(path: Path, **options: Any) -> Iterator[pq.ParquetFile]:
         footer = int.from_bytes(stream.read(4), "little")
     if size >= 12 and _MAX_FOOTER < footer < size:
         raise ValueError(f"a footer of {footer / 1e6:.3g} MB, of which {_MAX_FOOTER / 1e6:.1f} are read")
-    with as_text(path) as name, pq.ParquetFile(name, buffer_size=2**20, **options) as file:
+    with as_text(path) as name, _file(name, **options) as file:
         if file.metadata.num_rows > MAX_ROWS:
             rows = f"{file.metadata.num_rows:,} rows"
             raise ValueError(f"{rows}, of which a file may have {MAX_ROWS:,}: write several files")
