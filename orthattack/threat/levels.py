@@ -236,7 +236,7 @@ class Grid:
             wide = 1 if self._norm == "linf" else 4  # few may be moved towards 0 where most are there
             excess = _moved(excess, rows, goal, normal, self._limits(k, radius), sums is not None, wide)
             if is_fine(inner):
-                d.copy_(_unrolled(rows, d, inner))
+                d.copy_(_unrolled(rows, d, inner).clone())  # of one pixel, rows are d itself
         found = excess == 0
         if scope == "image":
             return found.view(-1, 1, 1, 1)

@@ -40,7 +40,7 @@ class Example:
     def magnification(self) -> float:
         """Factor that makes the perturbation's largest entry black or white when it is drawn around grey."""
         largest = float(np.abs(self._delta).max())
-        return 0.5 / largest if largest > 0 else 1.0
+        return 0.5 / largest if 1e-30 < largest < np.inf else 1.0  # damaged files hold anything
 
     @property
     def perturbation(self) -> Tensor:
