@@ -11,7 +11,7 @@ import random
 import sys
 import threading
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from types import MethodType
@@ -253,11 +253,11 @@ def _same_on_gpu(pairs: Sequence[tuple[Tensor, Tensor]]) -> set[int]:
     return set()
 
 
-def _set_buffers(module: nn.Module, state: _BuffersOf, same: set[int]) -> None:
+def _set_buffers(module: nn.Module, state: _BuffersOf, same: Collection[int] = ()) -> None:
     owned, values = state
     for name, value in values.items():
         kept = owned[name]
-        if kept is not None and id(kept) not in same and not torch.equal(kept, value):
+        if kept is not None and id(kept) not in same and not _is_same(value, kept):
             with torch.inference_mode(kept.is_inference()):
                 kept.copy_(value)
     for name in set(module._buffers.keys()) - owned.keys():  # registered during the attack
@@ -360,7 +360,7 @@ _FLAG = _Aspect(
 )
 _BUFFERS = _Aspect(
     lambda module: (dict(module._buffers), {k: b.clone() for k, b in module._buffers.items() if b is not None}),
-    lambda module, state: _set_buffers(module, state, set()),
+    _set_buffers,
 )
 _DRAWN = _Aspect(lambda name: random_stream(name)[0](), lambda name, state: random_stream(name)[1](state))
 _PROCESS = _Aspect(lambda _: _read(_GLOBAL), lambda _, values: _write(_GLOBAL, values))

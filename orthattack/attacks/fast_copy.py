@@ -58,18 +58,18 @@ def fast_copy(model: Model, how: Optimize, images: Tensor) -> tuple[Model | None
         return None, f"it is a {type(model).__name__}, not a torch.nn.Module"
     if how == "auto" and sum(isinstance(module, nn.Conv2d) for module in model.modules()) < 2:
         return None, "it has no convolutions to speak of"
+    made = _Made()
     with _LOCK:
-        made, state, sums = _MADE.setdefault(model, {}).setdefault(how, _Made()), _state(model), _sums(model)
-        is_known = made.state == state and torch.equal(made.sums, sums)
-        if is_known and (made.copy is not None or made.why_not):
-            return made.copy, made.why_not
-        is_first = not made.state
-        made.copy, made.why_not, made.state, made.sums = None, "", state, sums
-        if how == "auto" and not is_first and not is_known:
-            return None, ""
         try:
-            made.copy = _checked(model, how, images[:1])
-        except Exception as error:  # a model's own code may raise anything
+            made, state, sums = _MADE.setdefault(model, {}).setdefault(how, made), _state(model), _sums(model)
+            is_known = made.state == state and torch.equal(made.sums, sums)
+            if is_known and (made.copy is not None or made.why_not):
+                return made.copy, made.why_not
+            is_first = not made.state
+            made.copy, made.why_not, made.state, made.sums = None, "", state, sums
+            if how != "auto" or is_first or is_known:
+                made.copy = _checked(model, how, images[:1])
+        except Exception as error:  # a model's own code may raise anything, and so may tensors that have no sum
             made.why_not = str(error).strip().split("\n")[0] or type(error).__name__
         return made.copy, made.why_not
 

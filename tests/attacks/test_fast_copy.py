@@ -248,6 +248,16 @@ def test_a_model_without_a_copy_does_the_work_itself_and_says_why_once(make, rea
                 assert torch.equal(found, plain(images, labels))
 
 
+@pytest.mark.parametrize("odd", [torch.eye(3).to_sparse(), torch.ones(2, dtype=torch.complex64)])
+def test_a_model_with_tensors_that_have_no_sum_is_attacked_without_a_copy(images, odd):
+    model = trained()
+    labels = model(images).argmax(1)
+    expected = PGD(model, steps=2, random_start=False, optimize="none")(images, labels)
+    model.register_buffer("odd", odd)
+    for _ in range(2):
+        assert torch.allclose(PGD(model, steps=2, random_start=False)(images, labels), expected, atol=1e-6)
+
+
 def test_control_flow_that_cannot_be_traced_costs_only_the_folding(images):
     class Branches(Residual):
         def forward(self, images: Tensor) -> Tensor:
