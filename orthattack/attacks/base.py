@@ -257,8 +257,7 @@ class Attack(Configured):
         """
         self._warn_of_radius(images, eps)
         result, stuck = self._run(images, labels, eps, start, self.search, self.early_stop, seeds, batch_size)
-        if stuck is not None:
-            self._warn_of_gradients(result, stuck)
+        self._warn_of_gradients(result, stuck)
         return result
 
     def _warn_of_radius(self, images: Tensor, eps: float | Tensor | None, name: str = "eps") -> None:
@@ -410,8 +409,10 @@ class Attack(Configured):
             else None,
         )
 
-    def _warn_of_gradients(self, result: AttackResult, stuck: Tensor) -> None:
+    def _warn_of_gradients(self, result: AttackResult, stuck: Tensor | None) -> None:
         """Say, once for a call, for how many samples there was no usable gradient at half of the steps or more."""
+        if stuck is None:  # there was one everywhere: see `_run`
+            return
         steps = result.gradient_calls // self.eot_samples
         flat, total = result.zero_gradients, len(stuck)
         rows = (
@@ -471,8 +472,7 @@ class Attack(Configured):
             self._warn_of_radius(images, radius)
             if last is None:
                 last, stuck = self._run(images, labels, radius, None, self.search, self.early_stop)
-                if stuck is not None:
-                    self._warn_of_gradients(last, stuck)
+                self._warn_of_gradients(last, stuck)
             else:
                 rows = (~last.success).nonzero().squeeze(1)
                 start = last.adversarials[rows]
