@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from orthattack.eval.checks.clean import CLEAN_COLUMNS, clean_suspicions, differentiated
-from orthattack.eval.checks.probes import TRANSFER
+from orthattack.eval.checks.probes import SAVED, TRANSFER
 from orthattack.eval.errors import EvaluationError, first_line
 from orthattack.eval.storage.run_folder import RunFolder, shown_eps
 from orthattack.threat import NAMED, Norm, ThreatModel, perturbation_norm
@@ -275,7 +275,7 @@ class _Model:
         )
 
     def _exact(self) -> Found:
-        """Ball and products with the image as whole numbers, of the stored images, from nothing but the files."""
+        """Ball and products with the image as whole numbers, from nothing but the files, and the model's answers."""
         clean = dict(self.folder.images(self.label, "clean", None))
         count, bound, off, worst, largest = 0, 0, 0, 0.0, 0.0
         for attack in self.manifest["attacks"]:
@@ -296,12 +296,34 @@ class _Model:
                         bound, largest = bound + 1, max(largest, float(cosine))
         if count == 0:
             return "no adversarial image was saved"
+        judged, other = self._judged_again()
+        answers = f"; the model's prediction is the same for {judged - other} of {judged}" if judged else ""
         return (
-            off == 0 and worst <= 1 + 1e-6 and largest == 0,
+            off == 0 and worst <= 1 + 1e-6 and largest == 0 and other == 0,
             f"{count} images: {off} not of 8 bits, norm at most {worst:.7g} eps; "
-            + (f"(delta * image).sum() == 0 for {bound}" if largest == 0 else f"|cos| up to {largest:.1e} of {bound}"),
-            "what was saved is not exact",
+            + (f"(delta * image).sum() == 0 for {bound}" if largest == 0 else f"|cos| up to {largest:.1e} of {bound}")
+            + answers,
+            "what was saved is not exact, or not what was judged",
         )
+
+    def _judged_again(self) -> tuple[int, int]:
+        """How many of the saved images the model was asked about again, and of how many it said something else.
+
+        A model that answers at random may; then only a success counts of which no answer speaks any more."""
+        columns = ["position", "status", "adversarial_prediction", "wrong_share"]
+        judged = other = 0
+        for probe in self.manifest.get("probes", []):
+            if probe["model"] != self.label or not probe["label"].startswith(SAVED):
+                continue
+            label, eps = probe["label"], probe["eps"]
+            before = self.folder.read("shards", self.label, label.removeprefix(SAVED), eps, columns)
+            again = self.folder.read("checks", self.label, label, eps, columns)
+            ok = (frame[frame["status"] == "ok"].set_index("position") for frame in (before, again))
+            both = _both(*ok, "before", "again")
+            differs = both["adversarial_prediction_before"] != both["adversarial_prediction_again"]
+            sure = both["wrong_share_before"].isin([0, 1]) & both["wrong_share_again"].isin([0, 1])
+            judged, other = judged + len(both), other + int((differs & sure).sum())
+        return judged, other
 
 
 def _is_8_bit(image: Tensor) -> bool:

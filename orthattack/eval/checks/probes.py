@@ -1,4 +1,4 @@
-"""The short attacks that the trust checks run on a few images of each model."""
+"""What the trust checks run on a few images of each model: short attacks, and the model on what was saved."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any
 
 from orthattack.eval.attacks.kind import AttackKind
 from orthattack.eval.attacks.load import attack_kind
-from orthattack.eval.suite import Suite
+from orthattack.eval.suite import Entry, Suite
 from orthattack.threat import Norm
 from orthattack.threat.norms import BALLS
 
 TRANSFER = "transfer from "
 """What the label of a probe begins with that tries another model's adversarials; the other's label follows."""
 
+SAVED = "saved images of "
+"""What the label of a probe begins with that asks about the images on the disk; the attack's label follows."""
 
 QUERIES = 200  # evaluations per image of the query-based probe
 
@@ -48,8 +50,11 @@ def probes(norm: Norm, eps: Sequence[float], steps: int, size: int) -> list[Prob
     return [probe for probe in found if radius > 0]
 
 
-def planned_probes(suite: Suite, models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every probe of every model, for the manifest: model, label and eps."""
+def planned_probes(
+    suite: Suite, models: Sequence[Mapping[str, Any]], entries: Sequence[Entry] = ()
+) -> list[dict[str, Any]]:
+    """Every probe of every model, for the manifest: model, label and eps, and the norm of images saved in 8 bits."""
+    exact = [entry for entry in entries if entry.levels and suite.save_images != "none"]
     found: list[dict[str, Any]] = []
     for model in models:
         planned = probes(suite.norm, suite.eps, suite.steps, model["preprocessing"]["crop"])
@@ -58,6 +63,10 @@ def planned_probes(suite: Suite, models: Sequence[Mapping[str, Any]]) -> list[di
         eps = next((probe.eps for probe in planned if probe.label == "PGD"), None)
         if eps is not None:
             found += [{"model": model["label"], "label": f"{TRANSFER}{other}", "eps": eps} for other in others]
+        found += [
+            {"model": model["label"], "label": f"{SAVED}{entry.label}", "eps": entry.eps, "norm": entry.norm}
+            for entry in exact
+        ]
     return found
 
 

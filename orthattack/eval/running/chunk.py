@@ -201,8 +201,8 @@ class Part:
             return 0, 0  # it failed on all that it could have scored
         return sum(row["status"] == "ok" and not row["success"] for row in scored), len(scored)
 
-    def transfer(self, label: str, eps: float, norm: Norm, adversarials: Mapping[int, Tensor]) -> None:
-        """Store what this model makes of another one's adversarials, where both are right on the clean image."""
+    def transfer(self, label: str, eps: float | None, norm: Norm, adversarials: Mapping[int, Tensor]) -> None:
+        """Store what this model makes of adversarials that are at hand, where it is right on the clean image."""
 
         def judged(batch: list[int]) -> tuple[Columns, None]:
             images, labels = self._tensors(batch)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from orthattack.eval.checks.probes import TRANSFER, probes
+from orthattack.eval.checks.probes import SAVED, TRANSFER, probes
 from orthattack.eval.data.dataset import evenly
 from orthattack.eval.storage.lock import Share
 from orthattack.eval.storage.run_folder import RunFolder, Shard
@@ -38,9 +38,9 @@ class Unit:
     """What one process does at a time, on its own: one model on one chunk of the images."""
 
     model: str  # its label
-    # "attack", all attacks on a chunk; "probe", the trust checks' own attacks; "transfer", those of other
-    # models' adversarials, which need every other unit to be done
-    stage: Literal["attack", "probe", "transfer"]
+    # "attack", all attacks on a chunk; "probe", the trust checks' own attacks; when every other unit is done,
+    # "transfer", the model on the other models' adversarials, and "saved", on its own as they are on the disk
+    stage: Literal["attack", "probe", "transfer", "saved"]
     chunk: int  # number of the chunk; 0 for the checks, which have images of their own
     # what of it is left: places in `Plan.entries`, in `Plan.probes`, or in the manifest's probes
     wanted: tuple[int, ...]
@@ -85,6 +85,8 @@ class Plan:
     def positions(self, unit: Unit) -> Sequence[int]:
         """The images of a unit."""
         count, size = self._counts[unit.model], self.suite.shard_size
+        if unit.stage == "saved":
+            return sorted(self.kept(unit.model))
         if unit.stage != "attack":
             return evenly(self.suite.check_images, count)
         return range(unit.chunk * size, min((unit.chunk + 1) * size, count))
@@ -97,7 +99,7 @@ class Plan:
     def todo(self, share: Share | None = None) -> Todo:
         """The units that are left of a run, or of share i of n: of all units, every n-th from the i-th on.
 
-        Which units there are does not depend on what is done. Transfer is not among them, see `transfers`.
+        Which units there are does not depend on what is done. Those of `last` are not among them.
         """
         first, step = (0, 1) if share is None else (share[0] - 1, share[1])
         units: list[Unit] = []
@@ -120,16 +122,18 @@ class Plan:
             number += count
         return Todo(units, total, done)
 
-    def transfers(self) -> list[Unit]:
-        """What is left of the trust checks that try a model on the others' adversarials."""
+    def last(self) -> list[Unit]:
+        """What is left of the trust checks that read the images that were saved: of other models, and the model's."""
         found: list[Unit] = []
+        stages: Sequence[tuple[Literal["transfer", "saved"], str]] = [("transfer", TRANSFER), ("saved", SAVED)]
         for model in self._counts if self.suite.checks else ():
-            wanted = tuple(
-                k
-                for k, probe in enumerate(self.manifest["probes"])
-                if probe["model"] == model and probe["label"].startswith(TRANSFER)
-            )
-            found += self._left(Unit(model, "transfer", 0, wanted))
+            for stage, begin in stages:
+                wanted = tuple(
+                    k
+                    for k, probe in enumerate(self.manifest["probes"])
+                    if probe["model"] == model and probe["label"].startswith(begin)
+                )
+                found += self._left(Unit(model, stage, 0, wanted))
         return found
 
     def left_of(self, unit: Unit) -> Unit | None:
@@ -145,14 +149,14 @@ class Plan:
 
     def shard(self, unit: Unit, which: int) -> Shard:
         """The file of one of a unit's attacks."""
-        if unit.stage == "transfer":
+        if unit.stage in ("transfer", "saved"):
             probe = self.manifest["probes"][which]
             return Shard(unit.model, probe["label"], probe["eps"], 0, "checks")
         entry = self.entries[which] if unit.stage == "attack" else self.probes[unit.model][which]
         return Shard(unit.model, entry.label, entry.eps, unit.chunk, "shards" if unit.stage == "attack" else "checks")
 
-    def is_ready_for_transfer(self) -> bool:
-        """Whether every unit but transfer is done, whoever did it; files are counted, not opened."""
+    def is_ready_for_last(self) -> bool:
+        """Whether every unit but those of `last` is done, whoever did it; files are counted, not opened."""
         for model in self._counts:
             chunks = set(self._chunks(model))
             examples = [*self._shards(model), Shard(model, "clean", None, 0, "clean")]

@@ -195,7 +195,7 @@ def _manifest(
         "config": suite.config(),
         "attacks": describe_attacks(entries, suite.baselines(inputs.kinds)),
         "models": models,
-        "probes": planned_probes(suite, models) if suite.checks else [],
+        "probes": planned_probes(suite, models, entries) if suite.checks else [],
         "warnings": [],
         "sessions": [],
     }
@@ -245,9 +245,9 @@ def _everything(plan: Plan, share: Share | None, engine: Engine, progress: bool,
             if share is not None and not _is_ready(plan):
                 return "part"
             _compact(plan, say)
-            if plan.suite.checks and (transfers := _left(plan)):
+            if plan.suite.checks and (last := _left(plan)):
                 bar.set_description("trust checks")
-                engine(transfers, plan, lambda *_: None, say)
+                engine(last, plan, lambda *_: None, say)
     except KeyboardInterrupt:
         return "interrupted"
     return "complete"
@@ -262,12 +262,12 @@ def _compact(plan: Plan, say: Callable[[str], None]) -> None:
 
 def _is_ready(plan: Plan) -> bool:
     with plan.folder.at_once():
-        return plan.is_ready_for_transfer()
+        return plan.is_ready_for_last()
 
 
 def _left(plan: Plan) -> list[Unit]:
     with plan.folder.at_once():
-        return plan.transfers()
+        return plan.last()
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from orthattack.eval.attacks.kind import AttackKind, Conditions
 from orthattack.eval.checks.clean import CLEAN_COLUMNS, clean_suspicions
-from orthattack.eval.checks.probes import TRANSFER
+from orthattack.eval.checks.probes import SAVED, TRANSFER
 from orthattack.eval.data.dataset import ImageDataset
 from orthattack.eval.data.prefetch import Decoder
 from orthattack.eval.errors import EvaluationError
@@ -121,9 +121,13 @@ class Worker:
             part.attack(self._bound(part.job, probes[which]), attack_misclassified=False)
 
     def _transfer(self, unit: Unit, part: Part) -> None:
-        """Try a model on the adversarials that the checks made for the others."""
+        """Try a model on the adversarials that the checks made for the others, or on its own as they were saved."""
+        suite, folder = self._plan.suite, self._plan.folder
         for which in unit.wanted:
             probe = self._plan.manifest["probes"][which]
-            other = probe["label"].removeprefix(TRANSFER)
-            adversarials = dict(self._plan.folder.images(other, "PGD", probe["eps"], kind="checks"))
-            part.transfer(probe["label"], probe["eps"], self._plan.suite.norm, adversarials)
+            label, eps = probe["label"], probe["eps"]
+            if unit.stage == "saved":
+                stored = folder.images(unit.model, label.removeprefix(SAVED), eps)
+            else:
+                stored = folder.images(label.removeprefix(TRANSFER), "PGD", eps, kind="checks")
+            part.transfer(label, eps, probe.get("norm", suite.norm), dict(stored))

@@ -139,7 +139,8 @@ class _Attack(_Record):
 class _Probe(_Record):
     model: str
     label: str
-    eps: _Eps
+    eps: _Eps | None
+    norm: Norm | None = None
 
 
 class _Config(_Record):

@@ -14,8 +14,10 @@ from PIL import Image
 
 from orthattack import OrthoPGD
 from orthattack.eval.checks.assess import assess
+from orthattack.eval.checks.probes import SAVED
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.report.text import leaderboard_table, markdown
+from orthattack.eval.storage.run_folder import Shard
 from tests.eval.tiny import EPS, Net, dataset, evaluated, images_of
 
 ATTACKS = [
@@ -97,6 +99,29 @@ def test_the_checks_recompute_the_integers_from_the_files_and_find_a_changed_pix
             found()
     finally:
         path.write_bytes(content)
+
+
+def test_the_checks_ask_the_model_about_the_files(tmp_path):
+    """One that was replaced by the clean image before they do is not what was judged."""
+
+    def found():
+        run = evaluated(tmp_path, ["OrthoPGD"], levels=256, checks=True, check_images=2)
+        (check,) = (c for c in assess(run.folder, run.manifest) if c.check == "saved images are exact in 8 bits")
+        return run, check
+
+    run, check = found()
+    assert check.status == "passed"
+    rows = run.folder.read("shards", "net", "OrthoPGD", EPS)
+    right = int((rows["status"] == "ok").sum())
+    assert check.figures.endswith(f"the model's prediction is the same for {right} of {right}")
+    changed = rows[rows["adversarial_prediction"] != rows["clean_prediction"]]["position"].min()
+    (path,) = run.folder.path.glob(f"images/*/OrthoPGD/*/*{changed:06d}.png")
+    (clean,) = run.folder.path.glob(f"images/*/clean/**/*{changed:06d}.png")
+    path.write_bytes(clean.read_bytes())
+    (run.folder.path / Shard("net", f"{SAVED}OrthoPGD", EPS, 0, "checks").path).unlink()
+    run, check = found()
+    assert check.status == "warned"
+    assert check.figures.endswith(f"the model's prediction is the same for {right - 1} of {right}")
 
 
 def test_the_report_says_so(run):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from orthattack.eval.checks.probes import TRANSFER
+from orthattack.eval.checks.probes import SAVED, TRANSFER
 from orthattack.eval.running.plan import GALLERY, Plan, Todo, Unit
 from orthattack.eval.storage.run_folder import RunFolder, Shard
 from orthattack.eval.storage.schema import CLEAN_SCHEMA, ROW_SCHEMA
@@ -157,18 +157,29 @@ def test_files_are_where_their_unit_says(folder):
 
 def test_transfer_comes_when_all_else_is_there(folder):
     plan = planned(folder)
-    assert plan.transfers() == [Unit("a", "transfer", 0, (1,)), Unit("b", "transfer", 0, (3,))]
+    assert plan.last() == [Unit("a", "transfer", 0, (1,)), Unit("b", "transfer", 0, (3,))]
     units = plan.todo().units
     for unit in units:
-        assert not plan.is_ready_for_transfer()
+        assert not plan.is_ready_for_last()
         do(folder, plan, unit)
-    assert plan.is_ready_for_transfer()
+    assert plan.is_ready_for_last()
     for shard in (plan.shard(units[2], 0), plan.shard(units[3], 1), Shard("b", "clean", None, 0, "clean")):
         path = folder.path / shard.path
         path.rename(path.with_suffix(".away"))
-        assert not plan.is_ready_for_transfer()
+        assert not plan.is_ready_for_last()
         path.with_suffix(".away").rename(path)
     do(folder, plan, Unit("a", "transfer", 0, (1,)))
-    assert plan.transfers() == [Unit("b", "transfer", 0, (3,))]
-    assert planned(folder, checks=False).transfers() == []
-    assert planned(folder, checks=False).is_ready_for_transfer()
+    assert plan.last() == [Unit("b", "transfer", 0, (3,))]
+    assert planned(folder, checks=False).last() == []
+    assert planned(folder, checks=False).is_ready_for_last()
+
+
+def test_images_saved_in_8_bits_are_tried_when_all_else_is_there(folder):
+    plan = planned(folder, save_images="all")
+    plan.manifest["probes"].append({"model": "a", "label": f"{SAVED}FGSM", "eps": 0.1, "norm": "linf"})
+    unit = Unit("a", "saved", 0, (4,))
+    assert plan.last() == [Unit("a", "transfer", 0, (1,)), unit, Unit("b", "transfer", 0, (3,))]
+    assert list(plan.positions(unit)) == list(range(10))
+    assert plan.shard(unit, 4) == Shard("a", f"{SAVED}FGSM", 0.1, 0, "checks")
+    do(folder, plan, unit)
+    assert unit not in plan.last()
