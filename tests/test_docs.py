@@ -111,7 +111,10 @@ def parses(command: str) -> bool:
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in ("cluster", "tutorial"))) for path in STORIES],
+    [
+        pytest.param(path, marks=[pytest.mark.slow] * (path.stem in ("cluster", "tutorial", "invariants")))
+        for path in STORIES
+    ],
     ids=name,
 )
 def test_the_story_runs(path, tmp_path, monkeypatch, capsys):

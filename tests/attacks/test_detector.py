@@ -52,20 +52,21 @@ def guarded() -> tuple[nn.Module, nn.Module, float, Tensor, Tensor]:
     classifier = load_classifier("cifar10-standard")
     model = classifier.model
     (batch,) = load_dataset("cifar10-samples", classifier).batches(20, classifier.preprocessing)
-    clean = patches()
+    pieces = patches()
+    clean = pieces[torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0))[:200]]
     with torch.no_grad():
         labels = model(clean).argmax(1)
     generator = torch.Generator().manual_seed(0)
-    attack = PGD(model, eps=EPS, steps=4, generator=generator)
+    attack = PGD(model, eps=EPS, steps=3, generator=generator)
     attacked = torch.cat([attack(x, y) for x, y in zip(clean.split(100), labels.split(100), strict=True)])
     with torch.random.fork_rng():
         torch.manual_seed(0)
         detector = Detector()
         optimizer = torch.optim.Adam(detector.parameters(), lr=5e-3)
         for _ in range(120):
-            rows = torch.randint(len(clean), (32,))
+            rows = torch.randint(len(clean), (16,))
             scores = detector(torch.cat([clean[rows], attacked[rows]])).squeeze(1)
-            truth = torch.arange(64) >= 32
+            truth = torch.arange(32) >= 16
             loss = functional.binary_cross_entropy_with_logits(scores, truth.float())
             optimizer.zero_grad()
             loss.backward()

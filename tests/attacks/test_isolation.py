@@ -608,8 +608,9 @@ def at_once(calls: list[Callable[[], object]]) -> list[object]:
     return found
 
 
-def test_threads_attack_one_model_as_one_thread_would(images, labels):
-    """200 trials of two and three threads: different attacks, the same attack twice, a model that shares layers."""
+@pytest.mark.parametrize("trials", [50, pytest.param(200, marks=pytest.mark.slow)])
+def test_threads_attack_one_model_as_one_thread_would(images, labels, trials):
+    """Two and three threads: different attacks, the same attack twice, a model that shares layers."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Flatten(), nn.Linear(75, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
     model[1].bias.requires_grad_(False)
@@ -624,7 +625,7 @@ def test_threads_attack_one_model_as_one_thread_would(images, labels):
     expected = [call() for call in calls]
     before = [(name, value.clone()) for name, value in model.state_dict().items()]
     numbers = torch.get_rng_state()
-    for trial in range(200):
+    for trial in range(trials):
         chosen = [trial % 4, (trial // 4) % 4, 1][: 2 + trial % 2]
         for k, found in zip(chosen, at_once([calls[k] for k in chosen]), strict=True):
             assert isinstance(found, AttackResult), found

@@ -93,8 +93,15 @@ KEPT = {"8×8 block means kept": ("block8", "constant"), "luma of each pixel kep
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("words", KEPT)
-@pytest.mark.parametrize("name", [*FAMILY, "MinimumNorm"])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        # In the fast lane every attack keeps one of them.
+        pytest.param(name, words, marks=[pytest.mark.slow] * ((k + list(KEPT).index(words)) % 2))
+        for k, name in enumerate([*FAMILY, "MinimumNorm"])
+        for words in KEPT
+    ],
+)
 def test_every_attack_keeps_block_means_and_luma(trained, name, words):
     """As pooling and a grey image have them, for each norm in turn."""
     model, images, labels = (part[:6] if isinstance(part, Tensor) else part for part in trained)
@@ -219,16 +226,23 @@ def test_every_loss_fools(trained, attack, loss):
     assert robust(model, attack(model, eps=EPS, loss=loss)(images, labels), labels) < robust(model, images, labels)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+RULES = [
+    ("MIFGSM", {"steps": 10}),
+    ("NIFGSM", {"steps": 10}),
+    ("APGD", {"steps": 15}),
+    ("APGD", {"steps": 15, "loss": "dlr"}),
+    ("PGD", {"steps": 10, "schedule": "cosine"}),
+    ("PGD", {"steps": 10, "momentum": 0.75}),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "options", "norm"),
     [
-        ("MIFGSM", {"steps": 10}),
-        ("NIFGSM", {"steps": 10}),
-        ("APGD", {"steps": 15}),
-        ("APGD", {"steps": 15, "loss": "dlr"}),
-        ("PGD", {"steps": 10, "schedule": "cosine"}),
-        ("PGD", {"steps": 10, "momentum": 0.75}),
+        # In the fast lane every rule in one norm.
+        pytest.param(name, options, norm, marks=[pytest.mark.slow] * ((j + k) % 3 > 0))
+        for j, (name, options) in enumerate(RULES)
+        for k, norm in enumerate(("linf", "l2", "l1"))
     ],
     ids=str,
 )

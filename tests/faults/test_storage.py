@@ -165,10 +165,19 @@ def test_an_object_store_holds_a_run_and_its_report(tmp_path, plain):
         assert (tmp_path / "report.html").read_text() == (plain.folder.path / "report.html").read_text() or (
             "<html" in (tmp_path / "report.html").read_text()
         )
+        assert not RunFolder("memory://bucket/run").create_manifest({"another": 1})
+    finally:
+        MemoryFileSystem.store.clear()
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_run_in_an_object_store(plain):
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
+    try:
         shards = [evaluate(MODEL, DATA, ATTACKS, out="memory://b/s", shard=(i, 2), **OPTIONS) for i in (1, 2)]
         assert [shard.status for shard in shards] == ["interrupted", "complete"]
         assert_same(plain, shards[1])
-        assert not RunFolder("memory://bucket/run").create_manifest({"another": 1})
     finally:
         MemoryFileSystem.store.clear()
 
@@ -221,12 +230,9 @@ def test_a_disk_that_is_full_ends_the_run_with_what_is_finished_and_goes_on(tmp_
     assert len(RunFolder(tmp_path / "r").read("shards", MODEL, "OrthoPGD", 8 / 255)) == 6
 
 
+@pytest.mark.slow  # files/test_disk.py has other damage in the fast lane
 @pytest.mark.parametrize(
-    "damage",
-    [
-        lambda data: data[:-1] + b"?",
-        *(pytest.param(cut, marks=pytest.mark.slow) for cut in (lambda data: data[: len(data) // 2], lambda data: b"")),
-    ],
+    "damage", [lambda data: data[:-1] + b"?", lambda data: data[: len(data) // 2], lambda data: b""]
 )
 def test_a_truncated_file_is_made_again_and_kept_aside(tmp_path, plain, damage):
     run = evaluate(MODEL, DATA, ATTACKS, out=tmp_path / "run", **{**OPTIONS, "check_images": 1})

@@ -23,7 +23,7 @@ def standard() -> Trained:
     return loaded("cifar10-standard")
 
 
-@pytest.fixture(scope="session", params=["cifar10-standard", "cifar10-robust"])
+@pytest.fixture(scope="session", params=["cifar10-standard", pytest.param("cifar10-robust", marks=pytest.mark.slow)])
 def trained(request) -> Trained:
     return loaded(request.param)
 

@@ -201,10 +201,16 @@ def test_what_is_lost_on_real_images_is_little(scope, normal, least):
     assert (gain > least * ideal).all()
 
 
-@pytest.mark.parametrize("norm", list(RADII))
 @pytest.mark.parametrize(
-    ("scope", "directions"),
-    [("image", ()), ("channel", ()), ("image", ("constant",)), ("image", ("channel-constant",))],
+    ("norm", "scope", "directions"),
+    [
+        # In the fast lane every norm and every kind of planes.
+        pytest.param(norm, scope, directions, marks=[pytest.mark.slow] * ((j + k) % 3 > 0))
+        for j, norm in enumerate(RADII)
+        for k, (scope, directions) in enumerate(
+            [("image", ()), ("channel", ()), ("image", ("constant",)), ("image", ("channel-constant",))]
+        )
+    ],
 )
 def test_the_fixed_trials_of_a_gpu_are_as_exact_and_lose_no_image(monkeypatch, norm, scope, directions):
     """There nothing is asked of the values; here the same is done without asking."""

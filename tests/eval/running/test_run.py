@@ -79,8 +79,11 @@ def everyone(tmp_path_factory):
     """All kinds of attacks on 12 images, in chunks and batches that do not divide them."""
     path = tmp_path_factory.mktemp("run") / "all"
     chosen = suite(attacks=EVERYONE)
+    state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     folder, done = start(path, chosen)
     assert done
+    assert torch.equal(state, torch.get_rng_state())
+    assert np.array_equal(numpy_state, np.random.get_state()[1])
     return folder, chosen
 
 
@@ -180,12 +183,10 @@ def test_torchattacks_are_run_at_the_same_eps_and_steps(tmp_path):
         assert rows["gradient_calls"].min() >= 3
 
 
-def test_a_run_repeats_and_leaves_the_global_random_state_alone(everyone, tmp_path):
+@pytest.mark.slow  # a run that stops and resumes repeats itself too
+def test_a_run_repeats(everyone, tmp_path):
     folder, chosen = everyone
-    state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     start(tmp_path / "again", chosen)
-    assert torch.equal(state, torch.get_rng_state())
-    assert np.array_equal(numpy_state, np.random.get_state()[1])
     assert_same(contents(folder.path), contents(tmp_path / "again"))
 
 
@@ -235,7 +236,7 @@ def test_a_finished_run_is_not_run_again(everyone, monkeypatch):
     [KeyboardInterrupt(), pytest.param(OSError(28, "No space left on device"), marks=pytest.mark.slow)],
 )
 def test_a_run_that_stops_goes_on_and_ends_as_if_it_had_not(tmp_path, monkeypatch, error):
-    chosen = suite(attacks=["FGSM", "OrthoPGD", "foolbox:LinfPGD"])
+    chosen = suite(attacks=["OrthoPGD", "foolbox:LinfPGD"])
     whole, _ = start(tmp_path / "whole", chosen)
     write, count = RunFolder.write, 0
 

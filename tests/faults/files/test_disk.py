@@ -64,7 +64,7 @@ def test_a_full_disk_keeps_what_is_finished_and_the_same_command_goes_on(small_d
     assert times == {key: after[key] for key in times}  # not computed again
 
 
-@pytest.mark.parametrize("limit", [6000, IMAGES // 2])
+@pytest.mark.parametrize("limit", [6000, pytest.param(IMAGES // 2, marks=pytest.mark.slow)])
 def test_a_file_that_may_not_grow_is_like_a_full_disk(tmp_path, whole, orthattack, limit):
     """The kernel's limit for a file's size, which needs no rights: below a shard of rows, and of images."""
     path = tmp_path / "run"
@@ -169,7 +169,10 @@ def copied(whole, tmp_path) -> Path:
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "damage",
+    [pytest.param(damage, marks=[pytest.mark.slow] * (damage in (drop_column, emptied))) for damage in DAMAGES],
+)
 def test_a_damaged_shard_is_made_again_and_the_others_are_not(copied, whole, orthattack, damage):
     shards = [path for path in sorted(copied.rglob("*.parquet")) if "shards" in path.parts]
     broken = shards[1]
