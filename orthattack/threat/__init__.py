@@ -24,7 +24,7 @@ from orthattack.projection import (
     remove_directions,
     scope_dims,
 )
-from orthattack.threat.levels import grid_units, levels_of, radius_in_levels
+from orthattack.threat.levels import LUMA, grid_units, levels_of, radius_in_levels
 from orthattack.threat.norms import BALLS, Norm, perturbation_norm
 from orthattack.threat.region import Region
 
@@ -38,9 +38,6 @@ Direction = Literal["constant", "channel-constant", "luma"] | Tensor | Callable[
 
 NAMED = {"normal": ("image", "constant", "luma"), "directions": ("constant", "channel-constant", "luma")}
 """The normals and directions that have names."""
-
-LUMA = (0.299, 0.587, 0.114)
-"""The weights of red, green and blue in the luma of ITU-R BT.601, which is JPEG's and PIL's grey."""
 
 
 class _Directions(tuple[Any, ...]):
@@ -87,8 +84,8 @@ class ThreatModel:
             the images (N, C, H, W) that returns (N, C, H, W). Where it is zero in a whole vector, that one is free.
         levels: what the images are stored with, from 2 to 65536, such as 256 for 8 bits; None: any number will do.
             Images and adversarials then have the values low + k (high - low) / (levels - 1), and all of the above
-            holds for the integers k, orthogonality as an exact 0. Not with colours (``scope="pixel"``), luma, tensors
-            and functions, to which too few small integers are orthogonal.
+            holds for the integers k, orthogonality as an exact 0. Not with colours and luma of a pixel, tensors and
+            functions, to which too few small integers are orthogonal.
 
     Raises:
         ValueError: an option outside these.
@@ -136,16 +133,23 @@ class ThreatModel:
             return None
         if not isinstance(levels, int) or isinstance(levels, bool) or not 2 <= levels <= 65536:
             raise ValueError(f"levels must be an integer from 2 to 65536, such as 256 for 8 bits; got {levels!r}")
-        unknown = [v for v in (self.normal, *self.directions) if not isinstance(v, str) or v == "luma"]
+        unknown = [v for v in (self.normal, *self.directions) if not isinstance(v, str)]
         if unknown:
             raise ValueError(
-                f"levels leaves too few integers that are orthogonal to {_name(unknown[0])}: use the normals 'image' "
-                "and 'constant', and 'constant' and 'channel-constant' in directions"
+                f"levels leaves too few integers that are orthogonal to {_name(unknown[0])}: use the normals 'image', "
+                "'constant' and 'luma', and 'constant' and 'channel-constant' in directions"
             )
-        if self.scope == "pixel" and self.normal == "image":
+        if "luma" in self.directions or (self.normal == "luma" and self.directions):
             raise ValueError(
-                'levels cannot be combined with scope="pixel": next to no small integers are orthogonal to the values '
-                'of a pixel. Use scope="image" or "channel", or normal="constant"'
+                'levels cannot be combined with \'luma\' beside others: use scope="image", normal="luma" alone'
+            )
+        if self.scope == "pixel" and self.normal != "constant":
+            why = (
+                "15 levels are the least that leave luma" if self.normal == "luma" else "few leave the product with it"
+            )
+            raise ValueError(
+                f'levels cannot be combined with scope="pixel": next to no small changes of a pixel are orthogonal to '
+                f'its colour ({why}). Use scope="image" or "channel", or normal="constant"'
             )
         if self.scope is not None and self.normal == "image":
             grid_units(levels, self.bounds)
@@ -223,7 +227,10 @@ class ThreatModel:
         if self.scope is not None and self.normal == "image":
             shift, scale = grid_units(self.levels, self.bounds)
             x = scale * k + shift
-        return perturbation_norm(d, self.norm) * unit, self.cosine(d, x)
+        of = self
+        if self.normal == "luma":  # in thousandths, whole numbers too
+            of, x = replace(self, normal="image", levels=None), (1000 * self.normals(x)).round()
+        return perturbation_norm(d, self.norm) * unit, of.cosine(d, x)
 
     def tangent(self, gradient: Tensor, images: Tensor) -> Tensor:
         """`gradient` without its components along the normals and the directions, (N, C, H, W): the textbook
@@ -318,7 +325,7 @@ def _named(name: str, images: Tensor) -> Tensor:
     if name == "luma":
         if images.shape[1] != 3:
             raise ValueError(f"luma is of red, green and blue; the images have {images.shape[1]} channels")
-        return torch.tensor(LUMA, dtype=images.dtype, device=images.device).view(1, 3, 1, 1)
+        return torch.tensor(LUMA, dtype=images.dtype, device=images.device).view(1, 3, 1, 1) / 1000
     return torch.ones_like(images)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,13 +23,18 @@ if TYPE_CHECKING:
     from orthattack.threat import ThreatModel
     from orthattack.threat.norms import Norm
 
-__all__ = ["Grid", "grid_units", "level_values", "levels_of", "radius_in_levels", "snapped"]
+__all__ = ["LUMA", "Grid", "grid_units", "level_values", "levels_of", "radius_in_levels", "snapped"]
+
+LUMA = (299, 587, 114)
+"""Thousandths of red, green and blue in the luma of ITU-R BT.601, which is JPEG's and PIL's grey."""
 
 _IMAGE = scope_dims("image")
 # How many pixels of a group a trial looks at and may move, and among how many of each kind the last moves are sought.
 _LOOKED, _MOVED, _LAST, _FORCED = 4096, 512, 32, 4
 # How often all pixels are tried for a group that nothing else has helped.
 _TRIALS = 40
+# Luma: how large an excess is taken off at once, and by how many moves at most, of one colour too.
+_OFF, _COINS = 600, 27
 # For how many rows at a time, each of which takes half a megabyte.
 _CHUNK = 512
 # A radius may be this much too small for the integer it stands for, as 4/255 is in float32.
@@ -124,8 +130,12 @@ class Grid:
         self._reach = min(float(self._radius.max()), self._top) if len(images) > 0 else 0.0
         self._shift, self._scale, self._scope = 0, 1, threat.scope
         self._normal = threat.normal if threat.scope is not None else None
+        self._weights: tuple[int, ...] = ()
+        if self._normal == "luma":
+            self._weights = (1, 1, 1) if self._scope == "channel" else LUMA
         if self._normal == "image":
             self._shift, self._scale = grid_units(threat.levels, threat.bounds)
+        self._largest = max(self._scale * self._top + abs(self._shift), 0, *self._weights)
         sums = threat._more
         # The stronger sums where channels are on their own: pairs within a channel can then always reach the rest.
         by_channel = "channel-constant" in sums or threat.scope == "channel"
@@ -169,8 +179,9 @@ class Grid:
         """
         order, k, top = BALLS[self._norm].order, self._k, self._top
         # For the last few moves of the repair, most by a level from 0, a little of the ball is kept back.
-        keep = 8.0 if self._is_bound else 0.0
+        keep = 0.0 if not self._is_bound else _COINS if self._weights else 8.0
         radius = self._radius.double()
+        stays = self._is_settled(target, radius)
         radius = torch.maximum(radius.pow(order) - order * keep, 0.9 * radius.pow(order)).pow(1 / order)
         wanted = torch.minimum(length(target, order), radius)
 
@@ -197,8 +208,21 @@ class Grid:
             best, found = search(0.87 * near, 1.15 * near, wanted, 7)
         if not asks(target) or not bool((found | (largest == 0)).all()):
             best = torch.where(found, best, search(low, high, wanted, 12)[0])
-        target.mul_(best.to(target.dtype))
+        target.mul_(torch.where(stays, 1, best).to(target.dtype))
         return target.round().add_(k).clamp_(0, top).sub_(k)
+
+    def _is_settled(self, target: Tensor, radius: Tensor) -> Tensor:
+        """(N, 1, 1, 1) whether d is on the grid and keeps all there is to keep: of its ball nothing is kept back."""
+        d = target.round()
+        found = ((target - d).abs().amax(_IMAGE, keepdim=True) < 1e-3) & (
+            length(d, BALLS[self._norm].order) <= radius * (1 + 1e-7)
+        )
+        if self._is_bound and not (asks(d) and not bool(found.any())):
+            for n, scope in ((torch.ones_like(d), self._sums), (self._normals(), self._normal and self._scope)):
+                if scope is not None:
+                    kept = self._product(d, n, scope) == 0
+                    found = found & kept.view(len(d), -1).all(1).view(-1, 1, 1, 1)
+        return found
 
     @property
     def _is_bound(self) -> bool:
@@ -208,6 +232,8 @@ class Grid:
         """What d is orthogonal to, in whole numbers."""
         if self._normal == "image":
             return self._k if (self._scale, self._shift) == (1, 0) else self._scale * self._k + self._shift
+        if self._weights:
+            return self._k.new_tensor(self._weights).view(1, 3, 1, 1).expand_as(self._k)
         return torch.ones_like(self._k)
 
     def _balance(self, d: Tensor, target: Tensor) -> None:
@@ -234,7 +260,10 @@ class Grid:
             rows, goal, normal, k = (_rows(t[:, part], inner) for t in (d, target, n, self._k))
             radius = self._radius.view(-1, 1).repeat_interleave(len(rows) // len(d), 0)
             wide = 1 if self._norm == "linf" else 4  # few may be moved towards 0 where most are there
-            excess = _moved(excess, rows, goal, normal, self._limits(k, radius), sums is not None, wide)
+            limits = self._limits(k, radius)
+            excess = _moved(excess, rows, goal, normal, limits, sums is not None, wide)
+            if self._weights:
+                excess = _exchanged(excess, rows, goal - k, normal, limits(rows, slice(None), slice(None))[1])
             if is_fine(inner):
                 d.copy_(_unrolled(rows, d, inner).clone())  # of one pixel, rows are d itself
         found = excess == 0
@@ -244,7 +273,7 @@ class Grid:
 
     def _product(self, d: Tensor, n: Tensor, scope: Scope) -> Tensor:
         """⟨d, n⟩ of each row, exact, float64 (R, 1)."""
-        largest = self._reach * (self._scale * self._top + abs(self._shift)) * d.shape[-1]
+        largest = self._reach * self._largest * d.shape[-1]
         dims = None if is_fine(scope) else scope_dims(scope)
         if dims is not None and largest < 2**24:
             return total(d * n, dims).double().view(-1, 1)
@@ -383,6 +412,43 @@ def _last(excess: Tensor, d: Tensor, target: Tensor, n: Tensor, limits: Ends, pa
             at_most = (nth - 1).clamp(min=0)
             change.scatter_add_(1, index.gather(1, at_most), way.gather(1, at_most) * (better & (nth > 0)))
     return torch.where(better, excess.sign() * left, excess), change
+
+
+@cache
+def _fewest() -> list[tuple[int, ...]]:
+    """Of every excess from -_OFF to _OFF, the fewest moves of red, green and blue by a level that take it off luma."""
+    found, seen = {0: (0, 0, 0)}, [0]
+    for excess in seen:  # which grows
+        for channel, weight in enumerate(LUMA):
+            for way in (1, -1):
+                other = excess - way * weight
+                if abs(other) <= 3 * _OFF and other not in found:
+                    moves = list(found[excess])
+                    moves[channel] += way
+                    found[other] = (moves[0], moves[1], moves[2])
+                    seen.append(other)
+    return [found[excess] for excess in range(-_OFF, _OFF + 1)]
+
+
+def _exchanged(excess: Tensor, d: Tensor, target: Tensor, n: Tensor, limits: Ends) -> Tensor:
+    """Take off the excess (R, 1) of luma, where `_moved`, which moves three at a time, ends a little off: in rows d
+    (R, m), in place, by the fewest moves that do, of the cheapest entries of each colour. Returns what is left."""
+    fits = excess.abs() <= _OFF
+    table = torch.tensor(_fewest(), device=d.device)
+    wanted = table[torch.where(fits, excess, 0).long().squeeze(1) + _OFF]
+    change, ok = torch.zeros_like(d), fits
+    for channel, weight in enumerate(LUMA):
+        times = wanted[:, channel : channel + 1]
+        way = times.sign().to(d.dtype)
+        moved = d + way
+        allowed = (n == weight) & (moved >= limits[0]) & (moved <= limits[1])
+        cost = torch.where(allowed, -way * (target - d), torch.inf)
+        cost, at = cost.topk(min(_COINS, d.shape[1]), largest=False)
+        used = torch.arange(cost.shape[1], device=d.device) < times.abs()
+        ok = ok & (used.sum(1, keepdim=True) == times.abs()) & ((cost < torch.inf) | ~used).all(1, keepdim=True)
+        change.scatter_add_(1, at, way * used)
+    d.add_(change * ok)
+    return torch.where(ok, 0, excess)
 
 
 Moves = tuple[Tensor, Tensor, Tensor, Tensor]

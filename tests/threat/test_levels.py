@@ -55,7 +55,9 @@ def assert_exact(threat: ThreatModel, k: torch.Tensor, points: torch.Tensor) -> 
     assert (size <= (radius**2 if threat.norm == "l2" else radius)).all()
     if threat.scope is not None:
         shift, scale = grid_units(threat.levels, threat.bounds)
-        product = cut(d * (scale * k + shift if threat.normal == "image" else 1), threat.scope)
+        luma = torch.tensor([299, 587, 114]).view(1, 3, 1, 1)
+        n = scale * k + shift if threat.normal == "image" else luma if threat.normal == "luma" else 1
+        product = cut(d * n, threat.scope)
         assert (product.sum(scope_dims(threat.scope)) == 0).all()
     if "constant" in threat.directions:
         assert (d.flatten(1).sum(1) == 0).all()
@@ -79,6 +81,9 @@ def assert_exact(threat: ThreatModel, k: torch.Tensor, points: torch.Tensor) -> 
             ("block2", "image"),
             ("block4", "constant"),
             ("pixel", "constant"),
+            ("image", "luma"),
+            ("block4", "luma"),
+            ("channel", "luma"),
         ]
     ),
     st.sampled_from([(), ("constant",), ("channel-constant",)]),
@@ -87,8 +92,9 @@ def assert_exact(threat: ThreatModel, k: torch.Tensor, points: torch.Tensor) -> 
 )
 def test_what_is_stored_keeps_every_promise_as_integers(kind, shape, norm, factor, what, directions, form, seed):
     (levels, bounds), (scope, normal) = form, what
-    if "block" in (scope or "") or scope == "pixel":
+    if "block" in (scope or "") or scope == "pixel" or normal == "luma":
         directions = ()
+    assume(normal != "luma" or shape[1] == 3)
     assume("block" not in (scope or "") or shape[-1] == 8)
     k = integers(kind, shape, levels, seed)
     images = level_values(levels, bounds, torch.empty(0))[k]
@@ -230,6 +236,30 @@ def test_the_fixed_trials_of_a_gpu_are_as_exact_and_lose_no_image(monkeypatch, n
     torch.testing.assert_close(gains[1], gains[0], rtol=0.02, atol=0)
 
 
+def test_no_small_integers_leave_luma():
+    """Why levels refuses it for each pixel: all d up to 15 are tried."""
+    d = torch.cartesian_prod(*[torch.arange(-15, 16)] * 3)
+    kept = d[(d @ torch.tensor([299, 587, 114]) == 0) & (d != 0).any(1)]
+    assert sorted(kept.tolist()) == [[-15, 9, -7], [15, -9, 7]]
+
+
+@pytest.mark.parametrize("norm", list(RADII))
+@pytest.mark.parametrize("scope", ["image", "block8"])
+def test_mean_luma_is_left_and_little_is_lost(norm, scope):
+    images = samples(4)
+    k = (images * 255).round().long()
+    gradient = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    eps = {"linf": 2 / 255, "l2": 2.0, "l1": 100.0}[norm]
+    threat = ThreatModel(norm, eps, scope=scope, normal="luma", levels=256)
+    free = ThreatModel(norm, eps, scope=None, levels=256)
+    gains = []
+    for model in (threat, free):
+        region = model.around(images)
+        d = assert_exact(model, k, region.stored(region.step(images, gradient, eps)))
+        gains.append((d * gradient).flatten(1).sum(1))
+    assert (gains[0] > 0.9 * gains[1]).all()
+
+
 def test_few_colours_have_small_integers():
     """Why levels refuses scope "pixel": all d are tried, for 20,000 colours of Foolbox's images."""
     images = samples(20)
@@ -260,7 +290,9 @@ def test_few_colours_have_small_integers():
             r"too few integers that are orthogonal to <lambda>\(images\)",
         ),
         ({"levels": 256, "normal": torch.ones(3, 8, 8)}, "too few integers that are orthogonal to a tensor"),
-        ({"levels": 256, "directions": ["luma"]}, "too few integers that are orthogonal to 'luma'"),
+        ({"levels": 256, "directions": ["luma"]}, 'beside others: use scope="image", normal="luma" alone'),
+        ({"levels": 256, "normal": "luma", "directions": ["constant"]}, "levels cannot be combined with 'luma' beside"),
+        ({"levels": 256, "scope": "pixel", "normal": "luma"}, "15 levels are the least that leave luma"),
         ({"levels": 256, "bounds": (-0.71, 2.3)}, "leave no integers to be orthogonal to"),
     ],
 )
