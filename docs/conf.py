@@ -52,6 +52,7 @@ NAVIGATION: dict[str, dict[str, list[str]]] = {
                 "pgd",
                 "mi-ni-fgsm",
                 "apgd",
+                "fab",
                 "square",
                 "autoattack",
                 "minimum-norm",

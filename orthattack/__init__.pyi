@@ -1,4 +1,5 @@
 from orthattack.attacks import APGD as APGD
+from orthattack.attacks import FAB as FAB
 from orthattack.attacks import FGSM as FGSM
 from orthattack.attacks import MIFGSM as MIFGSM
 from orthattack.attacks import NIFGSM as NIFGSM
@@ -9,6 +10,7 @@ from orthattack.attacks import DetectorEvasion as DetectorEvasion
 from orthattack.attacks import MinimumNorm as MinimumNorm
 from orthattack.attacks import OrthoAPGD as OrthoAPGD
 from orthattack.attacks import OrthoAutoAttack as OrthoAutoAttack
+from orthattack.attacks import OrthoFAB as OrthoFAB
 from orthattack.attacks import OrthoFGSM as OrthoFGSM
 from orthattack.attacks import OrthoMIFGSM as OrthoMIFGSM
 from orthattack.attacks import OrthoNIFGSM as OrthoNIFGSM

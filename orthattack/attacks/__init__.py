@@ -8,6 +8,8 @@ from orthattack.attacks.auto import OrthoAutoAttack as OrthoAutoAttack
 from orthattack.attacks.base import Attack as Attack
 from orthattack.attacks.base import Card as Card
 from orthattack.attacks.detector import DetectorEvasion as DetectorEvasion
+from orthattack.attacks.fab import FAB as FAB
+from orthattack.attacks.fab import OrthoFAB as OrthoFAB
 from orthattack.attacks.fgsm import FGSM as FGSM
 from orthattack.attacks.fgsm import OrthoFGSM as OrthoFGSM
 from orthattack.attacks.mifgsm import MIFGSM as MIFGSM

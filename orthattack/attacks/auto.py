@@ -1,94 +1,135 @@
-"""AutoAttack: gradient attacks with two losses and a query attack in sequence, each on what the others left."""
+"""AutoAttack: published attacks in sequence, each on what the others left."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 from torch import Tensor
 
-from orthattack.arguments import check_count
+from orthattack.arguments import check_choice, check_count, check_flag
 from orthattack.attacks.ascent import Climb
 from orthattack.attacks.base import Attack, GradientOptions
+from orthattack.attacks.fab import BoundarySearch
 from orthattack.attacks.rules import AutoStep
 from orthattack.attacks.scoring import NoGradientError
 from orthattack.attacks.square import SquareSearch
-from orthattack.attacks.task import Merit, Task
-from orthattack.losses import Goal, attack_loss
+from orthattack.attacks.task import AttackResult, Merit, Task
+from orthattack.losses import LossName, attack_loss
 from orthattack.models import Model
 from orthattack.threat import Norm
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+__all__ = ["AutoAttack", "OrthoAutoAttack", "Part", "Version"]
+
+Part = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"]
+Version = Literal["standard", "plus", "rand"]
+
+VERSIONS: dict[Version, tuple[Part, ...]] = {
+    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
+    "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
+    "rand": ("apgd-ce", "apgd-dlr"),
+}
+"""The published sequences."""
+
 
 @dataclass(frozen=True)
 class _Sequence:
-    """The clean image, APGD on the cross-entropy, APGD towards the likeliest other classes, random squares."""
+    """The clean image, then each part on what still stands."""
 
+    parts: tuple[Part, ...]
     steps: int
     targets: int
     queries: int
+    restarts: int
+    verbose: bool
     merit: Merit = "margin"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "targets", "queries"):
+        for name in ("steps", "targets", "queries", "restarts"):
             check_count(name, getattr(self, name))
+        check_flag("verbose", self.verbose)
 
     def options(self, eps: float | Tensor) -> dict[str, object]:  # noqa: ARG002
-        return {"steps": self.steps, "targets": self.targets, "queries": self.queries}
+        return {"steps": self.steps, "targets": self.targets, "queries": self.queries, "parts": list(self.parts)}
 
     def __call__(self, task: Task, start: Tensor | None = None) -> None:
         task = replace(task, early_stop=True)  # a sample that has fallen needs nothing more
-        images = task.region.images.to(task.region.dtype)
-        task.score(images.clone(), 0, with_gradient=False)
+        task.score(task.region.images.to(task.region.dtype).clone(), 0, with_gradient=False)
         if start is not None:
             task.score(start, 0, with_gradient=False)
-        if (left := task.unsolved()) is None:
-            return
-        try:
-            self._climb(task, left)
-        except NoGradientError:  # a model that autograd does not see through is what the squares are for
-            task.best.skip(left.index)
-        if (left := task.unsolved()) is not None:
-            SquareSearch(self.queries)(left, None)
+        self._tell(task, "the images themselves", time.perf_counter())
+        is_blind = False
+        for number, part in enumerate(self.parts):
+            if (left := task.unsolved()) is None:
+                return
+            began, fallen = time.perf_counter(), task.best.success.clone()
+            try:
+                if part == "square" or not is_blind:
+                    self._run(part, left)
+            except NoGradientError:  # a model that autograd does not see through is what the squares are for
+                if "square" not in self.parts:
+                    raise
+                is_blind = True
+                task.best.skip(left.index)
+            task.best.part.masked_fill_(task.best.success & ~fallen, number)
+            self._tell(task, part, began)
 
-    def _climb(self, task: Task, standing: Task) -> None:
-        """Both losses, on what is still `standing` of the task."""
-        climb = Climb(AutoStep(), self.steps, rate=2.0, random_start=True)
-        climb(replace(standing, loss=attack_loss("ce")), None)
-        if (left := task.unsolved()) is None:
+    def _run(self, part: Part, left: Task) -> None:
+        if part == "square":
+            SquareSearch(self.queries)(left, None)
             return
-        logits = left.oracle.logits(left.region.images.to(left.region.dtype), left.goal)
-        classes = logits.shape[1]
-        loss = attack_loss("dlr" if classes >= 4 else "margin")
-        if left.goal.labels is None:
-            climb(replace(left, loss=loss), None)
+        if part in ("fab", "fab-t"):
+            is_targeted = part == "fab-t"
+            BoundarySearch(self.steps, 1 if is_targeted else self.restarts, self.targets if is_targeted else None)(left)
             return
-        others = logits.scatter(1, left.goal.labels.unsqueeze(1), float("-inf"))
-        ranked = others.argsort(dim=1, descending=True, stable=True)
-        for k in range(min(self.targets, classes - 1)):
-            goal = Goal(left.goal.labels, ranked[:, k])
-            climb(replace(left, goal=goal, loss=loss), None)
+        goals = [left.goal]
+        loss: LossName = "ce"
+        if part != "apgd-ce":
+            classes = left.oracle.logits(left.region.images.to(left.region.dtype), left.goal).shape[1]
+            goals = left.towards(self.targets) if part == "apgd-t" else goals
+            loss = "dlr" if classes >= (3 if goals[0].targets is None else 4) else "margin"
+        restarts = 1 if part == "apgd-t" else self.restarts
+        climb = Climb(AutoStep(), self.steps, rate=2.0, random_start=True, restarts=restarts)
+        for goal in goals:
+            climb(replace(left, goal=goal, loss=attack_loss(loss)), None)
+
+    def _tell(self, task: Task, part: str, began: float) -> None:
+        if self.verbose:
+            n, standing = len(task.index), int((~task.best.success).sum())
+            taken = time.perf_counter() - began
+            said = f"robust accuracy after {part}: {standing / n:.2%} ({standing} of {n}; {taken:.1f} s)"
+            print(said, flush=True)  # noqa: T201
 
 
 class AutoAttack(Attack):
-    """A parameter-free sequence after Croce & Hein 2020 (arXiv:2003.01690), each part on the samples still standing:
+    """The ensemble of Croce & Hein 2020 (arXiv:2003.01690), nothing to tune, each part on the samples still standing.
 
-    1. the image itself, which may be misclassified already;
-    2. APGD on the cross-entropy;
-    3. APGD on the targeted DLR loss, towards each of the likeliest other classes in turn (the margin to them for a
-       model with fewer than 4 classes);
-    4. `Square`, which needs no gradient: what only it finds, the gradients were hiding.
+    The image itself comes first, which may be misclassified already; then the parts of a `version`:
 
-    The published sequence has FAB between 3 and 4; it is not part of this one. A sample is dropped from the batch at
-    the first point that fools the model. `AttackResult.loss` is the margin.
+    - "standard": APGD on the cross-entropy ("apgd-ce"), APGD on the DLR loss towards each of the likeliest other
+      classes ("apgd-t"), `FAB` towards each of them ("fab-t"), `Square` ("square"), which needs no gradient: what only
+      it finds, the gradients were hiding;
+    - "plus": APGD on the cross-entropy and on the untargeted DLR loss ("apgd-dlr") and FAB ("fab"), from 5 starts each,
+      Square, then "apgd-t" and "fab-t";
+    - "rand", for models that draw: APGD on the cross-entropy and on the DLR loss, with 20 `eot_samples`.
+
+    A sample is dropped from the batch at the first point that fools the model, and `AttackResult.part` says which part
+    found it. `AttackResult.loss` is the margin. For a model with too few classes for the DLR loss, it is the margin
+    that is climbed.
 
     Args:
         model: as for `PGD`, like `norm` and `eps`.
-        steps: gradient steps of each APGD, at least 1.
+        steps: gradient steps of each APGD and FAB, at least 1.
         targets: how many other classes to try, at least 1.
         queries: evaluations per sample by the query attack, at least 1.
+        version: which of the published sequences.
+        parts: other parts than the version's, in their order.
+        verbose: print robust accuracy and time after each part.
         **options: as for `PGD`; `loss` and `early_stop` make no difference.
     """
 
@@ -100,13 +141,41 @@ class AutoAttack(Attack):
         steps: int = 100,
         targets: int = 9,
         queries: int = 5000,
+        version: Version = "standard",
+        parts: Sequence[Part] | None = None,
+        verbose: bool = False,
         **options: Unpack[GradientOptions],
     ) -> None:
-        super().__init__(model, norm, eps, _Sequence(steps, targets, queries), **options)
+        check_choice("version", version, get_args(Version))
+        chosen = VERSIONS[version] if parts is None else checked_parts(parts)
+        restarts = 5 if version == "plus" or (version == "standard" and norm == "l1") else 1
+        if version == "rand":
+            options.setdefault("eot_samples", 20)
+        self.version = version
+        super().__init__(model, norm, eps, _Sequence(chosen, steps, targets, queries, restarts, verbose), **options)
+
+    def after_each_part(self, result: AttackResult) -> dict[str, float]:
+        """Robust accuracy of a result: of the "clean" images, and after each part."""
+        stood = ~result.success | (result.part >= 0)
+        found = {"clean": float(stood.double().mean())}
+        for number, part in enumerate(self.parts):
+            stood = stood & ~(result.success & (result.part == number))
+            found[part] = float(stood.double().mean())
+        return found
+
+
+def checked_parts(parts: object) -> tuple[Part, ...]:
+    """Names of parts; ValueError if one is none, or comes twice."""
+    known = get_args(Part)
+    if isinstance(parts, str) or not isinstance(parts, Sequence) or not parts or len(set(parts)) < len(parts):
+        raise ValueError(f"parts must be a list of one or more different ones of {', '.join(known)}; got {parts!r}")
+    for part in parts:
+        check_choice("each of parts", part, known)
+    return tuple(parts)
 
 
 class OrthoAutoAttack(AutoAttack, scope="image"):
-    """`AutoAttack` with every part orthogonal to the image: OrthoAPGD on both losses, then OrthoSquare.
+    """`AutoAttack` with every part orthogonal to the image.
 
     Args:
         model: arguments as for `AutoAttack`.

@@ -34,6 +34,8 @@ class AttackResult:
         zero_gradients: (N,) int64: at how many steps the loss had no usable gradient: zero, or not finite.
         forward_calls: (N,) int64: how often the model was evaluated on the sample.
         gradient_calls: (N,) int64: how often its gradient was.
+        part: (N,) int64: which part of a sequence, such as `AutoAttack.parts`, fooled the sample, from 0; -1: none, or
+            the image itself did.
     """
 
     adversarials: Tensor
@@ -45,6 +47,7 @@ class AttackResult:
     zero_gradients: Tensor
     forward_calls: Tensor
     gradient_calls: Tensor
+    part: Tensor
 
     def __eq__(self, other: object) -> bool:
         """Whether all of it is the same."""
@@ -120,9 +123,13 @@ class Best:
             5, n, dtype=torch.long, device=device
         )
         self.unanswered = torch.zeros_like(self.success)  # whether some point's margin was not finite
+        self.part = torch.full_like(self._steps, -1)
 
-    def offer(self, index: Tensor, points: Tensor, evaluation: Evaluation, step: int) -> None:
-        """Keep each of `points`, candidates of the samples at `index`, that beats what there is."""
+    def offer(
+        self, index: Tensor, points: Tensor, evaluation: Evaluation, step: int, allowed: Tensor | None = None
+    ) -> None:
+        """Keep each of `points`, candidates of the samples at `index` or `allowed` ones of them, that beats what there
+        is."""
         success, merit = evaluation.success, self._told(evaluation)
         loss = merit
         if self._loss is not None:
@@ -131,6 +138,7 @@ class Best:
         better = success & ~self.success[index]
         # The later of two equals: a confident model's loss is exactly 0 long before its gradient is.
         better |= (success == self.success[index]) & (merit >= self._merit[index])
+        better = better if allowed is None else better & allowed
         self._zero[index] += evaluation.unusable
         self.stuck[index] += evaluation.stuck
         self.unanswered[index] |= ~evaluation.margin.isfinite()
@@ -170,7 +178,7 @@ class Best:
         return AttackResult(
             self.adversarials, self.success, self._merit if self._loss is None else self._loss, self._steps,
             cosine, norm, self._zero, self._forwards,
-            self._gradients,
+            self._gradients, torch.where(self.success, self.part, -1),
         )  # fmt: skip
 
     def _told(self, evaluation: Evaluation) -> Tensor:
@@ -218,6 +226,7 @@ class Task:
         form: what is done to each direction before a step, for ``enforce="gradient"``.
         is_random: whether the model draws, so that a success is confirmed where it is found.
         on_step: who is told of every point that was scored.
+        limit: (n, 1, 1, 1) the radius of what may be found, where the region is larger than that; None: it is not.
     """
 
     oracle: Scorer
@@ -231,6 +240,7 @@ class Task:
     form: GradientForm | None = None
     is_random: bool = False
     on_step: OnStep | None = None
+    limit: Tensor | None = None
 
     @property
     def generator(self) -> torch.Generator:
@@ -252,14 +262,22 @@ class Task:
         solved = self.best.success[self.index] if self.early_stop else None
         if (self.is_random and solved is None) or self.best.by == "norm":
             solved = torch.zeros_like(self.index, dtype=torch.bool)
+        allowed = None
+        if self.limit is not None:  # what lies beyond it is asked about, and neither confirmed nor kept
+            allowed = self._norm(points) <= self.limit.flatten()
+            solved = ~allowed if solved is None else solved | ~allowed
         self.region.release()
         evaluation = self.oracle.evaluate(points, self.goal, self.loss, solved, with_gradient, step, self.draws)
-        self.best.offer(self.index, points, evaluation, step)
+        if allowed is not None:
+            evaluation = replace(evaluation, success=evaluation.success & allowed)
+        self.best.offer(self.index, points, evaluation, step, allowed)
         if self.on_step is not None:
-            norm = perturbation_norm(points.double() - self.region.images.double(), self.region.threat.norm)
             told = [t.clone() for t in (self.index, evaluation.success, evaluation.loss, evaluation.margin)]
-            self.on_step(ScoredStep(step, told[0], told[1], told[2], told[3], norm))
+            self.on_step(ScoredStep(step, told[0], told[1], told[2], told[3], self._norm(points)))
         return evaluation
+
+    def _norm(self, points: Tensor) -> Tensor:
+        return perturbation_norm(points.double() - self.region.images.double(), self.region.threat.norm)
 
     def gradient(self, points: Tensor) -> Tensor:
         """The loss's gradient (n, C, H, W) at any `points`: they need not be allowed, and are no candidates."""
@@ -270,11 +288,22 @@ class Task:
 
     def select(self, rows: Tensor) -> Task:
         """The task for the samples at `rows`, positions in this task, only."""
-        return replace(self, goal=self.goal.select(rows), region=self.region.select(rows), index=self.index[rows])
+        limit, region = None if self.limit is None else self.limit[rows], self.region.select(rows)
+        return replace(self, goal=self.goal.select(rows), region=region, index=self.index[rows], limit=limit)
 
     def random_start(self) -> Tensor:
         """A random point of the region, each sample's from its own stream if it was given one."""
         return self.region.random_start(self.streams.of(self.index) if self.streams.is_seeded else self.generator)
+
+    def towards(self, count: int) -> list[Goal]:
+        """Goals towards each of the `count` likeliest other classes of the images, the likeliest first; the goal as it
+        is if that is a target."""
+        if self.goal.labels is None:
+            return [self.goal]
+        logits = self.oracle.logits(self.region.images.to(self.region.dtype), self.goal)
+        others = logits.scatter(1, self.goal.labels.unsqueeze(1), float("-inf"))
+        ranked = others.argsort(dim=1, descending=True, stable=True)
+        return [Goal(self.goal.labels, ranked[:, k]) for k in range(min(count, logits.shape[1] - 1))]
 
     def unsolved(self) -> Task | None:
         """The task for the samples that no point fools yet, or None if there are none."""

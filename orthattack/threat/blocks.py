@@ -45,8 +45,8 @@ class Blocks:
     def step(self, start: Tensor, gradient: Tensor, alpha: Tensor) -> Tensor:
         return self._joined(self._plane.step(self._cut(start), self._cut(gradient), alpha))
 
-    def sparse_step(self, start: Tensor, gradient: Tensor, alpha: Tensor) -> Tensor:
-        return self._joined(self._plane.sparse_step(self._cut(start), self._cut(gradient), alpha))
+    def sparse_step(self, start: Tensor, gradient: Tensor, alpha: Tensor, count: Tensor | int | None = None) -> Tensor:
+        return self._joined(self._plane.sparse_step(self._cut(start), self._cut(gradient), alpha, count))
 
     def nearest(self, points: Tensor, shrink: Tensor | None = None) -> Tensor:
         return self._joined(self._plane.nearest(self._cut(points), shrink))

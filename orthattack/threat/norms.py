@@ -32,14 +32,14 @@ class Ball:
     Attributes:
         order: of `torch.linalg.vector_norm`.
         is_box: whether its ball is a box; the set of allowed points then lies in it.
-        step: the best step (allowed, start, gradient, alpha), which may leave the ball unless that is a box.
+        step: the best step (allowed, start, gradient, alpha, count), which may leave the ball unless that is a box.
         project: the nearest allowed point in the ball (allowed, points, radius), but for round-off.
         direction: a random direction (draw, shape), uniform on the ball's surface, or in it if that is a box.
     """
 
     order: float
     is_box: bool
-    step: Callable[[Allowed, Tensor, Tensor, Tensor], Tensor]
+    step: Callable[[Allowed, Tensor, Tensor, Tensor, Tensor | int | None], Tensor]
     project: Callable[[Allowed, Tensor, Tensor], Tensor]
     direction: Callable[[Callable[..., Tensor], Sequence[int]], Tensor]
 
@@ -58,21 +58,21 @@ BALLS: dict[Norm, Ball] = {
     "linf": Ball(
         order=torch.inf,
         is_box=True,
-        step=lambda allowed, start, g, alpha: allowed.step(start, g, alpha),
+        step=lambda allowed, start, g, alpha, _: allowed.step(start, g, alpha),
         project=lambda allowed, points, _: allowed.nearest(points),
         direction=lambda draw, shape: 2 * draw(shape) - 1,
     ),
     "l2": Ball(
         order=2,
         is_box=False,
-        step=lambda allowed, start, g, alpha: torch.addcmul(start, allowed.unit_tangent(g), alpha),
+        step=lambda allowed, start, g, alpha, _: torch.addcmul(start, allowed.unit_tangent(g), alpha),
         project=lambda allowed, points, radius: allowed.nearest_in_l2_ball(points, radius),
         direction=lambda draw, shape: draw(shape, torch.randn),
     ),
     "l1": Ball(
         order=1,
         is_box=False,
-        step=lambda allowed, start, g, alpha: allowed.sparse_step(start, g, alpha),
+        step=lambda allowed, start, g, alpha, count: allowed.sparse_step(start, g, alpha, count),
         project=lambda allowed, points, radius: allowed.nearest_in_l1_ball(points, radius),
         direction=_laplace,
     ),
@@ -162,7 +162,9 @@ def sparsity(points: Tensor) -> int:
     return max(1, round(0.01 * points[0].numel()))
 
 
-def greedy_step(points: Tensor, gradient: Tensor, alpha: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+def greedy_step(
+    points: Tensor, gradient: Tensor, alpha: Tensor, lower: Tensor, upper: Tensor, count: Tensor | int | None = None
+) -> Tensor:
     """The best L1 step in a box alone: see `sets.Allowed`.
 
     The pixels with the largest gradient take what they may, one after the other, until α is spent; those that tie for
@@ -170,10 +172,11 @@ def greedy_step(points: Tensor, gradient: Tensor, alpha: Tensor, lower: Tensor, 
     """
     gradient, _ = scaled(gradient, _IMAGE)
     room = torch.where(gradient > 0, upper - points, points - lower) * (gradient != 0)
-    size, limit = gradient.abs() * (room > 0), torch.minimum(room, alpha / sparsity(points))
+    count = sparsity(points) if count is None else count
+    size, limit = gradient.abs() * (room > 0), torch.minimum(room, alpha / count)
     spent = filled(size, limit, alpha)
     left = alpha - total(spent, _IMAGE)
-    if points.is_cuda or not bool((left <= 1e-6 * alpha).all()):
+    if points.is_cuda or not bool((left <= 1e-6 * alpha).all()):  # asking would stop the GPU
         spent = spent + filled(size, room - spent, left)
     return points + spent.copysign_(gradient)
 

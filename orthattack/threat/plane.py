@@ -132,7 +132,7 @@ class Plane:
         y = self._mixture(mix, bracket, start)
         return y if not y.is_cuda and bool(moves.all()) else torch.where(moves, y, start)
 
-    def sparse_step(self, start: Tensor, gradient: Tensor, alpha: Tensor, count: int | None = None) -> Tensor:
+    def sparse_step(self, start: Tensor, gradient: Tensor, alpha: Tensor, count: Tensor | int | None = None) -> Tensor:
         """See `sets.Allowed`; with a duality gap below 1e-4 of the optimum as a rule.
 
         A sample whose gradient is zero, or parallel to the image in every group, stays at s.
@@ -148,7 +148,8 @@ class Plane:
         move, spent = solve(g, up, down, alpha)
         y = self._settled((start + move * moves).clamp_(self.lower, self.upper), [self._box], start)
         short = moves & (spent < (1 - 1e-6) * alpha)
-        if count > 1 and (y.is_cuda or bool(short.any())):  # asking would stop the GPU
+        is_capped = isinstance(count, Tensor) or count > 1
+        if is_capped and (y.is_cuda or bool(short.any())):  # asking would stop the GPU
             y = torch.where(short, self.sparse_step(start, gradient, alpha, 1), y)
         return y
 

@@ -107,7 +107,10 @@ class Region:
         region._set(self.images[index], self._allowed.lower[index], self._allowed.upper[index], vectors, normals)
         return region
 
-    def step(self, points: Tensor, gradient: Tensor, alpha: Tensor | float, avoid: Tensor | None = None) -> Tensor:
+    def step(
+        self, points: Tensor, gradient: Tensor, alpha: Tensor | float, avoid: Tensor | None = None,
+        count: Tensor | int | None = None,
+    ) -> Tensor:  # fmt: skip
         """The step of size `alpha` from `points` that gains the most along `gradient` and stays in the region.
 
         L-infinity: the exact solution of the linear program::
@@ -118,9 +121,9 @@ class Region:
 
             max_y ⟨g, y⟩  subject to  ‖y - x_t‖₁ <= α,  |y - x_t| <= α/k,  bounds,  orthogonality
 
-        with k a hundredth of the pixels, where that lets α be spent, or else without it; then `project`, for the ball.
-        Where several vectors share pixels, L1 chooses these by the projected gradient and leaves orthogonality to
-        `project`. Where the gradient is zero, or parallel to the image, the points stay.
+        with k a hundredth of the pixels or `count`, where that lets α be spent, or else without it; then `project`, for
+        the ball. Where several vectors share pixels, L1 chooses these by the projected gradient and leaves
+        orthogonality to `project`. Where the gradient is zero, or parallel to the image, the points stay.
 
         Args:
             points: (N, C, H, W), in the region.
@@ -128,6 +131,7 @@ class Region:
             alpha: step size in pixel units and the threat model's norm; one number, or (N, 1, 1, 1).
             avoid: (N, C, H, W), one more direction that the step itself, y - x_t, is orthogonal to: exactly for
                 L-infinity, before the projection for the others. Not with scope "pixel" or blocks.
+            count: k, for L1 alone, at least 1; one number, or (N, 1, 1, 1).
 
         Returns:
             (N, C, H, W), in the region.
@@ -138,11 +142,13 @@ class Region:
         start, g = points.to(self.images.dtype), gradient.to(self.images.dtype)
         alpha = torch.as_tensor(alpha, dtype=start.dtype, device=start.device).expand(len(start), 1, 1, 1)
         if avoid is not None:
-            return self._step_avoiding(start, g, alpha, avoid.to(start).unsqueeze(1))
-        moved = self._ball.step(self._allowed, start, g, alpha)
+            return self._step_avoiding(start, g, alpha, avoid.to(start).unsqueeze(1), count)
+        moved = self._ball.step(self._allowed, start, g, alpha, count)
         return self._stored(moved) if self._ball.is_box else self.project(moved)
 
-    def _step_avoiding(self, start: Tensor, g: Tensor, alpha: Tensor, avoid: Tensor) -> Tensor:
+    def _step_avoiding(
+        self, start: Tensor, g: Tensor, alpha: Tensor, avoid: Tensor, count: Tensor | int | None
+    ) -> Tensor:
         x, lower, upper = self.images, self._allowed.lower, self._allowed.upper
         if self.threat.is_orthogonal:
             vectors = self.threat._vectors(x, self._normals) if self._vectors is None else self._vectors
@@ -151,7 +157,7 @@ class Region:
         if self._ball.is_box:
             return self._stored(self._settled(through.ascend(start, g, alpha)))
         g = self._allowed.tangent(through.tangent(g))
-        return self.project(self._ball.step(Free(x, lower, upper), start, g, alpha))
+        return self.project(self._ball.step(Free(x, lower, upper), start, g, alpha, count))
 
     def project(self, points: Tensor) -> Tensor:
         """The Euclidean projection of any `points` (N, C, H, W) onto the region.

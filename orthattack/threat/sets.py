@@ -37,8 +37,8 @@ class Allowed(Protocol):
     def step(self, start: Tensor, gradient: Tensor, alpha: Tensor) -> Tensor:
         """max_y ⟨g, y⟩ subject to ``|y - s| <= α``: the best L-infinity step from s, a point of the set."""
 
-    def sparse_step(self, start: Tensor, gradient: Tensor, alpha: Tensor) -> Tensor:
-        """max_y ⟨g, y⟩ subject to ``‖y - s‖₁ <= α, |y - s| <= α / k``, k = `norms.sparsity`: the best L1 step.
+    def sparse_step(self, start: Tensor, gradient: Tensor, alpha: Tensor, count: Tensor | int | None = None) -> Tensor:
+        """The best L1 step, max_y ⟨g, y⟩ subject to ``‖y - s‖₁ <= α, |y - s| <= α / k``, k = `count` or `sparsity`.
 
         Where the second constraint keeps α from being spent, it is left out.
         """
@@ -78,8 +78,8 @@ class Free:
         signs = torch.sign(gradient)
         return torch.addcmul(start, signs, alpha, out=signs).clamp_(self.lower, self.upper)
 
-    def sparse_step(self, start: Tensor, gradient: Tensor, alpha: Tensor) -> Tensor:
-        return greedy_step(start, gradient, alpha, self.lower, self.upper)
+    def sparse_step(self, start: Tensor, gradient: Tensor, alpha: Tensor, count: Tensor | int | None = None) -> Tensor:
+        return greedy_step(start, gradient, alpha, self.lower, self.upper, count)
 
     def nearest(self, points: Tensor, shrink: Tensor | None = None) -> Tensor:
         points = points if shrink is None else soften(points.clone(), self.images, shrink)

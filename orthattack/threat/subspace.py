@@ -73,11 +73,11 @@ class Subspace:
         y = self.ascend(start.contiguous(), gradient.contiguous(), alpha)
         return self._settled(y, lower, upper, start)
 
-    def sparse_step(self, start: Tensor, gradient: Tensor, alpha: Tensor) -> Tensor:
+    def sparse_step(self, start: Tensor, gradient: Tensor, alpha: Tensor, count: Tensor | int | None = None) -> Tensor:
         """Exact on the planes of the groups; in others by the projected gradient, which leaves them."""
         if self._plane is not None:
-            return self._plane.sparse_step(start, gradient, alpha)
-        return greedy_step(start, self.tangent(gradient), alpha, self.lower, self.upper)
+            return self._plane.sparse_step(start, gradient, alpha, count)
+        return greedy_step(start, self.tangent(gradient), alpha, self.lower, self.upper, count)
 
     def ascend(self, start: Tensor, gradient: Tensor, alpha: Tensor) -> Tensor:
         """Solve the linear program of the best L-infinity step, ⟨y - s, b_j⟩ = 0, from any s in the box.

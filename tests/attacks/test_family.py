@@ -40,6 +40,7 @@ PLAIN = {
     "MIFGSM": {"steps": 4},
     "NIFGSM": {"steps": 4},
     "APGD": {"steps": 8},
+    "FAB": {"steps": 6},
     "Square": {"queries": 25},
     "AutoAttack": {"steps": 4, "targets": 2, "queries": 8},
 }
@@ -385,9 +386,10 @@ def test_autoattack_stops_at_what_has_fallen_and_goes_through_the_likeliest_targ
     assert result.success.tolist() == [True] + [False] * 5
     assert torch.equal(result.adversarials[0], images[0])
     assert int(result.forward_calls[0]) == 1
-    # The clean image, APGD on the cross-entropy, the ranking of the classes, four targets, the squares.
-    assert [len(x) for x in model.seen] == [6] + [5] * (4 + 1 + 4 * 4 + 5)
-    assert (result.gradient_calls[1:] == 3 * 5).all()
+    # The clean image, APGD on the cross-entropy, then twice the ranking of the classes (and their number) and four
+    # targets, the squares.
+    assert [len(x) for x in model.seen] == [6] + [5] * (4 + 2 + 4 * 4 + 1 + 4 * 4 + 5)
+    assert (result.gradient_calls[1:] == 3 * 9).all()
 
 
 def test_autoattack_tries_the_likeliest_of_many_classes_in_their_order(monkeypatch):

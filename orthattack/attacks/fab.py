@@ -1,0 +1,206 @@
+"""FAB: the smallest perturbation, by steps to the nearest points of a boundary as the gradient draws it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from orthattack.arguments import check_count
+from orthattack.attacks.ascent import Climb
+from orthattack.attacks.base import UNLIMITED, Attack, GradientOptions
+from orthattack.attacks.rules import Ascent, State
+from orthattack.attacks.scoring import Evaluation
+from orthattack.attacks.task import Merit, Task
+from orthattack.losses import Goal
+from orthattack.models import Model
+from orthattack.projection import dot, reciprocal, scope_dims
+from orthattack.threat import Norm, Region, perturbation_norm
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_IMAGE = scope_dims("image")
+_DUAL: dict[Norm, Norm] = {"linf": "l1", "l2": "l2", "l1": "linf"}
+# How often a step's size is corrected, and how close to the boundary, in parts of the way, is close enough.
+_CORRECTIONS = 4
+_NEAR = 0.01
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """A step rule: to where the loss, taken as linear, is 0, from the point and from the image, and a mixture of both::
+
+        x_{t+1} = (1 - a) N(y_t) + a N(x),   N(s) = the point nearest to s at which the loss is 0, or a little beyond
+        y_t     = x_t or, where that fools, x + 0.9 (x_t - x)
+        a       = min(0.1, ‖N(y_t) - y_t‖ / (‖N(y_t) - y_t‖ + ‖N(x) - x‖))
+
+    The nearest point is that of the bounds and of what the region is orthogonal to: the end of the best step of the
+    smallest size that gains enough (`Region.step`). A mixture of two allowed points is allowed.
+
+    Args:
+        bias: the largest a.
+        overshoot: how far beyond the boundary, in parts of the way to it.
+        back: how far the step starts from the image where the point fools, in parts of the perturbation.
+
+    Source: Croce & Hein 2020, arXiv:1907.02044.
+    """
+
+    bias: float = 0.1
+    overshoot: float = 1.05
+    back: float = 0.9
+
+    def init(self, ascent: Ascent, points: Tensor) -> State:  # noqa: ARG002
+        return {}
+
+    def update(
+        self, ascent: Ascent, state: State, points: Tensor, evaluation: Evaluation, step: int  # noqa: ARG002
+    ) -> tuple[Tensor, State]:  # fmt: skip
+        region, gradient, form = ascent.region, evaluation.gradient, ascent.task.form
+        assert gradient is not None
+        images, points = region.images, points.to(region.images.dtype)
+        g = gradient if form is None else form(gradient, points, images)
+        g = g.to(images.dtype)
+        fools = (evaluation.margin > 0).view(-1, 1, 1, 1)
+        start = torch.where(fools, torch.lerp(images, points, self.back), points)
+        missing = -evaluation.loss.double().view(-1, 1, 1, 1)
+        ends, ways = [], []
+        for origin in (start, images):
+            needed = self.overshoot * (missing - dot(g.double(), origin.double() - points.double(), _IMAGE))
+            ends.append(_reached(region, origin, g, needed))
+            ways.append(perturbation_norm(ends[-1].to(images.dtype) - origin, region.threat.norm).view(-1, 1, 1, 1))
+        share = (ways[0] * reciprocal(ways[0] + ways[1])).clamp(max=self.bias)
+        return region.project(torch.lerp(ends[0].to(images.dtype), ends[1].to(images.dtype), share)), {}
+
+
+def _reached(region: Region, start: Tensor, gradient: Tensor, needed: Tensor) -> Tensor:
+    """The end of the smallest step from `start` along which the `gradient` gains what is `needed`, (N, 1, 1, 1), or
+    all it can; a negative gain is a step the other way.
+
+    What a step gains is concave in its size, and proportional to it until bounds are met, so that a secant is there in
+    a step or two.
+    """
+    threat = region.threat
+    g, needed = gradient * needed.sign().to(gradient.dtype), needed.abs()
+    largest = threat.diameter(start.shape[1:])
+    tangent = threat.tangent(g, region.images)
+    alpha = needed * reciprocal(perturbation_norm(tangent.double(), _DUAL[threat.norm]).view(-1, 1, 1, 1))
+    alpha, before, last = alpha.clamp(max=largest), torch.zeros_like(needed), torch.zeros_like(needed)
+    end, asks = start, not start.is_cuda  # which would stop the GPU
+    for trial in range(_CORRECTIONS):
+        end = region.step(start, g, alpha.to(start.dtype), count=1)
+        gain = dot(g.double(), end.double() - start.double(), _IMAGE)
+        short = (gain - needed).abs() > _NEAR * needed
+        if trial + 1 == _CORRECTIONS or (asks and not bool(short.any())):
+            break
+        more = (needed - gain) * (alpha - last) * reciprocal(gain - before)
+        last, before = torch.where(short, alpha, last), torch.where(short, gain, before)
+        alpha = torch.where(short, (alpha + more).clamp(0, largest), alpha)
+    return end
+
+
+def _lead(logits: Tensor, goal: Goal) -> Tensor:
+    """How far the target is ahead of the label, whatever the other classes; without both of them, the margin."""
+    if goal.labels is None or goal.targets is None:
+        return goal.margin(logits)
+    chosen = logits.gather(1, torch.stack([goal.targets, goal.labels], 1))
+    return chosen[:, 0] - chosen[:, 1]
+
+
+@dataclass(frozen=True)
+class BoundarySearch:
+    """Walks along boundaries, with points of any norm; only those within the radius count.
+
+    Args:
+        steps: gradient steps per restart, at least 1.
+        restarts: the first from the image, the others from random points half as far as the radius, or as what has been
+            found.
+        targets: how many of the likeliest other classes to walk to, one after the other; None: to the likeliest at
+            each step.
+    """
+
+    steps: int = 100
+    restarts: int = 1
+    targets: int | None = None
+    merit: Merit = "norm"
+
+    def __post_init__(self) -> None:
+        check_count("steps", self.steps)
+        check_count("restarts", self.restarts)
+        if self.targets is not None:
+            check_count("targets", self.targets)
+
+    def options(self, eps: float | Tensor) -> dict[str, object]:  # noqa: ARG002
+        given = {"steps": self.steps, "restarts": self.restarts, "targets": self.targets}
+        return {name: value for name, value in given.items() if name == "steps" or value not in (1, None)}
+
+    def __call__(self, task: Task, start: Tensor | None = None) -> None:
+        region = task.region
+        images = region.images.to(region.dtype)
+        wide = replace(region.threat, eps=UNLIMITED).around(images)
+        task = replace(task, region=wide, limit=region.eps, loss=_lead)
+        climb = Climb(Boundary(), self.steps, alpha=0.0)
+        for goal in [task.goal] if self.targets is None else task.towards(self.targets):
+            for attempt in range(self.restarts):
+                begin = start if attempt == 0 else _around_the_image(task)
+                climb(replace(task, goal=goal), begin)
+
+
+def _around_the_image(task: Task) -> Tensor:
+    """Random points of half the radius, or half as far as the best that fools."""
+    region, images = task.region, task.region.images
+    assert task.limit is not None
+    found = perturbation_norm(task.best.adversarials[task.index].double() - images.double(), region.threat.norm)
+    largest = torch.full_like(found, region.threat.diameter(images.shape[1:]))
+    radius = torch.minimum(torch.where(task.best.success[task.index], found, largest), task.limit.flatten())
+    near = replace(region.threat, eps=radius / 2).around(images.to(region.dtype))
+    return replace(task, region=near).random_start()
+
+
+class FAB(Attack):
+    """The fast adaptive boundary attack (Croce & Hein 2020, arXiv:1907.02044): no radius, no step size::
+
+        x_{t+1} = (1 - a) N(x_t) + a N(x)      N(s): the nearest point to s of the boundary, linearised at x_t
+
+    It minimises the norm, of whatever scale the gradient is. The boundary is that to the likeliest other class, or with
+    `targets` to each of so many in turn (FAB-T). `AttackResult.loss` is the margin.
+
+    Args:
+        model: as for `PGD`, like `norm`.
+        eps: the largest norm that counts as a success; None for any.
+        steps: gradient steps per restart and target, at least 1.
+        restarts: the first from the image, the others from random points about it.
+        targets: how many of the likeliest other classes to go to, one after the other; None: to the likeliest at each
+            step.
+        **options: as for `PGD`; `loss` makes no difference.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    >>> images = torch.rand(4, 3, 2, 2)
+    >>> result = FAB(model, "l2", steps=10).run(images, model(images).argmax(1))
+    >>> bool((result.norm[result.success] > 0).all())
+    True
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        norm: Norm = "linf",
+        eps: float | Tensor | None = None,
+        steps: int = 100,
+        restarts: int = 1,
+        targets: int | None = None,
+        **options: Unpack[GradientOptions],
+    ) -> None:
+        super().__init__(model, norm, eps, BoundarySearch(steps, restarts, targets), **options)
+
+
+class OrthoFAB(FAB, scope="image"):
+    """`FAB` whose perturbation stays orthogonal to the image: its nearest points are those of bounds, plane and
+    boundary.
+
+    Args:
+        model: arguments as for `FAB`.
+    """
