@@ -60,6 +60,7 @@ NAVIGATION: dict[str, dict[str, list[str]]] = {
                 "transfer",
                 "foolbox",
                 "torchattacks",
+                "official-autoattack",
             )
         ],
     },

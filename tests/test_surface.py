@@ -16,7 +16,7 @@ from orthattack.eval.cli import _parser
 
 STORED = Path(__file__).with_name("public_surface.txt")
 MODULES = ["orthattack", "orthattack.eval", "orthattack.eval.data", "orthattack.eval.models"]
-MODULES += ["orthattack.interop.foolbox", "orthattack.interop.torchattacks"]
+MODULES += ["orthattack.interop.foolbox", "orthattack.interop.torchattacks", "orthattack.interop.autoattack"]
 
 
 def arguments(of: Any) -> str:

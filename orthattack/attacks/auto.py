@@ -129,6 +129,7 @@ class AutoAttack(Attack):
         queries: evaluations per sample by the query attack, at least 1.
         version: which of the published sequences.
         parts: other parts than the version's, in their order.
+        restarts: starts of "apgd-ce", "apgd-dlr" and "fab"; by default the version's.
         verbose: print robust accuracy and time after each part.
         **options: as for `PGD`; `loss` and `early_stop` make no difference.
     """
@@ -143,12 +144,14 @@ class AutoAttack(Attack):
         queries: int = 5000,
         version: Version = "standard",
         parts: Sequence[Part] | None = None,
+        restarts: int | None = None,
         verbose: bool = False,
         **options: Unpack[GradientOptions],
     ) -> None:
         check_choice("version", version, get_args(Version))
         chosen = VERSIONS[version] if parts is None else checked_parts(parts)
-        restarts = 5 if version == "plus" or (version == "standard" and norm == "l1") else 1
+        if restarts is None:
+            restarts = 5 if version == "plus" or (version == "standard" and norm == "l1") else 1
         if version == "rand":
             options.setdefault("eot_samples", 20)
         self.version = version
