@@ -39,7 +39,8 @@ lint: $(VENV)/dev.installed  ## formatting, lint, types, imports and spelling
 
 audit: $(VENV)/demo.installed  ## compare what is installed with the advisories of PyPI, which must be reachable
 	$(BIN)/python -m pip install --quiet pip-audit
-	$(BIN)/python -m pip_audit --local --skip-editable $(ARGS)
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[^ ;]*//' > $(VENV)/installed.txt
+	$(BIN)/python -m pip_audit --strict --no-deps --disable-pip -r $(VENV)/installed.txt $(ARGS)
 
 docs: $(VENV)/docs.installed  ## the documentation as a site, build/site/index.html
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -c docs . build/site $(ARGS)

@@ -30,7 +30,7 @@ import torch
 
 from benchmarks.stored import Row
 from orthattack.eval.running.plan import Plan, Unit
-from orthattack.eval.running.ray import Crew, RayWorker, ray_crew
+from orthattack.eval.running.ray import Crew, RayWorker, ray_crew, seat
 from orthattack.eval.running.run import run_suite, suite_inputs
 from orthattack.eval.running.worker import Attacked, Worker
 from orthattack.eval.storage.run_folder import RunFolder
@@ -153,7 +153,7 @@ def on_ray(steps: int, units: int, folder: Path, workers: int) -> None:
 
     suite = work_suite(steps, units)
     with ray_crew(None, workers, "cpu"):
-        crew = Crew(ray, workers, "cpu", ray.remote(TimedWorker).options(num_cpus=1).remote)
+        crew = Crew(ray, workers, "cpu", ray.remote(seat(TimedWorker)).options(num_cpus=1).remote)
         run_suite(suite, suite_inputs(suite), RunFolder(folder / "run"), engine=crew, progress=False)
 
 
@@ -183,6 +183,9 @@ def summary(folder: Path, began: float) -> Row:
 class Stub:
     """A Ray actor that stands for many workers."""
 
+    def here(self) -> None:
+        pass
+
     def start(self, *_: Any) -> dict[str, Any]:
         return {"host": "stub", "process": 0, "hardware": {}}
 
@@ -195,7 +198,7 @@ class Slot:
     """One of the workers that a stub stands for."""
 
     def __init__(self, stub: Any, sleep: float) -> None:
-        self.start = stub.start
+        self.here, self.start = stub.here, stub.start
         self.do = SimpleNamespace(remote=lambda unit, following: stub.do.remote(unit, following, sleep))
 
 

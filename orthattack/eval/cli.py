@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from orthattack import __version__
-from orthattack.eval.errors import EvaluationError, printable, say
+from orthattack.eval.errors import EvaluationError, out_of_memory, printable, say, told
 
 if TYPE_CHECKING:
     from orthattack.eval.storage.run_folder import RunFolder
@@ -52,6 +52,15 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         except (EvaluationError, OSError) as error:  # of disks and stores, wherever they fail
             print(f"orthattack: {printable(str(error))}", file=sys.stderr)
+            return 2
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            print(
+                f"orthattack: out of memory ({printable(told(error))}): what is finished is kept; give it more memory, "
+                "and start again with the same command",
+                file=sys.stderr,
+            )
             return 2
         return code
     except KeyboardInterrupt:

@@ -33,6 +33,24 @@ def told(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the machine gives no more memory, or no thread for want of it."""
+    kinds, text = {kind.__name__ for kind in type(error).__mro__}, _text(error)
+    return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or (
+        bool(kinds & _FOREIGN) and any(sign in text for sign in _NO_MEMORY)
+    )
+
+
+_FOREIGN = {"RuntimeError", "ImportError", "OSError", "ArrowException", "SafetensorError"}
+_NO_MEMORY = (
+    "can't allocate memory",  # PyTorch
+    "Cannot allocate memory",  # the system
+    "failed to map segment",  # a library that is to be loaded
+    "can't start new thread",
+    "Failed to launch worker thread",  # Arrow
+)
+
+
 def _text(error: BaseException) -> str:
     try:
         return str(error).strip()

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
@@ -68,15 +75,22 @@ def test_a_worker_that_is_killed_is_replaced_and_the_rows_are_those_of_one_proce
 
 
 @needs_ray
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_driver_that_is_killed_or_interrupted_leaves_no_worker_and_the_same_command_goes_on(tmp_path, whole, how):
     place = workplace(tmp_path)
     hold(place, 4)
     driver = start(place, *RAY, start_new_session=True)
     wait_for_held(place, driver)
-    if how == signal.SIGINT:
-        os.killpg(driver.pid, how)  # as Ctrl-C in a terminal does
-        assert "interrupted; the same command, with --out, goes on from here" in ended(driver, code=130)
+    if how != signal.SIGKILL:
+        if how == signal.SIGINT:
+            os.killpg(driver.pid, how)  # as Ctrl-C in a terminal does
+        else:
+            driver.send_signal(how)
+        text = ended(driver, code=130)
+        assert "interrupted; the same command, with --out, goes on from here" in text
+        assert "robust accuracy" in text.lower()
+        assert "report: run/report.html" in text
+        assert (place / "run/report.html").stat().st_size > 10_000
     else:
         driver.send_signal(how)
         driver.communicate()
@@ -135,6 +149,218 @@ def test_a_node_that_is_lost_takes_its_workers_along_and_the_others_finish(tmp_p
     assert "a worker died at cifar10-" in text
     assert_same(contents(place / "run"), whole)
     assert manifest(place)["status"] == "complete"
+
+
+@pytest.fixture
+def token(monkeypatch) -> None:
+    """That of the clusters here, for all who take part."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "5" * 64)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@contextmanager
+def nodes(place: Path, *cores: int, **environment: str) -> Iterator[tuple[str, list[subprocess.Popen]]]:
+    """The address of a cluster made as people make one, `ray start --head` and another `ray start` for each further
+    node, and the processes."""
+    place.mkdir(exist_ok=True)
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", **environment}
+    # Of this cluster alone, whatever others run here.
+    temporary = f"/tmp/ray-{os.getpid()}-{free_port()}"
+    port, processes = free_port(), []
+    try:
+        for i, count in enumerate(cores):
+            role = ["--head", f"--port={port}", f"--temp-dir={temporary}", "--include-dashboard=false"]
+            if i > 0:
+                role = [f"--address=127.0.0.1:{port}"]
+            command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--num-cpus={count}", *role]
+            with (place / f"node{i}.log").open("w") as log:
+                node = subprocess.Popen(
+                    command, cwd=place, env=environment, stdout=log, stderr=log, start_new_session=True
+                )
+            processes.append(node)
+            wait_for(lambda i=i: "Ray runtime started" in (place / f"node{i}.log").read_text(), f"node {i}", 90)
+        yield f"127.0.0.1:{port}", processes
+    finally:
+        for node in reversed(processes):
+            node.terminate()
+        for node in processes:
+            with suppress(subprocess.TimeoutExpired):
+                node.wait(20)
+            with suppress(ProcessLookupError):
+                os.killpg(node.pid, signal.SIGKILL)
+            node.wait()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def raylet(node: subprocess.Popen) -> int:
+    """The raylet that a `ray start` has started."""
+    found = subprocess.run(
+        ["pgrep", "-P", str(node.pid), "-f", "raylet/raylet "], capture_output=True, text=True, check=True
+    )
+    return int(found.stdout.split()[0])
+
+
+@needs_ray
+def test_two_nodes_of_ray_start_do_a_run_and_the_loss_of_a_raylet_is_made_up_for(tmp_path, whole, token):
+    place = workplace(tmp_path)
+    hold(place, 4)
+    with nodes(tmp_path, 1, 1) as (address, (_, other)):
+        driver = start(place, *RAY, "--address", address)
+        wait_for_held(place, driver)
+        wait_for(lambda: len(workers(place)) == 2, "both workers")
+        os.kill(raylet(other), signal.SIGKILL)
+        wait_for(lambda: sum(map(alive, workers(place))) == 1, "the end of the node's worker")
+        release(place)
+        text = ended(driver)
+    assert "a worker died at cifar10-" in text
+    assert_same(contents(place / "run"), whole)
+    assert manifest(place)["status"] == "complete"
+
+
+@needs_ray
+def test_a_driver_that_loses_its_own_raylet_loses_nothing_that_is_finished(tmp_path, whole, token):
+    place = workplace(tmp_path)
+    hold(place, 4)
+    with nodes(tmp_path, 2) as (address, (head,)):
+        driver = start(place, *RAY, "--address", address)
+        wait_for_held(place, driver)
+        before = seconds(place / "run")
+        os.kill(raylet(head), signal.SIGKILL)
+        driver.communicate(timeout=120)
+        assert driver.returncode != 0
+    wait_for(lambda: not any(map(alive, workers(place))), "the workers' end")
+    release(place)
+    ended(start(place, *RAY))
+    assert_same(contents(place / "run"), whole)
+    assert before.items() <= seconds(place / "run").items()
+
+
+@needs_ray
+def test_a_file_that_is_missing_in_the_shared_folder_is_made_again(tmp_path, whole):
+    place = workplace(tmp_path)
+    ended(start(place, *RAY))
+    before = seconds(place / "run")
+    victim = min(path for path in stored(place) if "shards" in path.parts)
+    lost = {key for key, took in before.items() if took > 0 and key[:3] == victim.parent.parts[-3:]}
+    assert lost
+    victim.unlink()
+    ended(start(place, *RAY))
+    assert_same(contents(place / "run"), whole)
+    after = seconds(place / "run")
+    assert {key for key in before if before[key] != after[key]} == lost
+
+
+@needs_ray
+def test_a_private_cluster_is_closed_to_others(tmp_path):
+    """Its processes listen on loopback only, and turn away whoever has not the run's token."""
+    psutil = pytest.importorskip("psutil")
+    place = workplace(tmp_path)
+    hold(place, 4)
+    driver = start(place, *RAY)
+    wait_for_held(place, driver)
+    family = [psutil.Process(driver.pid), *psutil.Process(driver.pid).children(recursive=True)]
+    listening = {
+        process.name(): [one.laddr for one in process.net_connections() if one.status == "LISTEN"] for process in family
+    }
+    hosts = {at.ip.removeprefix("::ffff:") for found in listening.values() for at in found}
+    assert hosts == {"127.0.0.1"}
+    (gcs,) = listening["gcs_server"]
+    code = f"import ray; ray.init(address='127.0.0.1:{gcs.port}'); print('inside', flush=True)"
+    for token in ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}):
+        here = {"HOME": str(tmp_path), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # so that it knocks at 127.0.0.1
+        with (tmp_path / "said").open("w") as said:
+            stranger = subprocess.Popen(
+                [sys.executable, "-c", code], stdout=said, stderr=said, env={**os.environ, **here, **token}
+            )
+            wait_for(lambda: "InvalidAuthToken" in (tmp_path / "said").read_text(), "the refusal", 60)
+            with suppress(subprocess.TimeoutExpired):
+                stranger.wait(10)
+            stranger.kill()
+            stranger.wait()
+        assert "inside" not in (tmp_path / "said").read_text()
+    driver.send_signal(signal.SIGTERM)
+    ended(driver, code=130)
+
+
+NO_PACKAGE = """
+import sys
+
+class Missing:
+    def find_spec(self, name, *_):
+        if name == "orthattack":
+            raise ModuleNotFoundError("No module named 'orthattack'")
+
+if any("default_worker" in word for word in sys.orig_argv):
+    sys.meta_path.insert(0, Missing())
+"""
+NO_PROCESS = """
+import sys
+
+if any("default_worker" in word for word in sys.orig_argv):
+    raise SystemExit("libcudart.so.12: cannot open shared object file")
+"""
+
+
+@needs_ray
+@pytest.mark.parametrize(
+    ("site", "reason"),
+    [
+        (NO_PACKAGE, "the workers cannot be started on .* (ModuleNotFoundError: No module named 'orthattack')"),
+        (NO_PROCESS, "no worker could be started in 50 s: SystemExit: libcudart.so.12: cannot open shared object file"),
+    ],
+)
+def test_workers_that_cannot_start_end_the_run_with_the_reason(tmp_path, monkeypatch, site, reason):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(site)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), *sys.path]))
+    began = time.monotonic()
+    text = ended(start(workplace(tmp_path), *RAY), code=2)
+    assert time.monotonic() - began < 90  # of which Ray's own start takes some
+    assert re.search(re.escape(reason).replace(r"\.\*", ".*"), text), text
+    assert "Traceback" not in text
+
+
+@needs_ray
+def test_a_cluster_that_does_not_answer_is_said_in_a_minute(tmp_path, token):
+    """Somebody else's server that says nothing, and a cluster whose processes for workers all fall over."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        began = time.monotonic()
+        text = ended(start(workplace(tmp_path), *RAY, "--address", f"127.0.0.1:{silent.getsockname()[1]}"), code=2)
+        assert time.monotonic() - began < 80
+    assert "no Ray cluster at 127.0.0.1:" in text
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(NO_PROCESS)
+    with nodes(tmp_path, 1, PYTHONPATH=os.pathsep.join([str(tmp_path / "site"), *sys.path])) as (address, _):
+        began = time.monotonic()
+        text = ended(start(workplace(tmp_path), *RAY, "--address", address), code=2)
+        assert time.monotonic() - began < 80
+    assert f"no Ray cluster at {address}: Ray does not answer, for 50 s" in text
+    assert "Traceback" not in text
+
+
+@needs_ray
+def test_a_cluster_without_room_is_said_with_what_lacks(tmp_path, token):
+    place = workplace(tmp_path)
+    with nodes(tmp_path, 1) as (address, _):
+        code = (
+            f"import sys, ray; ray.init(address='{address}')\n"
+            "@ray.remote(num_cpus=1)\nclass A:\n    def f(self): pass\n"
+            "a = A.remote(); ray.get(a.f.remote()); print('there', flush=True); sys.stdin.read()"
+        )
+        other = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        assert other.stdout.readline() == b"there\n"
+        text = ended(start(place, *RAY, "--address", address), code=2)
+        other.communicate()
+    assert "none of 2 workers could be started yet: each needs 1 CPU, and 0 of the cluster's 1 are free" in text
+    assert "no worker could be started in 50 s: each needs 1 CPU, and 0 of the cluster's 1 are free" in text
+    assert "Traceback" not in text
 
 
 @needs_ray

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 
+import fsspec
 import pandas as pd
 import pytest
 
@@ -91,7 +95,6 @@ def server() -> Iterator[int]:
 
 @pytest.fixture
 def proxy(server, monkeypatch) -> Iterator[Proxy]:
-    import fsspec
     import s3fs
 
     proxy = Proxy(server)
@@ -181,6 +184,7 @@ def test_a_finished_run_of_many_shards_goes_on_with_few_requests(proxy):
     suite = {**OPTIONS, "shard_size": 1, "eps": [k / 255 for k in range(1, 26)]}
     data = {"source": "cifar10-samples", "limit": 20}
     evaluate([MODEL, "cifar10-standard"], data, ["FGSM"], out="s3://bucket/many", **suite)
+    assert sum("shards" in path for path in fsspec.filesystem("s3").find("bucket/many")) == 1000
     before = proxy.requests
     assert evaluate([MODEL, "cifar10-standard"], data, ["FGSM"], out="s3://bucket/many", **suite).status == "complete"
     assert proxy.requests - before <= 20, proxy.seen[before:]
@@ -198,3 +202,44 @@ def test_two_drivers_share_a_run_in_a_store(proxy, tmp_path):
     work(2)
     assert outcomes == ["interrupted", "complete"]
     pd.testing.assert_frame_equal(rows(Run.open("s3://bucket/two")), rows(plain), check_exact=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shares", [("1/2", "2/2"), (None, None)])
+def test_two_drivers_at_once_lose_no_row_and_have_none_twice(proxy, tmp_path, shares):
+    """With half of the work each, or, where no lock keeps the second away, all of it."""
+    (tmp_path / "suite.toml").write_text(
+        f'models = ["{MODEL}"]\nattacks = ["FGSM", "PGD"]\nsteps = 2\nbatch_size = 2\nshard_size = 1\n'
+        'save_images = "all"\nchecks = false\n[data]\nsource = "cifar10-samples"\nlimit = 6\n'
+    )
+    command = [sys.executable, "-m", "orthattack", "eval", "suite.toml", "--device", "cpu", "--out"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}"}
+    place = f"s3://bucket/at-once-{len([share for share in shares if share])}"
+
+    def start(out: str, share: str | None = None) -> subprocess.Popen[str]:
+        more = [] if share is None else ["--shard", share]
+        return subprocess.Popen(
+            [*command, out, *more], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+
+    both = [start(place, share) for share in shares]
+    for process in both:
+        out, errors = process.communicate(timeout=400)
+        assert process.returncode == 0, out + errors
+    last = start(place)  # of shares neither may have seen itself as the last
+    assert last.wait(400) == 0
+    plain = start("plain")
+    assert plain.wait(400) == 0
+    run, alone = Run.open(place), Run.open(tmp_path / "plain")
+    assert run.status == "complete"
+    for attack in ("FGSM", "PGD"):
+        found, expected = (one.rows(MODEL, attack, 8 / 255).drop(columns="seconds") for one in (run, alone))
+        assert found["position"].tolist() == list(range(6))
+        pd.testing.assert_frame_equal(found, expected, check_exact=True)
+        assert run.folder.image_positions(MODEL, attack, 8 / 255) == alone.folder.image_positions(
+            MODEL, attack, 8 / 255
+        )
+    names = [path.removeprefix("bucket/") for path in fsspec.filesystem("s3").find(place.removeprefix("s3://"))]
+    assert sum("/shards/" in name for name in names) == 12
+    assert not [name for name in names if ".partial" in name]

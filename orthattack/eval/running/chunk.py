@@ -18,7 +18,7 @@ from orthattack.eval.attacks.kind import Conditions, Found, Runner
 from orthattack.eval.attacks.seeds import drawing, image_seed, joint_seed
 from orthattack.eval.checks.clean import differentiated
 from orthattack.eval.data.dataset import ImageDataset, Unreadable
-from orthattack.eval.errors import told
+from orthattack.eval.errors import out_of_memory, told
 from orthattack.eval.models.classifier import Classifier
 from orthattack.eval.plugin import kept_process
 from orthattack.eval.running.judge import (
@@ -240,7 +240,7 @@ class Part:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # whatever a model or a foreign attack may raise: the other attacks go on
-            halve = _out_of_memory(error) and len(batch) > 1
+            halve = out_of_memory(error) and len(batch) > 1
             columns, adversarials = {"status": ["error"] * len(batch), "message": [told(error)] * len(batch)}, None
         if not halve:
             yield batch, columns, adversarials
@@ -307,12 +307,6 @@ class Part:
         columns = {name: [row.get(name) for row in complete] for name in names}
         kept = {k: images[k] for k in images if k in self.keep}
         self.job.folder.write(shard, columns, kept, self.job.is_exact and self.kind == "shards")
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
 
 
 def _clock(device: torch.device) -> float:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from orthattack.eval.attacks.kind import described
-from orthattack.eval.data.dataset import ImageDataset
 from orthattack.eval.errors import EvaluationError, printable, told
 from orthattack.eval.models.classifier import Classifier
 from orthattack.eval.storage.lock import Share
@@ -56,11 +55,11 @@ def describe_attacks(entries: Sequence[Entry], baselines: Mapping[str, Sequence[
     ]
 
 
-def describe_model(label: str, classifier: Classifier, dataset: ImageDataset) -> dict[str, Any]:
-    """A model with its data; EvaluationError if there is no image."""
-    if len(dataset) == 0:
-        raise EvaluationError(f"{dataset.name} has no images")
-    about, data = classifier.describe(), dataset.describe()
+def describe_model(label: str, classifier: Classifier, data: Mapping[str, Any]) -> dict[str, Any]:
+    """A model with its data, as `ImageDataset.describe` does; EvaluationError if there is no image."""
+    if data["images"] == 0:
+        raise EvaluationError(f"{data['name']} has no images")
+    about, data = classifier.describe(), dict(data)
     of_model, of_data = about.pop("classes"), data.pop("classes")
     return {
         "label": label,

@@ -10,11 +10,16 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import secrets
 import signal
 import socket
+import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +36,39 @@ from orthattack.eval.suite import make_suite
 
 DEATHS = 3  # how many workers may die of one unit before it is left undone
 
-_PATIENCE = 30.0  # seconds without any worker before that is said
+_TICK = 5.0  # seconds between two looks at whether there is any worker
+_PATIENCE = 20.0  # seconds without any worker before that is said
+_LIMIT = 50.0  # seconds without any, or without Ray itself, before the run ends
+
+_HINT = "; one that asks for a token needs RAY_AUTH_MODE=token here, and RAY_AUTH_HINT or the file with it"
+
+_CLOSED = {
+    # Of Ray 2.52 and newer: whoever connects has to show the token.
+    "RAY_AUTH_MODE": "token",
+    # Ray's own switch for machines that join no cluster: its processes listen on loopback only.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Ray would wait, without end, until the first processes that it starts for workers have come up.
+    "RAY_prestart_worker_first_driver": "0",
+}
+
+
+def seat(kind: type[Any]) -> type[Any]:
+    """The class of the actors that hold a worker of a kind. Ray sends it as code, not by name, so that a process can
+    answer before it imports orthattack and torch, which may take long, or fail with a reason that is told."""
+    module, name = kind.__module__, kind.__name__
+
+    class Seat:
+        def here(self) -> None:
+            """The process is there."""
+
+        def start(self, *arguments: Any) -> Any:
+            self.worker = getattr(import_module(module), name)()
+            return self.worker.start(*arguments)
+
+        def do(self, *arguments: Any) -> Any:
+            return self.worker.do(*arguments)
+
+    return Seat
 
 
 class RayWorker:
@@ -125,38 +162,77 @@ class Queue:
         return next((unit for unit in self._left.get(model, ()) if unit not in promised), None)
 
 
+class _Patience:
+    """With a cluster that starts no worker: after a while that is said, and then the run ends."""
+
+    def __init__(self, size: int, lacking: Callable[[], str], say: Callable[[str], None]) -> None:
+        self._size, self._lacking, self._say, self._is_said = size, lacking, say, False
+        self.renew()
+
+    def renew(self) -> None:
+        self._since = time.monotonic()
+
+    def spend(self) -> None:
+        """EvaluationError: it is used up."""
+        waited = time.monotonic() - self._since
+        if waited > _LIMIT:
+            raise EvaluationError(f"no worker could be started in {_LIMIT:.0f} s: {self._lacking()}")
+        if waited > _PATIENCE and not self._is_said:
+            self._say(f"none of {self._size} workers could be started yet: {self._lacking()}")
+            self._is_said = True
+
+
 class Crew:
-    """The workers of a run in a Ray cluster; an `Engine`. `make` makes an actor, not yet started, of `RayWorker`."""
+    """The workers of a run in a Ray cluster; an `Engine`.
+
+    `make` makes an actor, not yet started, of a `seat`; `lacking` says what may keep the cluster from starting it."""
 
     name = "ray"
 
-    def __init__(self, ray: Any, size: int, device: str, make: Callable[[], Any]) -> None:
+    def __init__(
+        self,
+        ray: Any,
+        size: int,
+        device: str,
+        make: Callable[[], Any],
+        lacking: Callable[[], str] = lambda: "no reason",
+    ) -> None:
         self.device = device
         self.workers: list[dict[str, Any]] = []
-        self._ray, self._size, self._make = ray, size, make
+        self._ray, self._size, self._make, self._lacking = ray, size, make, lacking
         self._idle: list[Any] = []
 
     def __call__(self, units: Sequence[Unit], plan: Plan, attacked: Attacked, say: Callable[[str], None], /) -> None:
         """Do all units. EvaluationError: no worker can be started, something is to be put right, or a unit has killed
         three of its workers; everything else has been done then."""
         queue = Queue(units)
+        called: dict[Any, Any] = {}  # actors whose process is not there yet
         starting: dict[Any, Any] = {}
         busy: dict[Any, tuple[Any, Unit]] = {}
         deaths: Counter[Unit] = Counter()
         lost: list[Unit] = []
-        failures = 0
+        failures, patience = 0, _Patience(self._size, self._lacking, say)
         while len(queue) or busy:
             self._idle = [actor for actor in self._idle if not self._give(actor, queue, busy)]
-            wanted = min(self._size, len(queue) + len(busy)) - len(self._idle) - len(busy) - len(starting)
-            for _ in range(wanted):
+            at_hand = len(self._idle) + len(busy) + len(starting) + len(called)
+            for _ in range(min(self._size, len(queue) + len(busy)) - at_hand):
                 actor = self._make()
-                starting[self._started(actor, plan)] = actor
-            ready, _ = self._ray.wait([*busy, *starting], num_returns=1, timeout=_PATIENCE)
-            if not ready and not busy:
-                say(f"none of {self._size} workers could be started yet: the cluster is busy, or lacks what they need")
+                called[actor.here.remote()] = actor
+            ready, _ = self._ray.wait([*busy, *starting, *called], num_returns=1, timeout=_TICK)
+            if ready or busy or starting:
+                patience.renew()
+            else:
+                patience.spend()
             for ref in ready:
-                actor, unit = busy.pop(ref) if ref in busy else (starting.pop(ref), None)
-                answer, death = self._answer(ref)
+                if (actor := called.pop(ref, None)) is not None:
+                    unit = None
+                    _, death = self._answer(ref, is_start=True)
+                    if death is None:
+                        starting[self._started(actor, plan)] = actor
+                        continue
+                else:
+                    actor, unit = busy.pop(ref) if ref in busy else (starting.pop(ref), None)
+                    answer, death = self._answer(ref, is_start=unit is None)
                 if death is not None:
                     queue.forget(actor)
                     self._bury(actor)
@@ -176,7 +252,7 @@ class Crew:
                     attacked(unit, *counts)
                 for line in answer[1]:
                     say(line)
-        for actor in starting.values():
+        for actor in (*called.values(), *starting.values()):
             self._bury(actor)
         if lost:
             names = ", ".join(f"{unit.model} {unit.stage} {unit.chunk}" for unit in lost[:3])
@@ -185,12 +261,16 @@ class Crew:
                 "machines, memory most likely. Everything else is done and kept; the same command tries them again"
             )
 
-    def _answer(self, ref: Any) -> tuple[Any, str | None]:
+    def _answer(self, ref: Any, is_start: bool) -> tuple[Any, str | None]:
         """What a worker returned, or what it died of; what is to be put right is raised."""
         try:
             return self._ray.get(ref), None
         except self._ray.exceptions.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, Exception) else error from None
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            if is_start and not isinstance(cause, EvaluationError):  # what it imports, most likely
+                where = getattr(error, "ip", None) or "their machine"
+                raise EvaluationError(f"the workers cannot be started on {where} ({told(cause)})") from None
+            raise cause from None
         except self._ray.exceptions.RayError as error:
             return None, told(error)
 
@@ -228,38 +308,84 @@ class Crew:
 def ray_crew(address: str | None, workers: int | None, device: str | None) -> Iterator[Crew]:
     """Connect to a Ray cluster, or start one on this machine, and leave it, or end it, afterwards.
 
-    `address` is that of the cluster, "auto" for one that runs on this machine; None starts one. By default there is a
-    worker per GPU of the cluster or, without any, per core. EvaluationError: Ray is not installed, or there is no such
-    cluster, or it has no GPU for "cuda"."""
+    `address` is that of the cluster, "auto" for one that runs on this machine; None starts one that only this machine,
+    and with Ray 2.52 or newer only this run, can reach. By default there is a worker per GPU of the cluster or, without
+    any, per core. EvaluationError: Ray is not installed, or there is no such cluster, or it has no GPU for "cuda"."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+    if address is None:
+        for name, value in _CLOSED.items():
+            os.environ.setdefault(name, value)
+        # Otherwise Ray takes one from a file in the home folder, which it makes readable for everybody.
+        os.environ.setdefault("RAY_AUTH_HINT", secrets.token_hex(32))
     try:
         import ray
     except ImportError as error:
         raise EvaluationError(f"--engine ray needs Ray ({first_line(error)}): pip install 'orthattack[ray]'") from error
 
-    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
-    if address is None:
-        options |= {"address": "local", "include_dashboard": False}
-        options["num_cpus"] = max(workers or 1, os.cpu_count() or 1)
-    try:
-        host, _, port = (address or "").rpartition(":")
-        if host and port.isdecimal() and "/" not in host:  # Ray itself would knock for minutes
-            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-        ray.init(**options)
-    except Exception as error:  # of sockets, of versions, of values
-        where = "on this machine" if address is None else f"at {address}"
-        raise EvaluationError(f"no Ray cluster {where} ({type(error).__name__}: {first_line(error)})") from error
+    logs = _connect(ray, address, workers)
     try:
         resources = ray.cluster_resources()
-        gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+        gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
         device = device or ("cuda" if gpus else "cpu")
         on_gpu = torch.device(device).type == "cuda"
         if on_gpu and not gpus:
             raise EvaluationError("--device cuda: the Ray cluster has no GPU")
-        size = workers or (gpus if on_gpu else cores)
+        size = workers or (gpus if on_gpu else cores) or 1
         # Ray gives each worker as many threads (OMP_NUM_THREADS), unless that is set.
-        needs: dict[str, Any] = {"num_gpus": 1} if on_gpu else {"num_cpus": max(1, cores // size)}
-        actor = ray.remote(RayWorker).options(max_restarts=0, **needs)
-        yield Crew(ray, size, device, actor.remote)
+        what, count = ("GPU", 1) if on_gpu else ("CPU", max(1, cores // size))
+        actor = ray.remote(seat(RayWorker)).options(max_restarts=0, **{f"num_{what.lower()}s": count})
+        yield Crew(ray, size, device, actor.remote, lambda: _lacking(ray, what, count, logs))
     finally:
         ray.shutdown()
+
+
+def _connect(ray: Any, address: str | None, workers: int | None) -> Path | None:
+    """Connect to a cluster, or start one; returns the folder of its logs on this machine, if there is one."""
+    where = "on this machine" if address is None else f"at {address}"
+    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        options |= {"address": "local", "include_dashboard": False}
+        options["num_cpus"] = max(workers or 1, os.cpu_count() or 1)
+
+    def give_up() -> None:  # Ray waits in compiled code, where no exception of Python ends it
+        print(
+            f"orthattack: no Ray cluster {where}: Ray does not answer, for {_LIMIT:.0f} s", file=sys.stderr, flush=True
+        )
+        os._exit(2)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    on_stop = signal.getsignal(signal.SIGTERM)
+    watch = threading.Timer(_LIMIT, give_up)
+    watch.daemon = True
+    watch.start()
+    try:
+        host, _, port = (address or "").rpartition(":")
+        if host and port.isdecimal() and "/" not in host:  # Ray itself would knock for minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        context = ray.init(**options)
+    except Exception as error:  # of sockets, of versions, of values
+        hint = "" if address is None or "RAY_AUTH_MODE" in os.environ else _HINT
+        raise EvaluationError(f"no Ray cluster {where} ({type(error).__name__}: {first_line(error)}){hint}") from error
+    finally:
+        watch.cancel()
+        if is_main and on_stop is not None:  # Ray's own ends the process, with no table and no report
+            signal.signal(signal.SIGTERM, on_stop)
+    session = getattr(context, "address_info", {}).get("session_dir")
+    return None if session is None else Path(session, "logs")
+
+
+def _lacking(ray: Any, what: str, count: int, logs: Path | None) -> str:
+    """Why the cluster starts no worker, as far as Ray tells: too little is free, or what their processes said last."""
+    have, free = (found.get(what, 0) for found in (ray.cluster_resources(), ray.available_resources()))
+    if free < count:
+        return f"each needs {count} {what}, and {free:g} of the cluster's {have:g} are free"
+    paths = [] if logs is None else sorted(logs.glob("*.err"), key=os.path.getmtime)
+    found = [line for path in paths for line in _said(path)]
+    return f"{found[-1][:300] if found else 'their processes do not come up'} (Ray's logs: {logs or 'on its machines'})"
+
+
+def _said(log: Path) -> list[str]:
+    """The lines of a log that are no trace of a call and no message with a time."""
+    with log.open(errors="replace") as stream:
+        lines = stream.read(100_000).splitlines()
+    return [line for line in lines if line.strip() and not line.startswith((" ", "[", "*"))]

@@ -48,10 +48,11 @@ def suite_inputs(
     if dataset is None:
         check_data(suite.data.source)
     specs = {spec.label: spec for spec in suite.models}
-    # One model at a time is kept, or many would fill the memory, with its images, which may take long to list.
+    # One model at a time is kept, or many would fill the memory.
     last: dict[str, Classifier] = {}
     asked: dict[str, Classifier] = {}
-    last_opened: list[tuple[Classifier, ImageDataset]] = []
+    # Images may take long to list. What they depend on is the model's list of classes, which most of a run's share.
+    listed: dict[tuple[int, tuple[str, ...] | None], ImageDataset] = {}
 
     def classifier(label: str) -> Classifier:
         if classifiers is not None and label in classifiers:
@@ -67,13 +68,14 @@ def suite_inputs(
     def opened(model: Classifier) -> ImageDataset:
         if dataset is not None:
             return dataset
-        if not last_opened or last_opened[0][0] is not model:
+        classes = model.num_classes, None if model.classes is None else tuple(model.classes)
+        if classes not in listed:
             data = suite.data
             found = load_dataset(data.source, model, _path(data.labels), _path(data.classes))
             if data.subset is not None:
                 found = found.subset(read_names(Path(data.subset)))
-            last_opened[:] = [(model, found.limited(data.limit))]
-        return last_opened[0][1]
+            listed[classes] = found.limited(data.limit)
+        return listed[classes]
 
     return Inputs(classifier, opened, suite.kinds() if kinds is None else kinds)
 
@@ -176,11 +178,14 @@ def _manifest(
 ) -> Mapping[str, Any]:
     """The manifest of the run, new or as it was begun, and beside it the record of this session."""
     models = []
+    described: dict[ImageDataset, dict[str, Any]] = {}  # once, for it looks at every file
     for spec in suite.models:  # all are tried before the first is attacked, but only one at a time is kept
         classifier = inputs.classifier(spec.label)
         check_batches(classifier, suite.batch_size)
         dataset = inputs.dataset(classifier)
-        models.append(describe_model(spec.label, classifier, dataset))
+        if dataset not in described:
+            described[dataset] = dataset.describe()
+        models.append(describe_model(spec.label, classifier, described[dataset]))
         for note in (*(f"{spec.label}: {note}" for note in classifier.notes), *dataset.notes):
             if note not in session["warnings"]:
                 say(note)

@@ -36,7 +36,7 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
 from orthattack.eval.data import parquet
-from orthattack.eval.errors import EvaluationError, first_line
+from orthattack.eval.errors import EvaluationError, first_line, out_of_memory
 from orthattack.eval.storage.files import Disk, Store, open_files
 from orthattack.eval.storage.schema import NULLABLE, SCHEMAS, STATUSES, Kind, SessionRecord, from_json, unfit
 
@@ -251,6 +251,7 @@ class RunFolder:
                 return True
             reason = "another number of rows, or other columns"
         except _DAMAGE as error:
+            _check_memory(error)
             reason = getattr(error, "strerror", None) or first_line(error)
         cast("Disk", self._files).put_aside(name)
         note = f"{name} was damaged ({reason}) and is made again; what there was is kept as *.damaged"
@@ -294,7 +295,8 @@ class RunFolder:
                 self._files.write(target, content)
                 try:
                     is_same = same(self._fetched([target])[0], self._fetched(names))
-                except _DAMAGE:
+                except _DAMAGE as error:
+                    _check_memory(error)
                     is_same = False
                 if not is_same:
                     self._files.put_aside(target)
@@ -507,6 +509,7 @@ def _rows(path: Path, name: str, schema: pa.Schema, columns: Sequence[str] | Non
             if column not in table.column_names or table.schema.field(column).type != schema.field(column).type:
                 raise ValueError(f"no column {column} of {schema.field(column).type}")
     except _DAMAGE as error:
+        _check_memory(error)
         raise EvaluationError(
             f"{name} is damaged ({first_line(error)}): start the run again with the same command, which makes it again"
         ) from error
@@ -515,6 +518,12 @@ def _rows(path: Path, name: str, schema: pa.Schema, columns: Sequence[str] | Non
 
 _DAMAGE = (OSError, ValueError, pa.ArrowException)
 """What reading a damaged Parquet file raises; ValueError where a column's name is no text any more."""
+
+
+def _check_memory(error: BaseException) -> None:
+    """A file that cannot be read for want of memory is not damaged."""
+    if out_of_memory(error):
+        raise MemoryError(first_line(error)) from error
 
 
 @contextmanager
@@ -530,6 +539,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, list[int]]]:
                 raise SafetensorError(f"images of shape {shape}")
             yield file, positions.tolist()
     except (SafetensorError, OSError) as error:
+        _check_memory(error)
         raise EvaluationError(
             f"{path} is damaged ({first_line(error)}): delete it, and the Parquet file of the same number of that "
             "model and attack, and start the run again with the same command, which makes them again"
@@ -592,7 +602,9 @@ _OF_OK: dict[Kind, set[str]] = {"clean": {"prediction", "wrong_share"}, "shards"
 def _frame(tables: Sequence[pa.Table], kind: Kind, place: str) -> pd.DataFrame:
     """A frame of nullable types, so that a whole number stays one where some are missing. EvaluationError: its rows
     are none that a run writes."""
-    frame: pd.DataFrame = pa.concat_tables(tables).to_pandas(types_mapper=NULLABLE.get)
+    table = pa.concat_tables(tables)
+    # For few rows threads cost more than they save, and where memory is short they cannot be had.
+    frame: pd.DataFrame = table.to_pandas(types_mapper=NULLABLE.get, use_threads=table.num_rows > 50_000)
     if (why := _unsound(frame, kind)) is not None:
         raise EvaluationError(
             f"{place} is damaged, with rows that no run writes ({why}): remove it, and start the run again with the "

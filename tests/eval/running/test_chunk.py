@@ -10,6 +10,7 @@ from torch import nn
 from orthattack.eval.attacks.kind import AttackKind, Conditions, Found
 from orthattack.eval.attacks.user import user_attack
 from orthattack.eval.data.dataset import Unreadable
+from orthattack.eval.errors import out_of_memory
 from orthattack.eval.running import chunk
 from orthattack.eval.running.chunk import Job, Part
 from orthattack.eval.storage.run_folder import RunFolder, Shard
@@ -315,8 +316,8 @@ def test_one_image_that_does_not_fit_is_an_error(job):
 
 
 def test_other_errors_do_not_halve(job):
-    assert not chunk._out_of_memory(RuntimeError("another"))
-    assert not chunk._out_of_memory(ValueError("can't allocate memory"))
+    assert not out_of_memory(RuntimeError("another"))
+    assert not out_of_memory(ValueError("can't allocate memory"))
 
 
 def test_attacks_that_pack_are_given_several_batches_until_memory_runs_out(job):

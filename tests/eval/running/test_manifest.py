@@ -81,25 +81,16 @@ def test_a_model_is_described_with_its_data():
     model = SimpleNamespace(describe=lambda: {"sha256": "x", "classes": None})
     classes = SimpleNamespace(describe=lambda: {"sha256": "x", "classes": ["own"]})
 
-    class Data:
-        name = "some data"
+    def data(count):
+        return {"name": "some data", "images": count, "classes": ["a", "b"], "source": "here"}
 
-        def __init__(self, count):
-            self.count = count
-
-        def __len__(self):
-            return self.count
-
-        def describe(self):
-            return {"images": self.count, "classes": ["a", "b"], "source": "here"}
-
-    found = describe_model("m", model, Data(3))
-    assert found == {
-        "label": "m", "sha256": "x", "class_names": ["a", "b"], "data": {"images": 3, "source": "here"}
+    assert describe_model("m", model, data(3)) == {
+        "label": "m", "sha256": "x", "class_names": ["a", "b"],
+        "data": {"images": 3, "name": "some data", "source": "here"},
     }  # fmt: skip
-    assert describe_model("m", classes, Data(1))["class_names"] == ["own"]
+    assert describe_model("m", classes, data(1))["class_names"] == ["own"]
     with pytest.raises(EvaluationError, match="some data has no images"):
-        describe_model("m", model, Data(0))
+        describe_model("m", model, data(0))
 
 
 def test_a_session_says_when_where_and_with_what(folder):

@@ -9,17 +9,21 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from orthattack.eval import evaluate
 from orthattack.eval.attacks.user import user_attack
 from orthattack.eval.checks.probes import TRANSFER
+from orthattack.eval.data import load
+from orthattack.eval.data.dataset import ImageDataset
 from orthattack.eval.data.load import load_dataset
 from orthattack.eval.data.prefetch import Decoder
 from orthattack.eval.errors import EvaluationError
@@ -30,7 +34,7 @@ from orthattack.eval.running.run import _working_in, run_suite, suite_inputs
 from orthattack.eval.running.worker import Inputs
 from orthattack.eval.storage.run_folder import RunFolder
 from orthattack.eval.suite import make_suite
-from tests.eval.tiny import Net, dataset
+from tests.eval.tiny import CLASSES, SIZE, Net, dataset
 from tests.eval.tiny import classifier as classifier_of
 from tests.stored import assert_same, contents
 
@@ -687,6 +691,32 @@ def test_decoding_stops_when_nobody_takes_it_any_more():
     decoder.begin(range(100))
     decoder.close()
     assert threading.active_count() == before
+
+
+def test_a_folder_is_listed_and_looked_at_once_for_all_models_of_the_same_classes(tmp_path, monkeypatch):
+    for k in range(CLASSES):
+        (tmp_path / "data" / str(k)).mkdir(parents=True)
+        Image.new("RGB", (SIZE, SIZE), (40 * k, 9, 9)).save(tmp_path / "data" / str(k) / "a.png")
+    counted: Counter[str] = Counter()
+
+    def counting(function):
+        def wrapped(*arguments):
+            counted[function.__name__] += 1
+            return function(*arguments)
+
+        return wrapped
+
+    monkeypatch.setattr(load, "_files_by_folder", counting(load._files_by_folder))
+    monkeypatch.setattr(ImageDataset, "fingerprint", counting(ImageDataset.fingerprint))
+    nets = [classifier_of(Net(seed), f"net{seed}") for seed in range(3)]
+    named = replace(classifier_of(Net(), "named"), classes=tuple("abcde"))
+    options = {"eps": EPS, "checks": False, "progress": False, "report": False}
+    run = evaluate(nets, str(tmp_path / "data"), ["FGSM"], out=tmp_path / "run", **options)
+    assert counted == {"_files_by_folder": 1, "fingerprint": 1}
+    assert len({one["data"]["fingerprint"] for one in run.manifest["models"]}) == 1
+    named = [named, nets[0], replace(named, name="again")]
+    evaluate(named, str(tmp_path / "data"), ["FGSM"], out=tmp_path / "two", **options)
+    assert counted == {"_files_by_folder": 3, "fingerprint": 3}  # once for each list of classes
 
 
 def test_only_one_model_is_kept(tmp_path):

@@ -132,3 +132,18 @@ def test_what_is_not_whole_stays_in_chunks(folder):
     store.compact(EXAMPLE, ROWS)
     folder.compact(EXAMPLE, {0: 3})
     assert files(folder) == before
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_other_libraries_read_the_rows_as_documented(folder, compacted):
+    """docs/evaluation.md, "Rows in other programs"."""
+    duckdb, polars = pytest.importorskip("duckdb"), pytest.importorskip("polars")
+    if compacted:
+        folder.compact(EXAMPLE, ROWS)
+    pattern = f"{folder.path}/shards/*/*/*/*.parquet"
+    found = duckdb.sql(f"SELECT status, count(*) FROM '{pattern}' GROUP BY status").fetchall()
+    assert found == [("misclassified", sum(ROWS.values()))]
+    frame = polars.scan_parquet(pattern, include_file_paths="file").collect()
+    assert frame["position"].to_list() == list(range(sum(ROWS.values())))
+    assert frame["label"].dtype.is_integer()
+    assert set(frame["file"].str.split("/").list.get(-3).to_list()) == {"PGD"}

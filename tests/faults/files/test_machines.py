@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -45,3 +47,47 @@ def test_a_name_that_the_system_refuses_is_one_line(tmp_path):
     assert told.returncode == 2
     assert told.stderr.decode().splitlines()[-1].startswith("orthattack: could not make the run folder")
     assert b"File name too long" in told.stderr
+
+
+LOADED = """
+import os, resource
+import matplotlib.pyplot, pandas, pyarrow.parquet, safetensors.torch, scipy.spatial, scipy.special, torch, torchvision
+import orthattack.eval.api
+
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * os.sysconf("SC_PAGE_SIZE") + MORE * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and the kernel's limit of memory")
+def test_too_little_memory_is_said_and_loses_nothing(tmp_path):
+    """The same run is tried with too little to load PyTorch, and then with ever more beyond the libraries (OpenBLAS may
+    wait for memory without end as it is loaded): it is said in one line, or done."""
+    run = [*RUN, "--limit", "12", "--shard-size", "4", "--batch-size", "4", "--steps", "3"]
+    told = limited("import resource; resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29))", *run, "--out", "x")
+    assert told.returncode == 2, told.stderr
+    assert re.search(r"^orthattack: out of memory \(.*what is finished is kept", told.stderr, re.MULTILINE)
+    said = 0
+    for more in (0, 2, 4, 8, 16, 32, 64, 128):
+        told = limited(LOADED.replace("MORE", str(more)), *run, "--out", str(tmp_path / "run"))
+        assert "Traceback" not in told.stderr, told.stderr
+        assert told.returncode in (0, 2, -signal.SIGSEGV, -signal.SIGABRT), told.stderr  # compiled code may fall over
+        if told.returncode == 2:
+            said += 1
+            assert re.search("memory|allocate", told.stderr.splitlines()[-1]), told.stderr
+    assert said >= 1
+    assert limited("", *run, "--out", str(tmp_path / "run")).returncode == 0
+    assert limited("", *run, "--out", str(tmp_path / "plain")).returncode == 0
+    assert_same(contents(tmp_path / "plain"), contents(tmp_path / "run"))
+    assert not [*(tmp_path / "run").rglob("*.damaged*"), *(tmp_path / "run").rglob("*.partial")]
+
+
+def limited(before: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, after some code."""
+    code = f"{before}\nimport sys\nfrom orthattack.eval.cli import main\nsys.exit(main(sys.argv[1:]))"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, timeout=400,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
