@@ -80,6 +80,7 @@ class RayWorker:
         """Get ready, in the directory that paths of the suite are relative to; returns what this process is."""
         # Ray makes a SystemExit of it, which would be taken for the attack's own and kept as an error in its rows.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's, which ends its workers
         if Path(directory).is_dir():
             os.chdir(directory)
         self._said: list[str] = []
