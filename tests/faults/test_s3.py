@@ -14,6 +14,7 @@ from contextlib import suppress
 import fsspec
 import pandas as pd
 import pytest
+import torch
 
 from orthattack.eval.api import evaluate
 from orthattack.eval.errors import EvaluationError
@@ -21,6 +22,7 @@ from orthattack.eval.results.stored_run import Run
 from orthattack.eval.storage import files
 from orthattack.eval.storage.files import open_files
 from orthattack.eval.storage.run_folder import RunFolder
+from tests.eval.tiny import SIZE, Net, classifier, dataset
 
 moto = pytest.importorskip("moto.server", reason="needs moto[server] and s3fs, which bring some 60 packages")
 pytest.importorskip("s3fs", reason="needs s3fs")
@@ -181,12 +183,14 @@ def test_a_bucket_that_is_not_there_is_said_at_once(proxy):
 
 @pytest.mark.slow
 def test_a_finished_run_of_many_shards_goes_on_with_few_requests(proxy):
-    suite = {**OPTIONS, "shard_size": 1, "eps": [k / 255 for k in range(1, 26)]}
-    data = {"source": "cifar10-samples", "limit": 20}
-    evaluate([MODEL, "cifar10-standard"], data, ["FGSM"], out="s3://bucket/many", **suite)
-    assert sum("shards" in path for path in fsspec.filesystem("s3").find("bucket/many")) == 1000
+    options = {**OPTIONS, "shard_size": 1, "eps": [k / 255 for k in range(1, 26)], "steps": 1}
+    images = torch.rand(20, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    data = dataset(Net().eval()(images).argmax(1).tolist(), images)
+    nets = [classifier(Net(seed), f"net{seed}") for seed in range(2)]
+    evaluate(nets, data, ["FGSM"], out="s3://bucket/many", **options)
+    assert sum("/shards/" in path for path in fsspec.filesystem("s3").find("bucket/many")) == 1000
     before = proxy.requests
-    assert evaluate([MODEL, "cifar10-standard"], data, ["FGSM"], out="s3://bucket/many", **suite).status == "complete"
+    assert evaluate(nets, data, ["FGSM"], out="s3://bucket/many", **options).status == "complete"
     assert proxy.requests - before <= 20, proxy.seen[before:]
 
 
@@ -227,10 +231,10 @@ def test_two_drivers_at_once_lose_no_row_and_have_none_twice(proxy, tmp_path, sh
     for process in both:
         out, errors = process.communicate(timeout=400)
         assert process.returncode == 0, out + errors
-    last = start(place)  # of shares neither may have seen itself as the last
-    assert last.wait(400) == 0
-    plain = start("plain")
-    assert plain.wait(400) == 0
+    for out in (place, "plain"):  # of shares neither may have seen itself as the last
+        last = start(out)
+        assert last.communicate(timeout=400)[0]
+        assert last.returncode == 0
     run, alone = Run.open(place), Run.open(tmp_path / "plain")
     assert run.status == "complete"
     for attack in ("FGSM", "PGD"):

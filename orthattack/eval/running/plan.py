@@ -168,7 +168,10 @@ class Plan:
         return True
 
     def compact(self) -> None:
-        """Make one file of each attack at each radius on a model, where all of it is done."""
+        """Make one file of each attack at each radius on a model, where all of it is done; on a disk, for in a store
+        another driver might be reading what would go."""
+        if self.folder.path is None:
+            return
         for model in self._counts:
             rows = {chunk: len(self.positions(Unit(model, "attack", chunk, ()))) for chunk in self._chunks(model)}
             for example in self._shards(model):

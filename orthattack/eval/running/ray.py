@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -58,8 +58,8 @@ def seat(kind: type[Any]) -> type[Any]:
     module, name = kind.__module__, kind.__name__
 
     class Seat:
-        def here(self) -> None:
-            """The process is there."""
+        def here(self) -> str:
+            return socket.gethostname()
 
         def start(self, *arguments: Any) -> Any:
             self.worker = getattr(import_module(module), name)()
@@ -163,6 +163,14 @@ class Queue:
         return next((unit for unit in self._left.get(model, ()) if unit not in promised), None)
 
 
+class _Task(NamedTuple):
+    """What is asked of an actor: to do a unit, to start on the machine that it is on, or else to be there."""
+
+    actor: Any
+    unit: Unit | None = None
+    host: str | None = None
+
+
 class _Patience:
     """With a cluster that starts no worker: after a while that is said, and then the run ends."""
 
@@ -207,33 +215,24 @@ class Crew:
         """Do all units. EvaluationError: no worker can be started, something is to be put right, or a unit has killed
         three of its workers; everything else has been done then."""
         queue = Queue(units)
-        called: dict[Any, Any] = {}  # actors whose process is not there yet
-        starting: dict[Any, Any] = {}
-        busy: dict[Any, tuple[Any, Unit]] = {}
+        tasks: dict[Any, _Task] = {}
         deaths: Counter[Unit] = Counter()
         lost: list[Unit] = []
         failures, patience = 0, _Patience(self._size, self._lacking, say)
-        while len(queue) or busy:
-            self._idle = [actor for actor in self._idle if not self._give(actor, queue, busy)]
-            at_hand = len(self._idle) + len(busy) + len(starting) + len(called)
-            for _ in range(min(self._size, len(queue) + len(busy)) - at_hand):
+        while len(queue) or any(task.unit for task in tasks.values()):
+            self._idle = [actor for actor in self._idle if not self._give(actor, queue, tasks)]
+            wanted = min(self._size, len(queue) + sum(task.unit is not None for task in tasks.values()))
+            for _ in range(wanted - len(self._idle) - len(tasks)):
                 actor = self._make()
-                called[actor.here.remote()] = actor
-            ready, _ = self._ray.wait([*busy, *starting, *called], num_returns=1, timeout=_TICK)
-            if ready or busy or starting:
+                tasks[actor.here.remote()] = _Task(actor)
+            ready, _ = self._ray.wait([*tasks], num_returns=1, timeout=_TICK)
+            if ready or any(task.unit or task.host for task in tasks.values()):
                 patience.renew()
             else:
                 patience.spend()
             for ref in ready:
-                if (actor := called.pop(ref, None)) is not None:
-                    unit = None
-                    _, death = self._answer(ref, is_start=True)
-                    if death is None:
-                        starting[self._started(actor, plan)] = actor
-                        continue
-                else:
-                    actor, unit = busy.pop(ref) if ref in busy else (starting.pop(ref), None)
-                    answer, death = self._answer(ref, is_start=unit is None)
+                actor, unit, host = tasks.pop(ref)
+                answer, death = self._answer(ref, host)
                 if death is not None:
                     queue.forget(actor)
                     self._bury(actor)
@@ -243,18 +242,20 @@ class Crew:
                             raise EvaluationError(f"the workers cannot be started ({death})")
                     elif (rest := self._mourned(unit, plan, deaths, lost, death, say)) is not None:
                         queue.put_back(rest)
-                    continue
-                self._idle.append(actor)
-                if unit is None:
+                elif unit is not None:
+                    self._idle.append(actor)
+                    for counts in answer[0]:
+                        attacked(unit, *counts)
+                    for line in answer[1]:
+                        say(line)
+                elif host is None:  # the process is there, on the machine that it names
+                    tasks[self._started(actor, plan)] = _Task(actor, host=answer)
+                else:
+                    self._idle.append(actor)
                     failures = 0
                     self.workers.append(answer)
-                    continue
-                for counts in answer[0]:
-                    attacked(unit, *counts)
-                for line in answer[1]:
-                    say(line)
-        for actor in (*called.values(), *starting.values()):
-            self._bury(actor)
+        for task in tasks.values():  # of workers that nobody waits for any more
+            self._bury(task.actor)
         if lost:
             names = ", ".join(f"{unit.model} {unit.stage} {unit.chunk}" for unit in lost[:3])
             raise EvaluationError(
@@ -262,15 +263,15 @@ class Crew:
                 "machines, memory most likely. Everything else is done and kept; the same command tries them again"
             )
 
-    def _answer(self, ref: Any, is_start: bool) -> tuple[Any, str | None]:
-        """What a worker returned, or what it died of; what is to be put right is raised."""
+    def _answer(self, ref: Any, host: str | None) -> tuple[Any, str | None]:
+        """What a worker returned, or what it died of; what is to be put right is raised, with the name of the machine
+        of one that starts."""
         try:
             return self._ray.get(ref), None
         except self._ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
-            if is_start and not isinstance(cause, EvaluationError):  # what it imports, most likely
-                where = getattr(error, "ip", None) or "their machine"
-                raise EvaluationError(f"the workers cannot be started on {where} ({told(cause)})") from None
+            if host is not None and not isinstance(cause, EvaluationError):  # what it imports, most likely
+                raise EvaluationError(f"the workers cannot be started on {host} ({told(cause)})") from None
             raise cause from None
         except self._ray.exceptions.RayError as error:
             return None, told(error)
@@ -287,12 +288,12 @@ class Crew:
         say(f"a worker died at {unit.model}, {unit.stage} {unit.chunk}: others go on with it ({death})")
         return plan.left_of(unit)
 
-    def _give(self, actor: Any, queue: Queue, busy: dict[Any, tuple[Any, Unit]]) -> bool:
+    def _give(self, actor: Any, queue: Queue, tasks: dict[Any, _Task]) -> bool:
         """Give a worker something to do, if there is anything."""
         taken = queue.take(actor)
         if taken is None:
             return False
-        busy[actor.do.remote(*taken)] = actor, taken[0]
+        tasks[actor.do.remote(*taken)] = _Task(actor, taken[0])
         return True
 
     def _started(self, actor: Any, plan: Plan) -> Any:
