@@ -311,7 +311,10 @@ if any("default_worker" in word for word in sys.orig_argv):
     ("site", "reason"),
     [
         (NO_PACKAGE, "the workers cannot be started on .* (ModuleNotFoundError: No module named 'orthattack')"),
-        (NO_PROCESS, "no worker could be started in 50 s: SystemExit: libcudart.so.12: cannot open shared object file"),
+        (
+            NO_PROCESS,
+            "no worker could be started in 50 s: .*Ray's processes said last: SystemExit: libcudart.so.12: cannot open shared object file",
+        ),
     ],
 )
 def test_workers_that_cannot_start_end_the_run_with_the_reason(tmp_path, monkeypatch, site, reason):

@@ -377,13 +377,13 @@ def _connect(ray: Any, address: str | None, workers: int | None) -> Path | None:
 
 
 def _lacking(ray: Any, what: str, count: int, logs: Path | None) -> str:
-    """Why the cluster starts no worker, as far as Ray tells: too little is free, or what their processes said last."""
+    """Why the cluster starts no worker, as far as Ray tells: what is free, and what its processes said last."""
     have, free = (found.get(what, 0) for found in (ray.cluster_resources(), ray.available_resources()))
-    if free < count:
-        return f"each needs {count} {what}, and {free:g} of the cluster's {have:g} are free"
     paths = [] if logs is None else sorted(logs.glob("*.err"), key=os.path.getmtime)
-    found = [line for path in paths for line in _said(path)]
-    return f"{found[-1][:300] if found else 'their processes do not come up'} (Ray's logs: {logs or 'on its machines'})"
+    found = [line[:300] for path in paths for line in _said(path)]
+    last = f"; Ray's processes said last: {found[-1]}" if found else ""
+    where = "on its machines" if logs is None else logs
+    return f"each needs {count} {what}, and {free:g} of the cluster's {have:g} are free{last} (Ray's logs: {where})"
 
 
 def _said(log: Path) -> list[str]:
