@@ -313,7 +313,7 @@ if any("default_worker" in word for word in sys.orig_argv):
         (NO_PACKAGE, "the workers cannot be started on .* (ModuleNotFoundError: No module named 'orthattack')"),
         (
             NO_PROCESS,
-            "no worker could be started in 50 s: .*Ray's processes said last: SystemExit: libcudart.so.12: cannot open shared object file",
+            "no worker could be started in 50 s: .*said last: SystemExit: libcudart.so.12: cannot open shared",
         ),
     ],
 )
