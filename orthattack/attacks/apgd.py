@@ -8,12 +8,19 @@ from torch import Tensor
 
 from orthattack.attacks.ascent import Climb
 from orthattack.attacks.base import Attack, GradientOptions
-from orthattack.attacks.rules import AutoStep
+from orthattack.attacks.rules import AutoSparse, AutoStep
 from orthattack.models import Model
 from orthattack.threat import Norm
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+def climb_of(norm: Norm, steps: int, restarts: int = 1, rho: float = 0.75) -> Climb:
+    """APGD's search, from random starts."""
+    adaptive = AutoStep(rho)  # refuses a wrong rho in L1 too, where there is none
+    rule, rate = (AutoSparse(), 1.0) if norm == "l1" else (adaptive, 2.0)
+    return Climb(rule, steps, rate, random_start=True, restarts=restarts)
 
 
 class APGD(Attack):
@@ -23,13 +30,14 @@ class APGD(Attack):
         x_{t+1} = project(x_t + 3/4 (z_{t+1} - x_t) + 1/4 (x_t - x_{t-1}))
 
     alpha starts at 2 eps. At checkpoints, each sample whose loss has stopped rising goes back to its best point with
-    half the step size (`orthattack.attacks.rules.AutoStep` has the conditions).
+    half the step size (`orthattack.attacks.rules.AutoStep` has the conditions). In L1 it is the number of pixels that a
+    step moves that adapts (Croce & Hein 2021, arXiv:2103.01208; `orthattack.attacks.rules.AutoSparse`).
 
     Args:
         model: as for `PGD`, like `norm` and `eps`.
         steps: gradient steps per restart, at least 1.
         restarts: random starts; the best result of each sample is kept.
-        rho: share of the steps in which the loss must rise for the step size to stay, in (0, 1).
+        rho: share of the steps in which the loss must rise for the step size to stay, in (0, 1); not in L1.
         **options: as for `PGD`.
     """
 
@@ -43,8 +51,7 @@ class APGD(Attack):
         rho: float = 0.75,
         **options: Unpack[GradientOptions],
     ) -> None:
-        search = Climb(AutoStep(rho), steps, rate=2.0, random_start=True, restarts=restarts)
-        super().__init__(model, norm, eps, search, **options)
+        super().__init__(model, norm, eps, climb_of(norm, steps, restarts, rho), **options)
 
 
 class OrthoAPGD(APGD, scope="image"):

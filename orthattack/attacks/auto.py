@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Literal, get_args
 from torch import Tensor
 
 from orthattack.arguments import check_choice, check_count, check_flag
-from orthattack.attacks.ascent import Climb
+from orthattack.attacks.apgd import climb_of
 from orthattack.attacks.base import Attack, GradientOptions
 from orthattack.attacks.fab import BoundarySearch
-from orthattack.attacks.rules import AutoStep
 from orthattack.attacks.scoring import NoGradientError
 from orthattack.attacks.square import SquareSearch
 from orthattack.attacks.task import AttackResult, Merit, Task
@@ -94,7 +93,7 @@ class _Sequence:
             goals = left.towards(self.targets) if part == "apgd-t" else goals
             loss = "dlr" if classes >= (3 if goals[0].targets is None else 4) else "margin"
         restarts = 1 if part == "apgd-t" else self.restarts
-        climb = Climb(AutoStep(), self.steps, rate=2.0, random_start=True, restarts=restarts)
+        climb = climb_of(left.region.threat.norm, self.steps, restarts)
         for goal in goals:
             climb(replace(left, goal=goal, loss=attack_loss(loss)), None)
 

@@ -23,6 +23,9 @@ from orthattack.threat import Norm, Region
 State = dict[str, Tensor]
 Schedule = Literal["fixed", "linear", "cosine"]
 
+# How far a pixel moves in an attack of a single L1 step, in parts of the bounds, if few move: docs/api/fgsm.md.
+_ONCE = 0.05
+
 
 @dataclass(frozen=True)
 class Ascent:
@@ -43,12 +46,12 @@ class Ascent:
         """The allowed images."""
         return self.task.region
 
-    def step(self, points: Tensor, direction: Tensor, alpha: Tensor) -> Tensor:
+    def step(self, points: Tensor, direction: Tensor, alpha: Tensor, count: Tensor | None = None) -> Tensor:
         """The step of size `alpha` from `points` along `direction` that stays in the region; see `Region.step`."""
         form, region = self.task.form, self.task.region
         if form is not None:
             direction = form(direction, points, region.images)
-        return region.step(points, direction, alpha)
+        return region.step(points, direction, alpha, count=count)
 
     def select(self, index: Tensor) -> Ascent:
         """The ascent of the samples at `index` only."""
@@ -148,7 +151,11 @@ class Chain:
                 _check_made(link, made, direction)
             direction, own = made
             kept |= {f"{k} {name}": value for name, value in own.items()}
-        base = ascent.step(state.get("base", points), direction, alpha)
+        count = None
+        if ascent.steps == 1 and ascent.region.threat.norm == "l1":  # all of α at once
+            low, high = ascent.region.threat.bounds
+            count = (alpha / (_ONCE * (high - low))).clamp(1, max(1.0, direction[0].numel() / 5))
+        base = ascent.step(state.get("base", points), direction, alpha, count)
         if self.look_ahead == 0:
             return base, kept
         kept["base"] = base
@@ -396,6 +403,66 @@ class AutoStep:
             window = max(window - less, smallest)
             at += window
         return found
+
+
+@dataclass(frozen=True)
+class AutoSparse:
+    """The automatic schedule of APGD in L1, whose steps move fewer and fewer pixels, and no momentum::
+
+        x_{t+1} = project(x_t + α/k · sign(g) where abs(g) is one of its k largest),   g = ∇L(x_t), tangent
+
+    At checkpoints, 4 % of the steps apart, each sample's k becomes 2/3 of the number of pixels that its best point so
+    far changes. Where these are fewer than 95 % of what they were, α is again that of the start, and the sample goes
+    back to that point; elsewhere α falls to 2/3 of itself, down to a tenth of the start's.
+
+    Source: Croce & Hein 2021, arXiv:2103.01208.
+    """
+
+    def init(self, ascent: Ascent, points: Tensor) -> State:
+        pixels = torch.full_like(ascent.alpha, float(points[0].numel()))
+        dtype = torch.promote_types(points.dtype, torch.float32)
+        return {
+            "alpha": ascent.alpha,
+            "count": (pixels / 5).clamp(min=1),
+            "changed": pixels,
+            "best": points,
+            "best_gradient": torch.zeros_like(points),
+            "best_loss": torch.full((len(points),), -torch.inf, device=points.device, dtype=dtype),
+        }
+
+    def update(
+        self, ascent: Ascent, state: State, points: Tensor, evaluation: Evaluation, step: int
+    ) -> tuple[Tensor, State]:
+        gradient, s = evaluation.gradient, dict(state)
+        assert gradient is not None
+        loss = evaluation.loss.to(s["best_loss"].dtype)
+        is_best = loss > s["best_loss"]
+        s["best_loss"] = torch.where(is_best, loss, s["best_loss"])
+        s["best"] = _where(is_best, points, s["best"])
+        s["best_gradient"] = _where(is_best, gradient, s["best_gradient"])
+        if step > 0 and step % max(int(0.04 * ascent.steps), 1) == 0:
+            images = ascent.region.images
+            changed = (s["best"].to(images.dtype) != images).sum((1, 2, 3), keepdim=True).to(s["count"].dtype)
+            fewer = changed < 0.95 * s["changed"]
+            s["changed"], s["count"] = changed, (changed / 1.5).clamp(min=1)
+            less = torch.maximum(s["alpha"] / 1.5, ascent.alpha / 10)
+            s["alpha"] = torch.where(fewer, ascent.alpha, less)
+            points = torch.where(fewer, s["best"], points)
+            gradient = torch.where(fewer, s["best_gradient"], gradient)
+        return ascent.region.project(self._moved(ascent, points, gradient, s["alpha"], s["count"])), s
+
+    @staticmethod
+    def _moved(ascent: Ascent, points: Tensor, gradient: Tensor, alpha: Tensor, count: Tensor) -> Tensor:
+        """Not the best step in the box, `Region.step`, which moves others in place of pixels that are at a bound: with
+        so many pixels the projection leaves less of each."""
+        form, region = ascent.task.form, ascent.region
+        g = gradient if form is None else form(gradient, points, region.images)
+        g = region.threat.tangent(g.to(region.images.dtype), region.images)
+        ranked = g.abs().flatten(1).sort(1, descending=True).values
+        smallest = ranked.gather(1, (count.flatten(1).long() - 1).clamp(0, ranked.shape[1] - 1)).view_as(count)
+        signs = g.sign() * (g.abs() >= smallest)
+        moving = signs.abs().sum((1, 2, 3), keepdim=True).clamp(min=1)
+        return points.to(g.dtype) + (alpha / moving).to(g.dtype) * signs
 
 
 def _where(chosen: Tensor, a: Tensor, b: Tensor) -> Tensor:

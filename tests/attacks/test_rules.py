@@ -23,7 +23,7 @@ from orthattack import (
     OrthoPGD,
     ThreatModel,
 )
-from orthattack.attacks.rules import AutoStep, accumulated, chain, momentum, normalize
+from orthattack.attacks.rules import AutoSparse, AutoStep, accumulated, chain, momentum, normalize
 from tests.attacks.test_attacks import Recorder, drawn, small_model
 from tests.conftest import examples, seeds
 
@@ -229,6 +229,62 @@ def test_apgd_is_the_published_algorithm(seed):
         losses, gradients = [loss[i] for loss, _ in known], [g[i] for _, g in known]
         for t, expected in enumerate(next_of_apgd(seen, losses, gradients, images[i], 0.1, steps)):
             torch.testing.assert_close(seen[t + 1], expected, rtol=0, atol=1e-12)
+
+
+def next_of_l1_apgd(seen, losses, gradients, region, eps, steps):
+    """The points that Croce & Hein 2021 (arXiv:2103.01208) go to in L1 from each point seen, for one sample."""
+    image = region.images[0]
+    alpha, count, before, best, best_loss, best_gradient = eps, image.numel() // 5, image.numel(), None, -math.inf, None
+    for t in range(steps):
+        x, loss, g = seen[t], float(losses[t]), gradients[t]
+        if loss > best_loss:
+            best, best_loss, best_gradient = x, loss, g
+        if t > 0 and t % max(int(0.04 * steps), 1) == 0:
+            now = int((best != image).sum())
+            if now / before < 0.95:
+                alpha, x, g = eps, best, best_gradient
+            else:
+                alpha = max(alpha / 1.5, eps / 10)
+            count, before = max(int(now / 1.5), 1), now
+        least = g.abs().flatten().topk(count).values[-1]
+        signs = torch.where(g.abs() >= least, g.sign(), 0)
+        yield region.project((x + alpha * signs / signs.abs().sum())[None])[0]
+
+
+@examples(5)
+@given(seeds)
+def test_apgd_in_l1_adapts_how_many_pixels_it_moves_as_published(seed):
+    model, images, labels = prepared(3, seed % 1000)
+    recorder, steps, eps = Recorder(model), 55, 3.0
+    APGD(recorder, "l1", eps, steps, generator=torch.Generator().manual_seed(seed))(images, labels)
+    known = [losses_and_gradients(model, x, labels) for x in recorder.seen[:-1]]
+    moved = [(x != images).sum((1, 2, 3)).double().mean() for x in recorder.seen]
+    assert moved[-1] < 0.6 * moved[0]
+    for i in range(3):
+        region = ThreatModel("l1", eps, scope=None).around(images[i : i + 1])
+        losses, gradients = [loss[i] for loss, _ in known], [g[i] for _, g in known]
+        following = next_of_l1_apgd([x[i] for x in recorder.seen], losses, gradients, region, eps, steps)
+        for t, expected in enumerate(following):
+            torch.testing.assert_close(recorder.seen[t + 1][i], expected, rtol=0, atol=1e-9)
+    assert APGD(model, "l1", eps).search.rule == AutoSparse()
+
+
+@pytest.mark.parametrize("kind", [FGSM, OrthoFGSM])
+def test_one_l1_step_moves_more_pixels_at_a_larger_radius(kind):
+    """Each by a twentieth of the bounds, up to a fifth of the pixels, 21 of 108; then each by more."""
+    model, images, labels = prepared()
+    images = 0.4 + 0.2 * images  # far from the bounds
+    for eps, count in ((0.04, 1), (0.2, 4), (0.8, 16), (2.16, 22)):
+        result = kind(model, "l1", eps, loss="margin").run(images, labels)
+        moved = result.steps == 1
+        assert moved.sum() >= 3
+        changed = (result.adversarials != images).sum((1, 2, 3))[moved]
+        assert (changed >= count).all()
+        assert (changed <= count + 2).all()
+        largest = (result.adversarials - images).abs().amax((1, 2, 3))[moved]
+        each = max(min(eps, 0.05), eps / 21.6)
+        assert (largest <= each * (1 + 1e-6)).all()
+        assert kind is OrthoFGSM or (largest >= each * (1 - 1e-6)).all()
 
 
 def test_autoattack_begins_with_apgd():

@@ -11,6 +11,7 @@ from torch.nn.functional import avg_pool2d
 
 import orthattack
 from orthattack import (
+    APGD,
     FGSM,
     PGD,
     AutoAttack,
@@ -200,6 +201,24 @@ def test_one_l1_step_fools_more_than_foolboxs_on_digits():
         kept = robust(model, theirs, labels)
         for ours in (FGSM, OrthoFGSM):
             assert robust(model, ours(model, norm="l1", eps=eps)(images, labels), labels) <= kept - 0.1
+
+
+@pytest.mark.slow
+def test_apgd_in_l1_climbs_as_far_as_the_official_code():
+    """Both from random starts; docs/api/apgd.md has the figures of 100 images."""
+    theirs = pytest.importorskip("pyautoattack.autopgd_base", reason="needs pyautoattack, the official code")
+    classifier = load_classifier("cifar10-robust")
+    (batch,) = load_dataset("cifar10-samples", classifier).batches(20, classifier.preprocessing)
+    model, images, labels = classifier.model, batch.images, batch.labels
+    official = theirs.APGDAttack(model, n_iter=60, norm="L1", eps=12.0, seed=0, loss="ce", device="cpu")
+    climbed = []
+    for found in (
+        official.perturb(images, labels, best_loss=True),
+        APGD(model, "l1", 12.0, 60, generator=seeded())(images, labels),
+    ):
+        with torch.no_grad():
+            climbed.append(float(nn.functional.cross_entropy(model(found), labels)))
+    assert climbed[1] >= climbed[0] - 0.03
 
 
 def test_restarts_and_steps_never_help_the_model(trained):
