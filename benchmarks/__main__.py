@@ -3,6 +3,7 @@
     python -m benchmarks steps [--models NAME ...] [--batches 1 8 32] [--steps 10] [--rounds 4]
     python -m benchmarks arithmetic
     python -m benchmarks accuracy --weights FILE ... --data FOLDER [--limit 300]
+    python -m benchmarks autoattack --name TABLE --model NAME [--weights FILE] --data FOLDER [--norm l2 --eps 0.5]
     python -m benchmarks gpu
     python -m benchmarks growth
     python -m benchmarks start
@@ -14,7 +15,8 @@
 
 `steps`: time per gradient step and image, and peak memory, beside the bare step, Foolbox and torchattacks.
 `arithmetic`: the attack's own step beside the model's. `accuracy`: seconds and gradient calls to the robust accuracy
-that Foolbox's LinfPGD reaches. `gpu`: steps and arithmetic of several models in large batches, for a GPU, in five
+that Foolbox's LinfPGD reaches. `autoattack`: robust accuracy and CPU time beside the official code, which is
+`pip install pyautoattack --no-deps`. `gpu`: steps and arithmetic of several models in large batches, for a GPU, in five
 minutes, after the attacks' tests on it. `growth`: time against image size and number of images. `start`: of the import
 and of --help. `throughput`: how much of an evaluation's time is the attack. `workers`, `driver`: what Ray costs, and
 how many workers its driver can feed. `report` writes the stored tables into docs/performance.md and docs/strength.md,
@@ -29,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -64,6 +67,16 @@ def main(argv: list[str] | None = None) -> int:
     accuracy.add_argument("--weights", type=Path, nargs="+", required=True, help="of ResNet-18s for 64x64 images")
     accuracy.add_argument("--data", required=True, help="their images")
     accuracy.add_argument("--limit", type=int, default=300)
+    auto = what.add_parser("autoattack", parents=[timed])
+    auto.add_argument("--name", required=True, help="of the table")
+    auto.add_argument("--model", default="cifar10-robust")
+    auto.add_argument("--weights", type=Path)
+    auto.add_argument("--image-size", type=int)
+    auto.add_argument("--data", required=True)
+    auto.add_argument("--limit", type=int, default=200)
+    auto.add_argument("--norm", choices=["linf", "l2", "l1"], default="linf")
+    auto.add_argument("--eps", type=Fraction, default=Fraction(8, 255), help="such as 8/255")
+    auto.add_argument("--only", nargs="+", metavar="CANDIDATE", help="rows to measure; the others stay")
     gpu = what.add_parser("gpu", parents=[timed])
     gpu.add_argument("--rounds", type=int, default=3)
     gpu.add_argument("--seconds", type=float, default=200, help="after which no more models are measured")
@@ -97,7 +110,7 @@ def _run(args: argparse.Namespace) -> int:
 
         print(*report.write(args.docs, args.results), sep="\n")
         return 0
-    from benchmarks import accuracy, arithmetic, gpu, growth, steps, throughput, workers
+    from benchmarks import accuracy, arithmetic, autoattack, gpu, growth, steps, throughput, workers
     from benchmarks.stored import keep
 
     torch.set_num_threads(args.threads)
@@ -112,6 +125,10 @@ def _run(args: argparse.Namespace) -> int:
         for weights in args.weights:
             rows = accuracy.accuracy_rows(weights, args.data, args.limit, args.rounds)
             keep("accuracy", weights.stem, rows, args.threads, args.out)
+    elif args.what == "autoattack":
+        model = args.model, args.weights, args.image_size
+        rows = autoattack.rows(args.name, model, args.data, args.limit, args.norm, float(args.eps), args.only, args.out)
+        keep("autoattack", args.name, rows, args.threads, args.out)
     elif args.what == "gpu":
         failed = 0 if args.no_tests else gpu.tests(ROOT)
         for kind, name, rows in gpu.tables(args.seconds, args.rounds):

@@ -20,7 +20,12 @@ CLEAN_OF_1000 = 703  # of the robust ResNet-18 of docs/strength.md
 
 def tables(folder: Path = RESULTS) -> dict[str, str]:
     """Each stored table in Markdown, by "WHAT/MACHINE/NAME", and the summary of the steps."""
-    makers = {"steps": _steps_table, "accuracy": _accuracy_table, "strength": _strength_table}
+    makers = {
+        "steps": _steps_table,
+        "accuracy": _accuracy_table,
+        "strength": _strength_table,
+        "autoattack": _autoattack_table,
+    }
     found = {}
     for file in stored(folder):
         for table in file.tables:
@@ -98,6 +103,22 @@ def _accuracy_table(content: Table) -> str:
     head = ["", "steps", "robust accuracy", "gradient calls per image", "seconds", "of Foolbox's"]
     about = f"{rows[0]['model']}, {rows[0]['images']} images ({content.hardware}):"
     return f"{about}\n\n{tabulate(table, head, 'github', disable_numparse=True)}"
+
+
+def _autoattack_table(content: Table) -> str:
+    """Robust accuracy, CPU time, and on how many images the verdict differs from the official code's."""
+    theirs = next((row for row in content.rows if row["attack"] == "official"), None)
+    table = []
+    for row in content.rows:
+        pairs = [] if theirs is None else list(zip(row["robust"], theirs["robust"], strict=True))
+        alone = [str(pairs.count(pair)) if pairs else "–" for pair in (("0", "1"), ("1", "0"))]
+        robust = f"{100 * row['robust'].count('1') / row['images']:.1f} %"
+        ratio = "–" if theirs is None else f"{row['seconds'] / max(theirs['seconds'], 0.1):.2f}"
+        table.append([row["attack"], robust, row["parts"], *alone, f"{row['seconds']:.0f}", ratio])
+    head = ["", "robust accuracy", "after each part, %", "fooled here alone", "fooled there alone", "CPU seconds",
+            "of the official's"]  # fmt: skip
+    about = f"{content.rows[0]['images']} images, clean accuracy {100 * content.rows[0]['clean']:.1f} %"
+    return f"{about} ({content.hardware}):\n\n{tabulate(table, head, 'github', disable_numparse=True)}"
 
 
 def _strength_table(content: Table) -> str:
