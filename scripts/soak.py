@@ -265,12 +265,12 @@ def main() -> int:
     soak, began = Soak(folder, args.seed), time.monotonic()
     for where in places:
         soak.undisturbed(where)
-    while (minutes := (time.monotonic() - began) / 60) < args.minutes:
+    minutes = 0.0
+    while minutes < args.minutes:
         soak.one(soak.draw.choice(places))
+        minutes = (time.monotonic() - began) / 60
         args.to.write_text(json.dumps(soak.result(minutes, args.seed), indent=2) + "\n")
-    result = soak.result(minutes, args.seed)
-    args.to.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    print(args.to.read_text())
     if server is not None:
         server.stop()
     if soak.findings:
