@@ -2,6 +2,7 @@
 
     python -m benchmarks steps [--models NAME ...] [--batches 1 8 32] [--steps 10] [--rounds 4]
     python -m benchmarks arithmetic
+    python -m benchmarks minimal --weights FILE --data FOLDER [--limit 30] [--gradients 100 300] [--only ATTACK ...]
     python -m benchmarks accuracy --weights FILE ... --data FOLDER [--limit 300]
     python -m benchmarks autoattack --name TABLE --model NAME [--weights FILE] --data FOLDER [--norm l2 --eps 0.5]
     python -m benchmarks gpu
@@ -16,15 +17,18 @@
 `steps`: time per gradient step and image, and peak memory, beside the bare step, Foolbox and torchattacks.
 `arithmetic`: the attack's own step beside the model's. `accuracy`: seconds and gradient calls to the robust accuracy
 that Foolbox's LinfPGD reaches. `autoattack`: robust accuracy and CPU time beside the official code, which is
-`pip install pyautoattack --no-deps`. `gpu`: steps and arithmetic of several models in large batches, for a GPU, in five
+`pip install pyautoattack --no-deps`. `minimal`: the norms that attacks find which minimise them, by AttackBench;
+without weights, of the bundled robust model. `gpu`: steps and arithmetic of several models in large batches, in five
 minutes, after the attacks' tests on it. `growth`: time against image size and number of images. `start`: of the import
 and of --help. `throughput`: how much of an evaluation's time is the attack. `workers`, `driver`: what Ray costs, and
-how many workers its driver can feed. `report` writes the stored tables into docs/performance.md and docs/strength.md,
-and draws the plots. `study` is docs/study.md's; it has options of its own. The device is the GPU if there is one.
+how many workers its driver can feed. `report` writes the stored tables into docs/performance.md, docs/strength.md
+and docs/minimal-norm.md, and draws the plots. `study` is docs/study.md's; it has options of its own. The device is the
+GPU if there is one.
 
 How strong the attacks are is a suite of the evaluation: orthattack eval benchmarks/strength.toml
 
-torchattacks is needed beside the package: pip install torchattacks --no-deps
+torchattacks is needed beside the package, and for `minimal` two more:
+pip install --no-deps torchattacks attackbenchlib adv-lib
 """
 
 from __future__ import annotations
@@ -77,6 +81,13 @@ def main(argv: list[str] | None = None) -> int:
     auto.add_argument("--norm", choices=["linf", "l2", "l1"], default="linf")
     auto.add_argument("--eps", type=Fraction, default=Fraction(8, 255), help="such as 8/255")
     auto.add_argument("--only", nargs="+", metavar="CANDIDATE", help="rows to measure; the others stay")
+    minimal = what.add_parser("minimal", parents=[timed])
+    minimal.add_argument("--weights", type=Path, help="of a ResNet-18 for 64x64 images")
+    minimal.add_argument("--data", required=True, help="images of the model")
+    minimal.add_argument("--limit", type=int, default=30)
+    minimal.add_argument("--norms", nargs="+", default=["linf", "l2", "l1"])
+    minimal.add_argument("--gradients", type=int, nargs="+", default=[100, 300, 1000])
+    minimal.add_argument("--only", nargs="+", metavar="ATTACK", help="attacks to measure")
     gpu = what.add_parser("gpu", parents=[timed])
     gpu.add_argument("--rounds", type=int, default=3)
     gpu.add_argument("--seconds", type=float, default=200, help="after which no more models are measured")
@@ -129,6 +140,11 @@ def _run(args: argparse.Namespace) -> int:
         model = args.model, args.weights, args.image_size
         rows = autoattack.rows(args.name, model, args.data, args.limit, args.norm, float(args.eps), args.only, args.out)
         keep("autoattack", args.name, rows, args.threads, args.out)
+    elif args.what == "minimal":
+        from benchmarks import minimal
+
+        name, model, images, labels = minimal.loaded(args.weights, args.data, args.limit)
+        minimal.measured(name, model, images, labels, args.norms, args.gradients, args.only, args.out)
     elif args.what == "gpu":
         failed = 0 if args.no_tests else gpu.tests(ROOT)
         for kind, name, rows in gpu.tables(args.seconds, args.rounds):

@@ -5,26 +5,30 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from tabulate import tabulate
 
 from benchmarks import plots
+from benchmarks.minimal import optimality
 from benchmarks.steps import PEERS
 from benchmarks.stored import RESULTS, Row, Table, by_machine, medians, shown, stored
 
-PAGES = ("performance.md", "strength.md")
+PAGES = ("performance.md", "strength.md", "minimal-norm.md")
 STRENGTH_EPS = {"linf": 4 / 255, "l2": 0.5}
 CLEAN_OF_1000 = 703  # of the robust ResNet-18 of docs/strength.md
 
 
 def tables(folder: Path = RESULTS) -> dict[str, str]:
     """Each stored table in Markdown, by "WHAT/MACHINE/NAME", and the summary of the steps."""
+    norms = {table.name: table.rows for file in stored(folder) if file.what == "minimal" for table in file.tables}
     makers = {
         "steps": _steps_table,
         "accuracy": _accuracy_table,
         "strength": _strength_table,
         "autoattack": _autoattack_table,
+        "minimal": partial(_minimal_table, norms),
     }
     found = {}
     for file in stored(folder):
@@ -119,6 +123,26 @@ def _autoattack_table(content: Table) -> str:
             "of the official's"]  # fmt: skip
     about = f"{content.rows[0]['images']} images, clean accuracy {100 * content.rows[0]['clean']:.1f} %"
     return f"{about} ({content.hardware}):\n\n{tabulate(table, head, 'github', disable_numparse=True)}"
+
+
+def _minimal_table(known: Mapping[str, Sequence[Row]], content: Table) -> str:
+    """Best first; the norms as the geometric mean of their ratio to the smallest known."""
+    score = optimality(content.name, content.rows, known)
+    group = content.name.rsplit("-", 1)[0]
+    every = [row["norms"] for name, rows in known.items() if name.rsplit("-", 1)[0] == group for row in rows]
+    smallest = [min(norms) for norms in zip(*every, strict=True)]
+    table = [
+        [
+            row["attack"],
+            f"{score[row['attack']]:.4f}",
+            f"{statistics.geometric_mean(a / b for a, b in zip(row['norms'], smallest, strict=True)):.3f}",
+            f"{row['gradients']:.0f}",
+            f"{row['evaluations']:.0f}",
+        ]
+        for row in sorted(content.rows, key=lambda row: -score[row["attack"]])
+    ]
+    head = ["attack", "optimality", "norm / smallest", "gradients", "forwards"]
+    return tabulate(table, head, "github", disable_numparse=True)
 
 
 def _strength_table(content: Table) -> str:

@@ -6,6 +6,7 @@ from orthattack.attacks import NIFGSM as NIFGSM
 from orthattack.attacks import PGD as PGD
 from orthattack.attacks import AttackResult as AttackResult
 from orthattack.attacks import AutoAttack as AutoAttack
+from orthattack.attacks import Bisection as Bisection
 from orthattack.attacks import DetectorEvasion as DetectorEvasion
 from orthattack.attacks import MinimumNorm as MinimumNorm
 from orthattack.attacks import OrthoAPGD as OrthoAPGD
@@ -13,6 +14,7 @@ from orthattack.attacks import OrthoAutoAttack as OrthoAutoAttack
 from orthattack.attacks import OrthoFAB as OrthoFAB
 from orthattack.attacks import OrthoFGSM as OrthoFGSM
 from orthattack.attacks import OrthoMIFGSM as OrthoMIFGSM
+from orthattack.attacks import OrthoMinimumNorm as OrthoMinimumNorm
 from orthattack.attacks import OrthoNIFGSM as OrthoNIFGSM
 from orthattack.attacks import OrthoPGD as OrthoPGD
 from orthattack.attacks import OrthoSquare as OrthoSquare

@@ -19,9 +19,9 @@ from orthattack import (
     PGD,
     AttackResult,
     AutoAttack,
+    Bisection,
     DetectorEvasion,
     Ensemble,
-    MinimumNorm,
     OrthoAPGD,
     OrthoAutoAttack,
     OrthoPGD,
@@ -400,7 +400,7 @@ MESSAGES = {
     lambda m: PGD(m, steps=2),
     lambda m: OrthoSquare(m, queries=3),
     lambda m: AutoAttack(m, steps=1, targets=1, queries=2),
-    lambda m: MinimumNorm(PGD(m, steps=1), trials=3),
+    lambda m: Bisection(PGD(m, steps=1), trials=3),
 ])  # fmt: skip
 def test_what_an_attack_does_not_expect_is_warned_of_once_where_it_was_called(kind, make):
     model, message = MESSAGES[kind]
@@ -486,7 +486,7 @@ class Drawing(nn.Module):
     (lambda m: PGD(m, eps=3 / 255, steps=4, eot_samples=3, generator=seeded()), 1),
     (lambda m: AutoAttack(m, eps=3 / 255, steps=3, targets=1, queries=5, generator=seeded()), 1),
     pytest.param(lambda m: Square(m, eps=16 / 255, queries=30, generator=seeded()), 0, marks=pytest.mark.slow),
-    (lambda m: MinimumNorm(PGD(m, eps=3 / 255, steps=3, generator=seeded()), trials=6), 4),
+    (lambda m: Bisection(PGD(m, eps=3 / 255, steps=3, generator=seeded()), trials=6), 4),
 ])  # fmt: skip
 def test_what_is_reported_of_a_model_that_draws_holds(make, least):
     """Fooled in most of 40 draws that nobody has seen: at least 9 of 10 of what is reported."""
@@ -610,8 +610,8 @@ def _mean(logits: Tensor, labels: Tensor) -> Tensor:
 
 def test_the_smallest_norm_is_found_whatever_the_scale():
     model, images, labels = trained()
-    plain = MinimumNorm(PGD(model, steps=3, loss="margin", generator=seeded()), trials=6).run(images, labels)
-    attack = MinimumNorm(PGD(lambda x: 1e4 * model(x), steps=3, generator=seeded()), trials=6)
+    plain = Bisection(PGD(model, steps=3, loss="margin", generator=seeded()), trials=6).run(images, labels)
+    attack = Bisection(PGD(lambda x: 1e4 * model(x), steps=3, generator=seeded()), trials=6)
     with pytest.warns(UserWarning, match="climbed the margin instead") as caught:
         large = attack.run(images, labels)
     assert len(caught) == 1
@@ -725,7 +725,7 @@ def test_autoattack_goes_on_and_lets_the_squares_speak(auto, mask):
 def test_the_smallest_norm_keeps_what_it_found():
     images, labels = images_for([0.5, 0.1, 0.5, 0.9])
     labels[2] = (labels[2] + 1) % 10  # misclassified as it is
-    attack = MinimumNorm(PGD(partly, eps=4 / 255, steps=3, random_start=False), trials=6)
+    attack = Bisection(PGD(partly, eps=4 / 255, steps=3, random_start=False), trials=6)
     with pytest.warns(UserWarning, match="2 of 4 images had no usable gradient") as caught:
         result = attack.run(images, labels)
     assert len(caught) == 1
@@ -750,7 +750,7 @@ def test_what_later_trials_meet_costs_nothing(what):
             raise RuntimeError("out of memory")
         return model(x) + (0 if calls <= 30 else {"nan": torch.nan, "-inf": MASK}.get(what, 0))
 
-    attack = MinimumNorm(PGD(later, eps=0.5, steps=5, random_start=False), trials=12)
+    attack = Bisection(PGD(later, eps=0.5, steps=5, random_start=False), trials=12)
     clause = {
         "raises": " of 12 failed, and what was found before it is kept: out of memory",
         "nan": "images at points that were tried: no success, and no sign of robustness",

@@ -7,6 +7,7 @@ from orthattack.attacks.auto import AutoAttack as AutoAttack
 from orthattack.attacks.auto import OrthoAutoAttack as OrthoAutoAttack
 from orthattack.attacks.base import Attack as Attack
 from orthattack.attacks.base import Card as Card
+from orthattack.attacks.bisection import Bisection as Bisection
 from orthattack.attacks.detector import DetectorEvasion as DetectorEvasion
 from orthattack.attacks.fab import FAB as FAB
 from orthattack.attacks.fab import OrthoFAB as OrthoFAB
@@ -15,6 +16,7 @@ from orthattack.attacks.fgsm import OrthoFGSM as OrthoFGSM
 from orthattack.attacks.mifgsm import MIFGSM as MIFGSM
 from orthattack.attacks.mifgsm import OrthoMIFGSM as OrthoMIFGSM
 from orthattack.attacks.minimum import MinimumNorm as MinimumNorm
+from orthattack.attacks.minimum import OrthoMinimumNorm as OrthoMinimumNorm
 from orthattack.attacks.nifgsm import NIFGSM as NIFGSM
 from orthattack.attacks.nifgsm import OrthoNIFGSM as OrthoNIFGSM
 from orthattack.attacks.pgd import PGD as PGD

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from orthattack.attacks.base import Attack
-from orthattack.attacks.minimum import MinimumNorm
+from orthattack.attacks.bisection import Bisection
 from orthattack.eval.attacks.kind import AttackKind, described
 from orthattack.eval.attacks.load import attack_kind
 from orthattack.eval.attacks.user import user_attack
@@ -123,7 +123,7 @@ def _attacks(wanted: Iterable[tuple[str | None, Any]]) -> tuple[dict[str, Any], 
     at_hand: dict[str, Any] = {}
     tables: list[Any] = []
     for label, attack in wanted:
-        if isinstance(attack, Attack | MinimumNorm):
+        if isinstance(attack, Attack | Bisection):
             raise EvaluationError(
                 f"{type(attack).__name__} is bound to a model already; name it, or give a function that makes it for a "
                 'model: attacks={"mine": lambda model, eps, steps: OrthoPGD(model, eps=eps, steps=steps)}'

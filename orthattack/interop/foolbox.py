@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from orthattack.arguments import plain
 from orthattack.attacks.base import UNLIMITED, Attack
+from orthattack.attacks.bisection import Bisection
 from orthattack.attacks.configured import Configured, options_of
-from orthattack.attacks.minimum import MinimumNorm
 from orthattack.attacks.scoring import Scorer
 from orthattack.attacks.task import Merit, Task
 from orthattack.lending import global_random_numbers
@@ -46,7 +46,7 @@ class _Ours(Configured):
             hint = "; for the smallest perturbation use FoolboxMinimum(OrthoPGD, eps=...)"
             raise ValueError(
                 f"attack must be an attack class of orthattack, such as OrthoPGD; got {attack!r}"
-                + (hint if attack is MinimumNorm or isinstance(attack, MinimumNorm) else "")
+                + (hint if attack is Bisection or isinstance(attack, Bisection) else "")
             )
         for name, source in (
             ("model", "the model"),
@@ -168,7 +168,7 @@ class FoolboxAttack(_Ours, FixedEpsilonAttack):  # type: ignore[misc]
 
 @final
 class FoolboxMinimum(_Ours, MinimizationAttack):  # type: ignore[misc]
-    """`orthattack.MinimumNorm` as one of Foolbox's minimisation attacks.
+    """`orthattack.Bisection` as one of Foolbox's minimisation attacks.
 
     With ``epsilons=None`` the smallest perturbations found are judged as they are. With a number those that are larger
     are pulled into its ball first, which keeps them orthogonal where Foolbox's clipping would not. Foolbox's
@@ -177,12 +177,12 @@ class FoolboxMinimum(_Ours, MinimizationAttack):  # type: ignore[misc]
     Args:
         attack: a class such as `orthattack.OrthoPGD`.
         eps: the first radius to try, in units of the model's bounds.
-        max_eps: the largest radius to try; as for `MinimumNorm`, like `trials`.
+        max_eps: the largest radius to try; as for `Bisection`, like `trials`.
         trials: how many radii to try.
         **options: the class's, as for `FoolboxAttack`.
 
     Raises:
-        ValueError: as for `FoolboxAttack` and `MinimumNorm`.
+        ValueError: as for `FoolboxAttack` and `Bisection`.
 
     >>> from orthattack import OrthoPGD
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval()
@@ -199,7 +199,7 @@ class FoolboxMinimum(_Ours, MinimizationAttack):  # type: ignore[misc]
     ) -> None:
         super().__init__(attack, options)
         self._eps, self._max_eps, self._trials = eps, max_eps, trials
-        MinimumNorm(self._attack(nn.Identity(), **options, eps=eps), max_eps, trials)
+        Bisection(self._attack(nn.Identity(), **options, eps=eps), max_eps, trials)
 
     def __repr__(self) -> str:
         limit = {} if self._max_eps is None else {"max_eps": self._max_eps}
@@ -210,7 +210,7 @@ class FoolboxMinimum(_Ours, MinimizationAttack):  # type: ignore[misc]
         raise_if_kwargs(kwargs)
         x, restore_type = ep.astensor_(inputs)
         attack, images, labels = self._made(model, x, get_criterion(criterion), eps=self._eps)
-        found: T = restore_type(ep.astensor(MinimumNorm(attack, self._max_eps, self._trials)(images, labels)))
+        found: T = restore_type(ep.astensor(Bisection(attack, self._max_eps, self._trials)(images, labels)))
         return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from torch import Tensor
 
 from orthattack.projection import Scope, cut, joined
@@ -29,6 +31,12 @@ class Blocks:
         self.images, self.lower, self.upper, self._scope = images, lower, upper, scope
         x, low, high = map(self._cut, (images, lower, upper))
         self._plane = Plane(x, low, high, "channel", None if normal is None else self._cut(normal), _SLACK)
+
+    def boxed(self, lower: Tensor, upper: Tensor) -> Blocks:
+        blocks = copy.copy(self)
+        blocks.lower, blocks.upper = lower, upper
+        blocks._plane = self._plane.boxed(self._cut(lower), self._cut(upper))
+        return blocks
 
     def _cut(self, tensor: Tensor) -> Tensor:
         return cut(tensor, self._scope).contiguous()

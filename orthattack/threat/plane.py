@@ -7,6 +7,7 @@ and in the projections where Newton's method fails.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import cached_property, partial
 
@@ -72,7 +73,17 @@ class Plane:
         self._grid = self._normal2 if normal is None else dot(images.abs(), self.normal.abs(), self.dims)
         self._normal1 = total(self.normal.abs(), self.dims)
         self.is_small = images.numel() <= _FEW * self._normal2.numel()
-        self._is_coarse = images.numel() >= _MANY * self._normal2.numel() and is_wide
+        self._wide, self._is_coarse = wide, images.numel() >= _MANY * self._normal2.numel() and is_wide
+
+    def boxed(self, lower: Tensor, upper: Tensor) -> Plane:
+        """The same planes in another box, which holds x; made without a question to a GPU."""
+        plane = copy.copy(self)
+        plane.release()
+        plane.lower, plane.upper = lower, upper
+        plane._width2 = total((upper - lower).square_(), self.dims)
+        is_coarse = self.images.numel() >= _MANY * self._normal2.numel() and not self.images.is_cuda
+        plane._is_coarse = is_coarse and bool((plane._width2 > self._wide**2).all())
+        return plane
 
     @cached_property
     def _scratch(self) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ constraint holds for them as stored, not merely before a last rounding. What box
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,6 @@ class Region:
                 'float32; precision="bfloat16" computes its gradients in bfloat16'
             )
         self.threat, self.dtype, self._ball = threat, images.dtype, BALLS[threat.norm]
-        low, high = threat.bounds
         x = images.detach().to(torch.promote_types(images.dtype, torch.float32)).contiguous()
         bits = x.view(torch.int64 if x.dtype == torch.float64 else torch.int32)
         zero = bits << 1 == 0
@@ -76,13 +76,7 @@ class Region:
             dark = dark & ~cut(zero, threat.scope).amin(dims, keepdim=True)
             fixed = fixed | joined(dark.expand_as(cut(x, threat.scope)), x)
         self._fixed = fixed.expand_as(x) if x.is_cuda or bool(fixed.any()) else None  # asking would stop the GPU
-        if self._ball.is_box:
-            lower = self._within_eps((x.double() - self.eps).to(x.dtype), x).clamp_(min=low)
-            upper = self._within_eps((x.double() + self.eps).to(x.dtype), x).clamp_(max=high)
-        else:
-            lower, upper = torch.full_like(x, low), torch.full_like(x, high)
-        if self._fixed is not None:
-            lower, upper = torch.where(self._fixed, x, lower), torch.where(self._fixed, x, upper)
+        lower, upper = self._box(x)
         vectors = threat._vectors(x, normals) if threat._more else None
         self._set(x, lower, upper, vectors, None if normals is x else normals.contiguous())
 
@@ -91,6 +85,26 @@ class Region:
     ) -> None:
         self.images, self._vectors, self._normals = images, vectors, normals
         self._allowed = _allowed(self.threat, images, lower, upper, vectors, normals)
+
+    def _box(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What the bounds allow, and the ball if it is a box."""
+        x, (low, high) = images, self.threat.bounds
+        if self._ball.is_box:
+            lower = self._within_eps((x.double() - self.eps).to(x.dtype), x).clamp_(min=low)
+            upper = self._within_eps((x.double() + self.eps).to(x.dtype), x).clamp_(max=high)
+        else:
+            lower, upper = torch.full_like(x, low), torch.full_like(x, high)
+        if self._fixed is not None:
+            lower, upper = torch.where(self._fixed, x, lower), torch.where(self._fixed, x, upper)
+        return lower, upper
+
+    def resized(self, eps: Tensor) -> Region:
+        """The region with other radii, (N,), on the same images; `stored` is the old one's to answer."""
+        region = copy.copy(self)
+        region.eps, region._grid = self.threat.on_grid(eps.double()).view(-1, 1, 1, 1), None
+        if self._ball.is_box:
+            region._allowed = self._allowed.boxed(*region._box(self.images))
+        return region
 
     def release(self) -> None:
         """Give back the working memory of the steps, four image batches, which the next one takes again."""

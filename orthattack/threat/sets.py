@@ -28,6 +28,9 @@ class Allowed(Protocol):
     lower: Tensor
     upper: Tensor
 
+    def boxed(self, lower: Tensor, upper: Tensor) -> Allowed:
+        """The same set in another box, which holds x."""
+
     def tangent(self, gradient: Tensor) -> Tensor:
         """The gradient without its components along the b_j."""
 
@@ -67,6 +70,9 @@ class Free:
 
     def __init__(self, images: Tensor, lower: Tensor, upper: Tensor) -> None:
         self.images, self.lower, self.upper = images, lower, upper
+
+    def boxed(self, lower: Tensor, upper: Tensor) -> Free:
+        return Free(self.images, lower, upper)
 
     def tangent(self, gradient: Tensor) -> Tensor:
         return gradient

@@ -7,6 +7,7 @@ the best step is the limit of such projections. Everything is computed in float6
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -60,6 +61,12 @@ class Subspace:
         self._rows = self.basis.unbind(-4)
         # A direction that was dropped as dependent would make the Newton matrix singular.
         self._dropped = torch.diag_embed((self.basis == 0).flatten(2).all(2).double())
+
+    def boxed(self, lower: Tensor, upper: Tensor) -> Subspace:
+        subspace = copy.copy(self)
+        subspace.lower, subspace.upper = lower, upper
+        subspace._plane = None if self._plane is None else self._plane.boxed(lower, upper)
+        return subspace
 
     def tangent(self, gradient: Tensor) -> Tensor:
         return remove_directions(gradient, self.basis)

@@ -15,9 +15,9 @@ from orthattack import (
     APGD,
     PGD,
     AutoAttack,
+    Bisection,
     DetectorEvasion,
     Ensemble,
-    MinimumNorm,
     OrthoAPGD,
     OrthoAutoAttack,
     OrthoFGSM,
@@ -43,6 +43,7 @@ PLAIN = {
     "FAB": {"steps": 6},
     "Square": {"queries": 25},
     "AutoAttack": {"steps": 4, "targets": 2, "queries": 8},
+    "MinimumNorm": {"gradients": 24},
 }
 DRAWING = ["APGD", "AutoAttack"]  # those that draw random numbers for each sample, whatever the options
 FAMILY = {**PLAIN, **{f"Ortho{name}": options for name, options in PLAIN.items()}}
@@ -151,7 +152,7 @@ def test_with_a_seed_per_sample_a_random_start_does_not_depend_on_the_batch_or_o
 
 def test_minimum_norm_with_seeds_does_not_depend_on_the_batch():
     model, (images, labels) = Alone(small_model()), drawn(n=4)
-    attack = MinimumNorm(OrthoPGD(model, eps=8 / 255, steps=4), trials=5)
+    attack = Bisection(OrthoPGD(model, eps=8 / 255, steps=4), trials=5)
     together = attack.run(images, labels, seeds=range(4))
     alone = attack.run(images[2:3], labels[2:3], seeds=[2])
     for field, value in vars(alone).items():
@@ -163,7 +164,7 @@ def test_minimum_norm_draws_from_the_seeds_it_is_given():
     model, (images, _) = small_model(), drawn(n=8)
     with torch.no_grad():
         labels = model(images).argmax(1)
-    attack = MinimumNorm(AutoAttack(model, eps=0.2, steps=2, targets=1, queries=1), trials=4)
+    attack = Bisection(AutoAttack(model, eps=0.2, steps=2, targets=1, queries=1), trials=4)
     first, again, other = (attack.run(images, labels, seeds=range(k, k + 8)) for k in (0, 0, 8))
     assert torch.equal(first.adversarials, again.adversarials)
     assert (first.adversarials != other.adversarials).flatten(1).any(1).sum() >= 4
@@ -444,7 +445,7 @@ def test_the_smallest_norm_of_a_linear_model_is_its_distance_from_the_boundary(n
     attack = (OrthoPGD if ortho else PGD)(
         model, norm=norm, eps=RADII[norm], steps=20, random_start=False, loss="margin"
     )
-    result = MinimumNorm(attack, max_eps=100 * RADII[norm], trials=16).run(images, labels)
+    result = Bisection(attack, max_eps=100 * RADII[norm], trials=16).run(images, labels)
     if norm == "linf":
         step = ThreatModel("linf", 1e-3, scope="image" if ortho else None).around(images).step(images, w, 1e-3)
         gain = ((step - images) * w).sum((1, 2, 3)) / 1e-3
@@ -469,7 +470,7 @@ def test_the_smallest_norm_of_a_linear_model_is_its_distance_from_the_boundary(n
 def test_the_smallest_norm_is_below_every_eps_that_works(attack):
     model, (images, labels) = small_model(), drawn(n=12)
     base = attack(model, steps=10, generator=seeded())
-    result = MinimumNorm(base, trials=8).run(images, labels)
+    result = Bisection(base, trials=8).run(images, labels)
     with torch.no_grad():
         clean_wrong = model(images).argmax(1) != labels
     assert (result.norm[clean_wrong] == 0).all()
@@ -485,11 +486,11 @@ def test_a_search_for_the_smallest_norm_ends_when_the_interval_is_narrow_or_the_
     model, (images, labels) = small_model(), drawn(n=12)
     labels = model(images).argmax(1)
     attack = OrthoPGD(model, steps=3, random_start=False, early_stop=True)
-    some, many = (MinimumNorm(attack, trials=trials).run(images, labels) for trials in (20, 60))
+    some, many = (Bisection(attack, trials=trials).run(images, labels) for trials in (20, 60))
     assert torch.equal(some.adversarials, many.adversarials)
     assert torch.equal(some.forward_calls, many.forward_calls)
     assert some.success.any()
-    few, none = (MinimumNorm(attack, max_eps=1e-4, trials=trials).run(images, labels) for trials in (1, 9))
+    few, none = (Bisection(attack, max_eps=1e-4, trials=trials).run(images, labels) for trials in (1, 9))
     assert not none.success.any()
     assert torch.equal(few.forward_calls, none.forward_calls)
 
@@ -498,9 +499,7 @@ def test_a_norm_that_is_out_of_reach_is_a_failure():
     model, (images, _) = linear_model(scale=1e-3), drawn()
     model[1].bias.data = torch.tensor([1e3, 0.0])
     with pytest.warns(UserWarning, match="climbed the margin instead"):
-        result = MinimumNorm(OrthoFGSM(model, eps=1 / 255), max_eps=0.1, trials=6).run(
-            images, torch.zeros(6, dtype=int)
-        )
+        result = Bisection(OrthoFGSM(model, eps=1 / 255), max_eps=0.1, trials=6).run(images, torch.zeros(6, dtype=int))
     assert not result.success.any()
     assert result.norm.max() <= 0.1 * (1 + 1e-6)
 
@@ -508,10 +507,10 @@ def test_a_norm_that_is_out_of_reach_is_a_failure():
 @pytest.mark.parametrize(
     ("make_search", "message"),
     [
-        (lambda: MinimumNorm("pgd"), "attack must be an attack of orthattack; got str"),
-        (lambda: MinimumNorm(PGD(small_model(), eps=0)), "must be larger than 0"),
-        (lambda: MinimumNorm(PGD(small_model()), max_eps=-1), "max_eps must be a finite radius > 0"),
-        (lambda: MinimumNorm(PGD(small_model()), trials=0), "trials must be an integer >= 1; got 0"),
+        (lambda: Bisection("pgd"), "attack must be an attack of orthattack; got str"),
+        (lambda: Bisection(PGD(small_model(), eps=0)), "must be larger than 0"),
+        (lambda: Bisection(PGD(small_model()), max_eps=-1), "max_eps must be a finite radius > 0"),
+        (lambda: Bisection(PGD(small_model()), trials=0), "trials must be an integer >= 1; got 0"),
         (lambda: Square(small_model(), queries=0), "queries must be an integer >= 1; got 0"),
         (lambda: AutoAttack(small_model(), targets=0), "targets must be an integer >= 1; got 0"),
         (lambda: PGD(small_model(), eot_samples=0), "eot_samples must be an integer >= 1; got 0"),
@@ -643,7 +642,7 @@ def test_reprs_can_be_read(name):
     text = repr(make(name, small_model()))
     assert text.startswith(f"{name}(norm='linf', eps=0.0470588, ")
     assert ("scope='image', enforce='perturbation'" in text) == (name in ORTHO)
-    assert APGD.__name__ in repr(MinimumNorm(APGD(small_model())))
+    assert APGD.__name__ in repr(Bisection(APGD(small_model())))
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -753,7 +752,7 @@ def test_the_smallest_norm_in_8_bits_is_a_whole_number_of_levels():
     model, (images, _) = small_model(), drawn(n=8)
     images = stored(images)
     labels = model(images).argmax(1)
-    result = MinimumNorm(make("OrthoPGD", model, eps=16 / 255, levels=256), trials=20).run(images, labels)
+    result = Bisection(make("OrthoPGD", model, eps=16 / 255, levels=256), trials=20).run(images, labels)
     assert result.success.any()
     size = result.norm[result.success] * 255
     torch.testing.assert_close(size, size.round(), rtol=0, atol=1e-9)

@@ -62,6 +62,10 @@ def cases() -> list[Any]:
         made.append((f"{ortho}{kind}-{norm}", partial(_made, ortho + kind, norm=norm, eps=RADII[norm])))
     for ortho, norm in itertools.product(("", "Ortho"), ("linf", "l2")):
         made.append((f"{ortho}Square-{norm}", partial(_made, f"{ortho}Square", norm=norm, eps=RADII[norm])))
+    for norm, (name, options) in itertools.product(RADII, list(CONSTRAINTS.items())[:2]):
+        made.append(
+            (f"MinimumNorm-{norm}-{name}", partial(_made, "MinimumNorm", norm=norm, eps=RADII[norm], **options))
+        )
     made += [(f"OrthoPGD-{name}", partial(_made, "OrthoPGD", **{"eps": 8 / 255, **o})) for name, o in SETTINGS.items()]
     made += [(f"detector-{norm}", partial(_evasion, norm=norm, eps=RADII[norm])) for norm in ("linf", "l2")]
     return [pytest.param(make, id=name.replace(" ", "-"), marks=lane(*name.split("-")[1:])) for name, make in made]
@@ -74,6 +78,7 @@ def lane(norm: str = "", name: str = "") -> list[Any]:
 
 def _made(kind: str, model: nn.Module, steps: int, **options: Any) -> Attack:
     count = {} if kind in ("FGSM", "OrthoFGSM") else {"queries" if "Square" in kind else "steps": steps}
+    count = {"gradients": 20 + 5 * steps} if kind == "MinimumNorm" else count
     attack: Attack = getattr(orthattack, kind)(model, **count, **options)
     return attack
 

@@ -20,9 +20,9 @@ from orthattack import (
     PGD,
     AttackResult,
     AutoAttack,
+    Bisection,
     DetectorEvasion,
     Ensemble,
-    MinimumNorm,
     ModelChangedError,
     OrthoAPGD,
     OrthoFGSM,
@@ -146,7 +146,7 @@ ATTACKS = {
     "Square": lambda model, loss: Square(model, eps=EPS, queries=20, loss=loss),
     "OrthoSquare": lambda model, loss: OrthoSquare(model, eps=EPS, queries=20, loss=loss),
     "AutoAttack": lambda model, loss: AutoAttack(model, eps=EPS, steps=3, queries=5, loss=loss),
-    "MinimumNorm": lambda model, loss: MinimumNorm(PGD(model, eps=EPS, steps=3, loss=loss), trials=3),
+    "Bisection": lambda model, loss: Bisection(PGD(model, eps=EPS, steps=3, loss=loss), trials=3),
     "folded": lambda model, loss: PGD(model, eps=EPS, steps=3, loss=loss, optimize="auto", random_start=False),
 }
 
@@ -156,7 +156,7 @@ ATTACKS = {
 def test_a_loss_gets_copies(model, images, labels, attack, loss):
     result, expected = (ATTACKS[attack](model, each).run(images, labels, seeds=range(8)) for each in (loss, ce))
     assert_same(result, expected)
-    assert_true(result, model, images, labels, eps=1.0 if attack == "MinimumNorm" else EPS)
+    assert_true(result, model, images, labels, eps=1.0 if attack == "Bisection" else EPS)
 
 
 def test_a_targeted_loss_gets_copies_too(model, images, labels):
@@ -186,7 +186,7 @@ CHANGES: dict[str, Callable[[Net], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("attack", ["PGD", "OrthoPGD", "AutoAttack", "MinimumNorm", "folded"])
+@pytest.mark.parametrize("attack", ["PGD", "OrthoPGD", "AutoAttack", "Bisection", "folded"])
 def test_a_loss_that_changes_the_model_is_an_error(model, images, labels, attack, change):
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         values = ce(logits, labels)

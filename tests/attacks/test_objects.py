@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import orthattack
-from orthattack import PGD, DetectorEvasion, MinimumNorm, OrthoPGD, ThreatModel
+from orthattack import PGD, Bisection, DetectorEvasion, OrthoPGD, ThreatModel
 from orthattack.attacks.configured import options_of
 from orthattack.eval.attacks.ours import OURS
 
-NAMES = [name for name in OURS if name != "MinimumNorm"]
+NAMES = [name for name in OURS if name != "Bisection"]
 IMAGES = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
 
@@ -30,15 +30,16 @@ def classifier(outputs: int = 3) -> nn.Module:
 
 def make(name: str, **options: object) -> object:
     """An attack of every sort, quick, and one that draws if it can."""
-    if name == "MinimumNorm":
-        return MinimumNorm(OrthoPGD(classifier(), eps=8 / 255, steps=2), **{"trials": 4, **options})
+    if name == "Bisection":
+        return Bisection(OrthoPGD(classifier(), eps=8 / 255, steps=2), **{"trials": 4, **options})
     if name == "DetectorEvasion":
         return DetectorEvasion(classifier(), classifier(1), **{"steps": 3, "random_start": True, **options})
     quick = {"FGSM": {}, "Square": {"queries": 5}, "AutoAttack": {"steps": 2, "queries": 5}}
+    quick["MinimumNorm"] = {"gradients": 6}
     return getattr(orthattack, name)(classifier(), **{**quick.get(name.removeprefix("Ortho"), {"steps": 2}), **options})
 
 
-ALL = [*NAMES, "DetectorEvasion", "MinimumNorm"]
+ALL = [*NAMES, "DetectorEvasion", "Bisection"]
 
 
 def same(a: orthattack.AttackResult, b: orthattack.AttackResult) -> bool:
@@ -109,7 +110,7 @@ def test_every_option_is_read_and_none_can_be_set(name):
 @pytest.mark.parametrize("name", ALL)
 def test_a_wrong_option_is_blamed_on_the_class_that_was_called(name):
     kind, given = getattr(orthattack, name), signature_of(name)
-    arguments = {"attack": make("PGD")} if name == "MinimumNorm" else {"model": classifier()}
+    arguments = {"attack": make("PGD")} if name == "Bisection" else {"model": classifier()}
     if name == "DetectorEvasion":
         arguments["detector"] = classifier(1)
     for wrong in ("oracle", "search", *({"detector"} - set(given))):
@@ -134,11 +135,11 @@ def test_a_wrong_option_is_blamed_on_the_class_that_was_called(name):
         ("PGD", "random", "random_start"),
         ("Square", "steps", "queries"),
         ("Square", "norm_", "norm"),
-        ("MinimumNorm", "trial", "trials"),
+        ("Bisection", "trial", "trials"),
     ],
 )
 def test_the_option_that_was_meant_is_named(name, wrong, meant):
-    arguments = {"attack": make("PGD")} if name == "MinimumNorm" else {"model": classifier()}
+    arguments = {"attack": make("PGD")} if name == "Bisection" else {"model": classifier()}
     with pytest.raises(TypeError, match=rf"{name} got an unexpected .* '{wrong}'; did you mean {meant}\? It has "):
         getattr(orthattack, name)(**arguments, **{wrong: 3})
 
@@ -158,13 +159,13 @@ def test_options_read_as_they_are_in_force():
     assert orthattack.FGSM(classifier(), eps=0.1).alpha == pytest.approx(0.1)
     assert orthattack.MIFGSM(classifier(), early_stop=True).early_stop is True
     assert make("DetectorEvasion").threshold == 0.0
-    assert make("MinimumNorm").trials == 4
+    assert make("Bisection").trials == 4
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_replace_makes_an_attack_that_differs_in_that_alone(name):
     attack = make(name)
-    option, value = ("trials", 2) if name == "MinimumNorm" else ("eps", 0.5)
+    option, value = ("trials", 2) if name == "Bisection" else ("eps", 0.5)
     other = attack.replace(**{option: value})
     assert type(other) is type(attack)
     assert getattr(other, option) == value != getattr(attack, option)
@@ -178,7 +179,7 @@ def test_replace_makes_an_attack_that_differs_in_that_alone(name):
 def test_a_shallow_copy_attacks_the_same_model_and_draws_its_own_numbers(name):
     attack = make(name)
     twin = copy.copy(attack)
-    inner, twins = (attack.attack, twin.attack) if name == "MinimumNorm" else (attack, twin)
+    inner, twins = (attack.attack, twin.attack) if name == "Bisection" else (attack, twin)
     assert twins.model is inner.model
     assert twins.generator is not inner.generator
     assert same(attack.run(IMAGES, LABELS), twin.run(IMAGES, LABELS))
@@ -306,7 +307,7 @@ def test_a_radius_that_allows_every_image_is_warned_of_once():
 
 def test_a_search_of_the_smallest_norm_warns_of_its_radii_too():
     def said(eps: float, max_eps: float | None) -> list[str]:
-        attack = MinimumNorm(orthattack.PGD(classifier(), eps=eps, steps=1), max_eps, trials=2)
+        attack = Bisection(orthattack.PGD(classifier(), eps=eps, steps=1), max_eps, trials=2)
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             for _ in range(2):
@@ -324,7 +325,7 @@ def test_a_search_of_the_smallest_norm_warns_of_its_radii_too():
 
 @pytest.mark.parametrize("call", [
     lambda x, y: OrthoPGD(classifier(), eps=8, steps=1, bounds=(0, 255)).run(x, y),
-    lambda x, y: MinimumNorm(orthattack.Square(classifier(), eps=8, queries=2, bounds=(0, 255)), trials=2).run(x, y),
+    lambda x, y: Bisection(orthattack.Square(classifier(), eps=8, queries=2, bounds=(0, 255)), trials=2).run(x, y),
     lambda x, y: orthattack.fooled(classifier(), x, y, bounds=(0, 255)),
 ])  # fmt: skip
 def test_images_between_0_and_1_in_bounds_of_8_bits_are_warned_of_once(call):
@@ -421,8 +422,8 @@ def test_attacks_are_equal_by_class_options_and_weights():
     with torch.no_grad():
         next(changed.model.parameters()).add_(1)
     assert attack != changed
-    assert MinimumNorm(attack) == MinimumNorm(copy.deepcopy(attack))
-    assert MinimumNorm(attack) != MinimumNorm(changed)
+    assert Bisection(attack) == Bisection(copy.deepcopy(attack))
+    assert Bisection(attack) != Bisection(changed)
     assert attack != 3
 
 

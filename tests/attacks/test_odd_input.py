@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import orthattack
-from orthattack import MinimumNorm, OrthoPGD, alignment, fooled
+from orthattack import Bisection, OrthoPGD, alignment, fooled
 from orthattack.eval.attacks.ours import _accepted
 from tests.attacks.test_family import PLAIN, sizes
 from tests.conftest import IMAGE_KINDS, examples, make_images
 
-NAMES = [*PLAIN, *(f"Ortho{name}" for name in PLAIN), "MinimumNorm"]
+NAMES = [*PLAIN, *(f"Ortho{name}" for name in PLAIN), "Bisection"]
 CLASSES = 3
 LAYOUTS = [
     "contiguous",
@@ -87,8 +87,8 @@ def network(channels: int, dtype: torch.dtype) -> nn.Module:
 
 
 def make(name: str, model: nn.Module, norm: Any, eps: Any, options: dict[str, Any]) -> Any:
-    if name == "MinimumNorm":
-        return MinimumNorm(OrthoPGD(model, norm=norm, eps=eps, **options), trials=2)
+    if name == "Bisection":
+        return Bisection(OrthoPGD(model, norm=norm, eps=eps, **options), trials=2)
     kind = getattr(orthattack, name)
     more = dict(options)
     if name not in ("FGSM", "OrthoFGSM"):  # which draw nothing
@@ -98,7 +98,7 @@ def make(name: str, model: nn.Module, norm: Any, eps: Any, options: dict[str, An
 
 @st.composite
 def cases(draw: Any, name: str) -> tuple[Any, ...]:
-    kind = OrthoPGD if name == "MinimumNorm" else getattr(orthattack, name)
+    kind = OrthoPGD if name == "Bisection" else getattr(orthattack, name)
     known = [key for key in _accepted(kind) if key in VALID]
     options = {key: draw(VALID[key]) for key in draw(st.lists(st.sampled_from(known), unique=True, max_size=4))}
     if "steps" in known:
@@ -131,7 +131,7 @@ def attacked(name: str, norm: Any, eps: Any, options: dict[str, Any], images: Te
     assert found.max() <= 1
     before = before.clamp(0, 1)  # what is off by round-off
     delta = found.double() - before.double()
-    if name != "MinimumNorm":
+    if name != "Bisection":
         assert (sizes(delta, norm) <= eps * (1 + 1e-6)).all()
     scope = options.get("scope", "image")
     if name.startswith("Ortho") and options.get("enforce") != "gradient":
@@ -150,7 +150,7 @@ def attacked(name: str, norm: Any, eps: Any, options: dict[str, Any], images: Te
 @given(st.data())
 def test_whatever_is_valid_keeps_every_promise(name, data):
     norm, eps, options, images, labels, kind = data.draw(cases(name))
-    if name == "MinimumNorm":
+    if name == "Bisection":
         eps = min(max(eps, 1e-3), 1.0)
     attacked(name, norm, eps, options, layout(images, kind), labels)
 
@@ -314,7 +314,7 @@ def test_nested_and_quantized_tensors_are_refused(ask):
     attack = OrthoPGD(model, steps=1)
     call = {
         "attack": attack.run,
-        "smallest norm": MinimumNorm(attack, trials=1).run,
+        "smallest norm": Bisection(attack, trials=1).run,
         "sweep": lambda x, y: attack.sweep(x, y, [0.1]),
         "fooled": lambda x, y: fooled(model, x, y),
     }[ask]
@@ -336,4 +336,4 @@ def test_labels_of_any_integer_dtype_are_the_same_labels(dtype):
 def test_a_radius_too_few_is_named_by_the_smallest_norm_too(number):
     attack = OrthoPGD(nn.Flatten(), eps=torch.full((number,), 0.1), steps=1)
     with pytest.raises(ValueError, match=r"eps has 3 values for 4 images|must be larger than 0"):
-        MinimumNorm(attack).run(torch.rand(4, 3, 1, 1), torch.tensor([0, 1, 2, 0]))
+        Bisection(attack).run(torch.rand(4, 3, 1, 1), torch.tensor([0, 1, 2, 0]))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import orthattack
-from orthattack import AttackResult, DetectorEvasion, MinimumNorm, OrthoAPGD, alignment
+from orthattack import AttackResult, Bisection, DetectorEvasion, OrthoAPGD, alignment
 from orthattack.eval.data.load import load_dataset
 from orthattack.eval.models.load import load_classifier
 from tests.attacks.test_family import FAMILY, Alone, sizes
@@ -23,7 +23,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     **FAMILY,
     **{name: {"queries": 60} for name in ("Square", "OrthoSquare")},
     "DetectorEvasion": {"steps": 10, "scope": "image"},
-    "MinimumNorm": {},
+    "Bisection": {},
 }
 COUNT = 5
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -50,9 +50,9 @@ THRESHOLD = 1.0  # no image is that rough: that evasion evades is tested on a tr
 
 def make(name: str, model: nn.Module, norm: str = "linf") -> Any:
     options = {"norm": norm, "eps": RADII[norm], **SETTINGS[name]}
-    if name == "MinimumNorm":
+    if name == "Bisection":
         inner = OrthoAPGD(model, norm=norm, eps=RADII[norm] / 4, steps=5, generator=torch.Generator().manual_seed(0))
-        return MinimumNorm(inner, max_eps=RADII[norm], trials=4)
+        return Bisection(inner, max_eps=RADII[norm], trials=4)
     if name == "DetectorEvasion":
         return DetectorEvasion(model, roughness, THRESHOLD, **options)
     if name not in ("FGSM", "OrthoFGSM"):  # which draw nothing
@@ -73,7 +73,7 @@ def assert_feasible(name: str, norm: str, images: Tensor, found: Tensor, cosine:
     assert found.max() <= 1
     delta = found.double() - images.double()
     assert (sizes(delta, norm) <= RADII[norm] * (1 + 1e-6)).all()
-    if name.startswith("Ortho") or name in ("DetectorEvasion", "MinimumNorm"):
+    if name.startswith("Ortho") or name in ("DetectorEvasion", "Bisection"):
         assert alignment(delta, images.double()).abs().max() <= cosine
 
 

@@ -22,7 +22,7 @@ from orthattack import (
     NIFGSM,
     PGD,
     AutoAttack,
-    MinimumNorm,
+    Bisection,
     ModelChangedError,
     OrthoAPGD,
     OrthoFGSM,
@@ -625,7 +625,7 @@ def test_a_minimal_search_keeps_the_smallest_point_that_fools_and_counts_its_cal
     assert attack.eps is None
     assert "eps=None" in repr(attack)
     with pytest.raises(ValueError, match="FMN looks for the smallest norm itself"):
-        MinimumNorm(attack)
+        Bisection(attack)
 
 
 def test_a_minimal_search_in_a_ball_stays_there(trained):

@@ -15,7 +15,7 @@ from orthattack import (
     FGSM,
     PGD,
     AutoAttack,
-    MinimumNorm,
+    Bisection,
     OrthoAPGD,
     OrthoAutoAttack,
     OrthoFGSM,
@@ -99,7 +99,7 @@ KEPT = {"8×8 block means kept": ("block8", "constant"), "luma of each pixel kep
     [
         # In the fast lane every attack keeps one of them.
         pytest.param(name, words, marks=[pytest.mark.slow] * ((k + list(KEPT).index(words)) % 2))
-        for k, name in enumerate([*FAMILY, "MinimumNorm"])
+        for k, name in enumerate([*FAMILY, "Bisection"])
         for words in KEPT
     ],
 )
@@ -110,8 +110,8 @@ def test_every_attack_keeps_block_means_and_luma(trained, name, words):
     norm = list(RADII)[2 * len(name) % 3]
     options = {"scope": scope, "normal": normal}
     attack = (
-        MinimumNorm(OrthoPGD(model, norm, RADII[norm], steps=3, generator=seeded(), **options), trials=4)
-        if name == "MinimumNorm"
+        Bisection(OrthoPGD(model, norm, RADII[norm], steps=3, generator=seeded(), **options), trials=4)
+        if name == "Bisection"
         else make(name, model, norm, **options)
     )
     assert attack.card.keeps == (words,)
@@ -119,7 +119,7 @@ def test_every_attack_keeps_block_means_and_luma(trained, name, words):
     delta = result.adversarials.double() - images.double()
     assert (result.norm > 0).sum() >= 3
     assert result.cosine.max() <= 1e-6
-    assert name == "MinimumNorm" or result.norm.max() <= RADII[norm] * (1 + 1e-6)
+    assert name == "Bisection" or result.norm.max() <= RADII[norm] * (1 + 1e-6)
     if normal == "luma":
         change, size = torch.einsum("nchw,c->nhw", delta, LUMA) / LUMA.norm(), delta.norm(dim=1)
     else:
@@ -329,7 +329,7 @@ def test_the_smallest_norms_agree_with_attacks_at_fixed_eps(trained, norm):
     model, images, labels = trained
     eps = 4 / 255 if norm == "linf" else 0.5
     attack = OrthoAPGD(model, norm=norm, eps=eps, steps=10, generator=seeded())
-    smallest = MinimumNorm(attack, trials=8).run(images, labels)
+    smallest = Bisection(attack, trials=8).run(images, labels)
     assert smallest.success.float().mean() >= 0.9
     assert torch.equal(smallest.success, model(smallest.adversarials).argmax(1) != labels)
     assert smallest.cosine.max() <= 1e-6

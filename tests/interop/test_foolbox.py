@@ -18,8 +18,8 @@ from orthattack import (
     FGSM,
     PGD,
     AutoAttack,
+    Bisection,
     DetectorEvasion,
-    MinimumNorm,
     OrthoAPGD,
     OrthoAutoAttack,
     OrthoFGSM,
@@ -247,7 +247,7 @@ def test_repr_shows_the_attack_and_its_options():
         (OrthoPGD, {"rel_stepsize": -1.0}, "alpha must be a finite step size >= 0"),
         (OrthoPGD, {"rel_stepsize": 0.1, "alpha": 0.1}, "rel_stepsize needs an attack with an option alpha"),
         (APGD, {"rel_stepsize": 0.1}, "rel_stepsize needs an attack with an option alpha"),
-        (MinimumNorm, {}, "attack must be an attack class of orthattack, .* use FoolboxMinimum"),
+        (Bisection, {}, "attack must be an attack class of orthattack, .* use FoolboxMinimum"),
         (foolbox.attacks.LinfPGD, {}, "attack must be an attack class of orthattack, such as OrthoPGD"),
         (PGD(nn.Identity()), {}, "attack must be an attack class of orthattack, such as OrthoPGD"),
     ],
@@ -300,7 +300,7 @@ def test_the_smallest_perturbations(standard):
     assert success[0].all()
     assert cosines(raw[0], images).max() <= 1e-6
     smallest = lengths(raw[0], images)
-    expected = MinimumNorm(OrthoPGD(model, eps=2 / 255, steps=5, generator=seeded()), trials=6).run(images, labels)
+    expected = Bisection(OrthoPGD(model, eps=2 / 255, steps=5, generator=seeded()), trials=6).run(images, labels)
     assert torch.equal(raw[0], expected.adversarials)
     with torch.no_grad():
         assert torch.equal(success[1], model(images).argmax(1) != labels)

@@ -25,7 +25,7 @@ def attack_kind(name: str, parameters: Mapping[str, Any] | None = None) -> Attac
             ``torchattacks:NAME``; or ``package.module:function`` with a function that takes the model, and parameters
             called ``norm``, ``eps``, ``steps`` and ``seed`` if it has them, and returns a callable (images, labels) ->
             adversarial images.
-        parameters: options of the attack. For MinimumNorm, ``attack`` names the one whose radius is searched.
+        parameters: options of the attack. For Bisection, ``attack`` names the one whose radius is searched.
 
     Raises:
         EvaluationError: there is no such attack, or it has no such option; the message names the nearest.

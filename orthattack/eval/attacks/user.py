@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orthattack.attacks import Attack, Card, MinimumNorm
+from orthattack.attacks import Attack, Bisection, Card
 from orthattack.eval.attacks.kind import AttackKind, Conditions, Found, OwnRunner, Placeholder, Runner, check_options
 from orthattack.eval.attacks.seeds import drawing, joint_seed
 from orthattack.eval.errors import EvaluationError
@@ -72,7 +72,7 @@ def _card(made: Any) -> Card | None:
 
 def _told(attack: Any) -> Card | None:
     """The card of an attack of ours, which a user may have written anew; its threat model is checked."""
-    if not isinstance(attack, Attack | MinimumNorm):
+    if not isinstance(attack, Attack | Bisection):
         return None
     card = attack.card
     if not isinstance(card, Card) or not isinstance(card.family, str):

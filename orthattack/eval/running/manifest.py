@@ -84,6 +84,9 @@ def to_go_on(
         for before, after in zip(old["models"], new["models"], strict=False):
             for key in ("label", "sha256", "preprocessing", "data"):
                 found += [f"{after['label']}: {line}" for line in differences({key: before[key]}, {key: after[key]})]
+        for before, after in zip(old["attacks"], new["attacks"], strict=False):  # a name may have become another attack
+            theirs, ours = {"scope": before["scope"]}, {"scope": after["scope"]}
+            found += [f"{after['label']}: {line}" for line in differences(theirs, ours)]
         last = (old.get("sessions") or [session])[-1]
         then = {what: dict(last[what]) for what in ("versions", "hardware")}
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, RecursionError) as error:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from orthattack import MinimumNorm, OrthoPGD
+from orthattack import Bisection, OrthoPGD
 from orthattack.attacks import PGD, Card
 from orthattack.eval.attacks.kind import Conditions
 from orthattack.eval.attacks.user import user_attack
@@ -28,7 +28,7 @@ def darker(model, norm, eps):
 
 
 def smallest(model, norm, steps):
-    return MinimumNorm(OrthoPGD(model, norm, 4 / 255, steps=steps), trials=3)
+    return Bisection(OrthoPGD(model, norm, 4 / 255, steps=steps), trials=3)
 
 
 def needs_the_model(model, eps):
@@ -46,7 +46,7 @@ def plain(model):
         (TIFGSM, Card("TIFGSM")),
         (FMN, Card("FMN", minimal=True)),
         (darker, Card("PGD", "image", ("constant",))),
-        (smallest, Card("MinimumNorm", "image", minimal=True)),
+        (smallest, Card("Bisection", "image", minimal=True)),
         (plain, Card("mine")),
     ],
 )

@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from orthattack import PGD, DetectorEvasion, MinimumNorm, OrthoAutoAttack, OrthoFGSM, OrthoPGD, OrthoSquare
+from orthattack import PGD, Bisection, DetectorEvasion, OrthoAutoAttack, OrthoFGSM, OrthoPGD, OrthoSquare
 from orthattack.attacks.base import Card
 from orthattack.eval.attacks.load import attack_kind
 from orthattack.eval.attacks.ours import OURS
@@ -218,13 +218,13 @@ def test_the_card_is_that_of_the_threat_model():
     assert OrthoSquare(model, directions=["constant"]).card == Card("Square", "image", ("constant",))
     assert OrthoAutoAttack(model, enforce="gradient").card == Card("AutoAttack", "image", exact=False)
     assert DetectorEvasion(model, mean_score).card == Card("DetectorEvasion")
-    assert MinimumNorm(OrthoPGD(model, scope="channel")).card == Card("MinimumNorm", "channel", minimal=True)
+    assert Bisection(OrthoPGD(model, scope="channel")).card == Card("Bisection", "channel", minimal=True)
 
 
 def test_every_attack_and_its_orthogonal_form_are_of_one_family():
     cards = {name: attack_kind(name).card for name in OURS}
     for name, card in cards.items():
-        assert card.is_orthogonal == (name.startswith("Ortho") or name == "MinimumNorm"), name
+        assert card.is_orthogonal == (name.startswith("Ortho") or name == "Bisection"), name
         assert cards[name.removeprefix("Ortho")].family == card.family == name.removeprefix("Ortho")
 
 
