@@ -736,3 +736,20 @@ def test_a_large_image_steps_alike_alone_and_in_a_batch_on_several_threads(norm,
             assert torch.equal(step(slice(k, k + 1))[0], together[k])
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize(
+    "more", [{"scope": None}, {"scope": "image"}, {"scope": "block2"}, {"scope": "image", "directions": ["constant"]}]
+)
+def test_a_resized_region_is_the_one_of_these_radii(norm, more):
+    torch.manual_seed(0)
+    images, gradient = torch.rand(3, 3, 6, 6), torch.randn(3, 3, 6, 6)
+    eps = torch.tensor([0.01, 0.1, 0.7], dtype=torch.float64)
+    resized = ThreatModel(norm, 1e30, **more).around(images).resized(eps)
+    anew = ThreatModel(norm, eps, **more).around(images)
+    for region in (resized, anew):
+        found = region.step(images, gradient, 0.5 * eps.view(-1, 1, 1, 1).float())
+        torch.testing.assert_close(found, anew.step(images, gradient, 0.5 * eps.view(-1, 1, 1, 1).float()))
+        torch.testing.assert_close(region.project(images + gradient), anew.project(images + gradient))
+        assert (perturbation_norm((found - images).double(), norm) <= eps * (1 + 1e-6)).all()

@@ -227,3 +227,12 @@ def test_a_manifest_that_lacks_something_is_no_run_to_go_on_with(folder, begun, 
     folder.write_manifest({**begun, **lacks})
     with pytest.raises(EvaluationError, match=r"lacks what a run needs to go on .*; choose another folder"):
         going_on(folder, begun, session_of())
+
+
+def test_a_run_of_an_attack_whose_name_is_another_s_now_is_not_continued(folder, begun):
+    """MinimumNorm without options was a bisection of OrthoPGD once."""
+    begun = {**begun, "attacks": [{"label": "MinimumNorm", "scope": "image"}]}
+    folder.write_manifest(begun)
+    assert going_on(folder, begun, session_of())[0]["attacks"] == begun["attacks"]
+    with pytest.raises(EvaluationError, match=r"holds another run(.|\n)*MinimumNorm: .*scope"):
+        going_on(folder, {**begun, "attacks": [{"label": "MinimumNorm", "scope": None}]}, session_of())
