@@ -143,8 +143,8 @@ def _run(args: argparse.Namespace) -> int:
     elif args.what == "minimal":
         from benchmarks import minimal
 
-        name, model, images, labels = minimal.loaded(args.weights, args.data, args.limit)
-        minimal.measured(name, model, images, labels, args.norms, args.gradients, args.only, args.out)
+        loaded = minimal.loaded(args.weights, args.data, args.limit)
+        minimal.measured(*loaded, args.norms, args.gradients, args.only, args.out)
     elif args.what == "gpu":
         failed = 0 if args.no_tests else gpu.tests(ROOT)
         for kind, name, rows in gpu.tables(args.seconds, args.rounds):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ CLEAN_OF_1000 = 703  # of the robust ResNet-18 of docs/strength.md
 def tables(folder: Path = RESULTS) -> dict[str, str]:
     """Each stored table in Markdown, by "WHAT/MACHINE/NAME", and the summary of the steps."""
     norms = {table.name: table.rows for file in stored(folder) if file.what == "minimal" for table in file.tables}
-    makers = {
+    makers: dict[str, Callable[[Table], str]] = {
         "steps": _steps_table,
         "accuracy": _accuracy_table,
         "strength": _strength_table,
