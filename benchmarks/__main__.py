@@ -137,8 +137,8 @@ def _run(args: argparse.Namespace) -> int:
             rows = accuracy.accuracy_rows(weights, args.data, args.limit, args.rounds)
             keep("accuracy", weights.stem, rows, args.threads, args.out)
     elif args.what == "autoattack":
-        model = args.model, args.weights, args.image_size
-        rows = autoattack.rows(args.name, model, args.data, args.limit, args.norm, float(args.eps), args.only, args.out)
+        of = args.model, args.weights, args.image_size
+        rows = autoattack.rows(args.name, of, args.data, args.limit, args.norm, float(args.eps), args.only, args.out)
         keep("autoattack", args.name, rows, args.threads, args.out)
     elif args.what == "minimal":
         from benchmarks import minimal

@@ -65,7 +65,7 @@ def accuracy_rows(weights: Path, data: str, limit: int, rounds: int) -> list[Row
         return sum(map(robust, returned, batches)), seconds, float(steps)
 
     def mine(steps: int, kind: Any, **options: Any) -> tuple[int, float, float]:
-        attack = kind(model, eps=EPS, steps=steps, generator=torch.Generator().manual_seed(0), **options)
+        attack = kind(model, eps=EPS, steps=steps, loss="ce", generator=torch.Generator().manual_seed(0), **options)
         found: list[AttackResult] = []
         seconds = seconds_of(lambda: found.append(attack.run(images, labels, batch_size=50)))
         standing = sum(robust(found[0].adversarials[part], part) for part in batches)

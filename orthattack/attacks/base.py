@@ -52,7 +52,7 @@ class Options(TypedDict, total=False):
     directions: Sequence[Direction]
     normal: Normal
     levels: int | None
-    loss: Loss
+    loss: Loss | None
     targeted: bool
     early_stop: bool
     bounds: tuple[float, float]
@@ -83,6 +83,7 @@ class Card:
         exact: the perturbation itself keeps that; otherwise only each gradient is projected.
         minimal: it looks for the smallest perturbation instead of filling a ball.
         normal: what it is orthogonal to in those vectors.
+        loss: what it climbs, where that decides between points; None: it has its own, or none.
     """
 
     family: str
@@ -91,6 +92,7 @@ class Card:
     exact: bool = True
     minimal: bool = False
     normal: Normal = "image"
+    loss: Loss | None = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Card) and all(map(is_same, vars(self).values(), vars(other).values()))
@@ -132,7 +134,7 @@ class Attack(Configured):
         search: Search,
         *,
         scope: Scope | None = None,
-        loss: Loss = "ce",
+        loss: Loss | None = None,
         targeted: bool = False,
         early_stop: bool = False,
         bounds: tuple[float, float] = (0, 1),
@@ -178,11 +180,13 @@ class Attack(Configured):
         )
         self.search = search
         self.enforce, self.reference = enforce, reference
-        self.loss, self.targeted = loss, targeted
+        # Towards a class the margin sees one rival at a time, and is the weaker on standard models.
+        self.loss: Loss = ("ce" if targeted else "margin") if loss is None else loss
+        self.targeted = targeted
         self.early_stop, self.precision, self.eot_samples = early_stop, precision, eot_samples
         self.optimize: Optimize = optimize
         self.transform, self.gradient_model, self.on_step = transform, gradient_model, on_step
-        self._loss = attack_loss(loss)
+        self._loss = attack_loss(self.loss)
         self._observer = Observer()
         self._knows_radius = False  # whether the caller was warned that it allows every image
         self.generator = _stream(generator)
@@ -193,7 +197,8 @@ class Attack(Configured):
         threat = self.threat
         is_minimal = self.search.merit == "norm"
         is_exact = self.enforce == "perturbation"
-        return Card(self._family, threat.scope, threat.directions, is_exact, is_minimal, threat.normal)
+        loss = self.loss if self.search.merit == "loss" else None
+        return Card(self._family, threat.scope, threat.directions, is_exact, is_minimal, threat.normal, loss)
 
     def __repr__(self) -> str:
         threat, known = self.threat, self._resolved()

@@ -34,8 +34,8 @@ class PGD(Attack):
         steps: gradient steps per restart, at least 1.
         random_start: start at a random point of the threat model instead of the image.
         restarts: how often to start; the best result of each sample is kept.
-        loss: "ce", "margin", "dlr", "logit-difference" (see `orthattack.losses.attack_loss` for the formulas), or a
-            function of (logits, labels) returning (N,) values.
+        loss: "margin", the default, "ce", the default if targeted, "dlr", "logit-difference" (see
+            `orthattack.losses.attack_loss` for the formulas), or a function of (logits, labels) returning (N,) values.
         targeted: labels are the classes to reach.
         scope: orthogonal to the image, or another `normal`, as a whole "image", per "channel", per "pixel" colour, or
             per block of 8×8 pixels, "block8"; None: not at all.

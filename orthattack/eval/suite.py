@@ -26,7 +26,11 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-DEFAULT_ATTACKS = ["FGSM", "OrthoFGSM", "foolbox:FGSM", "PGD", "OrthoPGD", "foolbox:PGD"]
+DEFAULT_ATTACKS: list[str | dict[str, str]] = [
+    "FGSM", "OrthoFGSM", "foolbox:FGSM", "PGD", "OrthoPGD",
+    {"name": "OrthoPGD", "label": "OrthoPGD,loss=ce", "loss": "ce"},  # what Foolbox's is to be compared with
+    "foolbox:PGD",
+]  # fmt: skip
 
 
 def parse_fraction(value: object) -> object:
@@ -328,8 +332,8 @@ class Suite(_Strict):
         return found
 
     def baselines(self, kinds: Mapping[str, AttackKind] | None = None) -> dict[str, list[str]]:
-        """For each attack's label, those it is compared with: as said, or, of its family, first the same without the
-        orthogonality, then other libraries'. Only ours have any."""
+        """For each attack's label, those it is compared with: as said, or, of its family and its loss, first the same
+        without the orthogonality, then other libraries'. Only ours have any."""
         kinds = self.kinds() if kinds is None else kinds
         chosen: dict[str, list[str]] = {}
         for attack in self.attacks:
@@ -343,8 +347,10 @@ class Suite(_Strict):
             for other in self.attacks:
                 theirs = kinds[other.label]
                 plain = theirs.source != "orthattack" or (kind.card.is_orthogonal and not theirs.card.is_orthogonal)
-                of_family = theirs.card.family == kind.card.family
-                if other is not attack and of_family and (other.norm or self.norm) == norm and plain:
+                alike = theirs.card.family == kind.card.family and (
+                    None in (theirs.climbs, kind.climbs) or theirs.climbs == kind.climbs
+                )
+                if other is not attack and alike and (other.norm or self.norm) == norm and plain:
                     chosen[attack.label].append(other.label)
         return chosen
 

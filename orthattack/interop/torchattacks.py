@@ -134,7 +134,7 @@ class _Compatible(ABC):
 
     @property
     def _shared(self) -> dict[str, Any]:
-        return {"scope": self.scope, "targeted": self.targeted}
+        return {"scope": self.scope, "targeted": self.targeted, "loss": getattr(self, "loss", "ce")}
 
     def get_mode(self) -> str:
         """ "default", "targeted(label)" or "targeted(custom)"."""
@@ -374,7 +374,6 @@ class APGD(_Compatible):
             self.steps,
             self.n_restarts,
             self.rho,
-            loss=self.loss,
             eot_samples=self.eot_iter,
             generator=self._generator(),
             **self._shared,

@@ -218,9 +218,10 @@ class Grid:
             length(d, BALLS[self._norm].order) <= radius * (1 + 1e-7)
         )
         if self._is_bound and not (asks(d) and not bool(found.any())):
-            for n, scope in ((torch.ones_like(d), self._sums), (self._normals(), self._normal and self._scope)):
-                if scope is not None:
-                    kept = self._product(d, n, scope) == 0
+            scope = None if self._normal is None else self._scope
+            for n, where in ((torch.ones_like(d), self._sums), (self._normals(), scope)):
+                if where is not None:
+                    kept = self._product(d, n, where) == 0
                     found = found & kept.view(len(d), -1).all(1).view(-1, 1, 1, 1)
         return found
 

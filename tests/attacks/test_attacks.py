@@ -138,7 +138,7 @@ def test_plain_fgsm_is_the_textbook_formula():
     x = images.clone().requires_grad_()
     (g,) = torch.autograd.grad(nn.functional.cross_entropy(model(x), labels, reduction="sum"), x)
     expected = (images + 8 / 255 * g.sign()).clamp(0, 1)
-    torch.testing.assert_close(FGSM(model, eps=8 / 255)(images, labels), expected, rtol=0, atol=1e-7)
+    torch.testing.assert_close(FGSM(model, eps=8 / 255, loss="ce")(images, labels), expected, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("reference", ["clean", "iterate"])
@@ -155,14 +155,15 @@ def test_the_gradient_form_is_pgd_with_projected_gradients(reference, scope):
         x = (x + alpha * g.sign()).clamp(images - eps, images + eps).clamp(0, 1)
     options = {"enforce": "gradient", "reference": reference, "scope": scope, "random_start": False}
     recorder = Recorder(model)
-    OrthoPGD(recorder, eps=eps, alpha=alpha, steps=steps, **options)(images, labels)
+    OrthoPGD(recorder, eps=eps, alpha=alpha, steps=steps, loss="ce", **options)(images, labels)
     torch.testing.assert_close(recorder.seen[-1], x, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("attack", [PGD, OrthoPGD])
 def test_every_iterate_is_scored_once_and_the_best_is_returned(attack):
     model, (images, labels) = Recorder(small_model()), drawn(n=20)
-    result = attack(model, eps=0.2, alpha=0.2, steps=6, generator=torch.Generator().manual_seed(0)).run(images, labels)
+    options = {"eps": 0.2, "alpha": 0.2, "steps": 6, "loss": "ce", "generator": torch.Generator().manual_seed(0)}
+    result = attack(model, **options).run(images, labels)
     assert len(model.seen) == 7
     assert (result.forward_calls == 7).all()
     assert (result.gradient_calls == 6).all()
@@ -208,7 +209,7 @@ def test_an_overshooting_step_does_not_lose_the_clean_success():
 def test_early_stop_returns_the_first_that_fools_and_the_same_successes(attack):
     images, labels = drawn(n=40)
     full, early = Recorder(small_model()), Recorder(small_model())
-    options = {"eps": 0.1, "alpha": 0.01, "steps": 12}
+    options = {"eps": 0.1, "alpha": 0.01, "steps": 12, "loss": "ce"}
     a = attack(full, **options, generator=torch.Generator().manual_seed(0)).run(images, labels)
     b = attack(early, **options, early_stop=True, generator=torch.Generator().manual_seed(0)).run(images, labels)
     with torch.no_grad():
@@ -322,9 +323,9 @@ def test_a_saturated_loss_is_counted_not_an_error():
     model, (images, _) = linear_model(scale=1e6), drawn()
     labels = model(images).argmax(1)
     with pytest.warns(UserWarning, match="no usable gradient for 6 of 6 images .* climbed the margin instead"):
-        result = PGD(model, steps=2, random_start=False).run(images, labels)
+        result = PGD(model, steps=2, random_start=False, loss="ce").run(images, labels)
     assert result.samples_with_zero_gradient == len(images)
-    assert PGD(model, steps=2, random_start=False, loss="margin").run(images, labels).samples_with_zero_gradient == 0
+    assert PGD(model, steps=2, random_start=False).run(images, labels).samples_with_zero_gradient == 0
 
 
 def test_confident_models_are_still_attacked_orthogonally():
@@ -336,7 +337,7 @@ def test_confident_models_are_still_attacked_orthogonally():
     (g,) = torch.autograd.grad(nn.functional.cross_entropy(model(x), labels, reduction="sum"), x)
     sizes = g.abs().amax((1, 2, 3))
     assert 0 < sizes.min() < 1e-13
-    result = OrthoFGSM(model, eps=0.05).run(images, labels)
+    result = OrthoFGSM(model, eps=0.05, loss="ce").run(images, labels)
     assert result.cosine.max() <= 1e-6
     assert (result.norm > 0.049).all()
 
@@ -390,14 +391,15 @@ def test_a_processor_without_bfloat16_computes_in_float32_and_says_so(monkeypatc
 @pytest.mark.usefixtures("bfloat16")
 def test_reduced_precision_is_judged_in_full(attack):
     model, (images, labels) = small_model(), drawn(n=30)
-    options = {"eps": 0.05, "steps": 5, "precision": "bfloat16", "generator": torch.Generator().manual_seed(0)}
-    result = attack(model, **options).run(images, labels)
+    options = {"eps": 0.05, "steps": 5, "loss": "ce"}
+    seeded = torch.Generator().manual_seed(0)
+    result = attack(model, **options, precision="bfloat16", generator=seeded).run(images, labels)
     with torch.no_grad():
         logits = model(result.adversarials)
     assert torch.equal(result.success, logits.argmax(1) != labels)
     loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     torch.testing.assert_close(result.loss, loss, rtol=1e-5, atol=1e-6)  # bfloat16's is off by 1e-2
-    full = attack(model, eps=0.05, steps=5, generator=torch.Generator().manual_seed(0)).run(images, labels)
+    full = attack(model, **options, generator=seeded.manual_seed(0)).run(images, labels)
     assert (result.success == full.success).float().mean() > 0.9
     assert (result.gradient_calls == 5).all()
     assert (result.forward_calls >= 6).all()

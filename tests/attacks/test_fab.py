@@ -184,7 +184,7 @@ def test_the_versions_have_the_published_settings():
 @pytest.mark.parametrize(
     ("part", "same"),
     [("square", lambda m, norm, eps: Square(m, norm, eps, 20, early_stop=True, generator=seeded())),
-     ("apgd-ce", lambda m, norm, eps: APGD(m, norm, eps, 5, early_stop=True, generator=seeded())),
+     ("apgd-ce", lambda m, norm, eps: APGD(m, norm, eps, 5, loss="ce", early_stop=True, generator=seeded())),
      ("apgd-dlr", lambda m, norm, eps: APGD(m, norm, eps, 5, loss="dlr", early_stop=True, generator=seeded())),
      ("fab", lambda m, norm, eps: FAB(m, norm, eps, 5, early_stop=True)),
      ("fab-t", lambda m, norm, eps: FAB(m, norm, eps, 5, targets=2, early_stop=True))],

@@ -499,7 +499,9 @@ def test_a_norm_that_is_out_of_reach_is_a_failure():
     model, (images, _) = linear_model(scale=1e-3), drawn()
     model[1].bias.data = torch.tensor([1e3, 0.0])
     with pytest.warns(UserWarning, match="climbed the margin instead"):
-        result = Bisection(OrthoFGSM(model, eps=1 / 255), max_eps=0.1, trials=6).run(images, torch.zeros(6, dtype=int))
+        result = Bisection(OrthoFGSM(model, eps=1 / 255, loss="ce"), max_eps=0.1, trials=6).run(
+            images, torch.zeros(6, dtype=int)
+        )
     assert not result.success.any()
     assert result.norm.max() <= 0.1 * (1 + 1e-6)
 
@@ -566,7 +568,8 @@ def test_the_eot_gradient_is_the_mean_over_the_draws():
     model = Noisy(small_model(), 0.2)
     recorder = Recorder(model)
     torch.manual_seed(5)
-    PGD(recorder, norm="l2", eps=1.0, alpha=0.1, steps=1, random_start=False, eot_samples=4)(images, labels)
+    options = {"norm": "l2", "eps": 1.0, "alpha": 0.1, "steps": 1, "random_start": False, "loss": "ce"}
+    PGD(recorder, **options, eot_samples=4)(images, labels)
     torch.manual_seed(5)
     total = torch.zeros_like(images)
     for _ in range(4):
@@ -590,7 +593,7 @@ def test_what_eot_averages_has_the_size_of_one_draw():
         torch.testing.assert_close(getattr(many, name), getattr(one, name), rtol=1e-5, atol=1e-7)
     assert one.gradient.abs().max() > 1e-3
     assert many.forward_calls.tolist() == [4, 4, 4]
-    averaged = PGD(model, eps=0.1, steps=2, random_start=False, eot_samples=4).run(images, labels)
+    averaged = PGD(model, eps=0.1, steps=2, random_start=False, loss="ce", eot_samples=4).run(images, labels)
     with torch.no_grad():
         expected = nn.functional.cross_entropy(model(averaged.adversarials), labels, reduction="none")
     torch.testing.assert_close(averaged.loss, expected)
@@ -660,7 +663,7 @@ def test_the_model_is_given_no_more_than_a_batch_at_a_time_with_the_same_result(
 def test_what_still_stands_is_packed_into_full_batches():
     model, (images, labels) = small_model(), drawn(n=12)
     seen = Recorder(model)
-    result = make("OrthoPGD", seen, eps=2 / 255, early_stop=True).run(images, labels, batch_size=4)
+    result = make("OrthoPGD", seen, eps=2 / 255, loss="ce", early_stop=True).run(images, labels, batch_size=4)
     standing = int((~result.success).sum())
     assert 0 < standing < 9  # so that packing makes a difference
     sizes = [len(batch) for batch in seen.seen]

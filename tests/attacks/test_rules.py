@@ -57,7 +57,7 @@ def test_schedules_set_the_length_of_each_step(schedule):
 def test_mi_fgsm_is_the_published_iteration(decay):
     model, images, labels = prepared()
     recorder = Recorder(model)
-    MIFGSM(recorder, eps=EPS, steps=7, decay=decay)(images, labels)
+    MIFGSM(recorder, eps=EPS, steps=7, decay=decay, loss="ce")(images, labels)
     x, velocity, alpha = images, torch.zeros_like(images), EPS / 7
     for seen in recorder.seen:
         torch.testing.assert_close(seen, x, rtol=0, atol=1e-12)
@@ -70,7 +70,7 @@ def test_mi_fgsm_is_the_published_iteration(decay):
 def test_ni_fgsm_looks_ahead_inside_the_ball():
     model, images, labels = prepared()
     recorder = Recorder(model)
-    NIFGSM(recorder, eps=EPS, steps=7)(images, labels)
+    NIFGSM(recorder, eps=EPS, steps=7, loss="ce")(images, labels)
     x, velocity, alpha = images, torch.zeros_like(images), EPS / 7
     for t, seen in enumerate(recorder.seen):
         ahead = (x + alpha * velocity if t < 7 else x).clamp(images - EPS, images + EPS).clamp(0, 1)
@@ -86,7 +86,7 @@ def test_momentum_is_measured_by_the_mean_where_that_decides_signs(attack):
     model, images, labels = prepared()
     model[0].weight.data.mul_(20)
     recorder = Recorder(model)
-    attack(recorder, eps=0.3, steps=7)(images, labels)
+    attack(recorder, eps=0.3, steps=7, loss="ce")(images, labels)
 
     def iterated(size):
         x, velocity, alpha, seen = images, torch.zeros_like(images), 0.3 / 7, []
@@ -221,7 +221,7 @@ def next_of_apgd(seen, losses, gradients, image, eps, steps):
 def test_apgd_is_the_published_algorithm(seed):
     model, images, labels = prepared(4, seed % 1000)
     recorder, steps = Recorder(model), 25
-    APGD(recorder, eps=0.1, steps=steps, generator=torch.Generator().manual_seed(seed))(images, labels)
+    APGD(recorder, eps=0.1, steps=steps, loss="ce", generator=torch.Generator().manual_seed(seed))(images, labels)
     assert len(recorder.seen) == steps + 1
     known = [losses_and_gradients(model, x, labels) for x in recorder.seen[:-1]]
     for i in range(4):
@@ -256,7 +256,7 @@ def next_of_l1_apgd(seen, losses, gradients, region, eps, steps):
 def test_apgd_in_l1_adapts_how_many_pixels_it_moves_as_published(seed):
     model, images, labels = prepared(3, seed % 1000)
     recorder, steps, eps = Recorder(model), 55, 3.0
-    APGD(recorder, "l1", eps, steps, generator=torch.Generator().manual_seed(seed))(images, labels)
+    APGD(recorder, "l1", eps, steps, loss="ce", generator=torch.Generator().manual_seed(seed))(images, labels)
     known = [losses_and_gradients(model, x, labels) for x in recorder.seen[:-1]]
     moved = [(x != images).sum((1, 2, 3)).double().mean() for x in recorder.seen]
     assert moved[-1] < 0.6 * moved[0]
@@ -292,7 +292,7 @@ def test_autoattack_begins_with_apgd():
     model[3].weight.data /= 1e4  # so that nothing is fooled
     model[3].bias.data = torch.tensor([9.0, 0, 0, 0, 0]).double()
     labels = torch.zeros(6, dtype=torch.long)
-    for kind, options in ((AutoAttack, {"queries": 1, "targets": 1}), (APGD, {})):
+    for kind, options in ((AutoAttack, {"queries": 1, "targets": 1}), (APGD, {"loss": "ce"})):
         recorder = Recorder(model)
         kind(recorder, norm="l2", eps=0.3, steps=5, generator=torch.Generator().manual_seed(0), **options)(
             images, labels

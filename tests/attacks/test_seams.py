@@ -103,7 +103,7 @@ def test_gradients_are_those_at_the_transformed_points(trained):
     model, images, labels = trained
     x = images.clone().requires_grad_()
     functional.cross_entropy(model(x.flip(3) ** 2), labels, reduction="sum").backward()
-    found = FGSM(model, eps=0.03, transform=lambda seen, _: seen.flip(3) ** 2).run(images, labels)
+    found = FGSM(model, eps=0.03, loss="ce", transform=lambda seen, _: seen.flip(3) ** 2).run(images, labels)
     kept = found.adversarials != images  # the image itself where the step is no gain
     moved = kept.flatten(1).any(1)
     expected = (images + 0.03 * x.grad.sign()).clamp(0, 1)
@@ -121,7 +121,7 @@ def test_what_a_transform_draws_depends_on_no_neighbour(trained, kind, early_sto
     def model(x):  # each image for itself, with the same bits in any batch
         return torch.cat([inner(one[None]) for one in x])
 
-    attack = quick(kind, model, transform=darkened, early_stop=early_stop, eps=0.03)
+    attack = quick(kind, model, transform=darkened, early_stop=early_stop, eps=0.03, loss="ce")
     together = attack.run(images[:5], labels[:5], seeds=[4, 2, 7, 4, 0])
     alone = attack.run(images[3:4], labels[3:4], seeds=[4], batch_size=1)
     other = attack.run(images[3:4], labels[3:4], seeds=[5])
@@ -167,7 +167,7 @@ def test_eot_samples_average_a_transforms_gradients(trained):
         return x + drawn[-1]
 
     result = PGD(model, norm="l2", eps=0.05, steps=1, alpha=0.05, random_start=False, transform=noisy,
-                 eot_samples=3).run(images, labels)  # fmt: skip
+                 eot_samples=3, loss="ce").run(images, labels)  # fmt: skip
     x = images.clone().requires_grad_()
     sum(functional.cross_entropy(model(x + noise), labels, reduction="sum") for noise in drawn).backward()
     assert len(drawn) == 3
@@ -461,7 +461,7 @@ def test_variance_tunes_by_the_mean_of_the_neighbours_before(trained):
         return inner(x)
 
     before, after = Recording(), Recording()
-    result = climbing(model, before, variance(2, reach=0.8), after).run(images, labels, seeds=range(48))
+    result = climbing(model, before, variance(2, reach=0.8), after, loss="ce").run(images, labels, seeds=range(48))
     asked = [x for x in asked if len(x) == 48]  # without the looks at whether the model draws
     around = [asked[1:3], asked[4:6]]  # the neighbours of the first two iterates; the last gradient needs none
     for t, neighbours in enumerate(around):

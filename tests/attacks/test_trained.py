@@ -163,7 +163,7 @@ def test_pgd_is_as_strong_as_foolboxs_from_the_same_start(trained):
     model, images, labels = trained
     attack = foolbox.attacks.LinfPGD(rel_stepsize=0.25, steps=10, random_start=False)
     _, theirs, _ = attack(foolbox.PyTorchModel(model, bounds=(0, 1)), images, labels, epsilons=EPS)
-    ours = PGD(model, eps=EPS, alpha=0.25 * EPS, steps=10, random_start=False).run(images, labels)
+    ours = PGD(model, eps=EPS, alpha=0.25 * EPS, steps=10, random_start=False, loss="ce").run(images, labels)
     assert robust(model, ours.adversarials, labels) <= robust(model, theirs, labels)
     last = ours.steps == 10
     assert last.sum() >= 5

@@ -60,7 +60,7 @@ def test_with_no_arguments_it_attacks_the_bundled_models_offline(tmp_path):
     assert {path.name for path in run.iterdir() if path.is_file()} == expected
     assert done.stdout.rstrip().endswith(f"report: runs/{run.name}/report.html")
     table = Run.open(run).table().set_index(["model", "attack"])
-    assert len(table) == 2 * 7
+    assert len(table) == 2 * 8
     assert table.loc[("cifar10-standard", "OrthoPGD"), "robust_accuracy"] <= 0.1
     assert table.loc[("cifar10-robust", "OrthoPGD"), "robust_accuracy"] >= 0.2
     assert (table["scored"] == 20).all()
@@ -90,7 +90,7 @@ def test_what_is_not_said_is_the_bundled_models_and_every_attack(tmp_path, monke
     (run,) = (tmp_path / "runs").iterdir()
     assert done.stdout.rstrip().endswith(f"report: runs/{run.name}/report.html")
     table = Run.open(run).table()
-    assert len(table) == 2 * 7
+    assert len(table) == 2 * 8
     assert set(table["model"]) == {"cifar10-standard", "cifar10-robust"}
     assert table["max_abs_cosine"][table["attack"].str.startswith("Ortho")].max() <= 1e-6
     assert Run.open(run).manifest["config"]["eps"] == [8 / 255]

@@ -42,6 +42,7 @@ alpha = "1/255"
 
 [[attacks]]
 name = "OrthoPGD"
+loss = "ce"
 
 [[attacks]]
 name = "OrthoPGD"
@@ -85,9 +86,9 @@ def test_a_suite_says_what_is_run(path):
     assert suite.steps == 20
     assert [model.label for model in suite.models] == ["resnet18", "big"]
     assert suite.baselines() == {
-        "PGD": ["foolbox:LinfPGD"],
-        "OrthoPGD": ["PGD", "foolbox:LinfPGD"],
-        "projected gradient": ["PGD", "foolbox:LinfPGD"],
+        "PGD": [],
+        "OrthoPGD": ["foolbox:LinfPGD"],  # of the same loss
+        "projected gradient": ["PGD"],
         "foolbox:L2PGD": [],
         "foolbox:LinfPGD": [],
         "MinimumNorm": [],

@@ -9,6 +9,7 @@ from typing import Any
 import foolbox
 import torch
 from foolbox.attacks.base import FixedEpsilonAttack, MinimizationAttack
+from foolbox.attacks.gradient_descent_base import BaseGradientDescent
 from foolbox.distances import LpDistance
 from torch import Tensor, nn
 
@@ -76,7 +77,8 @@ def foolbox_attack(name: str, rest: str, options: dict[str, Any]) -> AttackKind:
         return run
 
     norms = foolbox_norms(kind, options)
-    card = Card(family(kind.__name__), minimal=minimal)
+    is_descent = issubclass(kind, BaseGradientDescent)
+    card = Card(family(kind.__name__), minimal=minimal, loss="ce" if is_descent else None)
     return AttackKind(name, "foolbox", options, card, norms, make)
 
 

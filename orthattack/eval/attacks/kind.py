@@ -86,6 +86,11 @@ class AttackKind:
         return self.card.is_orthogonal and self.card.exact
 
     @property
+    def climbs(self) -> object:
+        """The loss that it climbs, as `described`; None for one of its own."""
+        return described(self.card.loss, with_source=True)
+
+    @property
     def identity(self) -> str:
         """What its random numbers are derived from: the same attack under another label draws the same."""
         return json.dumps([self.name, dict(self.parameters)], sort_keys=True)

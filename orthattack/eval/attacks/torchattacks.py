@@ -74,8 +74,15 @@ def torchattacks_attack(name: str, rest: str, options: dict[str, Any]) -> Attack
 
         return run
 
-    card, norms = Card(family(rest), minimal=minimal), torchattacks_norms(rest, kind)
+    card = Card(family(rest), minimal=minimal, loss=options.get("loss", "ce") if rest in _CROSS_ENTROPY else None)
+    norms = torchattacks_norms(rest, kind)
     return AttackKind(name, "torchattacks", options, card, norms, make)
+
+
+_CROSS_ENTROPY = {"FGSM", "FFGSM", "RFGSM", "BIM", "PGD", "PGDL2", "EOTPGD", "MIFGSM", "NIFGSM", "DIFGSM", "TIFGSM"} | {
+    "SINIFGSM", "VMIFGSM", "VNIFGSM", "APGD",
+}  # fmt: skip
+"""What climbs the cross-entropy, APGD unless told otherwise."""
 
 
 def _fab_l1(attack: Any, images: Tensor, labels: Tensor) -> Tensor:

@@ -318,8 +318,8 @@ class _Model:
             label, eps = probe["label"], probe["eps"]
             before = self.folder.read("shards", self.label, label.removeprefix(SAVED), eps, columns)
             again = self.folder.read("checks", self.label, label, eps, columns)
-            ok = (frame[frame["status"] == "ok"].set_index("position") for frame in (before, again))
-            both = _both(*ok, "before", "again")
+            first, second = (frame[frame["status"] == "ok"].set_index("position") for frame in (before, again))
+            both = _both(first, second, "before", "again")
             differs = both["adversarial_prediction_before"] != both["adversarial_prediction_again"]
             sure = both["wrong_share_before"].isin([0, 1]) & both["wrong_share_again"].isin([0, 1])
             judged, other = judged + len(both), other + int((differs & sure).sum())

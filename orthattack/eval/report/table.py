@@ -139,13 +139,21 @@ def compared_rows(table: Any, norm: str) -> list[dict[str, Any]]:
     return [{**row, "shown_eps": "" if row["attack"] == CLEAN else shown_eps(row["eps"], norm)} for row in rows]
 
 
+_LOSSES = {"ce": "the cross-entropy", "margin": "the margin", "dlr": "DLR"}
+
+
 def promised(run: Run) -> list[str]:
-    """What attacks promise to leave as it is, a line for those that promise the same."""
+    """What attacks promise to leave as it is, and the losses that they climb, a line for those that do the same."""
     found: dict[str, list[str]] = {}
     for label, about in run.attacks.items():
         if promises := about.get("keeps"):
             found.setdefault("; ".join(promises), []).append(label)
-    return [f"promised by {', '.join(labels)}: {promises}" for promises, labels in found.items()]
+    lines = [f"promised by {', '.join(labels)}: {promises}" for promises, labels in found.items()]
+    climbed: dict[str, list[str]] = {}
+    for label, about in run.attacks.items():
+        if loss := about.get("loss"):
+            climbed.setdefault(str(loss), []).append(label)
+    return lines + [f"climbed by {', '.join(labels)}: {_LOSSES.get(loss, loss)}" for loss, labels in climbed.items()]
 
 
 def grid(columns: Sequence[Column], rows: Iterable[Row], name: Callable[[str], str]) -> list[list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -48,6 +49,7 @@ def describe_attacks(entries: Sequence[Entry], baselines: Mapping[str, Sequence[
             "keeps": (list(first.kind.card.keeps) if first.kind.orthogonal else [])
             + (["exact in 8 bits"] if first.levels else []),
             "levels": first.levels,
+            "loss": first.kind.climbs,
             "minimal": first.kind.card.minimal,
         }
         for label, of_label in by_label.items()
@@ -80,12 +82,15 @@ def to_go_on(
     try:
         if (why := unfit(ManifestRecord, old)) is not None:
             raise ValueError(why)
-        found = differences(old["config"], new["config"])
+        found = differences(
+            _with_losses(old["config"], old["attacks"], new["attacks"]),
+            _with_losses(new["config"], new["attacks"], new["attacks"]),
+        )
         for before, after in zip(old["models"], new["models"], strict=False):
             for key in ("label", "sha256", "preprocessing", "data"):
                 found += [f"{after['label']}: {line}" for line in differences({key: before[key]}, {key: after[key]})]
         for before, after in zip(old["attacks"], new["attacks"], strict=False):  # a name may have become another attack
-            theirs, ours = {"scope": before["scope"]}, {"scope": after["scope"]}
+            theirs, ours = {"scope": before.get("scope", after["scope"])}, {"scope": after["scope"]}
             found += [f"{after['label']}: {line}" for line in differences(theirs, ours)]
         last = (old.get("sessions") or [session])[-1]
         then = {what: dict(last[what]) for what in ("versions", "hardware")}
@@ -111,6 +116,25 @@ def to_go_on(
             say(warning)
             session["warnings"].append(warning)
     return old
+
+
+def _with_losses(
+    config: Mapping[str, Any], old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """A configuration with the losses that its attacks, `old`, climbed by default: before 0.2.0 the cross-entropy.
+
+    What has a loss, the attacks of `new` say."""
+    has = {_unseeded(one["label"]) for one in new if one.get("source") == "orthattack" and one.get("loss") is not None}
+    climbed = {_unseeded(one["label"]): one.get("loss", "ce") for one in old}
+    attacks = [
+        {"loss": climbed[attack["label"]], **attack} if attack["label"] in has & climbed.keys() else attack
+        for attack in config.get("attacks", [])
+    ]
+    return {**config, "attacks": attacks}
+
+
+def _unseeded(label: str) -> str:
+    return re.sub(r" \(seed \d+\)$", "", label)
 
 
 def new_session(

@@ -198,6 +198,25 @@ def test_another_run_is_refused_with_what_differs(folder, begun, change, line):
     assert lines[0].startswith(line)
 
 
+def test_a_run_that_was_begun_with_another_default_loss_goes_on_with_that_loss_alone(folder):
+    def made(*attacks):
+        suite = make_suite({**CONTENT, "attacks": attacks}, "test")
+        return {
+            "config": suite.config(), "models": [], "attacks": describe_attacks(suite.entries(), suite.baselines())
+        }  # fmt: skip
+
+    old = made("PGD", {"name": "MinimumNorm", "trials": 3}, "Square", "foolbox:LinfPGD")
+    for attack in old["attacks"]:
+        del attack["loss"]
+    folder.write_manifest(old)
+    folder.write_session({**session_of(), "outcome": "killed"})
+    with pytest.raises(EvaluationError) as error:
+        going_on(folder, made("PGD", {"name": "MinimumNorm", "trials": 3}, "Square", "foolbox:LinfPGD"), session_of())
+    assert [line.split(": ", 1)[1] for line in str(error.value).split("\n  ")[1:]] == ["ce there, margin now"] * 2
+    minimum = {"name": "MinimumNorm", "trials": 3, "loss": "ce"}
+    going_on(folder, made({"name": "PGD", "loss": "ce"}, minimum, "Square", "foolbox:LinfPGD"), session_of())
+
+
 def test_other_versions_and_hardware_are_said_and_noted(folder, begun):
     session = session_of(versions={"torch": "2.1", "numpy": "1", "new": "3"})
     assert going_on(folder, begun, session)[1] == [

@@ -494,7 +494,7 @@ def test_an_attack_that_drops_the_fooled_gets_several_batches_and_the_model_one_
 
 
 def test_an_optimized_attack_is_counted_and_judged_like_the_others(tmp_path):
-    both = [{"name": "PGD", "optimize": "none", "label": "the model"}, "PGD"]
+    both = [{"name": "PGD", "loss": "ce", "optimize": "none", "label": "the model"}, {"name": "PGD", "loss": "ce"}]
     folder, _ = start(tmp_path / "r", suite(attacks=both))
     one, two = (rows_of(folder, label) for label in ("the model", "PGD"))
     assert (one["success"] == two["success"]).all()
