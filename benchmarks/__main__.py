@@ -5,6 +5,7 @@
     python -m benchmarks minimal --weights FILE --data FOLDER [--limit 30] [--gradients 100 300] [--only ATTACK ...]
     python -m benchmarks accuracy --weights FILE ... --data FOLDER [--limit 300]
     python -m benchmarks autoattack --name TABLE --model NAME [--weights FILE] --data FOLDER [--norm l2 --eps 0.5]
+    python -m benchmarks defaults --shared FOLDER [--limit 200] [--models NAME ...]
     python -m benchmarks gpu
     python -m benchmarks growth
     python -m benchmarks start
@@ -18,7 +19,8 @@
 `arithmetic`: the attack's own step beside the model's. `accuracy`: seconds and gradient calls to the robust accuracy
 that Foolbox's LinfPGD reaches. `autoattack`: robust accuracy and CPU time beside the official code, which is
 `pip install pyautoattack --no-deps`. `minimal`: the norms that attacks find which minimise them, by AttackBench;
-without weights, of the bundled robust model. `gpu`: steps and arithmetic of several models in large batches, in five
+without weights, of the bundled robust model. `defaults`: robust accuracy by loss, schedule, start and steps, of several
+models. `gpu`: steps and arithmetic of several models in large batches, for a GPU, in five
 minutes, after the attacks' tests on it. `growth`: time against image size and number of images. `start`: of the import
 and of --help. `throughput`: how much of an evaluation's time is the attack. `workers`, `driver`: what Ray costs, and
 how many workers its driver can feed. `report` writes the stored tables into docs/performance.md, docs/strength.md
@@ -88,6 +90,11 @@ def main(argv: list[str] | None = None) -> int:
     minimal.add_argument("--norms", nargs="+", default=["linf", "l2", "l1"])
     minimal.add_argument("--gradients", type=int, nargs="+", default=[100, 300, 1000])
     minimal.add_argument("--only", nargs="+", metavar="ATTACK", help="attacks to measure")
+    defaults = what.add_parser("defaults", parents=[timed])
+    defaults.add_argument("--shared", type=Path, required=True, help="the folder with data and weights")
+    defaults.add_argument("--build", type=Path, default=ROOT / "build" / "defaults", help="the runs, which resume")
+    defaults.add_argument("--limit", type=int, default=200, help="images")
+    defaults.add_argument("--models", nargs="+", metavar="NAME")
     gpu = what.add_parser("gpu", parents=[timed])
     gpu.add_argument("--rounds", type=int, default=3)
     gpu.add_argument("--seconds", type=float, default=200, help="after which no more models are measured")
@@ -122,6 +129,7 @@ def _run(args: argparse.Namespace) -> int:
         print(*report.write(args.docs, args.results), sep="\n")
         return 0
     from benchmarks import accuracy, arithmetic, autoattack, gpu, growth, steps, throughput, workers
+    from benchmarks import accuracy, arithmetic, defaults, gpu, growth, steps, throughput, workers
     from benchmarks.stored import keep
 
     torch.set_num_threads(args.threads)
@@ -145,6 +153,9 @@ def _run(args: argparse.Namespace) -> int:
 
         loaded = minimal.loaded(args.weights, args.data, args.limit)
         minimal.measured(*loaded, args.norms, args.gradients, args.only, args.out)
+    elif args.what == "defaults":
+        for name, rows in defaults.tables(args.shared, args.build, args.limit, args.models):
+            keep("defaults", name, rows, args.threads, args.out)
     elif args.what == "gpu":
         failed = 0 if args.no_tests else gpu.tests(ROOT)
         for kind, name, rows in gpu.tables(args.seconds, args.rounds):

@@ -34,6 +34,8 @@ def tables(folder: Path = RESULTS) -> dict[str, str]:
     for file in stored(folder):
         for table in file.tables:
             found[f"{file.what}/{file.machine}/{table.name}"] = makers.get(file.what, _plain_table)(table)
+        if file.what == "defaults":
+            found[f"defaults/{file.machine}/all"] = _defaults_summary(file.tables)
     steps = by_machine(folder, "steps")
     return found | ({"summary": _summary(steps.values())} if steps else {})
 
@@ -123,6 +125,29 @@ def _autoattack_table(content: Table) -> str:
             "of the official's"]  # fmt: skip
     about = f"{content.rows[0]['images']} images, clean accuracy {100 * content.rows[0]['clean']:.1f} %"
     return f"{about} ({content.hardware}):\n\n{tabulate(table, head, 'github', disable_numparse=True)}"
+
+
+def _defaults_summary(measured: Sequence[Table]) -> str:
+    """Of each choice, by how many points it leaves more robust than the best choice does: the most over the models, and
+    the mean, for each number of gradients."""
+    budgets = sorted({row["steps"] for table in measured for row in table.rows})
+    behind: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for table in measured:
+        for steps in budgets:
+            rows = [row for row in table.rows if row["steps"] == steps]
+            best = min((row["robust accuracy"] for row in rows), default=0.0)
+            for row in rows:
+                choice = behind.setdefault((row["loss"], row["form"]), {})
+                choice.setdefault(steps, []).append(row["robust accuracy"] - best)
+    lines = [
+        [loss, form, *(f"{max(found[steps]):.1f} ({sum(found[steps]) / len(found[steps]):.1f})" for steps in budgets)]
+        for (loss, form), found in behind.items()
+    ]
+    about = ", ".join(
+        f"{table.name} ({table.rows[0]['images']} images, {table.rows[0]['eps * 255']:g}/255)" for table in measured
+    )
+    head = ["loss", "steps", *(f"{steps} gradients" for steps in budgets)]
+    return f"{about}:\n\n{tabulate(lines, head, 'github', disable_numparse=True)}"
 
 
 def _minimal_table(known: Mapping[str, Sequence[Row]], content: Table) -> str:
