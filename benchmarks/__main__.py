@@ -128,8 +128,7 @@ def _run(args: argparse.Namespace) -> int:
 
         print(*report.write(args.docs, args.results), sep="\n")
         return 0
-    from benchmarks import accuracy, arithmetic, autoattack, gpu, growth, steps, throughput, workers
-    from benchmarks import accuracy, arithmetic, defaults, gpu, growth, steps, throughput, workers
+    from benchmarks import accuracy, arithmetic, autoattack, defaults, gpu, growth, steps, throughput, workers
     from benchmarks.stored import keep
 
     torch.set_num_threads(args.threads)

@@ -1,6 +1,6 @@
 """Which loss, schedule and start PGD should have by default: robust accuracy that each leaves, over several models.
 
-The evaluation runs them, in a folder that a second start resumes. Networks of ImageNet come from PyPI (benchmarks.lite0).
+The evaluation runs them, in a folder that a second start resumes. Those of ImageNet come from PyPI (benchmarks.lite0).
 """
 
 from __future__ import annotations

@@ -32,10 +32,11 @@ def tables(folder: Path = RESULTS) -> dict[str, str]:
     }
     found = {}
     for file in stored(folder):
+        if file.what == "defaults":  # one table of all
+            found[f"defaults/{file.machine}/all"] = _defaults_summary(file.tables)
+            continue
         for table in file.tables:
             found[f"{file.what}/{file.machine}/{table.name}"] = makers.get(file.what, _plain_table)(table)
-        if file.what == "defaults":
-            found[f"defaults/{file.machine}/all"] = _defaults_summary(file.tables)
     steps = by_machine(folder, "steps")
     return found | ({"summary": _summary(steps.values())} if steps else {})
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from benchmarks import minimal, report, steps, timing
 from benchmarks.__main__ import main
-from benchmarks.stored import RESULTS, Stored, keep, stored
+from benchmarks.stored import RESULTS, Stored, Table, keep, stored
 
 ROOT = Path(__file__).parents[2]
 
@@ -107,3 +107,15 @@ def test_optimality_is_attackbench_s():
     # At best (4 - 1) + (4 - 4).
     assert minimal.optimality("m-l2-100", known["m-l2-100"], known) == pytest.approx({"a": 2 / 3, "b": 1 / 3})
     assert minimal.optimality("m-l2-300", known["m-l2-300"], known) == pytest.approx({"a": 1.0})
+
+
+def test_a_default_is_judged_by_how_far_it_is_behind_the_best_choice():
+    def table(name: str, ce: float, margin: float) -> Table:
+        row = {"form": "fixed", "steps": 10, "eps * 255": 4.0, "images": 50}
+        rows = [row | {"loss": loss, "robust accuracy": value} for loss, value in (("ce", ce), ("margin", margin))]
+        return Table(name=name, hardware="some", versions={}, rows=rows)
+
+    text = report._defaults_summary([table("a", 40.0, 34.0), table("b", 20.0, 21.0)])
+    assert "a (50 images, 4/255), b (50 images, 4/255)" in text
+    assert re.search(r"ce +\| fixed +\| 6\.0 \(3\.0\)", text)
+    assert re.search(r"margin +\| fixed +\| 1\.0 \(0\.5\)", text)
