@@ -155,8 +155,8 @@ def test_a_step_asks_a_gpu_nothing(make, device, monkeypatch):
     if attack.precision == "float32":  # claims in reduced precision are confirmed, and there are none without a GPU
         assert torch.equal(found.forward_calls, expected.forward_calls)
     # The searches for the multipliers are as long as they are whatever they find: the last digits differ.
-    tolerance = 0.05 if attack.norm == "l1" else 0.02
-    assert found.loss == pytest.approx(expected.loss, rel=tolerance, abs=0.02)
+    tolerance = 0.06 if attack.norm == "l1" else 0.02
+    assert found.loss == pytest.approx(expected.loss, rel=tolerance, abs=tolerance)
 
 
 @pytest.mark.parametrize(
