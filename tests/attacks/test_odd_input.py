@@ -132,7 +132,7 @@ def attacked(name: str, norm: Any, eps: Any, options: dict[str, Any], images: Te
     before = before.clamp(0, 1)  # what is off by round-off
     delta = found.double() - before.double()
     if name != "Bisection":
-        assert (sizes(delta, norm) <= eps * (1 + 1e-6)).all()
+        assert eps is None or (sizes(delta, norm) <= eps * (1 + 1e-6)).all()
     scope = options.get("scope", "image")
     if name.startswith("Ortho") and options.get("enforce") != "gradient":
         limit = {torch.float32: 1e-6, torch.float64: 1e-12}.get(images.dtype)
