@@ -117,7 +117,7 @@ def test_every_attack_keeps_block_means_and_luma(trained, name, words):
     assert attack.card.keeps == (words,)
     result = attack.run(images, labels)
     delta = result.adversarials.double() - images.double()
-    assert (result.norm > 0).sum() >= 3
+    assert (result.norm > 0).sum() >= (1 if attack.card.minimal else 3)  # where nothing fools, that is the image
     assert result.cosine.max() <= 1e-6
     assert name == "Bisection" or result.norm.max() <= RADII[norm] * (1 + 1e-6)
     if normal == "luma":
