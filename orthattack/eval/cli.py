@@ -301,7 +301,7 @@ def _tell(folder: RunFolder, complete: bool, to: Path | None = None) -> int:
     if not complete:
         print("orthattack: interrupted; the same command, with --out, goes on from here", file=sys.stderr)
         return 130
-    if not any((view.table()["scored"] > 0).any() for view in views):
+    if not any(row.get("scored", 0) > 0 for view in views for row in view.table().to_dict("records")):
         print("orthattack: no attack returned anything that could be scored", file=sys.stderr)
         return 1
     return 0
