@@ -143,6 +143,15 @@ def test_l2(tmp_path):
     assert (table["max_norm"].dropna() <= 0.5 * (1 + 1e-5)).all()
 
 
+def test_attacks_may_all_have_another_norm_than_the_suite(tmp_path, capsys):
+    (tmp_path / "l2.toml").write_text(
+        'models = ["cifar10-robust"]\nattacks = [{name = "FGSM", norm = "l2", eps = [0.5]}]\nchecks = false\n'
+        '[data]\nsource = "cifar10-samples"\nlimit = 3\n'
+    )
+    assert cli.main(["eval", str(tmp_path / "l2.toml"), "--out", str(tmp_path / "r")]) == 0
+    assert "norm l2, eps 0.5" in capsys.readouterr().out
+
+
 def test_a_suite_file_names_its_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.toml").write_text(
