@@ -13,6 +13,7 @@ import platform
 import secrets
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -40,7 +41,9 @@ _TICK = 5.0  # seconds between two looks at whether there is any worker
 _PATIENCE = 20.0  # seconds without any worker before that is said
 _LIMIT = 50.0  # seconds without any, or without Ray itself, before the run ends
 
-_HINT = "; one that asks for a token needs RAY_AUTH_MODE=token here, and RAY_AUTH_HINT or the file with it"
+_KNOCK = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR')"
+
+_HINT = "; one that asks for a token needs RAY_AUTH_MODE=token here, and RAY_AUTH_TOKEN or the file with it"
 
 _CLOSED = {
     # Of Ray 2.52 and newer: whoever connects has to show the token.
@@ -318,7 +321,7 @@ def ray_crew(address: str | None, workers: int | None, device: str | None) -> It
         for name, value in _CLOSED.items():
             os.environ.setdefault(name, value)
         # Otherwise Ray takes one from a file in the home folder, which it makes readable for everybody.
-        os.environ.setdefault("RAY_AUTH_HINT", secrets.token_hex(32))
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
         import ray
     except ImportError as error:
@@ -349,27 +352,22 @@ def _connect(ray: Any, address: str | None, workers: int | None) -> Path | None:
         options |= {"address": "local", "include_dashboard": False}
         options["num_cpus"] = max(workers or 1, os.cpu_count() or 1)
 
-    def give_up() -> None:  # Ray waits in compiled code, where no exception of Python ends it
-        print(
-            f"orthattack: no Ray cluster {where}: Ray does not answer, for {_LIMIT:.0f} s", file=sys.stderr, flush=True
-        )
-        os._exit(2)
-
     is_main = threading.current_thread() is threading.main_thread()
     on_stop = signal.getsignal(signal.SIGTERM)
-    watch = threading.Timer(_LIMIT, give_up)
-    watch.daemon = True
-    watch.start()
     try:
         host, _, port = (address or "").rpartition(":")
         if host and port.isdecimal() and "/" not in host:  # Ray itself would knock for minutes
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        if address is not None:  # Ray may wait without end, in compiled code that lets nothing of Python end it
+            knock = [sys.executable, "-c", _KNOCK, address]
+            subprocess.run(knock, timeout=_LIMIT, capture_output=True, check=False)  # noqa: S603
         context = ray.init(**options)
+    except subprocess.TimeoutExpired:
+        raise EvaluationError(f"no Ray cluster {where}: Ray does not answer, for {_LIMIT:.0f} s") from None
     except Exception as error:  # of sockets, of versions, of values
         hint = "" if address is None or "RAY_AUTH_MODE" in os.environ else _HINT
         raise EvaluationError(f"no Ray cluster {where} ({type(error).__name__}: {first_line(error)}){hint}") from error
     finally:
-        watch.cancel()
         if is_main and on_stop is not None:  # Ray's own ends the process, with no table and no report
             signal.signal(signal.SIGTERM, on_stop)
     session = getattr(context, "address_info", {}).get("session_dir")
