@@ -33,6 +33,8 @@ from orthattack.losses import Goal, attack_loss
 from tests.attacks.test_attacks import SIZE, Recorder, drawn, linear_model, small_model
 from tests.conftest import examples, image_kinds, seeds
 
+pytestmark = pytest.mark.heavy
+
 # Small settings for each attack; random_start=False where an attack has the choice.
 PLAIN = {
     "FGSM": {},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -68,12 +69,18 @@ def cases() -> list[Any]:
         )
     made += [(f"OrthoPGD-{name}", partial(_made, "OrthoPGD", **{"eps": 8 / 255, **o})) for name, o in SETTINGS.items()]
     made += [(f"detector-{norm}", partial(_evasion, norm=norm, eps=RADII[norm])) for norm in ("linf", "l2")]
-    return [pytest.param(make, id=name.replace(" ", "-"), marks=lane(*name.split("-")[1:])) for name, make in made]
+    return [pytest.param(make, id=name.replace(" ", "-"), marks=marks_of(name)) for name, make in made]
 
 
 def lane(norm: str = "", name: str = "") -> list[Any]:
     """L1 steps on many planes are too long for the fast lane: on a GPU each search is as long as the longest."""
     return [pytest.mark.slow] * (norm == "l1" and name != "plain")
+
+
+def marks_of(name: str) -> list[Any]:
+    """Those that are long and have shorter ones beside them are for the slow lane."""
+    is_long = re.match(r"MinimumNorm-(l1|\w+-image)|PGD-l2-image and constant", name)
+    return [pytest.mark.slow] if is_long else lane(*name.split("-")[1:])
 
 
 def _made(kind: str, model: nn.Module, steps: int, **options: Any) -> Attack:

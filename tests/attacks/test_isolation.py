@@ -36,6 +36,8 @@ from orthattack.interop import torchattacks
 from orthattack.interop.foolbox import FoolboxAttack, FromFoolbox
 from orthattack.threat import perturbation_norm
 
+pytestmark = pytest.mark.heavy
+
 EPS = 0.1
 
 

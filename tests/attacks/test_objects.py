@@ -18,6 +18,8 @@ from orthattack import PGD, Bisection, DetectorEvasion, OrthoPGD, ThreatModel
 from orthattack.attacks.configured import options_of
 from orthattack.eval.attacks.ours import OURS
 
+pytestmark = pytest.mark.heavy
+
 NAMES = [name for name in OURS if name != "Bisection"]
 IMAGES = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -40,6 +42,7 @@ def make(name: str, **options: object) -> object:
 
 
 ALL = [*NAMES, "DetectorEvasion", "Bisection"]
+LONG = ["OrthoAutoAttack", "OrthoFAB", "DetectorEvasion"]  # so long that the fast lane does without, where others do
 
 
 def same(a: orthattack.AttackResult, b: orthattack.AttackResult) -> bool:
@@ -198,7 +201,7 @@ NUMBERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in ALL])
 def test_numbers_of_numpy_and_torch_are_numbers(name):
     for option in set(NUMBERS) & set(signature_of(name)):
         more = {"random_start": True} if option == "restarts" and name in ("PGD", "OrthoPGD") else {}

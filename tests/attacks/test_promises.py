@@ -18,6 +18,8 @@ from orthattack.eval.data.load import load_dataset
 from orthattack.eval.models.load import load_classifier
 from tests.attacks.test_family import FAMILY, Alone, sizes
 
+pytestmark = pytest.mark.heavy
+
 RADII = {"linf": 8 / 255, "l2": 1.5, "l1": 40.0}
 SETTINGS: dict[str, dict[str, Any]] = {
     **FAMILY,

@@ -32,6 +32,8 @@ from orthattack import (
 from orthattack.attacks.task import AttackResult
 from orthattack.interop.foolbox import FoolboxAttack, FoolboxMinimum, FromFoolbox
 
+pytestmark = pytest.mark.heavy
+
 EPS = 8 / 255
 EPSILONS = [0.0, 2 / 255, EPS]
 

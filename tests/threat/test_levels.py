@@ -16,6 +16,8 @@ from orthattack.projection import cut, scope_dims
 from orthattack.threat.levels import grid_units, level_values, levels_of
 from tests.conftest import examples, seeds
 
+pytestmark = pytest.mark.heavy
+
 RADII = {"linf": 4 / 255, "l2": 0.3, "l1": 5.0}
 KINDS = ["uniform", "black", "white", "constant", "two values", "few dark values", "ramp"]
 

@@ -17,6 +17,8 @@ from tests.attacks.test_attacks import small_model
 from tests.conftest import examples, gradient_kinds, image_kinds, make_gradient, make_images, seeds
 from tests.threat.test_region import best_l1_step
 
+pytestmark = pytest.mark.heavy
+
 LUMA = (0.299, 0.587, 0.114)
 RADII = {"linf": 8 / 255, "l2": 0.5, "l1": 5.0}
 

@@ -12,6 +12,8 @@ from orthattack import ThreatModel, alignment
 from orthattack.threat import Region, perturbation_norm
 from tests.conftest import examples, gradient_kinds, image_kinds, make_gradient, make_images, seeds
 
+pytestmark = pytest.mark.heavy
+
 threats = st.builds(
     ThreatModel,
     norm=st.sampled_from(["linf", "l2", "l1"]),
