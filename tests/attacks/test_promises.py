@@ -24,7 +24,7 @@ RADII = {"linf": 8 / 255, "l2": 1.5, "l1": 40.0}
 SETTINGS: dict[str, dict[str, Any]] = {
     **FAMILY,
     **{name: {"queries": 60} for name in ("Square", "OrthoSquare")},
-    "DetectorEvasion": {"steps": 10, "scope": "image"},
+    "DetectorEvasion": {"steps": 6, "scope": "image"},
     "Bisection": {},
 }
 COUNT = 5

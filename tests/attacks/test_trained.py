@@ -261,7 +261,10 @@ RULES = [
     [
         # In the fast lane every rule in one norm.
         pytest.param(
-            name, options, norm, marks=[pytest.mark.slow] * ((j + k) % 3 > 0 or (name == "APGD" and norm != "linf"))
+            name,
+            options,
+            norm,
+            marks=[pytest.mark.slow] * ((j + k) % 3 > 0 or j > 3 or (name == "APGD" and norm != "linf")),
         )
         for j, (name, options) in enumerate(RULES)
         for k, norm in enumerate(("linf", "l2", "l1"))

@@ -69,15 +69,20 @@ def tiny() -> tuple[foolbox.PyTorchModel, torch.Tensor, torch.Tensor]:
     "attack",
     [
         FoolboxAttack(FGSM),
-        FoolboxAttack(OrthoFGSM),
-        FoolboxAttack(PGD, steps=5),
         FoolboxAttack(OrthoPGD, steps=5),
-        FoolboxAttack(OrthoMIFGSM, steps=5),
-        FoolboxAttack(OrthoNIFGSM, steps=5),
-        FoolboxAttack(APGD, steps=5),
-        FoolboxAttack(OrthoAPGD, steps=5),
-        FoolboxAttack(OrthoSquare, queries=80),
         FoolboxAttack(OrthoAutoAttack, steps=2, targets=1, queries=5),
+        *(
+            pytest.param(attack, marks=pytest.mark.slow)
+            for attack in (
+                FoolboxAttack(OrthoFGSM),
+                FoolboxAttack(PGD, steps=5),
+                FoolboxAttack(OrthoMIFGSM, steps=5),
+                FoolboxAttack(OrthoNIFGSM, steps=5),
+                FoolboxAttack(APGD, steps=5),
+                FoolboxAttack(OrthoAPGD, steps=5),
+                FoolboxAttack(OrthoSquare, queries=80),
+            )
+        ),
     ],
     ids=repr,
 )

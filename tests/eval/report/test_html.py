@@ -59,7 +59,7 @@ def data_of(text: str) -> dict:
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
 
 
-@pytest.mark.parametrize("which", ["ordinary", "hostile"])
+@pytest.mark.parametrize("which", [pytest.param("ordinary", marks=pytest.mark.slow), "hostile"])
 def test_the_page_asks_nothing_of_the_network(which, request):
     tags = Tags(request.getfixturevalue(which).read_text("utf-8")).tags
     for tag, attributes in tags:
