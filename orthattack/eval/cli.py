@@ -301,7 +301,8 @@ def _tell(folder: RunFolder, complete: bool, to: Path | None = None) -> int:
     if not complete:
         print("orthattack: interrupted; the same command, with --out, goes on from here", file=sys.stderr)
         return 130
-    if not any(row.get("scored", 0) > 0 for view in views for row in view.table().to_dict("records")):
+    rows = [row for view in views for row in view.table().to_dict("records")]
+    if rows and not any(row["scored"] > 0 for row in rows):
         print("orthattack: no attack returned anything that could be scored", file=sys.stderr)
         return 1
     return 0
