@@ -18,12 +18,12 @@ from orthattack.losses import Goal
 from orthattack.models import Model
 from orthattack.projection import dot, reciprocal, scope_dims
 from orthattack.threat import Norm, Region, perturbation_norm
+from orthattack.threat.norms import BALLS
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _IMAGE = scope_dims("image")
-_DUAL: dict[Norm, Norm] = {"linf": "l1", "l2": "l2", "l1": "linf"}
 # How often a step's size is corrected, and how close to the boundary, in parts of the way, is close enough.
 _CORRECTIONS = 4
 _NEAR = 0.01
@@ -86,7 +86,7 @@ def _reached(region: Region, start: Tensor, gradient: Tensor, needed: Tensor) ->
     g, needed = gradient * needed.sign().to(gradient.dtype), needed.abs()
     largest = threat.diameter(start.shape[1:])
     tangent = threat.tangent(g, region.images)
-    alpha = needed * reciprocal(perturbation_norm(tangent.double(), _DUAL[threat.norm]).view(-1, 1, 1, 1))
+    alpha = needed * reciprocal(perturbation_norm(tangent.double(), BALLS[threat.norm].dual).view(-1, 1, 1, 1))
     alpha, before, last = alpha.clamp(max=largest), torch.zeros_like(needed), torch.zeros_like(needed)
     end, asks = start, not start.is_cuda  # which would stop the GPU
     for trial in range(_CORRECTIONS):

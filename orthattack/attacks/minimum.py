@@ -17,7 +17,7 @@ from orthattack.attacks.task import Merit, Task
 from orthattack.losses import Goal
 from orthattack.models import Model
 from orthattack.threat import Norm, perturbation_norm
-from orthattack.threat.norms import unit
+from orthattack.threat.norms import BALLS, unit
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 # Of the gradients the share that ascents towards single classes take, how many each takes at least, and how many
 # classes there are usually: many gradients are for more. Measured on the models of docs/minimal-norm.md.
 _EXPLORED: dict[Norm, tuple[float, int, int]] = {"linf": (0.45, 5, 9), "l2": (0.45, 5, 9), "l1": (0.36, 12, 3)}
-_DUAL: dict[Norm, Norm] = {"linf": "l1", "l2": "l2", "l1": "linf"}
 
 
 @dataclass(frozen=True)
@@ -72,32 +71,28 @@ class Shrinking:
         if start is not None:
             found = task.score(start, 0, with_gradient=False)
             best, passes = best.offered(*_measured(task, start), found.success), passes - 1
-        classes = self._classes(task)
-        each = int(_EXPLORED[task.region.threat.norm][0] * self.gradients / max(1, len(classes)))
-        for targets in classes:
-            goal = Goal(task.goal.labels, targets)
+        goals = self._explored(task)
+        each = int(_EXPLORED[task.region.threat.norm][0] * self.gradients / max(1, len(goals)))
+        for goal in goals:
             best = _ascend(replace(task, goal=goal), images, best, each, step, fresh=True)
             passes, step = passes - 2 * each - 1, step + each
-        passes -= len(classes) > 0  # for the logits
+        passes -= len(goals) > 0  # for the logits
         evaluations = min(6, passes // 10)
         steps = max(1, (passes - evaluations - 1) // 2) if passes > 1 else 0
         begin = torch.where(best.norm.isfinite().view(-1, 1, 1, 1), best.points, images)
-        first = 0.3 if len(classes) > 0 and task.region.threat.norm != "l1" else 1.0
+        first = 0.3 if len(goals) > 0 and task.region.threat.norm != "l1" else 1.0
         best = _ascend(task, begin, best, steps, step, first)
         _pull(task, best, evaluations, step + steps)
 
-    def _classes(self, task: Task) -> Sequence[Tensor]:
-        """The classes to ascend towards, (N,) each, the likeliest first; none for targets or few gradients."""
+    def _explored(self, task: Task) -> Sequence[Goal]:
+        """The classes to ascend towards, the likeliest first; none for targets or few gradients."""
         share, fewest, usual = _EXPLORED[task.region.threat.norm]
         shared = int(share * self.gradients)
         most = max(min(usual, shared // fewest), shared // (4 * fewest))
         if task.goal.labels is None or most == 0:
             return ()
-        logits = task.oracle.logits(task.region.images.to(task.region.dtype), task.goal)
         task.best.count(task.index, torch.ones_like(task.index), torch.zeros_like(task.index))
-        count = min(logits.shape[1] - 1, most)
-        others = logits.scatter(1, task.goal.labels.unsqueeze(1), -torch.inf)
-        return others.argsort(dim=1, descending=True, stable=True)[:, :count].unbind(1)
+        return task.towards(most)
 
 
 def _measured(task: Task, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,7 +121,7 @@ def _ascend(
         assert found.gradient is not None
         gradient = found.gradient.to(x.dtype)
         gradient = task.form(gradient, points, x) if task.form is not None else region.threat.tangent(gradient, x)
-        slope = perturbation_norm(gradient.double(), _DUAL[norm]).clamp(min=1e-30)
+        slope = perturbation_norm(gradient.double(), BALLS[norm].dual).clamp(min=1e-30)
         # Where the boundary would be, were the loss linear; in L1 bounds soon stop the few pixels that this counts on.
         edge = torch.maximum(length + (2 if norm == "l1" else 1) * found.loss.double().abs() / slope, 1.01 * length)
         smaller = torch.minimum(radius, length) * (1 - gamma)

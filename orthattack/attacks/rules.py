@@ -371,10 +371,7 @@ class AutoStep:
         if step > 0:
             s["rises"] = s["rises"] + (loss > s["loss"])
         s["loss"] = loss
-        is_best = loss > s["best_loss"]
-        s["best_loss"] = torch.where(is_best, loss, s["best_loss"])
-        s["best"] = _where(is_best, points, s["best"])
-        s["best_gradient"] = _where(is_best, gradient, s["best_gradient"])
+        _keep_best(s, loss, points, gradient)
         if step == 0:
             s["checked_loss"] = loss
         window = self.checkpoints(ascent.steps).get(step)
@@ -436,10 +433,7 @@ class AutoSparse:
         gradient, s = evaluation.gradient, dict(state)
         assert gradient is not None
         loss = evaluation.loss.to(s["best_loss"].dtype)
-        is_best = loss > s["best_loss"]
-        s["best_loss"] = torch.where(is_best, loss, s["best_loss"])
-        s["best"] = _where(is_best, points, s["best"])
-        s["best_gradient"] = _where(is_best, gradient, s["best_gradient"])
+        _keep_best(s, loss, points, gradient)
         if step > 0 and step % max(int(0.04 * ascent.steps), 1) == 0:
             images = ascent.region.images
             changed = (s["best"].to(images.dtype) != images).sum((1, 2, 3), keepdim=True).to(s["count"].dtype)
@@ -463,6 +457,14 @@ class AutoSparse:
         signs = g.sign() * (g.abs() >= smallest)
         moving = signs.abs().sum((1, 2, 3), keepdim=True).clamp(min=1)
         return points.to(g.dtype) + (alpha / moving).to(g.dtype) * signs
+
+
+def _keep_best(s: State, loss: Tensor, points: Tensor, gradient: Tensor) -> None:
+    """Note in `s` each sample's point, with its gradient, of the largest loss so far."""
+    is_best = loss > s["best_loss"]
+    s["best_loss"] = torch.where(is_best, loss, s["best_loss"])
+    s["best"] = _where(is_best, points, s["best"])
+    s["best_gradient"] = _where(is_best, gradient, s["best_gradient"])
 
 
 def _where(chosen: Tensor, a: Tensor, b: Tensor) -> Tensor:

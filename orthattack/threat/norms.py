@@ -31,6 +31,7 @@ class Ball:
 
     Attributes:
         order: of `torch.linalg.vector_norm`.
+        dual: the norm whose value at g is the most that ⟨g, δ⟩ is where this one of δ is 1.
         is_box: whether its ball is a box; the set of allowed points then lies in it.
         step: the best step (allowed, start, gradient, alpha, count), which may leave the ball unless that is a box.
         project: the nearest allowed point in the ball (allowed, points, radius), but for round-off.
@@ -38,6 +39,7 @@ class Ball:
     """
 
     order: float
+    dual: Norm
     is_box: bool
     step: Callable[[Allowed, Tensor, Tensor, Tensor, Tensor | int | None], Tensor]
     project: Callable[[Allowed, Tensor, Tensor], Tensor]
@@ -57,6 +59,7 @@ def _laplace(draw: Callable[..., Tensor], shape: Sequence[int]) -> Tensor:
 BALLS: dict[Norm, Ball] = {
     "linf": Ball(
         order=torch.inf,
+        dual="l1",
         is_box=True,
         step=lambda allowed, start, g, alpha, _: allowed.step(start, g, alpha),
         project=lambda allowed, points, _: allowed.nearest(points),
@@ -64,6 +67,7 @@ BALLS: dict[Norm, Ball] = {
     ),
     "l2": Ball(
         order=2,
+        dual="l2",
         is_box=False,
         step=lambda allowed, start, g, alpha, _: torch.addcmul(start, allowed.unit_tangent(g), alpha),
         project=lambda allowed, points, radius: allowed.nearest_in_l2_ball(points, radius),
@@ -71,6 +75,7 @@ BALLS: dict[Norm, Ball] = {
     ),
     "l1": Ball(
         order=1,
+        dual="linf",
         is_box=False,
         step=lambda allowed, start, g, alpha, count: allowed.sparse_step(start, g, alpha, count),
         project=lambda allowed, points, radius: allowed.nearest_in_l1_ball(points, radius),
