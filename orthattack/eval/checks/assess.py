@@ -309,7 +309,7 @@ class _Model:
     def _judged_again(self) -> tuple[int, int]:
         """How many of the saved images the model was asked about again, and of how many it said something else.
 
-        A model that answers at random may; then only a success counts of which no answer speaks any more."""
+        One that answers at random may: only images count about which all its answers were the same each time."""
         columns = ["position", "status", "adversarial_prediction", "wrong_share"]
         judged = other = 0
         for probe in self.manifest.get("probes", []):

@@ -144,16 +144,15 @@ _LOSSES = {"ce": "the cross-entropy", "margin": "the margin", "dlr": "DLR"}
 
 def promised(run: Run) -> list[str]:
     """What attacks promise to leave as it is, and the losses that they climb, a line for those that do the same."""
-    found: dict[str, list[str]] = {}
-    for label, about in run.attacks.items():
-        if promises := about.get("keeps"):
-            found.setdefault("; ".join(promises), []).append(label)
-    lines = [f"promised by {', '.join(labels)}: {promises}" for promises, labels in found.items()]
-    climbed: dict[str, list[str]] = {}
-    for label, about in run.attacks.items():
-        if loss := about.get("loss"):
-            climbed.setdefault(str(loss), []).append(label)
-    return lines + [f"climbed by {', '.join(labels)}: {_LOSSES.get(loss, loss)}" for loss, labels in climbed.items()]
+    kept = {label: "; ".join(about.get("keeps") or ()) for label, about in run.attacks.items()}
+    losses = {label: str(about.get("loss") or "") for label, about in run.attacks.items()}
+    climbed = {label: _LOSSES.get(loss, loss) for label, loss in losses.items()}
+    lines = []
+    for verb, each in (("promised", kept), ("climbed", climbed)):
+        for what in dict.fromkeys(filter(None, each.values())):
+            labels = ", ".join(label for label, own in each.items() if own == what)
+            lines.append(f"{verb} by {labels}: {what}")
+    return lines
 
 
 def grid(columns: Sequence[Column], rows: Iterable[Row], name: Callable[[str], str]) -> list[list[str]]:
