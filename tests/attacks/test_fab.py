@@ -12,7 +12,7 @@ from orthattack.attacks.auto import VERSIONS
 from orthattack.attacks.base import UNLIMITED
 from orthattack.attacks.fab import _reached
 from tests.attacks.test_attacks import Recorder, drawn, linear_model, small_model
-from tests.attacks.test_family import RADII, norms, seeded, sizes
+from tests.attacks.test_family import RADII, linear_boundary, norms, seeded, sizes
 
 lean = pytest.mark.parametrize("norm", ["linf", *(pytest.param(norm, marks=pytest.mark.slow) for norm in ("l2", "l1"))])
 versions = pytest.mark.parametrize("version", ["standard", pytest.param("plus", marks=pytest.mark.slow), "rand"])
@@ -65,15 +65,8 @@ def test_a_step_ends_at_the_nearest_point_of_box_plane_and_boundary(norm, ortho,
 @pytest.mark.parametrize("kind", [FAB, OrthoFAB])
 def test_the_distance_from_a_linear_boundary_is_found(norm, kind):
     """Up to the overshoot of 1.05."""
-    model, (images, _) = linear_model(seed=2, dtype=torch.float64), drawn(n=6)
-    images = 0.4 + 0.2 * images.double()
-    with torch.no_grad():
-        logits = model(images)
-    labels = logits.argmax(1)
-    w = (model[1].weight[1] - model[1].weight[0]).detach()
-    w = torch.where(labels[:, None] == 0, w, -w).view_as(images)
-    lead = logits.gather(1, labels[:, None]) - logits.gather(1, 1 - labels[:, None])
-    rows = zip(images, w, lead.flatten().tolist(), strict=True)
+    model, images, labels, w, lead = linear_boundary()
+    rows = zip(images, w, lead.tolist(), strict=True)
     distance = torch.tensor([smallest(norm, x, x, g, m, x if kind is OrthoFAB else None) for x, g, m in rows])
     result = kind(model, norm, steps=8).run(images, labels)
     assert result.success.all()

@@ -428,6 +428,19 @@ def test_autoattack_works_with_two_classes():
 # --- smallest norms --------------------------------------------------------------------------------------------------
 
 
+def linear_boundary():
+    """A linear model of two classes, images far from the bounds and their labels; <w, d> = lead is each boundary."""
+    model, (images, _) = linear_model(seed=2, dtype=torch.float64), drawn(n=6)
+    images = 0.4 + 0.2 * images.double()
+    with torch.no_grad():
+        logits = model(images)
+    labels = logits.argmax(1)
+    w = (model[1].weight[1] - model[1].weight[0]).detach()
+    w = torch.where(labels[:, None] == 0, w, -w).view(-1, *SIZE)
+    lead = logits.gather(1, labels[:, None])[:, 0] - logits.gather(1, 1 - labels[:, None])[:, 0]
+    return model, images, labels, w, lead
+
+
 @pytest.mark.filterwarnings("ignore:max_eps=.* allows every image")  # nothing is to be in its way
 @norms
 @pytest.mark.parametrize("ortho", [False, True])
@@ -436,14 +449,7 @@ def test_the_smallest_norm_of_a_linear_model_is_its_distance_from_the_boundary(n
 
     For L-infinity and the plane that is the linear program, whose optimum scales with eps.
     """
-    model, (images, _) = linear_model(seed=2, dtype=torch.float64), drawn(n=6)
-    images = 0.4 + 0.2 * images.double()
-    with torch.no_grad():
-        logits = model(images)
-    labels = logits.argmax(1)
-    w = (model[1].weight[1] - model[1].weight[0]).detach()
-    w = torch.where(labels[:, None] == 0, w, -w).view(-1, *SIZE)
-    needed = logits.gather(1, labels[:, None])[:, 0] - logits.gather(1, 1 - labels[:, None])[:, 0]
+    model, images, labels, w, needed = linear_boundary()
     attack = (OrthoPGD if ortho else PGD)(
         model, norm=norm, eps=RADII[norm], steps=20, random_start=False, loss="margin"
     )

@@ -9,18 +9,11 @@ import torch
 
 from orthattack import alignment
 from orthattack.interop.autoattack import AutoAttack
-from tests.attacks.test_attacks import Recorder, drawn, small_model
+from tests.attacks.test_attacks import Recorder
+from tests.attacks.test_fab import standing
 from tests.attacks.test_family import RADII, sizes
 
 NORMS = {"Linf": "linf", "L2": "l2", "L1": "l1"}
-
-
-def standing(n=12):
-    model, (images, _) = small_model(), drawn(n=n)
-    with torch.no_grad():
-        labels = model(images).argmax(1)
-    labels[0] = (labels[0] + 1) % 5  # wrong from the start
-    return model, images, labels
 
 
 def quick(adversary: AutoAttack) -> AutoAttack:
@@ -32,7 +25,7 @@ def quick(adversary: AutoAttack) -> AutoAttack:
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("scope", [None, "image"])
 def test_a_standard_evaluation_reports_what_the_model_says(norm, scope, capsys, tmp_path):
-    model, images, labels = standing()
+    model, images, labels = standing(12)
     eps, log = RADII[NORMS[norm]] / 2, tmp_path / "log.txt"
     adversary = quick(AutoAttack(model.train(), norm=norm, eps=eps, seed=0, log_path=log, scope=scope))
     assert adversary.attacks_to_run == ["apgd-ce", "apgd-t", "fab-t", "square"]
@@ -64,7 +57,7 @@ def test_a_standard_evaluation_reports_what_the_model_says(norm, scope, capsys, 
 
 
 def test_each_part_alone_and_the_clean_accuracy(capsys):
-    model, images, labels = standing()
+    model, images, labels = standing(12)
     adversary = quick(AutoAttack(model, eps=0.02, seed=1, version="custom", attacks_to_run=["apgd-dlr", "fab"]))
     found = adversary.run_standard_evaluation_individual(images, labels, bs=50)
     assert list(found) == adversary.attacks_to_run == ["apgd-dlr", "fab"]
@@ -78,7 +71,7 @@ def test_each_part_alone_and_the_clean_accuracy(capsys):
 
 
 def test_settings_are_those_of_the_next_call():
-    model, images, labels = standing()
+    model, images, labels = standing(12)
     counted = Recorder(model)
     adversary = quick(AutoAttack(counted, eps=1e-7, seed=0, verbose=False))
     adversary.attacks_to_run = ["apgd-ce"]
@@ -96,7 +89,7 @@ def test_settings_are_those_of_the_next_call():
 
 
 def test_wrong_arguments_are_explained():
-    model, images, labels = standing()
+    model, images, labels = standing(12)
     for options, message in [
         ({"norm": "linf"}, "norm must be one of 'Linf', 'L2', 'L1'; got 'linf'"),
         ({"version": "best"}, r"version must be one of .*'custom'; got 'best'"),
