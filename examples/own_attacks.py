@@ -89,7 +89,7 @@ def main() -> None:
         (DIFGSM, {"eps": 8 / 255}),
         (TIFGSM, {"eps": 8 / 255}),
         (VMIFGSM, {"eps": 8 / 255}),
-        (FMN, {}),
+        (FMN, {"steps": 50}),
     ]:
         for scope in (None, "image"):
             result = kind(classifier.model, scope=scope, **options).run(images, labels)

@@ -8,16 +8,16 @@ that selects; a tensor copied from the host or to it.
 
 from __future__ import annotations
 
-import traceback
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 __all__ = ["OnGpu", "Pretend", "pretended"]
 
@@ -59,14 +59,15 @@ class Pretend(TorchFunctionMode):
         self.asked: Counter[tuple[str, str]] = Counter()
 
     def _ask(self, what: str) -> None:
-        stack = [f for f in traceback.extract_stack() if "/orthattack/" in f.filename]
-        line = stack[-1] if stack else None
-        where = f"{line.filename.rpartition('/orthattack/')[2]}:{line.lineno}" if line else "the model"
-        self.asked[what, where] += 1
+        frame = sys._getframe()
+        while frame is not None and "/orthattack/" not in frame.f_code.co_filename:
+            frame = frame.f_back
+        name = frame.f_code.co_filename.rpartition("/orthattack/")[2] if frame else ""
+        self.asked[what, f"{name}:{frame.f_lineno}" if frame else "the model"] += 1
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = _tensors((*args, *kwargs.values()))
         on_gpu = any(isinstance(leaf, OnGpu) for leaf in given)
         device, waits = kwargs.get("device"), True
         target = None if device is None else torch.device(device).type
@@ -96,7 +97,9 @@ class Pretend(TorchFunctionMode):
         if func in (Tensor.device.__get__, Tensor.is_cuda.__get__):
             return out
         home = target == "cuda" or (on_gpu and target is None)
-        return tree_map(lambda t: _placed(t, home), out)
+        if isinstance(out, Tensor):
+            return _placed(out, home)
+        return tree_map(lambda t: _placed(t, home), out) if isinstance(out, list | tuple) else out
 
     def _check(self, func: Any, args: Any, given: list[Tensor], on_gpu: bool, target: str | None, waits: bool) -> None:
         here = [t for t in given if not isinstance(t, OnGpu) and t.ndim > 0]
@@ -120,6 +123,17 @@ class Pretend(TorchFunctionMode):
                 self._ask("from the host")
         if func is torch.where and len(args) == 1:
             self._ask("where")
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among the arguments of a function, those in lists included."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(value)
+    return found
 
 
 def _placed(value: Any, home: bool) -> Any:

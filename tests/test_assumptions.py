@@ -34,6 +34,8 @@ from orthattack.models import checked_logits
 from tests.attacks.test_attacks import Recorder, drawn, linear_model, small_model
 from tests.attacks.test_promises import trained
 
+pytestmark = pytest.mark.heavy
+
 # --- what a model answers --------------------------------------------------------------------------------------------
 
 Output = namedtuple("Output", ["loss", "logits"])
@@ -483,7 +485,7 @@ class Drawing(nn.Module):
 @pytest.mark.parametrize(("make", "least"), [
     (lambda m: PGD(m, eps=2 / 255, steps=5, generator=seeded()), 1),
     (lambda m: OrthoPGD(m, eps=3 / 255, steps=5, early_stop=True, generator=seeded()), 1),
-    (lambda m: PGD(m, eps=3 / 255, steps=4, eot_samples=3, generator=seeded()), 1),
+    pytest.param(lambda m: PGD(m, eps=3 / 255, steps=4, eot_samples=3, generator=seeded()), 1, marks=pytest.mark.slow),
     (lambda m: AutoAttack(m, eps=3 / 255, steps=3, targets=1, queries=5, generator=seeded()), 1),
     pytest.param(lambda m: Square(m, eps=16 / 255, queries=30, generator=seeded()), 0, marks=pytest.mark.slow),
     (lambda m: Bisection(PGD(m, eps=3 / 255, steps=3, generator=seeded()), trials=6), 4),

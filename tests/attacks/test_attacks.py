@@ -15,6 +15,8 @@ from orthattack import FGSM, PGD, AttackResult, OrthoFGSM, OrthoPGD, alignment, 
 from orthattack.attacks.scoring import has_bfloat16
 from tests.conftest import examples, image_kinds, make_images, scopes, seeds
 
+pytestmark = pytest.mark.heavy
+
 SIZE = (3, 6, 6)
 
 

@@ -53,12 +53,12 @@ def guarded() -> tuple[nn.Module, nn.Module, float, Tensor, Tensor]:
     model = classifier.model
     (batch,) = load_dataset("cifar10-samples", classifier).batches(20, classifier.preprocessing)
     pieces = patches()
-    clean = pieces[torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0))[:200]]
+    clean = pieces[torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0))[:120]]
     with torch.no_grad():
         labels = model(clean).argmax(1)
     generator = torch.Generator().manual_seed(0)
     attack = PGD(model, eps=EPS, steps=3, generator=generator)
-    attacked = torch.cat([attack(x, y) for x, y in zip(clean.split(100), labels.split(100), strict=True)])
+    attacked = torch.cat([attack(x, y) for x, y in zip(clean.split(60), labels.split(60), strict=True)])
     with torch.random.fork_rng():
         torch.manual_seed(0)
         detector = Detector()
@@ -90,7 +90,7 @@ def wrong(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 def test_the_detector_sees_plain_pgd(guarded):
     """Else evading it would prove nothing."""
     model, detector, threshold, images, labels = guarded
-    attacked = PGD(model, eps=EPS, steps=20, generator=torch.Generator().manual_seed(1))(images, labels)
+    attacked = PGD(model, eps=EPS, steps=10, generator=torch.Generator().manual_seed(1))(images, labels)
     assert wrong(model, attacked, labels).all()
     assert unseen(detector, threshold, attacked).float().mean() <= 0.1
 

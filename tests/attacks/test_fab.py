@@ -14,6 +14,8 @@ from orthattack.attacks.fab import _reached
 from tests.attacks.test_attacks import Recorder, drawn, linear_model, small_model
 from tests.attacks.test_family import RADII, linear_boundary, norms, seeded, sizes
 
+pytestmark = pytest.mark.heavy
+
 lean = pytest.mark.parametrize("norm", ["linf", *(pytest.param(norm, marks=pytest.mark.slow) for norm in ("l2", "l1"))])
 versions = pytest.mark.parametrize("version", ["standard", pytest.param("plus", marks=pytest.mark.slow), "rand"])
 

@@ -79,7 +79,7 @@ def lane(norm: str = "", name: str = "") -> list[Any]:
 
 def marks_of(name: str) -> list[Any]:
     """Those that are long and have shorter ones beside them are for the slow lane."""
-    is_long = re.match(r"MinimumNorm-(l1|\w+-image)|PGD-l2-image and constant", name)
+    is_long = re.match(r"MinimumNorm-(l1|\w+-image)|PGD-l2-(image and constant|luma)", name)
     return [pytest.mark.slow] if is_long else lane(*name.split("-")[1:])
 
 

@@ -13,6 +13,8 @@ from orthattack.eval.attacks.load import attack_kind
 from tests.attacks.test_attacks import Recorder, drawn, small_model
 from tests.attacks.test_family import make, norms, seeded
 
+pytestmark = pytest.mark.heavy
+
 ORDER = {"linf": math.inf, "l2": 2, "l1": 1}
 DUAL = {"linf": 1, "l2": 2, "l1": math.inf}
 

@@ -33,6 +33,8 @@ from orthattack.attacks import Attack, Climb, ScoredStep
 from orthattack.attacks.rules import chain, momentum, normalize, smooth, variance
 from orthattack.threat import perturbation_norm
 
+pytestmark = pytest.mark.heavy
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_attacks.py"
 PROOFS = runpy.run_path(str(EXAMPLE))
 NAMES = ["DIFGSM", "TIFGSM", "VMIFGSM", "FMN"]

@@ -13,6 +13,8 @@ from tests.attacks.test_attacks import Recorder
 from tests.attacks.test_fab import standing
 from tests.attacks.test_family import RADII, sizes
 
+pytestmark = pytest.mark.heavy
+
 NORMS = {"Linf": "linf", "L2": "l2", "L1": "l1"}
 
 

@@ -17,6 +17,8 @@ from orthattack.eval.models.load import load_classifier
 from orthattack.interop import torchattacks as ours
 from tests.attacks.test_attacks import drawn, small_model
 
+pytestmark = pytest.mark.heavy
+
 NAMES = ["FGSM", "PGD", "PGDL2", "MIFGSM", "NIFGSM", "APGD"]
 
 

@@ -7,12 +7,13 @@ import hashlib
 import io
 import json
 import math
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from jinja2 import DictLoader, Environment, StrictUndefined
+from jinja2 import DictLoader, Environment, StrictUndefined, Template
 from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
@@ -34,21 +35,27 @@ MAX_CARDS = 3_000
 
 def page(run: Run) -> str:
     """The whole report. Undefined numbers are shown as "–"."""
+    template, script = _template()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    # The script by its hash and nothing else: a name that slipped through as markup still could not run.
+    policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:"
+    return template.render(
+        policy=policy,
+        script=Markup(script),  # noqa: S704
+        **_context(run),
+    )
+
+
+@cache
+def _template() -> tuple[Template, str]:
+    """The page's template, compiled, and its script."""
     read = {name: files("orthattack.eval.report").joinpath("templates", name).read_text("utf-8") for name in _FILES}
     environment = Environment(
         loader=DictLoader(read), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         finalize=_seen,
     )  # fmt: skip
     environment.filters.update(percent=percent, number=lambda value, form: number(form, value), tip=_tip)
-    script = read["report.js"]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # The script by its hash and nothing else: a name that slipped through as markup still could not run.
-    policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:"
-    return environment.get_template("report.html.j2").render(
-        policy=policy,
-        script=Markup(script),  # noqa: S704
-        **_context(run),
-    )
+    return environment.get_template("report.html.j2"), read["report.js"]
 
 
 _FILES = ("report.html.j2", "report.css", "report.js")

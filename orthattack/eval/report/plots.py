@@ -33,6 +33,7 @@ _VARIABLES = {_FOREGROUND: "--fg", _MUTED: "--muted", _GRID: "--line"} | {
 _MARKERS = "os^Dv<>pPX"
 _LINES = {"orthogonal": "", "plain": "5 2.5", "foreign": "1.5 2", "user": "7 2 1.5 2"}
 _SIZE = (5.0, 3.3)  # inches: about as many points as a phone is wide, so that text keeps its size there
+_MARGINS = {"left": 0.14, "right": 0.98, "bottom": 0.15, "top": 0.97}
 _SETTINGS = {
     "svg.fonttype": "none",
     "svg.hashsalt": "orthattack",
@@ -158,7 +159,7 @@ def cosine_histogram(cosines: NDArray[Any]) -> str:
     """How often the gradient has which cosine with the image. `cosines`: (N,), in [-1, 1]."""
     with _figure() as (figure, axes):
         reach = max(0.05, 1.05 * float(np.abs(cosines).max(initial=0)))
-        axes.hist(cosines, bins=np.linspace(-reach, reach, 42).tolist(), color=_SERIES[0], alpha=0.8)
+        axes.stairs(*np.histogram(cosines, np.linspace(-reach, reach, 42)), fill=True, color=_SERIES[0], alpha=0.8)
         axes.axvline(0, color=_MUTED, linewidth=1)
         axes.grid(axis="y")
         axes.set_axisbelow(True)
@@ -186,9 +187,9 @@ def histogram_path(counts: NDArray[np.int64], height: float = 30.0) -> str:
 @contextmanager
 def _figure() -> Iterator[tuple[Figure, Axes]]:
     with mpl.rc_context(_SETTINGS):
-        figure = Figure(figsize=_SIZE, layout="constrained")
+        figure = Figure(figsize=_SIZE)  # with fixed margins: to fit them, every figure would be drawn twice
         figure.patch.set_visible(False)
-        axes = figure.subplots()
+        axes = figure.subplots(gridspec_kw=_MARGINS)
         axes.patch.set_visible(False)
         yield figure, axes
 

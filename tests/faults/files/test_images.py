@@ -210,7 +210,10 @@ def turned(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    "change",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("removed", "of the same size"))) for name in CHANGES],
+)
 def test_images_that_changed_since_the_start_are_noticed_and_nothing_is_lost(dataset, evaluated, change):
     run = dataset.parent / "run"
     (dataset / "3" / "0.png").write_bytes(PNG)
