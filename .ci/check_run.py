@@ -61,7 +61,9 @@ def main() -> None:
         assert accuracy["worst case of all"] <= accuracy.min() + 1e-12, accuracy
         assert accuracy["OrthoPGD"] <= accuracy["OrthoPGD,loss=ce"] + 1 / args.images + 1e-9, accuracy
         # Of the same loss. Random starts differ: a couple of the demo's 20 images, a few of a hundred.
-        assert abs(accuracy["OrthoPGD,loss=ce"] - accuracy["foolbox:PGD"]) <= max(0.05, 2 / args.images) + 1e-9, accuracy
+        assert abs(accuracy["OrthoPGD,loss=ce"] - accuracy["foolbox:PGD"]) <= max(0.05, 2 / args.images) + 1e-9, (
+            accuracy
+        )
     checks = json.loads((args.run / "checks.json").read_text())
     assert len(checks) == 12 * args.models
     assert {check["status"] for check in checks} <= {"passed", "warned", "not run"}

@@ -211,7 +211,7 @@ def test_numbers_of_numpy_and_torch_are_numbers(name):
             attack = make(name, **{option: number}, **more)
             assert repr(attack) == repr(expected)
             assert type(getattr(attack, option)) is type(NUMBERS[option])
-            assert same(attack.run(IMAGES, LABELS), found)
+        assert same(attack.run(IMAGES, LABELS), found)  # of a tensor; the others are the same number by now
 
 
 def test_numbers_of_a_call_may_come_from_numpy_and_torch():

@@ -27,7 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "DetectorEvasion": {"steps": 6, "scope": "image"},
     "Bisection": {},
 }
-COUNT = 5
+COUNT = 4
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 names = pytest.mark.parametrize("name", SETTINGS)
 norms = pytest.mark.parametrize("norm", RADII)
@@ -156,7 +156,7 @@ def test_bad_input_is_explained_and_leaves_the_model_alone(name):
         (nowhere, labels, r"images must be finite; found NaN or infinity \(sample 2\)"),
         ((images * 255).byte(), labels, "images must be floating point; got torch.uint8"),
         (images[0], labels[:1], r"images must have shape \(N, C, H, W\); got \(3, 32, 32\)"),
-        (images, labels[:2], r"labels must have shape \(5,\), one per image; got \(2,\)"),
+        (images, labels[:2], r"labels must have shape \(4,\), one per image; got \(2,\)"),
         (images, labels.float(), "labels must be integers; got torch.float32"),
         (images, labels + 10, r"labels must lie in \[0, 9\], the model has 10 classes; found 1\d \(sample 0\)"),
         (images.numpy(), labels, "images must be a tensor; got ndarray: convert it"),
