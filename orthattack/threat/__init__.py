@@ -220,8 +220,8 @@ class ThreatModel:
         if self.levels is None:
             delta = adversarials.double() - images.double()
             return perturbation_norm(delta, self.norm), self.cosine(delta, images)
-        k = levels_of(images, self.levels, self.bounds)
-        d = levels_of(adversarials, self.levels, self.bounds) - k
+        k = levels_of(images, self.levels, self.bounds).double()
+        d = levels_of(adversarials, self.levels, self.bounds).double() - k
         unit = (self.bounds[1] - self.bounds[0]) / (self.levels - 1)
         x = images.double()
         if self.scope is not None and self.normal == "image":

@@ -49,9 +49,13 @@ def level_values(levels: int, bounds: tuple[float, float], like: Tensor) -> Tens
 
 
 def levels_of(images: Tensor, levels: int, bounds: tuple[float, float]) -> Tensor:
-    """The number of the level next to each value, float64."""
+    """The number of the level next to each value that is on the grid but for round-off; float64 if float32 is too
+    coarse to tell."""
     low, high = bounds
-    return ((images.double() - low) * ((levels - 1) / (high - low))).round_().clamp_(0, levels - 1)
+    fine = images.dtype == torch.float32 and levels <= 4096 and max(abs(low), abs(high)) <= 4 * (high - low)
+    x = images if fine else images.double()
+    x = x - low if low else x
+    return (x * ((levels - 1) / (high - low))).round_().clamp_(0, levels - 1)
 
 
 def snapped(images: Tensor, levels: int, bounds: tuple[float, float]) -> Tensor:
@@ -65,7 +69,7 @@ def snapped(images: Tensor, levels: int, bounds: tuple[float, float]) -> Tensor:
         raise ValueError(f"levels={levels} are more than {images.dtype} can tell apart in bounds {bounds}")
     found = values[levels_of(images, levels, bounds).long()]
     low, high = bounds
-    off = (found.double() - images.double()).abs() > 4 * torch.finfo(images.dtype).eps * max(abs(low), abs(high))
+    off = (found - images).abs() > 4 * torch.finfo(images.dtype).eps * max(abs(low), abs(high))
     if bool(off.any()):
         sample = int(off.flatten(1).any(1).nonzero()[0])
         value = float(images[sample][off[sample]][0])
@@ -127,6 +131,7 @@ class Grid:
         self._divides = dtype == images.dtype and torch.equal(numbers / self._per_unit, self._values)
         self._k = levels_of(images, threat.levels, threat.bounds).to(images.dtype)
         self._radius = radius_in_levels(threat.norm, eps, self._per_unit).clamp(max=1e9).to(images.dtype)
+        self._ends: Ends | None = None  # the least and the largest d, once they are wanted
         self._reach = min(float(self._radius.max()), self._top) if len(images) > 0 else 0.0
         self._shift, self._scale, self._scope = 0, 1, threat.scope
         self._normal = threat.normal if threat.scope is not None else None
@@ -145,7 +150,7 @@ class Grid:
         """The grid around the images at `index` only."""
         grid = object.__new__(Grid)
         vars(grid).update(vars(self))
-        grid._k, grid._radius = self._k[index], self._radius[index]
+        grid._k, grid._radius, grid._ends = self._k[index], self._radius[index], None
         return grid
 
     def nearest(self, points: Tensor) -> Tensor:
@@ -177,42 +182,79 @@ class Grid:
         Rounding alone would lose a perturbation that is smaller than half a level nearly everywhere. For a linear
         objective g, round(s g) is what gains the most of all integers of its L2 norm.
         """
-        order, k, top = BALLS[self._norm].order, self._k, self._top
+        order, k = BALLS[self._norm].order, self._k
         # For the last few moves of the repair, most by a level from 0, a little of the ball is kept back.
         keep = 0.0 if not self._is_bound else _COINS if self._weights else 8.0
         radius = self._radius.double()
         stays = self._is_settled(target, radius)
         radius = torch.maximum(radius.pow(order) - order * keep, 0.9 * radius.pow(order)).pow(1 / order)
-        wanted = torch.minimum(length(target, order), radius)
+        asked = length(target, order)
+        wanted = torch.minimum(asked, radius)
+        if self._ends is None:
+            self._ends = -k, self._top - k
+        (down, up), room = self._ends, torch.empty_like(k)
 
-        def size(s: Tensor, v: Tensor = target, at: Tensor = k) -> Tensor:
-            return length(torch.mul(v, s.to(v.dtype)).round_().add_(at).clamp_(0, top).sub_(at), order)
+        def size(s: Tensor, v: Tensor = target, down: Tensor = down, up: Tensor = up, room: Tensor = room) -> Tensor:
+            return length(torch.mul(v, s.to(v.dtype), out=room).round_().clamp_(down, up), order)
 
-        def search(low: Tensor, high: Tensor, wanted: Tensor, times: int, *sample: Tensor) -> tuple[Tensor, Tensor]:
-            best, found = low, torch.zeros_like(low, dtype=torch.bool)
-            for _ in range(times):
+        def halved(wanted: Tensor, v: Tensor = target, *sample: Tensor) -> Tensor:
+            largest = v.abs().amax(_IMAGE, keepdim=True).double()
+            low = torch.where(largest > 0, 0.4999 * reciprocal(largest), 1)
+            high = torch.maximum(2 * reciprocal(wanted / v[0].numel() ** (1 / order)), 2 * low).clamp(min=2)
+            best = low
+            for _ in range(12):
                 s = (low * high).sqrt()
-                fits = size(s, *sample) <= wanted * (1 + 1e-7)
+                fits = size(s, v, *sample) <= wanted * (1 + 1e-7)
                 best, low, high = torch.where(fits, s, best), torch.where(fits, s, low), torch.where(fits, high, s)
-                found = found | fits
-            return best, found
+            return best
 
-        largest, count = target.abs().amax(_IMAGE, keepdim=True).double(), target[0].numel()
-        low = torch.where(largest > 0, 0.4999 * reciprocal(largest), 1)  # where all are 0
-        high = torch.maximum(2 * reciprocal(wanted / count ** (1 / order)), 2 * low).clamp(min=2)
-        best, found = low, torch.zeros_like(low, dtype=torch.bool)
+        count, found = target[0].numel(), wanted == 0  # where all are 0
+        best = torch.ones_like(wanted)
         if asks(target) and count > 8 * _LOOKED:  # some of the pixels tell about where it is
-            few = [t.flatten(1)[:, :: count // (4 * _LOOKED) | 1].reshape(len(t), 1, 1, -1) for t in (target, k)]
-            share = length(few[0], order) * reciprocal(length(target, order))
-            near, _ = search(low, high, wanted * share, 12, *few)
-            best, found = search(0.87 * near, 1.15 * near, wanted, 7)
-        if not asks(target) or not bool((found | (largest == 0)).all()):
-            best = torch.where(found, best, search(low, high, wanted, 12)[0])
+            every = count // (4 * _LOOKED) | 1
+            few = [t.flatten(1)[:, ::every].reshape(len(k), 1, 1, -1).contiguous() for t in (target, down, up)]
+            few.append(torch.empty_like(few[0]))
+            share = wanted * length(few[0], order) * reciprocal(asked)
+            near, found = self._approached(lambda s: size(s, *few), best, share)
+            if not bool(found.all()):
+                near = torch.where(found, near, halved(share, *few))
+            best, found = self._approached(size, near, wanted)
+        if not asks(target) or not bool(found.all()):
+            best = torch.where(found, best, halved(wanted))
         target.mul_(torch.where(stays, 1, best).to(target.dtype))
-        return target.round().add_(k).clamp_(0, top).sub_(k)
+        return torch.round(target, out=room).clamp_(down, up)
+
+    @staticmethod
+    def _approached(size: Callable[[Tensor], Tensor], s: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest s found at which `size(s)`, which grows with s, is at most `wanted`, mostly by some 0.2 %, and
+        where one was found. From a guess, as if the size were a power of s; each miss makes it less particular."""
+        low, high, best = torch.zeros_like(s), torch.full_like(s, torch.inf), s
+        found = done = torch.zeros_like(s, dtype=torch.bool)
+        power, before, f_before = torch.ones_like(s), s, wanted
+        for attempt in range(6):
+            f, slack = size(s), min(0.002 * 2**attempt, 0.008)
+            fits = f <= wanted * (1 + 1e-7)
+            better = fits & ~done & (s > low)
+            best, found = torch.where(better, s, best), found | better
+            low, high = torch.where(better, s, low), torch.where(fits, high, torch.minimum(high, s))
+            # What is done stays so, whatever else is in the batch.
+            done = done | (fits & (f >= (1 - slack) * wanted)) | (high <= low * 1.002)
+            if bool(done.all()):
+                break
+            if attempt > 0:
+                slope = (f / f_before).log() / (s / before).log()
+                power = torch.where(slope.isfinite(), slope.clamp(0.1, 8), power)
+            s_next = s * ((1 - slack / 2) * wanted * reciprocal(f)) ** (1 / power)
+            inside = (s_next > low) & (s_next < high)
+            middle = torch.where(high < torch.inf, (low * high).sqrt(), 1.1 * s)
+            before, f_before, s = s, f, torch.where(inside, s_next, torch.where(low > 0, middle, 0.9 * s))
+        return best, found
 
     def _is_settled(self, target: Tensor, radius: Tensor) -> Tensor:
         """(N, 1, 1, 1) whether d is on the grid and keeps all there is to keep: of its ball nothing is kept back."""
+        some = target.flatten(1)[:, :: target[0].numel() // _LOOKED | 1]
+        if asks(target) and bool(((some - some.round()).abs().amax(1) >= 1e-3).all()):
+            return torch.zeros_like(radius, dtype=torch.bool)
         d = target.round()
         found = ((target - d).abs().amax(_IMAGE, keepdim=True) < 1e-3) & (
             length(d, BALLS[self._norm].order) <= radius * (1 + 1e-7)
@@ -336,13 +378,15 @@ def _moved(excess: Tensor, d: Tensor, target: Tensor, n: Tensor, limits: Limits,
             part, goal, normal = (t[:, columns][chunk] for t in (d, target, n))
             inner, outer, level = limits(part, chunk, columns)
             goal = goal - level
-            count = part.shape[1] if columns == slice(None) else wide * _MOVED
+            count = part.shape[1] if columns == slice(None) else _MOVED
             before = excess[chunk]
             left, change = _bulk(before, part, goal, normal, inner, count, pairs)
             part = part + change
             if not asks(d) or bool(left.any()):
-                left, change = _last(left, part, goal, normal, outer, pairs)
-                part = part + change
+                some = slice(None, None, wide)  # enough for a few moves
+                ends = outer[0][:, some], outer[1][:, some]
+                left, change = _last(left, part[:, some], goal[:, some], normal[:, some], ends, pairs)
+                part[:, some] += change
             d[:, columns][chunk], excess[chunk] = part, left
             if columns == slice(None):
                 stuck[chunk] = left.abs() >= before.abs()
@@ -362,7 +406,7 @@ def _bulk(
     """What is left of the excess (R, 1), and moves (R, m), -1, 0 or 1: the cheapest, as long as the excess keeps its
     sign. Cheap is what moves little away from the target for what it takes off."""
     cheapest = _moves(excess, d, target, n, limits, count, pairs)
-    a, at, way_a, _ = cheapest(1)
+    a, at, way_a, _ = cheapest(1, None if pairs else excess.abs())
     gain = a
     if pairs:  # large ones with small ones
         b, bt, way_b, _ = cheapest(-1)
@@ -458,18 +502,20 @@ Moves = tuple[Tensor, Tensor, Tensor, Tensor]
 
 def _moves(
     excess: Tensor, d: Tensor, target: Tensor, n: Tensor, limits: Ends, count: int, pairs: bool
-) -> Callable[[int], Moves]:
-    """The `count` cheapest moves that take off (1) or add (-1); of pairs, that of the one entry or of the other. The
-    cost is by how much the square distance to the target grows."""
+) -> Callable[..., Moves]:
+    """The `count` cheapest moves that take off (1) or add (-1), `most` (R, 1) at most; of pairs, that of the one entry
+    or of the other. The cost is by how much the square distance to the target grows."""
     there = -excess.sign().to(d.dtype)
     there = there.expand_as(n) if pairs else there * n.sign()
     size = n if pairs else n.abs()
 
-    def cheapest(side: int) -> Moves:
+    def cheapest(side: int, most: Tensor | None = None) -> Moves:
         way = side * there
         moved, cost = d + way, (1 - 2 * way * (target - d)).clamp_(min=1e-6)
         cost = cost if pairs else cost.div_(size)
         allowed = (moved >= limits[0]) & (moved <= limits[1]) & (way != 0)
+        if most is not None:
+            allowed = allowed & (size <= most)
         cost, at = torch.where(allowed, cost, torch.inf).topk(min(count, d.shape[1]), largest=False)
         sizes = torch.where(cost < torch.inf, size.gather(1, at), torch.nan)
         return sizes.double(), at, way.gather(1, at), cost.double()

@@ -128,7 +128,7 @@ def test_the_levels_are_the_floats_of_an_image_file(dtype):
         assert torch.equal(level_values(256, (0, 1), torch.empty(0)), to_tensor(every).flatten())
     values = level_values(256, (0, 1), torch.empty(0, dtype=dtype))
     assert torch.equal(values, torch.arange(256).to(dtype) / 255)
-    assert torch.equal(levels_of(values, 256, (0, 1)), torch.arange(256).double())
+    assert torch.equal(levels_of(values, 256, (0, 1)).double(), torch.arange(256).double())
     images = values[torch.randint(0, 256, (2, 3, 8, 8))]
     threat = ThreatModel("linf", 4 / 255, levels=256)
     region = threat.around(images)
