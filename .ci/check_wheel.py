@@ -12,6 +12,7 @@ for needed in (
     "orthattack/py.typed",
     "orthattack/eval/weights/standard.safetensors",
     "orthattack/eval/weights/MODEL_CARD.md",
+    "orthattack/eval/data/imagenet_wnids.txt",
     "orthattack/eval/report/templates/report.html.j2",
     "orthattack/eval/report/templates/report.css",
     "orthattack/eval/report/templates/report.js",

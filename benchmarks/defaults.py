@@ -1,6 +1,6 @@
 """Which loss, schedule and start PGD should have by default: robust accuracy that each leaves, over several models.
 
-The evaluation runs them, in a folder that a second start resumes. Those of ImageNet come from PyPI (benchmarks.lite0).
+The evaluation runs them, in a folder that a second start resumes. Those of ImageNet are of the extra "imagenet".
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def models(shared: Path, build: Path) -> dict[str, tuple[dict[str, Any], dict[st
         "resnet18-tiny20-standard": (
             resnet | {"weights": str(shared / "weights" / "resnet18-tiny20-standard.safetensors")}, tiny, 1 / 255,
         ),
-        "efficientnet-lite0": ({"name": "benchmarks.lite0:build"}, imagenet, 0.25 / 255),
-        "efficientnet-lite2": ({"name": "benchmarks.lite0:build_lite2"}, imagenet, 0.25 / 255),
+        "efficientnet-lite0": ({"name": "efficientnet-lite0"}, imagenet, 0.25 / 255),
+        "efficientnet-lite2": ({"name": "efficientnet-lite2", "image_size": 224}, imagenet, 0.25 / 255),
     }  # fmt: skip
 
 

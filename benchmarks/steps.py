@@ -46,7 +46,7 @@ def step_rows(
 
 
 def network(name: str) -> nn.Module:
-    """A torchvision model, or an EfficientNet-lite of efficientnet-lite-pytorch."""
+    """A torchvision model, or an EfficientNet-lite of the extra "imagenet"."""
     if name.startswith("efficientnet-lite"):
         from efficientnet_lite_pytorch import EfficientNet
 

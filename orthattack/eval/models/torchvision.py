@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.models.regnet import BlockParams, RegNet
 
 from orthattack.eval.errors import EvaluationError
-from orthattack.eval.models import BUNDLED
+from orthattack.eval.models import BUNDLED, IMAGENET
 from orthattack.eval.models.classifier import Builder, Classifier, from_checkpoint
 from orthattack.eval.models.fitting import read_fitted
 from orthattack.eval.models.preprocessing import Preprocessing
@@ -28,12 +28,16 @@ from orthattack.models import Normalized
 def list_models() -> list[dict[str, Any]]:
     """Every model that has a plain name, the bundled ones first; nothing is downloaded.
 
-    Each has ``name``; ``source``, "bundled" or "torchvision"; ``weights``, what ``--weights`` may name; of those
-    ``default_weights``; and ``input_size``, the default weights' crop in pixels.
+    Each has ``name``; ``source``, "bundled", "extra imagenet" or "torchvision"; ``weights``, what ``--weights`` may
+    name; of those ``default_weights``; and ``input_size``, the default weights' crop in pixels.
     """
     bundled: list[dict[str, Any]] = [
         {"name": name, "source": "bundled", "weights": [], "default_weights": None, "input_size": 32}
         for name in BUNDLED
+    ]
+    extra: list[dict[str, Any]] = [
+        {"name": name, "source": "extra imagenet", "weights": [], "default_weights": None, "input_size": size}
+        for name, size in IMAGENET.items()
     ]
     others = []
     for name in names():
@@ -47,7 +51,7 @@ def list_models() -> list[dict[str, Any]]:
                 "input_size": _preset(weights.DEFAULT).crop,
             }
         )
-    return bundled + others
+    return bundled + extra + others
 
 
 def names() -> list[str]:

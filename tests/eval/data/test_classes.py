@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from orthattack.eval.data.classes import match_names
+from orthattack.eval.data.classes import imagenet_wnids, match_names
 from orthattack.eval.data.load import load_dataset
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models.classifier import Classifier
@@ -80,16 +80,31 @@ def test_a_class_map_goes_with_classes(folder, tmp_path):
         load_dataset(str(folder), classifier(3), classes=tmp_path / "none.csv")
 
 
+def test_some_of_imagenets_folders_are_known_by_their_wordnet_ids(tmp_path):
+    wnids = imagenet_wnids()
+    assert list(wnids) == sorted(wnids)
+    assert (len(wnids), wnids["n01440764"], wnids["n03888257"], wnids["n15075141"]) == (1000, 0, 701, 999)
+    for wnid in ("n03888257", "n01440764"):
+        (tmp_path / wnid).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / wnid / "a.png")
+    assert list(load_dataset(str(tmp_path), classifier(1000)).labels) == [0, 701]
+    assert list(load_dataset(str(tmp_path), classifier(2)).labels) == [0, 1]  # a model of these two
+    (tmp_path / "n01440764").rename(tmp_path / "n01440765")  # which is none
+    with pytest.raises(EvaluationError, match=r"2 class folders and model 1000 classes.*pass --classes FILE.csv"):
+        load_dataset(str(tmp_path), classifier(1000))
+
+
 def test_wnid_folders_with_a_model_of_1000_classes(shared):
     data = shared / "data" / "imagenet-sample"
-    with pytest.raises(EvaluationError, match=r"195 class folders and model 1000 classes.*pass --classes FILE.csv"):
-        load_dataset(str(data), classifier(1000))
     mapped = load_dataset(str(data), classifier(1000), classes=data / "labels.csv")
     labelled = load_dataset(str(data), classifier(1000), labels=data / "labels.csv")
+    known = load_dataset(str(data), classifier(1000))
+    assert known.mapping == "folders matched with ImageNet's classes by WordNet id"
     assert len(mapped) == 195
-    assert dict(zip(mapped.names, mapped.labels, strict=True)) == dict(
-        zip(labelled.names, labelled.labels, strict=True)
-    )
+    for found in (mapped, known):
+        assert dict(zip(found.names, found.labels, strict=True)) == dict(
+            zip(labelled.names, labelled.labels, strict=True)
+        )
     tiny = shared / "data" / "tiny-imagenet-20"
     by_file = load_dataset(str(tiny / "val"), classifier(20), classes=tiny / "classes.csv")
     assert by_file.labels == load_dataset(str(tiny / "val"), classifier(20)).labels

