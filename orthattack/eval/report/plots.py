@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 COLOURS = 8
@@ -33,7 +33,7 @@ _VARIABLES = {_FOREGROUND: "--fg", _MUTED: "--muted", _GRID: "--line"} | {
 _MARKERS = "os^Dv<>pPX"
 _LINES = {"orthogonal": "", "plain": "5 2.5", "foreign": "1.5 2", "user": "7 2 1.5 2"}
 _SIZE = (5.0, 3.3)  # inches: about as many points as a phone is wide, so that text keeps its size there
-_MARGINS = {"left": 0.14, "right": 0.98, "bottom": 0.15, "top": 0.97}
+_MARGINS = {"left": 0.175, "right": 0.98, "bottom": 0.15, "top": 0.97}
 _SETTINGS = {
     "svg.fonttype": "none",
     "svg.hashsalt": "orthattack",
@@ -164,6 +164,8 @@ def cosine_histogram(cosines: NDArray[Any]) -> str:
         axes.grid(axis="y")
         axes.set_axisbelow(True)
         axes.set_xlim(-reach, reach)
+        axes.xaxis.set_major_locator(MaxNLocator(4, symmetric=True))
+        axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.set_xlabel("cos(gradient, image)")
         axes.set_ylabel("images")
         axes.xaxis.set_major_formatter(FuncFormatter(_short))
