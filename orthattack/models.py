@@ -148,7 +148,7 @@ def fooled(
         bounds: smallest and largest pixel value.
 
     Returns:
-        (N,) bool. An image that was misclassified to begin with counts as fooled.
+        (N,) bool. An image that was initially misclassified counts as fooled.
 
     Raises:
         ValueError: adversarials, labels or a model's output of the wrong kind, as for an attack's `run`.

@@ -6,7 +6,7 @@
     python -m benchmarks study --report --out benchmarks/results/study --docs docs  # docs/study.md, from what is stored
 
 Each stage stores its result as a Parquet file as soon as it is finished, and its runs keep their shards; the same
-command goes on where it was stopped. `piq` measures how alike images look: pip install "orthattack[study]"
+command resumes where it was stopped. `piq` measures how alike images look: pip install "orthattack[study]"
 """
 
 from __future__ import annotations

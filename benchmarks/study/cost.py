@@ -33,7 +33,7 @@ def _attacks(group: Group) -> list[dict[str, Any]]:
 
 
 def cost(study: Study, group: Group) -> pd.DataFrame:
-    """A row per model, norm, radius, attack and image: fooled, robust or wrong to begin with, and |cos(delta, x)|.
+    """A row per model, norm, radius, attack and image: fooled, robust or initially misclassified, and |cos(delta, x)|.
 
     Plain PGD is run a second time with other random starts: that two runs of the *same* attack differ on an image is
     what any difference has to be compared with.

@@ -31,7 +31,7 @@ examples:
   orthattack eval --attacks OrthoPGD,steps=50 torchattacks:APGD,steps=50 foolbox:LinfPGD
   orthattack eval benchmark.toml
 
-The same command, with a suite or --out, goes on where an earlier one stopped. Several processes share the work with
+The same command, with a suite or --out, resumes an earlier one. Several processes share the work with
 --shard 1/2, --shard 2/2, or with --engine ray: see docs/scaling.md.
 
 exit codes: 0 done; 1 done, but nothing could be scored; 2 something to put right first; 130 interrupted: what is
@@ -98,7 +98,7 @@ def _add_eval(commands: Any) -> None:
     evaluate = commands.add_parser(
         "eval",
         help="attack models on images, beside Foolbox's attacks, and write a report",
-        description="Attack models on images; print a table and write a report. Goes on where it was stopped.",
+        description="Attack models on images; print a table and write a report. Resumes where it was stopped.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -299,7 +299,7 @@ def _tell(folder: RunFolder, complete: bool, to: Path | None = None) -> int:
     print("\n\n".join(map(leaderboard_table, views)))
     print(f"\nreport: {to or folder}/report.html", flush=True)
     if not complete:
-        print("orthattack: interrupted; the same command, with --out, goes on from here", file=sys.stderr)
+        print("orthattack: interrupted; the same command, with --out, resumes", file=sys.stderr)
         return 130
     rows = [row for view in views for row in view.table().to_dict("records")]
     if rows and not any(row["scored"] > 0 for row in rows):

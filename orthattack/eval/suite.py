@@ -254,7 +254,7 @@ class Suite(_Strict):
     shard_size: Count = _key(128, "images per file, what a stop may lose", _IMAGES, "--shard-size N", Count)
     save_images: Kept = _key("gallery", "adversarial images to keep", "gallery, all or none", "--save-images", Kept)
     attack_misclassified: bool = _key(
-        False, "attack what is wrong to begin with too; no rate changes, for it is not robust either way",
+        False, "attack what is initially misclassified too; no rate changes, for it is not robust either way",
         "true or false", "--attack-misclassified", action="store_const", const=True,
     )  # fmt: skip
     checks: bool = _key(

@@ -230,4 +230,4 @@ def test_a_background_job_that_is_asked_to_end_stops_in_order(tmp_path):
     process = start(place, ignoring=True)
     wait_for_held(place, process)
     process.send_signal(signal.SIGTERM)
-    assert "interrupted; the same command, with --out, goes on from here" in ended(process, code=130)
+    assert "interrupted; the same command, with --out, resumes" in ended(process, code=130)

@@ -38,7 +38,7 @@ class Check:
 Found = str | tuple[bool, str, str]
 """Of a check: whether it passed, its figures, and what it means if not; or why it was not run."""
 
-NOTHING_LEFT = "no image was left: none was right to begin with and scored by both"
+NOTHING_LEFT = "no image was left: none was initially correct and scored by both"
 
 
 def assess(folder: RunFolder, manifest: Mapping[str, Any]) -> list[Check]:

@@ -18,7 +18,7 @@ from orthattack.eval.results.paired import Paired
 from orthattack.eval.results.rates import Rate
 
 UNSCORED, WRONG, ROBUST, FOOLED = -1, 0, 1, 2
-"""Not scored, wrong to begin with, robust, newly fooled: in this order the largest of several is the worst case."""
+"""Not scored, initially misclassified, robust, newly fooled: in this order the largest of several is the worst case."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Outcomes:
 def rates(outcome: NDArray[np.int8], some_were_right: bool = False) -> dict[str, Any]:
     """Counts, robust accuracy and success rate of a column of outcomes, with intervals.
 
-    Where some images were right to begin with and none of them is scored, nothing is: those that were wrong say nothing
+    Where some images were initially correct and none of them is scored, nothing is: those that were wrong say nothing
     of the attack, and would make a robust accuracy of 0.
     """
     wrong, robust, fooled = (int((outcome == code).sum()) for code in (WRONG, ROBUST, FOOLED))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 DEFINITIONS = (
     "robust accuracy: right on the clean and on the adversarial image, over all images scored; "
-    "success: newly fooled, over the images that were right to begin with and scored; intervals: 95 %, Wilson"
+    "success: newly fooled, over the images that were initially correct and scored; intervals: 95 %, Wilson"
 )
 
 

@@ -263,7 +263,7 @@ class Run:
         return pd.concat([table, pd.DataFrame(means)]) if means else table
 
     def _distances(self, model: str, attack: str) -> NDArray[np.float64]:
-        """Smallest norm by position: 0 where wrong to begin with, inf where not fooled, NaN where not scored."""
+        """Smallest norm by position: 0 where initially misclassified, inf where not fooled, NaN where not scored."""
         best = np.full(self.images(model), np.nan)
         for eps in self.radii_of(attack):
             rows = self.rows(model, attack, eps, ["position", "label", "status", "success", self.norm])

@@ -38,7 +38,7 @@ CLEAN_SCHEMA = pa.schema(
 
 ROW_SCHEMA = pa.schema(
     [
-        *_KEY,  # status: ok, misclassified (not attacked: wrong to begin with), unreadable, error, invalid
+        *_KEY,  # status: ok, misclassified (the clean image, which is not attacked), unreadable, error, invalid
         ("message", pa.string()),  # why it is unreadable, an error or invalid
         ("clean_prediction", pa.int32()),
         ("adversarial_prediction", pa.int32()),

@@ -85,7 +85,7 @@ def test_rates_count_each_kind_over_its_own_denominator():
 
 
 def test_where_none_that_was_right_is_scored_nothing_is():
-    """One of two was wrong to begin with, and the attack failed on the other: no robust accuracy of 0 of 1."""
+    """One of two was initially misclassified, and the attack failed on the other: no robust accuracy of 0 of 1."""
     outcome = np.array([WRONG, UNSCORED], np.int8)
     found = rates(outcome, some_were_right=True)
     assert (found["scored"], found["misclassified"], found["robust_accuracy"]) == (0, 1, None)

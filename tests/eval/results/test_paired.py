@@ -172,6 +172,6 @@ def test_optimality_is_the_area_between_the_curves(seed):
 
 def test_optimality_of_nothing_is_undefined():
     assert optimality(np.array([]), np.array([])) is None
-    assert optimality(np.array([0.0, 0.0]), np.array([0.0, 0.0])) is None  # wrong to begin with
+    assert optimality(np.array([0.0, 0.0]), np.array([0.0, 0.0])) is None  # initially misclassified
     assert optimality(np.full(3, np.inf), np.full(3, np.inf)) is None  # nothing fooled
     assert optimality(np.array([2.0, 2.0]), np.array([2.0, 2.0])) is None  # nothing to be better at

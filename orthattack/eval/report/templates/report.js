@@ -167,7 +167,7 @@ function card(c) {
     make("p", {}, make("small", { textContent: `${data.models[c[MODEL]]}, ${eps}` })),
     views,
     make("p", {}, `${c[CLEAN]} → `, make("b", { className: changed, textContent: c[ADVERSARIAL] }),
-      c[FOOLED] ? "" : c[CLEAN] === c[CLASS] ? ", not fooled" : `, wrong to begin with (is ${c[CLASS]})`),
+      c[FOOLED] ? "" : c[CLEAN] === c[CLASS] ? ", not fooled" : `, initially misclassified (is ${c[CLASS]})`),
     make("p", {}, make("small", { textContent: `norm ${c[NORM]}, cos ${c[COSINE]}, ${c[NAME]}` })));
 }
 
