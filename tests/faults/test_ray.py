@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
 
 from orthattack.eval.running.plan import Unit
-from orthattack.eval.running.ray import Queue
+from orthattack.eval.running.ray import Queue, ray_crew
 from tests.stored import assert_same, contents, seconds
 
 from .runs import (
@@ -387,6 +388,21 @@ def test_what_is_to_be_put_right_on_a_worker_is_said_by_the_driver(tmp_path):
     text = ended(start(workplace(tmp_path / "b"), "--engine", "ray", "--address", "127.0.0.1:1"), code=2)
     assert "no Ray cluster at 127.0.0.1:1 (" in text
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(signal.SIGTERM)])
+def test_a_driver_that_is_interrupted_while_ray_starts_ends_what_has_started(monkeypatch, stop):
+    """By SIGTERM too, which Ray's own handler takes until it has started: found by the soak."""
+    ended = []
+
+    def init(**_):
+        raise stop
+
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # the token is for this run
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init, shutdown=lambda: ended.append(True)))
+    with pytest.raises(KeyboardInterrupt), ray_crew(None, 1, None):
+        pass
+    assert ended == [True]
 
 
 def test_without_ray_the_extra_is_named(tmp_path):

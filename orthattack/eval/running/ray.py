@@ -327,8 +327,8 @@ def ray_crew(address: str | None, workers: int | None, device: str | None) -> It
     except ImportError as error:
         raise EvaluationError(f"--engine ray needs Ray ({first_line(error)}): pip install 'orthattack[ray]'") from error
 
-    logs = _connect(ray, address, workers)
     try:
+        logs = _connect(ray, address, workers)
         resources = ray.cluster_resources()
         gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
         device = device or ("cuda" if gpus else "cpu")
@@ -362,6 +362,10 @@ def _connect(ray: Any, address: str | None, workers: int | None) -> Path | None:
             knock = [sys.executable, "-c", _KNOCK, address]
             subprocess.run(knock, timeout=_LIMIT, capture_output=True, check=False)  # noqa: S603
         context = ray.init(**options)
+    except SystemExit as stop:  # of Ray's own handler, which is in force while it starts
+        if stop.code != signal.SIGTERM:
+            raise
+        raise KeyboardInterrupt from None
     except subprocess.TimeoutExpired:
         raise EvaluationError(f"no Ray cluster {where}: Ray does not answer, for {_LIMIT:.0f} s") from None
     except Exception as error:  # of sockets, of versions, of values
