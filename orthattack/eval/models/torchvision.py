@@ -31,18 +31,15 @@ def list_models() -> list[dict[str, Any]]:
     Each has ``name``; ``source``, "bundled", "extra imagenet" or "torchvision"; ``weights``, what ``--weights`` may
     name; of those ``default_weights``; and ``input_size``, the default weights' crop in pixels.
     """
-    bundled: list[dict[str, Any]] = [
-        {"name": name, "source": "bundled", "weights": [], "default_weights": None, "input_size": 32}
-        for name in BUNDLED
+    small = [(name, "bundled", 32) for name in BUNDLED]
+    lite = [(name, "extra imagenet", size) for name, size in IMAGENET.items()]
+    found: list[dict[str, Any]] = [
+        {"name": name, "source": source, "weights": [], "default_weights": None, "input_size": size}
+        for name, source, size in small + lite
     ]
-    extra: list[dict[str, Any]] = [
-        {"name": name, "source": "extra imagenet", "weights": [], "default_weights": None, "input_size": size}
-        for name, size in IMAGENET.items()
-    ]
-    others = []
     for name in names():
         weights = torchvision.models.get_model_weights(name)
-        others.append(
+        found.append(
             {
                 "name": name,
                 "source": "torchvision",
@@ -51,7 +48,7 @@ def list_models() -> list[dict[str, Any]]:
                 "input_size": _preset(weights.DEFAULT).crop,
             }
         )
-    return bundled + extra + others
+    return found
 
 
 def names() -> list[str]:
