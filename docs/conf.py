@@ -38,7 +38,7 @@ NAVIGATION: dict[str, dict[str, list[str]]] = {
             "docs/how-to/reading-the-report",
             "docs/scaling",
         ],
-        "Attacks": ["docs/api/README"],
+        "Attacks": ["docs/attacks/README"],
         "Evaluation": [
             "docs/evaluation",
             "docs/reliability",
@@ -51,9 +51,9 @@ NAVIGATION: dict[str, dict[str, list[str]]] = {
         "Reference": ["docs/reference/attacks", "docs/reference/core", "docs/reference/evaluation"],
         "Project": ["CONTRIBUTING", "SECURITY", "CHANGELOG"],
     },
-    "docs/api/README": {
+    "docs/attacks/README": {
         "": [
-            f"docs/api/{page}"
+            f"docs/attacks/{page}"
             for page in (
                 "threat-models",
                 "fgsm",

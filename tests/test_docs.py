@@ -14,7 +14,7 @@ from orthattack.eval.attacks.ours import OURS
 from orthattack.eval.cli import _parser, main
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs" / "api").glob("*.md"))
+PAGES = sorted((ROOT / "docs" / "attacks").glob("*.md"))
 LINKING = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 # Pages whose Python, commands and files are one story, from top to bottom, in an empty folder.
 STORIES = [ROOT / "docs" / "tutorial.md", *sorted((ROOT / "docs" / "how-to").glob("*.md"))]
@@ -160,13 +160,13 @@ def test_every_command_is_run_or_excused():
 
 
 def test_every_attack_is_in_the_index():
-    text = (ROOT / "docs" / "api" / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "attacks" / "README.md").read_text(encoding="utf-8")
     missing = [attack for attack in [*OURS, "DetectorEvasion"] if f"`{attack}`" not in text]
     assert not missing
 
 
 def test_every_page_is_in_the_index():
-    text = (ROOT / "docs" / "api" / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "attacks" / "README.md").read_text(encoding="utf-8")
     assert [page.name for page in PAGES if page.name != "README.md" and f"({page.name}" not in text] == []
 
 

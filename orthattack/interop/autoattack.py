@@ -11,7 +11,7 @@ and, with one argument more, every perturbation is orthogonal: ``AutoAttack(mode
 
 What differs: images outside [0, 1] are an error; a model that draws, or has no usable gradient, is warned of; the model
 comes back in the mode it was in; the global random state is left alone but for one number when ``seed`` is None. What
-`orthattack.AutoAttack` does differently (docs/api/autoattack.md) is different here.
+`orthattack.AutoAttack` does differently (docs/attacks/autoattack.md) is different here.
 
 Source: Croce & Hein 2020, arXiv:2003.01690, for the interface.
 """

@@ -40,7 +40,7 @@ class Region:
     the image or another normal, and so with every direction. A group of the image as the normal with nothing but values
     below some 1e-24, not all zero, stays as it is: denormal numbers are too coarse for more, and to some processors
     zero. float16 and bfloat16 images keep the bounds and the ball, and orthogonality as far as their grid allows:
-    docs/api/threat-models.md says how far. Scope "pixel" and blocks are refused there.
+    docs/attacks/threat-models.md says how far. Scope "pixel" and blocks are refused there.
     """
 
     def __init__(self, threat: ThreatModel, images: Tensor) -> None:

@@ -206,7 +206,7 @@ def test_one_l1_step_fools_more_than_foolboxs_on_digits():
 
 @pytest.mark.slow
 def test_apgd_in_l1_climbs_as_far_as_the_official_code():
-    """Both from random starts; docs/api/apgd.md has the figures of 100 images."""
+    """Both from random starts; docs/attacks/apgd.md has the figures of 100 images."""
     theirs = pytest.importorskip("pyautoattack.autopgd_base", reason="needs pyautoattack, the official code")
     classifier = load_classifier("cifar10-robust")
     (batch,) = load_dataset("cifar10-samples", classifier).batches(20, classifier.preprocessing)

@@ -382,7 +382,7 @@ def test_half_precision_keeps_bounds_and_ball(dtype, norm, scope):
     assert delta.abs().mean() > 0.2 * threat.eps / (1 if norm == "linf" else 55)
 
 
-HALF = {  # docs/api/threat-models.md: the largest |cos| by norm
+HALF = {  # docs/attacks/threat-models.md: the largest |cos| by norm
     torch.float16: {"linf": 5e-4, "l2": 4e-3, "l1": 1e-2},
     torch.bfloat16: {"linf": 2e-3, "l2": 2e-2, "l1": 8e-2},
 }
