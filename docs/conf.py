@@ -99,6 +99,7 @@ html_theme = "furo"
 html_title = "orthattack"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_search_scorer = str(Path(__file__).parent / "scorer.js")
 html_math_renderer = "mathml"
 html_copy_source = False
 html_show_sphinx = False

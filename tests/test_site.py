@@ -59,10 +59,15 @@ def test_pages_fit_and_fetch_nothing(site, browser, width, scheme):
     assert complaints == []
 
 
-def test_the_search_works_without_a_server(site, browser):
+@pytest.mark.parametrize(
+    ("query", "first"),
+    [("multiplier", None), ("orthogonal gradient", "orthogonal gradient"), ("dot product zero", "Questions")],
+)
+def test_the_search_works_without_a_server(site, browser, query, first):
     page = browser.new_page()
-    page.goto((site / "search.html").as_uri() + "?q=multiplier")
+    page.goto((site / "search.html").as_uri() + f"?q={query}")
     page.wait_for_selector("#search-results li a", timeout=10_000)
     found = page.locator("#search-results li a").all_inner_texts()
     page.close()
     assert "Method" in " ".join(found)
+    assert first is None or first in found[0]

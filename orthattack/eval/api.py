@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from orthattack.attacks.base import Attack
 from orthattack.attacks.bisection import Bisection
 from orthattack.eval.attacks.kind import AttackKind, described
 from orthattack.eval.attacks.load import attack_kind
 from orthattack.eval.attacks.user import user_attack
-from orthattack.eval.data.dataset import ImageDataset
+from orthattack.eval.data.dataset import ImageDataset, Unreadable
+from orthattack.eval.data.load import load_dataset
 from orthattack.eval.errors import EvaluationError, say
 from orthattack.eval.models.classifier import Classifier
+from orthattack.eval.models.load import load_classifier
 from orthattack.eval.report.text import reported
 from orthattack.eval.results.stored_run import Run
 from orthattack.eval.running.run import run_suite, suite_inputs
@@ -85,6 +87,43 @@ def evaluate(
     if report and (shard is None or manifest["status"] == "complete"):
         return reported(folder)
     return Run(folder, manifest)
+
+
+def load(
+    model: str | Classifier,
+    data: str | ImageDataset,
+    limit: int | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> tuple[nn.Module, Tensor, Tensor]:
+    """A model with images and their labels, to attack at once: what a script or a notebook begins with.
+
+    Args:
+        model: a name (see `load_classifier`), or a `Classifier`.
+        data: a source by name (see `load_dataset`), or an `ImageDataset`. All of it is held in memory.
+        limit: at most this many images, evenly spaced.
+        device: where to put all three.
+
+    Returns:
+        The model, in evaluation mode, which takes images in [0, 1]; images (B, C, H, W), resized and cropped as the
+        model expects; labels (B,) as int64.
+
+    Raises:
+        EvaluationError: something to put right, an image that cannot be read among it; the message says what.
+
+    >>> from orthattack.eval import load
+    >>> model, images, labels = load("cifar10-robust", "cifar10-samples")
+    >>> tuple(images.shape), tuple(labels.shape)
+    ((20, 3, 32, 32), (20,))
+    """
+    classifier = model if isinstance(model, Classifier) else load_classifier(model)
+    dataset = (data if isinstance(data, ImageDataset) else load_dataset(data, classifier)).limited(limit)
+    for batch in dataset.batches(len(dataset), classifier.preprocessing):
+        if isinstance(batch, Unreadable):
+            raise EvaluationError(f"{batch}; take it out, or use evaluate(), which leaves such images out and says so")
+        module = classifier.model.eval().to(device)
+        return module, batch.images.to(device), batch.labels.to(device)
+    raise EvaluationError(f"no images in {dataset.name}")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from orthattack import OrthoPGD
-from orthattack.eval import Run, evaluate
+from orthattack.eval import Run, evaluate, load
 from orthattack.eval.data.load import load_dataset
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models.load import load_classifier
@@ -33,6 +33,28 @@ def test_names_give_a_run_with_a_table_and_a_report(by_name):
     assert table["attack"].tolist() == ["OrthoPGD", "foolbox:LinfPGD", WORST]
     assert (table["scored"] == 4).all()
     assert (by_name.folder.path / "report.html").exists()
+
+
+def test_load_gives_the_tensors_that_the_evaluation_uses():
+    classifier = load_classifier("cifar10-robust")
+    dataset = load_dataset("cifar10-samples", classifier)
+    (batch,) = dataset.limited(3).batches(3, classifier.preprocessing)
+    for model, data in (("cifar10-robust", "cifar10-samples"), (classifier, dataset)):
+        module, images, labels = load(model, data, limit=3)
+        assert not module.training
+        assert torch.equal(images, batch.images)
+        assert torch.equal(labels, batch.labels)
+    assert load(classifier, dataset)[1].shape == (20, 3, 32, 32)
+
+
+def test_load_names_an_image_that_cannot_be_read(tmp_path):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "bad.png").write_bytes(b"no image")
+    csv = tmp_path / "labels.csv"
+    csv.write_text("file,label\n0/bad.png,3\n", encoding="utf-8")
+    classifier = load_classifier("cifar10-robust")
+    with pytest.raises(EvaluationError, match=r"0/bad\.png: .*; take it out"):
+        load(classifier, load_dataset(str(tmp_path), classifier, labels=csv))
 
 
 def test_objects_give_the_same_rows(by_name, tmp_path):
