@@ -36,7 +36,6 @@ NAVIGATION: dict[str, dict[str, list[str]]] = {
             "docs/how-to/invariants",
             "docs/how-to/cluster",
             "docs/how-to/reading-the-report",
-            "docs/scaling",
         ],
         "Attacks": ["docs/attacks/README"],
         "Evaluation": [
