@@ -296,7 +296,7 @@ def _tell(folder: RunFolder, complete: bool, to: Path | None = None) -> int:
 
     run = reported(folder, to)
     views = [run, *map(run.in_norm, run.other_norms)]
-    print("\n\n".join(map(leaderboard_table, views)))
+    print(leaderboard_table(*views))
     print(f"\nreport: {to or folder}/report.html", flush=True)
     if not complete:
         print("orthattack: interrupted; the same command, with --out, resumes", file=sys.stderr)

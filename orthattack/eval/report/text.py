@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import html
 import json
+import re
 import shutil
 import textwrap
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from tabulate import tabulate
 
 from orthattack.eval.errors import EvaluationError, printable
 from orthattack.eval.report import table as tables
@@ -30,9 +31,11 @@ NOTES = (
     "norm: mean; a minimal attack succeeds at eps where its norm is at most eps, and its norm is of the fooled images",
     "cos: between perturbation and image; grads: gradient calls per image; s: the attack's own time, in all",
 )
-_WIDTH = 22
-_COLUMNS = 132
+_COLUMNS, _WIDEST, _NARROWEST = 100, 132, 60  # of a terminal that does not say, and of what is written to any
+_LABEL = 24  # columns that a label may take before others go
 _MEASURED = ["mean_norm", "mean_abs_cosine", "max_abs_cosine", "gradient_calls"]
+_SPARE = ["seconds", "mean_abs_cosine", "gradient_calls", "mean_norm", "max_abs_cosine"]
+"""Which columns a narrow terminal goes without, the first first."""
 
 
 def reported(folder: RunFolder, to: Path | None = None) -> Run:
@@ -89,20 +92,37 @@ def _for_spreadsheets(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**{name: table[name].map(inert) for name in ("model", "attack") if name in table})
 
 
-def leaderboard_table(run: Run) -> str:
-    """A table per model, at most 132 columns wide, with what the columns mean and what to beware of below."""
-    known, rows = tables.leaderboard(run.norm), tables.leaderboard_rows(run)
-    parts = [_state(run)]
-    for model in run.models:
-        own = [row for row in rows if row["model"] == model]
+def leaderboard_table(*views: Run) -> str:
+    """A table per model, for a run or for it in several norms, within the terminal's width, and below what the columns
+    mean and what to beware of, once."""
+    parts: list[str] = []
+    legend: dict[str, None] = {}
+    beware: dict[str, None] = {}
+    gone: dict[str, None] = {}
+    for run in views:
+        known, rows = tables.leaderboard(run.norm), _told(run)
+        parts += [*[""] * bool(parts), *_wrapped(_state(run))]
         keys = ["eps", "attack", "scored", "robust_accuracy", "success_rate", *_MEASURED, "seconds"]
-        keys += ["left_out"] * any(row["left_out"] for row in own)
-        shown = _plain([known[key] for key in keys], own)
-        for line, before in zip(shown[:0:-1], shown[-2::-1], strict=True):
-            line[0] = "" if line[0] == before[0] else line[0]  # a radius is named once
-        parts += [f"\n{_cut(model, 60)}: {_ascii(_clean(run, model))}", _aligned(shown)]
-    parts += ["", *NOTES, *(line for text in [*tables.promised(run), *_beware(run, rows)] for line in _wrapped(text))]
-    return "\n".join(parts)
+        keys += ["left_out"] * any(row["left_out"] for row in rows)
+        columns, widths = _fitted([known[key] for key in keys], rows, _SPARE)
+        gone |= {known[key].head: None for key in keys if known[key] not in columns}
+        for model in run.models:
+            own = [row for row in rows if row["model"] == model]
+            parts += ["", *_wrapped(f"{model}: {_clean(run, model)}"), _laid_out(columns, widths, own)]
+        legend |= dict.fromkeys([*_notes(run), *tables.promised(run)])
+        beware |= dict.fromkeys(_beware(run, rows))
+    narrow = [f"too narrow here for {', '.join(gone)}: see report.html"] if gone else []
+    return "\n".join([*parts, "", *(line for text in [*legend, *narrow, *beware] for line in _wrapped(text))])
+
+
+def _told(run: Run) -> list[dict[str, Any]]:
+    """The rows of the leaderboard; the worst case is one of several attacks, and of one alone is not told."""
+    rows = tables.leaderboard_rows(run)
+    return rows if len(run.attacks) > 1 else [row for row in rows if row["attack"] != WORST]
+
+
+def _notes(run: Run) -> list[str]:
+    return [note for note in NOTES if len(run.attacks) > 1 or not note.startswith(WORST)]
 
 
 def _clean(run: Run, model: str) -> str:
@@ -123,17 +143,57 @@ def _state(run: Run) -> str:
     return f"{run.status.upper()}: {done:,} of {expected:,} results{share}; {text}"
 
 
-def _plain(columns: Sequence[Column], rows: Sequence[Row]) -> list[list[str]]:
-    """Heads and cells for the terminal."""
-    return [
-        [_ascii(column.head).replace("accuracy", "acc.") for column in columns],
-        *([_ascii(c) for c in r] for r in grid(columns, rows, _cut)),
-    ]
+def _fitted(
+    columns: Sequence[Column], rows: Sequence[Row], spare: Sequence[str] = ()
+) -> tuple[list[Column], list[int]]:
+    """Which columns fit into the terminal, without those of the keys in `spare` if need be, and how wide they are then:
+    labels are folded, numbers stay whole."""
+    kept, spare = list(columns), [key for key in spare if any(column.key == key for column in columns)]
+    while True:
+        texts = [[*(_ascii(line[k]) for line in grid(kept, rows, str))] for k in range(len(kept))]
+        heads = [[_head(column)] if "[" in column.head else _head(column).split() for column in kept]
+        widths = [max(map(len, [*head, *cells])) for head, cells in zip(heads, texts, strict=True)]
+        names = [k for k, column in enumerate(kept) if column.is_name]
+        over = sum(widths) + 2 * (len(widths) - 1) - _columns()
+        if not spare or over <= sum(max(0, widths[k] - _LABEL) for k in names):
+            break
+        kept = [column for column in kept if column.key != spare[0]]
+        spare = spare[1:]
+    for _ in range(over):
+        widest = max(names, key=lambda k: widths[k])
+        widths[widest] = max(8, widths[widest] - 1)
+    return kept, widths
 
 
-def _aligned(lines: list[list[str]]) -> str:
-    align = ("left", "left", *["right"] * (len(lines[0]) - 2))
-    return tabulate(lines[1:], lines[0], tablefmt="simple", disable_numparse=True, colalign=align)
+def _head(column: Column) -> str:
+    return _ascii(column.head).replace("accuracy", "acc.")
+
+
+def _laid_out(columns: Sequence[Column], widths: Sequence[int], rows: Sequence[Row]) -> str:
+    """A table as text."""
+    cells = [[_ascii(cell) for cell in line] for line in grid(columns, rows, str)]
+    if columns[0].key == "eps":  # a radius is named once
+        for line, before in zip(cells[:0:-1], cells[-2::-1], strict=True):
+            line[0] = "" if line[0] == before[0] else line[0]
+    lines = []
+    for row in [[*map(_head, columns)], ["-" * width for width in widths], *cells]:
+        folded = [_folded(cell, width) for cell, width in zip(row, widths, strict=True)]
+        for texts in zip_longest(*folded, fillvalue=""):
+            sides = [f"{t:<{w}}" if k < 2 else f"{t:>{w}}" for k, (t, w) in enumerate(zip(texts, widths, strict=True))]
+            lines.append("  ".join(sides).rstrip())
+    return "\n".join(lines)
+
+
+def _folded(text: str, width: int) -> list[str]:
+    """A text as lines of at most `width` characters, ended at spaces and commas where it has them."""
+    lines = [""]
+    for piece in re.findall(r"[^\s,]*[\s,]?", text):
+        if len((lines[-1] + piece).rstrip()) > width and lines[-1]:
+            lines.append("")
+        lines[-1] += piece
+        while len(lines[-1].rstrip()) > width:
+            lines[-1:] = [lines[-1][:width], lines[-1][width:]]
+    return [line.rstrip() for line in lines]
 
 
 def _beware(run: Run, rows: Sequence[Row]) -> list[str]:
@@ -162,10 +222,12 @@ def _beware(run: Run, rows: Sequence[Row]) -> list[str]:
 
 def _wrapped(text: str) -> list[str]:
     """A line for the terminal, as several if it is wider."""
-    columns = min(_COLUMNS, max(60, shutil.get_terminal_size((_COLUMNS, 24)).columns))
-    return textwrap.wrap(
-        _ascii(text), columns, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False
-    ) or [""]
+    return textwrap.wrap(_ascii(text), _columns(), subsequent_indent="    ", break_on_hyphens=False) or [""]
+
+
+def _columns() -> int:
+    """How wide what is printed may be."""
+    return min(_WIDEST, max(_NARROWEST, shutil.get_terminal_size((_COLUMNS, 24)).columns))
 
 
 def as_json(run: Run) -> dict[str, Any]:
@@ -202,7 +264,7 @@ def _lines(rows: Sequence[Row]) -> str:
 
 def markdown(run: Run) -> str:
     """The tables for a paper or an issue. Names are escaped: they are shown, whatever they are."""
-    known, rows = tables.leaderboard(run.norm), tables.leaderboard_rows(run)
+    known, rows = tables.leaderboard(run.norm), _told(run)
     lines = [f"# {_md(', '.join(run.models) or 'no model')}: adversarial robustness, {NORMS.get(run.norm, run.norm)}"]
     lines += ["", _md(_state(run)), ""]
     columns = [known[k] for k in ("eps", "attack", "scored", "robust_accuracy")]
@@ -216,7 +278,7 @@ def markdown(run: Run) -> str:
         lines += ["## Beside the baselines", "", _pipes([pairs[key] for key in keys], beside), ""]
     if optimal := tables.optimality_rows(run):
         lines += ["## Optimality (arXiv:2404.19460)", "", _pipes(OPTIMALITY, optimal), ""]
-    lines += [f"- {_md(note)}" for note in [*NOTES, *tables.promised(run), *_beware(run, rows)]]
+    lines += [f"- {_md(note)}" for note in [*_notes(run), *tables.promised(run), *_beware(run, rows)]]
     return "\n".join(lines) + "\n"
 
 
@@ -239,8 +301,9 @@ def compare(first: Run, second: Run, *, as_markdown: bool = False) -> str:
     if as_markdown:
         parts = [*(f"- {_md(text)}" for text in texts), "", _pipes(columns, rows), "", "What differs:", ""]
         return "\n".join([*parts, *(f"- {_md(text)}" for text in alike)]) + "\n"
-    parts = [_aligned(_plain(columns, rows)), "", *map(_ascii, texts), "", "what differs:"]
-    return "\n".join([*parts, *(f"  {line}" for text in alike for line in textwrap.wrap(_ascii(text), 128))])
+    lines = [line for text in texts for line in _wrapped(text)]
+    parts = [_laid_out(*_fitted(columns, rows), rows), "", *lines, "", "what differs:"]
+    return "\n".join([*parts, *(f"  {line}" for text in alike for line in textwrap.wrap(_ascii(text), _columns() - 2))])
 
 
 def _pipes(columns: Sequence[Column], rows: Sequence[Row]) -> str:
@@ -258,8 +321,3 @@ def _ascii(text: str) -> str:
     """`text` on one line in ASCII, whatever characters a name may hold and a terminal may lack."""
     plain = str(text).replace("–", "-").replace("−", "-").replace("ε", "eps").replace("×", "x")
     return "".join(c if c.isprintable() and c.isascii() else ascii(c)[1:-1] for c in plain)
-
-
-def _cut(text: str, width: int = _WIDTH) -> str:
-    plain = _ascii(text)
-    return plain if len(plain) <= width else plain[: width - 2] + ".."

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from orthattack.eval.report import table as tables
 from orthattack.eval.report.text import compare, leaderboard_table, markdown, write_report
 from orthattack.eval.results.comparison import CLEAN
 from orthattack.eval.results.stored_run import WORST, Run
@@ -33,13 +34,14 @@ def run(tmp_path_factory) -> Run:
 
 def block(text: str, model: str) -> list[str]:
     """The lines of a model's table."""
-    lines = text[text.index(f"\n{model}: ") :].splitlines()[4:]
+    lines = text[text.index(f"\n{model}: ") :].splitlines()
+    lines = lines[next(k for k, line in enumerate(lines) if line.startswith("---")) + 1 :]
     return lines[: lines.index("")]
 
 
 def test_the_terminal_table_says_what_the_leaderboard_says(run):
     text = leaderboard_table(run)
-    assert max(map(len, text.splitlines())) <= 132
+    assert max(map(len, text.splitlines())) <= 100
     assert text.startswith("6 attacks, norm linf, eps 2/255, 4/255, 8/255\n")
     table = run.table()
     for model in run.models:
@@ -69,6 +71,50 @@ def test_the_terminal_tells_what_was_left_out_and_what_to_beware_of(run):
     assert "more steps" not in text
     for meaning in ("robust accuracy: ", "success: ", "worst case of all: ", "norm: ", "cos: "):
         assert f"\n{meaning}" in text
+
+
+LONG = "torchattacks:PGD,steps=50,alpha=0.01,random_start=false,and_more_without_a_comma_for_eighty_columns_and_more"
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100, 140, 400])
+def test_the_table_is_as_wide_as_the_terminal_and_breaks_labels_but_no_number(tmp_path, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    attacks = {"PGD": ATTACKS["PGD"], LONG: ("torchattacks", False, False, [], 1.5)}
+    run = Run.open(
+        make_run(tmp_path / "run", models=("m", "a" * 150), attacks=attacks, eps=(0.5,), n=12, stored=0).path
+    )
+    text = leaderboard_table(run)
+    assert max(map(len, text.splitlines())) <= min(columns, 132)
+    assert "a" * 150 in text.replace("\n    ", "")  # the model
+    lines = block(text, "m")
+    assert LONG in "".join(line[5:].split("  ")[0] for line in lines)
+    row = run.table().to_dict("records")[0]
+    known = tables.leaderboard(run.norm)
+    more = ["mean_norm"] * (columns > 80) + ["seconds"] * (columns > 100)
+    for key in ("robust_accuracy", "success_rate", "scored", *more):
+        assert re.search(rf" {re.escape(known[key].cell(row))}( |$)", lines[0]), (key, lines[0])
+    assert ("too narrow here for " in text) == (columns < 140)
+
+
+def test_one_attack_has_no_worst_case(tmp_path):
+    run = Run.open(make_run(tmp_path / "run", models=("m",), attacks={"PGD": ATTACKS["PGD"]}, stored=0).path)
+    assert run.table()["attack"].tolist() == ["PGD", WORST] * len(EPS)
+    for text in (leaderboard_table(run), markdown(run)):
+        assert "worst case" not in text
+        assert "PGD" in text
+
+
+def test_a_run_in_two_norms_has_one_legend(tmp_path):
+    folder = make_run(tmp_path / "run", models=("m",), attacks={"PGD": ATTACKS["PGD"], "L2": ATTACKS["FGSM"]}, stored=0)
+    manifest = folder.manifest()
+    manifest["attacks"][1]["norm"] = "l2"
+    folder.write_manifest(manifest)
+    run = Run.open(folder.path)
+    text = leaderboard_table(run, run.in_norm("l2"))
+    assert text.count("\nm: clean accuracy") == 2
+    for meaning in ("robust accuracy: ", "success: ", "norm: ", "cos: "):
+        assert text.count(f"\n{meaning}") == 1
+    assert text.index("1 attack, norm l2") < text.index("\nrobust accuracy: ")
 
 
 @pytest.mark.parametrize(("status", "limit", "share"), [("interrupted", 25, 42), ("running", 0, 0)])
@@ -150,14 +196,14 @@ def test_names_cannot_break_out_of_the_markdown_or_the_terminal(tmp_path):
     shown = leaderboard_table(run)
     assert "\x1b" not in shown
     assert shown.isascii()
-    assert max(map(len, shown.splitlines())) <= 132
+    assert max(map(len, shown.splitlines())) <= 100
     assert "\x1b" not in compare(run, run)
 
 
 def test_a_comparison_reads_as_a_table_and_a_list(run, tmp_path):
     other = Run.open(make_run(tmp_path / "other", steps=20).path)
     text = compare(run, other)
-    assert max(map(len, text.splitlines())) <= 132
+    assert max(map(len, text.splitlines())) <= 100
     assert re.search(r"standard +\(clean\) +58 ", text)
     assert re.search(r"robust +OrthoPGD +8/255 +58 ", text)
     assert "  config.steps: 10 -> 20" in text
