@@ -80,7 +80,7 @@ def _steps_table(content: Table) -> str:
 
 
 def _summary(machines: Iterable[Sequence[Table]]) -> str:
-    """All models and batches, a table for each hardware: time of a step in parts of Foolbox's."""
+    """All models and batches, a table for each hardware: time of a step relative to Foolbox's."""
     columns = ["bare step", "torchattacks PGD", "PGD", "OrthoPGD", "OrthoPGD, bfloat16", 'PGD, optimize="none"',
                'OrthoPGD, optimize="none"']  # fmt: skip
     found = []

@@ -39,7 +39,7 @@ Trained by `scripts/train_demo_models.py` on the 50,000 training images (JPEG co
   `--epochs 2 --lr 0.05 --seed 2`.
 
 Measured by `scripts/measure_demo_models.py` on the 10,000 test images; PGD with {steps} steps of 2/255 from a random
-start at eps 8/255; robust accuracy is right on the clean and on the adversarial image; 95 % intervals (Wilson):
+start at eps 8/255; robust accuracy counts images classified correctly, clean and adversarial; 95 % intervals (Wilson):
 
 | model | file | size | clean accuracy | robust accuracy, PGD-{steps} | robust accuracy, OrthoPGD-{steps} |
 |---|---|---|---|---|---|

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _IMAGE = scope_dims("image")
-# How often a step's size is corrected, and how close to the boundary, in parts of the way, is close enough.
+# How often a step's size is corrected, and how close to the boundary, relative to the way, is close enough.
 _CORRECTIONS = 4
 _NEAR = 0.01
 
@@ -42,8 +42,8 @@ class Boundary:
 
     Args:
         bias: the largest a.
-        overshoot: how far beyond the boundary, in parts of the way to it.
-        back: how far the step starts from the image where the point fools, in parts of the perturbation.
+        overshoot: how far beyond the boundary, relative to the way to it.
+        back: how far the step starts from the image where the point fools, relative to the perturbation.
 
     Source: Croce & Hein 2020, arXiv:1907.02044.
     """

@@ -23,7 +23,7 @@ from orthattack.threat import Norm, Region
 State = dict[str, Tensor]
 Schedule = Literal["fixed", "linear", "cosine"]
 
-# How far a pixel moves in an attack of a single L1 step, in parts of the bounds, if few move: docs/attacks/fgsm.md.
+# How far a pixel moves in an attack of a single L1 step, relative to the bounds, if few move: docs/attacks/fgsm.md.
 _ONCE = 0.05
 
 

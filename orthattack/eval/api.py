@@ -54,7 +54,7 @@ def evaluate(
             and functions (``directions``, ``normal``, ``loss``, and ``detector`` of ``DetectorEvasion``), or, in a
             mapping from labels, also functions: ``attack(model)(images, labels)`` returns adversarial images. What a
             function draws at random is seeded for each batch.
-        out: the run's folder, or its URL in a store that fsspec knows; the same call goes on with what is in it. By
+        out: the run's folder, or its URL in a store that fsspec knows; the same call resumes it. By
             default a new one under ``runs/``.
         device: where to compute.
         shard: (i, n), 1 <= i <= n: do every n-th unit of work from the i-th on, while other processes do the others

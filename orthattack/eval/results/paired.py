@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Paired:
-    """Two attacks, or two runs, on the same images; robust is what is right on the clean and the adversarial one."""
+    """Two attacks, or two runs, on the same images; robust is what is classified correctly, clean and adversarial."""
 
     n: int  # images that both scored
     both: int  # robust under both

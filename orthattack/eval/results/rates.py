@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 DEFINITIONS = (
-    "robust accuracy: right on the clean and on the adversarial image, over all images scored; "
+    "robust accuracy: classified correctly, clean and adversarial, over all images scored; "
     "success: newly fooled, over the images that were initially correct and scored; intervals: 95 %, Wilson"
 )
 

@@ -202,7 +202,7 @@ class Part:
         return sum(row["status"] == "ok" and not row["success"] for row in scored), len(scored)
 
     def transfer(self, label: str, eps: float | None, norm: Norm, adversarials: Mapping[int, Tensor]) -> None:
-        """Store what this model makes of adversarials that are at hand, where it is right on the clean image."""
+        """Store what this model makes of adversarials at hand, of images that it classifies correctly."""
 
         def judged(batch: list[int]) -> tuple[Columns, None]:
             images, labels = self._tensors(batch)

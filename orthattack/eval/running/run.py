@@ -111,7 +111,7 @@ def run_suite(
     Args:
         suite: what to run.
         inputs: its models, data and attacks.
-        folder: where; a new or empty folder, or one in which the same suite was begun.
+        folder: where; a new or empty folder, or that of an unfinished run of the same suite.
         device: where to compute.
         share: only share i of n of the work, while other processes do the others in the same folder. The trust checks
             that need all models are left to the last of them.

@@ -42,7 +42,7 @@ ROW_SCHEMA = pa.schema(
         ("message", pa.string()),  # why it is unreadable, an error or invalid
         ("clean_prediction", pa.int32()),
         ("adversarial_prediction", pa.int32()),
-        ("success", pa.bool_()),  # newly fooled: right on the clean image, wrong on the adversarial one
+        ("success", pa.bool_()),  # newly fooled: clean correctly classified, adversarial not
         ("margin", pa.float32()),  # at the adversarial image: largest other logit minus the label's
         ("l0", pa.int32()),  # numbers changed, of the 3 H W
         ("l1", pa.float64()),
