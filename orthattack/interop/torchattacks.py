@@ -1,4 +1,4 @@
-"""torchattacks: its FGSM, PGD, PGDL2, MIFGSM, NIFGSM and APGD, by the same names and arguments, done by our attacks.
+"""torchattacks: its attacks, by the same names, arguments and methods, done by ours.
 
 Change the import and nothing else; torchattacks itself is not needed::
 
@@ -10,104 +10,102 @@ Change the import and nothing else; torchattacks itself is not needed::
 and, with one argument more, the perturbation is orthogonal to the image: ``torchattacks.PGD(model, scope="image")``.
 
 What differs: an adversarial is the best of its iterates, the image included, rather than the last one; images outside
-[0, 1] are an error; nothing is printed; Nesterov's look-ahead stays in the ball; APGD starts anywhere in the ball, and
-can be targeted. What else torchattacks' attacks have, such as ``save``, these have not.
+[0, 1] are an error; nothing is printed but the bar of ``save``; Nesterov's look-ahead stays in the ball; APGD starts
+anywhere in the ball, and can be targeted.
 
 Source: Kim 2020, arXiv:2010.01950, for the interface, which is that of version 3.5.
 """
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NoReturn, final
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from orthattack.arguments import plain
+from orthattack.arguments import check_choice, check_count, plain
 from orthattack.attacks.apgd import OrthoAPGD
 from orthattack.attacks.base import Attack
 from orthattack.attacks.fgsm import OrthoFGSM
 from orthattack.attacks.mifgsm import OrthoMIFGSM
 from orthattack.attacks.nifgsm import OrthoNIFGSM
 from orthattack.attacks.pgd import OrthoPGD
-from orthattack.lending import global_random_numbers, guarded
-from orthattack.models import Normalized
+from orthattack.lending import Model, borrowed, global_random_numbers, guarded
+from orthattack.models import Normalized, fooled
 from orthattack.projection import Scope
 from orthattack.threat import Norm
 
-__all__ = ["APGD", "FGSM", "MIFGSM", "NIFGSM", "PGD", "PGDL2"]
+__all__ = ["APGD", "FGSM", "MIFGSM", "NIFGSM", "PGD", "PGDL2", "MultiAttack"]
+__wrapper__ = ["MultiAttack"]
 
 _NORMS: dict[str, Norm] = {"Linf": "linf", "L2": "l2"}
 
 
-class _Compatible(ABC):
-    """What the attacks share: the modes, the normalisation, and the way from a call to one of our attacks.
+class _Base(ABC):
+    """What everything here shares: the modes, the normalisation, and what is done with whole data sets."""
 
-    The attack is made anew for each call, so that attributes such as ``eps`` can be set at any time; what the
-    constructor refuses is refused there too.
-    """
+    supported_mode: tuple[str, ...] = ("default", "targeted")
 
-    def __init__(self, model: nn.Module, scope: Scope | None) -> None:
-        self.model, self.scope = model, scope
+    def __init__(self, model: nn.Module) -> None:
+        self.set_model(model)
         self.attack_mode, self.targeted = "default", False
-        self._targets: Callable[[Tensor, Tensor], Tensor] | None = None
+        self._targets: Callable[[Model, Tensor, Tensor], Tensor] | None = None
         self.normalization_used: dict[str, list[float]] | None = None
+        self.set_model_training_mode()
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         self.device = None if parameter is None else parameter.device
-        self._made(model, None)  # refuses a wrong option now, not at the first call
+        self._check()  # refuses a wrong option now, not at the first call
         self._is_made = True
 
     @abstractmethod
-    def _made(self, model: nn.Module, generator: torch.Generator | None) -> Attack:
-        """Our attack, with the arguments translated."""
+    def _attacked(self, model: Model, images: Tensor, labels: Tensor) -> Tensor:
+        """Adversarials of images in [0, 1], by a model that takes such."""
 
-    def _generator(self) -> torch.Generator | None:
-        """The random numbers of one call: if there are any, a stream drawn from the global one, as `torch.manual_seed`
-        is expected to make a call repeatable and two calls differ."""
-        if not vars(self).get("random_start", False):
-            return None
-        with global_random_numbers:
-            return torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+    @abstractmethod
+    def _check(self) -> None:
+        """Refuse options that the attack would refuse."""
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Adversarial images (N, C, H, W), on the model's device; normalised if `set_normalization_used` says so.
 
         Args:
             images: (N, C, H, W), in [0, 1], or normalised then.
-            labels: (N,) the true classes or, in a targeted mode, what the targets are made from.
+            labels: (N,) the true classes or, in a targeted mode, what the targets are made from; by default the classes
+                that the model predicts.
 
         Raises:
             ValueError: images or labels of the wrong kind (the message says what and where).
         """
-        if isinstance(images, Tensor) and isinstance(labels, Tensor):  # what else they are is refused below
-            device = images.device if self.device is None else self.device
-            images, labels = images.to(device), labels.to(device)
+        if isinstance(images, Tensor):  # what else they are is refused below
+            images = images.to(images.device if self.device is None else self.device)
+            labels = _logits(self.model, images).argmax(1) if labels is None else labels
+            labels = labels.to(images.device) if isinstance(labels, Tensor) else labels
+        assert labels is not None
         if self.normalization_used is None:
             return self._attacked(self.model, images, labels)
         model = Normalized(self.model, **self.normalization_used).to(images.device)
         mean, std = model.mean.to(images.dtype), model.std.to(images.dtype)
         return (self._attacked(model, images * std + mean, labels) - mean) / std
 
-    def _attacked(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        goal = labels
-        if self._targets is not None:
-            with guarded(model, images, "the target function", may_draw=True):  # which may write into what it is given
-                goal = self._targets(images.clone(), labels.clone())
-        return self._made(model, self._generator())(images, goal)
-
     def __repr__(self) -> str:
-        hidden = ("model", "device", "targeted", "normalization_used")
+        hidden = ("model", "device", "targeted", "normalization_used", "attacks")
         shown = {name: value for name, value in vars(self).items() if name not in hidden and name[0] != "_"}
         shown["normalization_used"] = self.normalization_used is not None
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     def __getattr__(self, name: str) -> NoReturn:
+        methods = ", ".join(name for name in dir(type(self)) if name[0] != "_" and callable(getattr(type(self), name)))
         raise AttributeError(
             f"{type(self).__name__} of orthattack.interop.torchattacks has no {name!r}; of the methods there are the "
-            "call, get_mode, set_mode_default, set_mode_targeted_by_label, set_mode_targeted_by_function, set_device "
-            "and set_normalization_used"
+            f"call, {methods}"
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -118,8 +116,8 @@ class _Compatible(ABC):
             options = ", ".join(known for known in vars(self) if known[:1] != "_")
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r} to set; it has {options}")
         how = {
-            "attack_mode": "set_mode_default, set_mode_targeted_by_label or set_mode_targeted_by_function",
-            "targeted": "set_mode_targeted_by_label or set_mode_default",
+            "attack_mode": "set_mode_default or one of set_mode_targeted_by_label, _by_function, _random, ...",
+            "targeted": "one of set_mode_targeted_by_label, _by_function, _random, ..., or set_mode_default",
             "normalization_used": "set_normalization_used",
         }
         if name in how:
@@ -127,26 +125,22 @@ class _Compatible(ABC):
         before = vars(self)[name]
         super().__setattr__(name, value)
         try:
-            self._made(self.model, None)
+            self._check()
         except BaseException:
             super().__setattr__(name, before)
             raise
 
-    @property
-    def _shared(self) -> dict[str, Any]:
-        return {"scope": self.scope, "targeted": self.targeted, "loss": getattr(self, "loss", "ce")}
-
     def get_mode(self) -> str:
-        """ "default", "targeted(label)" or "targeted(custom)"."""
+        """ "default", "targeted(label)", "targeted(custom)", "targeted(random)" or "targeted(least-likely)"."""
         return self.attack_mode
 
     def set_mode_default(self) -> None:
         """Labels are the true classes."""
-        self._set_mode("default", None)
+        vars(self).update(attack_mode="default", targeted=False, _targets=None)
 
     def set_mode_targeted_by_label(self, quiet: bool = False) -> None:  # noqa: ARG002
-        """Labels are the classes to reach. `quiet` makes no difference."""
-        self._set_mode("targeted(label)", None)
+        """Labels are the classes to reach. `quiet` makes no difference, here and below."""
+        self._set_mode("label", None)
 
     def set_mode_targeted_by_function(
         self,
@@ -159,10 +153,30 @@ class _Compatible(ABC):
         """
         if not callable(target_map_function):
             raise ValueError(f"target_map_function must be a function of (images, labels); got {target_map_function!r}")
-        self._set_mode("targeted(custom)", target_map_function)
+        self._set_mode("custom", partial(_by_function, target_map_function))
 
-    def _set_mode(self, mode: str, targets: Callable[[Tensor, Tensor], Tensor] | None) -> None:
-        vars(self).update(attack_mode=mode, targeted=mode != "default", _targets=targets)
+    def set_mode_targeted_random(self, quiet: bool = False) -> None:  # noqa: ARG002
+        """The classes to reach are drawn among the others, with torch's global random numbers."""
+        self._set_mode("random", _random_targets)
+
+    def set_mode_targeted_least_likely(self, kth_min: int = 1, quiet: bool = False) -> None:  # noqa: ARG002
+        """The class to reach is the one with the `kth_min`-th smallest logit, counted from 1, the label left out."""
+        check_count("kth_min", kth_min := plain(kth_min))
+        self._set_mode("least-likely", partial(_least_likely, kth_min))
+
+    def _set_mode(self, kind: str, targets: Callable[[Model, Tensor, Tensor], Tensor] | None) -> None:
+        if "targeted" not in self.supported_mode:
+            raise ValueError(f"{type(self).__name__} has no targeted mode of its own: set those of its attacks")
+        vars(self).update(attack_mode=f"targeted({kind})", targeted=True, _targets=targets)
+
+    def set_model(self, model: nn.Module) -> None:
+        """Attack another model from now on."""
+        self.model = model
+
+    @property
+    def model_name(self) -> str:
+        """The model's class."""
+        return type(self.model).__name__
 
     def set_device(self, device: torch.device | str) -> None:
         """Where images and labels are moved to; by default where the model is."""
@@ -181,6 +195,229 @@ class _Compatible(ABC):
         used = {"mean": [float(value) for value in mean], "std": [float(value) for value in std]}
         Normalized(nn.Identity(), **used)
         vars(self)["normalization_used"] = used
+
+    def set_model_training_mode(
+        self, model_training: bool = False, batchnorm_training: bool = False, dropout_training: bool = False
+    ) -> None:
+        """The mode in which the model is attacked, and judged; it comes back as it was.
+
+        Args:
+            model_training: training mode, as recurrent layers need on GPUs, but for layers of the following kinds.
+            batchnorm_training: batch norms too.
+            dropout_training: dropout too.
+        """
+        vars(self)["_training"] = (model_training, batchnorm_training, dropout_training)
+
+    @contextmanager
+    def _in_mode(self, model: Model, images: Tensor) -> Iterator[Model]:
+        """The model to attack: a module, which attacks put into evaluation mode, or a function, which they leave."""
+        training, *others = vars(self)["_training"]
+        if not training or not isinstance(model, nn.Module):
+            yield model
+            return
+        with borrowed(model, images.device):  # gives the modes back, and what batch norms have counted
+            for module in model.modules():
+                kinds = ("BatchNorm" in type(module).__name__, "Dropout" in type(module).__name__)
+                module.training = all(wanted for kind, wanted in zip(kinds, others, strict=True) if kind)
+            yield model.__call__
+
+    def save(
+        self,
+        data_loader: Iterable[Sequence[Tensor]],
+        save_path: str | Path | None = None,
+        verbose: bool = True,
+        return_verbose: bool = False,
+        save_predictions: bool = False,
+        save_clean_inputs: bool = False,
+        save_type: Literal["float", "int"] = "float",
+    ) -> tuple[float, float, float] | None:
+        """Attack every batch of a data loader, and store the adversarials for `load`.
+
+        An exception, Ctrl-C among them, leaves a file with the batches that were finished.
+
+        Args:
+            data_loader: batches of images and labels, as for a call.
+            save_path: the file to write; by default none.
+            verbose: show a bar with robust accuracy.
+            return_verbose: return figures.
+            save_predictions: store the classes that the model predicts for the adversarials.
+            save_clean_inputs: store the images.
+            save_type: pixels in [0, 1], or "int": in 8 bits, rounded.
+
+        Returns:
+            With `return_verbose`, the robust accuracy in percent, the mean L2 norm of the perturbations that fool, in
+            pixel units, and the mean seconds per batch.
+        """
+        check_choice("save_type", save_type, ("float", "int"))
+        from tqdm import tqdm
+
+        wanted = {"adv_inputs", "labels", *["preds"] * save_predictions, *["clean_inputs"] * save_clean_inputs}
+        kept: dict[str, list[Tensor]] = defaultdict(list)
+        count = right = 0
+        distances, begun = [torch.zeros(0)], time.perf_counter()
+        try:
+            with tqdm(data_loader, "adversarials", disable=not verbose) as bar:
+                for images, labels in bar:
+                    adversarials = self(images, labels)
+                    predicted = _logits(self.model, adversarials).argmax(1).cpu()
+                    found, clean = self._pixels(adversarials), self._pixels(images)
+                    row = {"adv_inputs": found, "labels": labels.cpu(), "preds": predicted, "clean_inputs": clean}
+                    for key in wanted:
+                        kept[key].append(_in_8_bits(row[key]) if save_type == "int" else row[key])
+                    wrong = predicted != labels.cpu()
+                    count, right = count + len(labels), right + int((~wrong).sum())
+                    distances.append((found - clean)[wrong].flatten(1).norm(dim=1))
+                    bar.set_postfix_str(f"robust accuracy {right / count:.1%}", refresh=False)
+        finally:
+            if save_path is not None and kept:
+                stored = {key: torch.cat(tensors) for key, tensors in kept.items()}
+                part = Path(f"{save_path}.part")
+                torch.save(stored | {"save_type": save_type}, part)
+                part.replace(save_path)
+        if not return_verbose or count == 0:
+            return None
+        seconds = (time.perf_counter() - begun) / (len(distances) - 1)
+        return 100 * right / count, float(torch.cat(distances).mean()), seconds
+
+    @staticmethod
+    def load(
+        load_path: str | Path,
+        batch_size: int = 128,
+        shuffle: bool = False,
+        normalize: Mapping[str, Sequence[float]] | None = None,
+        load_predictions: bool = False,
+        load_clean_inputs: bool = False,
+    ) -> DataLoader[tuple[Tensor, ...]]:
+        """A data loader of what `save` has stored, here or with torchattacks; nothing in the file is executed.
+
+        Args:
+            load_path: the file.
+            batch_size: images per batch.
+            shuffle: whether to shuffle.
+            normalize: "mean" and "std", a number per channel each, to normalise the images with.
+            load_predictions: what `save` stored with `save_predictions`.
+            load_clean_inputs: what it stored with `save_clean_inputs`.
+
+        Raises:
+            ValueError: the file does not hold what is asked for.
+
+        Returns:
+            Batches of adversarials in [0, 1], labels and, if asked for, predictions and images.
+        """
+        stored = torch.load(load_path, map_location="cpu", weights_only=True)  # noqa: TID251 - tensors alone
+        keys = ["adv_inputs", "labels", *["preds"] * load_predictions, *["clean_inputs"] * load_clean_inputs]
+        if not isinstance(stored, dict) or (missing := [key for key in keys if key not in stored]):
+            raise ValueError(
+                f"{load_path} holds no {missing[0] if isinstance(stored, dict) else 'adversarials'}: see save"
+            )
+        for key in {"adv_inputs", "clean_inputs"} & set(keys):
+            images = stored[key].float() / 255 if stored["save_type"] == "int" else stored[key]
+            stored[key] = images if normalize is None else Normalized(nn.Identity(), **normalize)(images)
+        return DataLoader(TensorDataset(*(stored[key] for key in keys)), batch_size, shuffle)
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        """Images as they come and go, on the CPU, as pixels in [0, 1]."""
+        if self.normalization_used is None:
+            return images.cpu()
+        model = Normalized(nn.Identity(), **self.normalization_used)
+        return images.cpu() * model.std + model.mean
+
+
+def _logits(model: Model, images: Tensor) -> Tensor:
+    with borrowed(model, images.device) as lent, torch.no_grad():
+        return lent(images)
+
+
+def _in_8_bits(values: Tensor) -> Tensor:
+    return (values * 255).round().to(torch.uint8) if values.is_floating_point() else values
+
+
+def _by_function(function: Callable[[Tensor, Tensor], Tensor], model: Model, images: Tensor, labels: Tensor) -> Tensor:
+    with guarded(model, images, "the target function", may_draw=True):  # which may write into what it is given
+        return function(images.clone(), labels.clone())
+
+
+def _random_targets(model: Model, images: Tensor, labels: Tensor) -> Tensor:
+    classes = _logits(model, images[:1]).shape[1]
+    with global_random_numbers:
+        return (labels + torch.randint(1, classes, labels.shape).to(labels.device)) % classes
+
+
+def _least_likely(kth: int, model: Model, images: Tensor, labels: Tensor) -> Tensor:
+    others = _logits(model, images).scatter(1, labels[:, None], torch.inf)
+    if kth >= others.shape[1]:
+        raise ValueError(f"kth_min must be at most {others.shape[1] - 1}, the number of other classes; got {kth}")
+    return others.kthvalue(kth, dim=1).indices
+
+
+class _Compatible(_Base):
+    """An attack of ours by the arguments of torchattacks'. It is made anew for each call, so that attributes such as
+    ``eps`` can be set at any time; what the constructor refuses is refused there too."""
+
+    def __init__(self, model: nn.Module, scope: Scope | None) -> None:
+        self.scope = scope
+        super().__init__(model)
+
+    @abstractmethod
+    def _made(self, model: Model, generator: torch.Generator | None) -> Attack:
+        """Our attack, with the arguments translated."""
+
+    def _check(self) -> None:
+        self._made(self.model, None)
+
+    def _generator(self) -> torch.Generator | None:
+        """The random numbers of one call: if there are any, a stream drawn from the global one, as `torch.manual_seed`
+        is expected to make a call repeatable and two calls differ."""
+        if not vars(self).get("random_start", False):
+            return None
+        with global_random_numbers:
+            return torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+
+    def _attacked(self, model: Model, images: Tensor, labels: Tensor) -> Tensor:
+        goal = labels if self._targets is None else self._targets(model, images, labels)
+        with self._in_mode(model, images) as taken:
+            return self._made(taken, self._generator())(images, goal)
+
+    @property
+    def _shared(self) -> dict[str, Any]:
+        return {"scope": self.scope, "targeted": self.targeted, "loss": getattr(self, "loss", "ce")}
+
+
+@final
+class MultiAttack(_Base):
+    """Several attacks on one model, each on the images that the ones before it left; or the same one, restarted.
+
+    Args:
+        attacks: two or more, of this module, on the same model. Their modes are their own; a normalisation is that of
+            all of them.
+        verbose: makes no difference.
+
+    Raises:
+        ValueError: fewer than two, or attacks on different models.
+    """
+
+    supported_mode = ("default",)
+
+    def __init__(self, attacks: Sequence[_Base], verbose: bool = False) -> None:
+        if len(attacks) < 2:
+            raise ValueError(f"attacks must be two or more; got {len(attacks)}")
+        if any(attack.model is not attacks[0].model for attack in attacks):
+            raise ValueError("attacks must be of one model")
+        self.attacks, self.verbose = list(attacks), verbose
+        super().__init__(attacks[0].model)
+        vars(self)["normalization_used"] = attacks[0].normalization_used
+
+    def _check(self) -> None:
+        """They have checked their options themselves."""
+
+    def _attacked(self, model: Model, images: Tensor, labels: Tensor) -> Tensor:
+        found, left = images.clone(), torch.arange(len(images), device=images.device)
+        for attack in self.attacks:
+            if len(left) > 0:
+                found[left] = attack._attacked(model, images[left], labels[left])
+                left = left[~fooled(model, found[left], labels[left])]
+        found[left] = images[left]
+        return found
 
 
 @final
@@ -205,7 +442,7 @@ class FGSM(_Compatible):
         self.eps = eps
         super().__init__(model, scope)
 
-    def _made(self, model: nn.Module, generator: torch.Generator | None) -> Attack:  # noqa: ARG002
+    def _made(self, model: Model, generator: torch.Generator | None) -> Attack:  # noqa: ARG002
         return OrthoFGSM(model, "linf", self.eps, **self._shared)
 
 
@@ -242,7 +479,7 @@ class PGD(_Compatible):
         self.eps, self.alpha, self.steps, self.random_start = eps, alpha, steps, random_start
         super().__init__(model, scope)
 
-    def _made(self, model: nn.Module, generator: torch.Generator | None) -> Attack:
+    def _made(self, model: Model, generator: torch.Generator | None) -> Attack:
         return OrthoPGD(
             model, "linf", self.eps, self.alpha, self.steps, self.random_start, generator=generator, **self._shared
         )
@@ -272,7 +509,7 @@ class PGDL2(_Compatible):
         self.eps_for_division = eps_for_division
         super().__init__(model, scope)
 
-    def _made(self, model: nn.Module, generator: torch.Generator | None) -> Attack:
+    def _made(self, model: Model, generator: torch.Generator | None) -> Attack:
         return OrthoPGD(
             model, "l2", self.eps, self.alpha, self.steps, self.random_start, generator=generator, **self._shared
         )
@@ -296,7 +533,7 @@ class _Momentum(_Compatible):
         self.eps, self.alpha, self.steps, self.decay = eps, alpha, steps, decay
         super().__init__(model, scope)
 
-    def _made(self, model: nn.Module, generator: torch.Generator | None) -> Attack:  # noqa: ARG002
+    def _made(self, model: Model, generator: torch.Generator | None) -> Attack:  # noqa: ARG002
         return self._attack(model, "linf", self.eps, self.alpha, self.steps, self.decay, **self._shared)
 
 
@@ -363,7 +600,7 @@ class APGD(_Compatible):
             raise ValueError(f"seed must be an integer below 2**63 in size; got {seed!r}")
         return torch.Generator().manual_seed(seed)
 
-    def _made(self, model: nn.Module, generator: torch.Generator | None) -> Attack:  # noqa: ARG002
+    def _made(self, model: Model, generator: torch.Generator | None) -> Attack:  # noqa: ARG002
         for name, value, choices in (("norm", self.norm, tuple(_NORMS)), ("loss", self.loss, ("ce", "dlr"))):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")

@@ -107,8 +107,18 @@ def test_what_is_not_there_is_said():
         ours.APGD(small_model(), norm="L1")
     with pytest.raises(ValueError, match="loss must be one of 'ce', 'dlr'; got 'margin'"):
         ours.APGD(small_model(), loss="margin")
-    with pytest.raises(AttributeError, match=r"FGSM of orthattack.interop.torchattacks has no 'save'"):
-        ours.FGSM(nn.Identity()).save()
+    missing = (
+        r"FGSM of orthattack.interop.torchattacks has no 'forward'; of the methods there are the call, get_mode, load"
+    )
+    with pytest.raises(AttributeError, match=missing):
+        _ = ours.FGSM(nn.Identity()).forward
+    multi = ours.MultiAttack([ours.FGSM(model := small_model()), ours.PGD(model)])
+    with pytest.raises(ValueError, match="MultiAttack has no targeted mode of its own: set those of its attacks"):
+        multi.set_mode_targeted_random()
+    with pytest.raises(ValueError, match="attacks must be two or more; got 1"):
+        ours.MultiAttack([ours.FGSM(model)])
+    with pytest.raises(ValueError, match="attacks must be of one model"):
+        ours.MultiAttack([ours.FGSM(model), ours.FGSM(small_model())])
 
 
 def test_attributes_are_set_and_used_or_refused():
@@ -122,6 +132,7 @@ def test_attributes_are_set_and_used_or_refused():
     for parameter in other.parameters():
         parameter.data.neg_()
     attack.model = other
+    assert attack.model_name == "Sequential"
     assert torch.equal(
         attack(images, labels), ours.PGD(other, float(np.float32(0.05)), 0.02, 5, False, scope="image")(images, labels)
     )
@@ -130,7 +141,7 @@ def test_attributes_are_set_and_used_or_refused():
     assert attack.steps == 5
     with pytest.raises(AttributeError, match=r"PGD has no attribute 'epsilon' to set; it has .*eps, alpha"):
         attack.epsilon = 0.1
-    with pytest.raises(AttributeError, match="targeted cannot be set as an attribute: call set_mode_targeted_by_label"):
+    with pytest.raises(AttributeError, match="targeted cannot be set as an attribute: call one of set_mode_targeted"):
         attack.targeted = True
     with pytest.raises(AttributeError, match="normalization_used cannot be set as an attribute: call set_norm"):
         attack.normalization_used = None
@@ -149,3 +160,152 @@ def test_attacks_pickle_in_the_mode_they_are_in(name):
         expected = attack(images, labels)
         torch.manual_seed(1)
         assert torch.equal(twin(images, labels), expected)
+
+
+def test_targets_are_drawn_or_found_among_the_other_classes():
+    model, (images, labels) = small_model(), drawn(n=12)
+    seen: list[torch.Tensor] = []
+    attack = ours.PGD(model, eps=0.05, steps=1, random_start=False)
+    attack._made = lambda *_: lambda images, goal: seen.append(goal) or images  # what an attack of ours is given
+    attack.set_mode_targeted_random()
+    assert attack.get_mode() == "targeted(random)"
+    torch.manual_seed(0)
+    for _ in range(20):
+        attack(images, labels)
+    drawn_targets = torch.stack(seen)
+    assert (drawn_targets != labels).all()
+    assert all(
+        set(column.tolist()) == set(range(5)) - {int(y)} for column, y in zip(drawn_targets.T, labels, strict=True)
+    )
+    torch.manual_seed(0)
+    attack(images, labels)
+    assert torch.equal(seen[-1], drawn_targets[0])
+
+    order = model(images).argsort(1).tolist()
+    for kth in (1, 2, 4):
+        attack.set_mode_targeted_least_likely(kth)
+        attack(images, labels)
+        expected = [[c for c in line if c != y][kth - 1] for line, y in zip(order, labels.tolist(), strict=True)]
+        assert seen[-1].tolist() == expected
+    attack.set_mode_targeted_least_likely(5)
+    with pytest.raises(ValueError, match="kth_min must be at most 4, the number of other classes; got 5"):
+        attack(images, labels)
+    attack.set_mode_default()
+    attack(images)  # without labels, those that the model predicts
+    assert torch.equal(seen[-1], model(images).argmax(1))
+
+
+@pytest.mark.parametrize("save_type", ["float", "int"])
+@pytest.mark.parametrize("normalised", [False, True])
+def test_what_is_saved_is_loaded(tmp_path, save_type, normalised):
+    model, (images, labels) = small_model(), drawn(n=6)
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
+    attack = ours.PGD(model, eps=0.2, alpha=0.05, steps=5, random_start=False)
+    expected = (ours.PGD(Normalized(model, mean, std), 0.2, 0.05, 5, False) if normalised else attack)(images, labels)
+    given = images
+    if normalised:
+        attack.set_normalization_used(mean, std)
+        given = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    path = tmp_path / "data.pt"
+    figures = attack.save(
+        zip(given.split(4), labels.split(4), strict=True), path, False, True, True, True, save_type=save_type
+    )
+    found, again, predicted, clean = next(iter(attack.load(path, load_predictions=True, load_clean_inputs=True)))
+    grid = 1e-5 if save_type == "float" else 0.5 / 255 + 1e-5
+    torch.testing.assert_close(found, expected, rtol=0, atol=grid)
+    torch.testing.assert_close(clean, images, rtol=0, atol=grid)
+    assert torch.equal(again, labels)
+    judge = Normalized(model, mean, std) if normalised else model
+    assert torch.equal(predicted, judge(expected).argmax(1))
+    right = predicted == labels
+    assert figures[0] == 100 * float(right.float().mean())
+    distance = (expected - images)[~right].flatten(1).norm(dim=1).mean()
+    assert figures[1] == pytest.approx(float(distance), abs=1e-4)
+    assert figures[2] > 0
+    (normal, _) = next(iter(attack.load(path, normalize={"mean": mean, "std": std})))
+    torch.testing.assert_close(normal * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1), found)
+    assert [len(batch) for batch, _ in attack.load(path, batch_size=5)] == [5, 1]
+    assert attack.save([(given, labels)], verbose=False) is None
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_what_was_finished_is_kept_where_a_loader_fails(tmp_path):
+    model, (images, labels) = small_model(), drawn(n=6)
+
+    def failing():
+        yield images[:4], labels[:4]
+        raise OSError("gone")
+
+    attack = ours.FGSM(model)
+    with pytest.raises(OSError, match="gone"):
+        attack.save(failing(), tmp_path / "data.pt", verbose=False)
+    found, _ = next(iter(attack.load(tmp_path / "data.pt")))
+    assert torch.equal(found, attack(images[:4], labels[:4]))
+    with pytest.raises(ValueError, match=r"data.pt holds no preds: see save"):
+        attack.load(tmp_path / "data.pt", load_predictions=True)
+
+
+def test_a_file_of_torchattacks_is_loaded(tmp_path):
+    theirs = pytest.importorskip("torchattacks", reason="needs the extra torchattacks")
+    model, (images, labels) = small_model(), drawn(n=4)
+    theirs.FGSM(model).save([(images, labels)], tmp_path / "data.pt", verbose=False)
+    found, again = next(iter(ours.FGSM.load(tmp_path / "data.pt")))
+    assert torch.equal(found, theirs.FGSM(model)(images, labels))
+    assert torch.equal(again, labels)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_of_several_attacks_each_has_what_the_ones_before_left(normalised):
+    model, (images, labels) = small_model(), drawn(n=12)
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
+    judge = Normalized(model, mean, std) if normalised else model
+    labels = judge(images).argmax(1)
+    weak, strong = ours.FGSM(model, eps=0.02), ours.PGD(model, 0.2, 0.05, 10, False)
+    for attack in (weak, strong):
+        if normalised:
+            attack.set_normalization_used(mean, std)
+    given = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1) if normalised else images
+    multi = ours.MultiAttack([weak, strong])
+    found = multi(given, labels)
+    first, second = weak(given, labels), strong(given, labels)
+    felled = model(first).argmax(1) != labels
+    both = model(second).argmax(1) != labels
+    assert 0 < felled.sum() < len(labels)
+    assert (both & ~felled).any()
+    torch.testing.assert_close(found[felled], first[felled], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[both & ~felled], second[both & ~felled], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[~both & ~felled], given[~both & ~felled], rtol=0, atol=1e-5)
+    assert repr(multi).startswith("MultiAttack(")
+
+
+@pytest.mark.filterwarnings("ignore:the model")  # in training mode an answer depends on the batch, and is drawn
+@pytest.mark.parametrize(
+    "modes", [(False, False, False), (True, False, False), (True, True, False), (True, False, True)]
+)
+def test_a_model_is_attacked_in_the_mode_asked_for(modes):
+    modules = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.1), nn.Flatten(), nn.Linear(4 * 36, 5)]
+    model = nn.Sequential(*modules).eval()
+    images, labels = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
+    seen = set()
+    model.register_forward_hook(lambda *_: seen.add((model.training, modules[1].training, modules[2].training)))
+    attack = ours.PGD(model, steps=1, random_start=False)
+    attack.set_model_training_mode(*modes)
+    counted = modules[1].num_batches_tracked.clone()
+    attack(images, labels)
+    assert seen == {modes}
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(modules[1].num_batches_tracked, counted)
+
+
+def test_every_attack_is_named_and_does_what_torchattacks_test_asks():
+    """What torchattacks' own test does with each of its attacks: a call, and one towards random classes."""
+    model, (images, labels) = small_model(), drawn(n=12)
+    clean = kept(model, images, labels)
+    for name in ours.__all__:
+        if name in ours.__wrapper__:
+            continue
+        attack = getattr(ours, name)(model)
+        assert kept(model, attack(images, labels), labels) <= clean
+        assert attack.supported_mode == ("default", "targeted")
+        attack.set_mode_targeted_random(quiet=True)
+        attack(images, labels)
