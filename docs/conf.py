@@ -55,6 +55,7 @@ NAVIGATION: dict[str, dict[str, list[str]]] = {
             f"docs/attacks/{page}"
             for page in (
                 "threat-models",
+                "goals",
                 "fgsm",
                 "pgd",
                 "mi-ni-fgsm",

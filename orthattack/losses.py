@@ -7,7 +7,7 @@ targeted attack is flipped here, and in `attacks.scoring` for the margin that re
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -27,10 +27,14 @@ class Goal:
     Attributes:
         labels: (N,) the classes to leave, or None if the attack is targeted.
         targets: (N,) the classes to reach. With labels too, they only direct the loss: any other class is a success.
+        top_k: the label is to leave the k most likely classes, or the target to be among them.
+        confidence: by how much the logits are to be beyond that, at least.
     """
 
     labels: Tensor | None
     targets: Tensor | None = None
+    top_k: int = 1
+    confidence: float = 0.0
 
     @property
     def classes(self) -> Tensor:
@@ -41,16 +45,27 @@ class Goal:
 
     def select(self, index: Tensor) -> Goal:
         """The goal of the samples at `index` only."""
-        return Goal(*(None if classes is None else classes[index] for classes in (self.labels, self.targets)))
+        labels, targets = (None if classes is None else classes[index] for classes in (self.labels, self.targets))
+        return replace(self, labels=labels, targets=targets)
+
+    @property
+    def rank(self) -> int:
+        """Which of the other classes, the most likely first, the climbed class is measured against."""
+        return self.top_k if self.labels is None or self.targets is None else 1
 
     def reached(self, logits: Tensor) -> Tensor:
         """(N,) bool: whether each prediction is what the attack wants. Logits that are not finite predict nothing."""
-        hit = logits.argmax(dim=1) == self.classes
-        return (hit if self.labels is None else ~hit) & logits.isfinite().all(dim=1)
+        if self.top_k > 1 or self.confidence > 0:
+            reached = self.margin(logits) > 0
+        else:
+            hit = logits.argmax(dim=1) == self.classes
+            reached = hit if self.labels is None else ~hit
+        return reached & logits.isfinite().all(dim=1)
 
     def margin(self, logits: Tensor) -> Tensor:
         """(N,) how far the logits are beyond the goal: positive exactly if it is reached."""
-        return margin(logits, self.classes) * (-1 if self.labels is None else 1)
+        beyond = margin(logits, self.classes, self.top_k) * (-1 if self.labels is None else 1)
+        return beyond - self.confidence if self.confidence else beyond
 
 
 def attack_loss(loss: Loss) -> Callable[[Tensor, Goal], Tensor]:
@@ -62,7 +77,8 @@ def attack_loss(loss: Loss) -> Callable[[Tensor, Goal], Tensor]:
             "ce"
                 cross-entropy, ``log Σ_j exp z_j - z_y``.
             "margin"
-                ``max_k z_k - z_y``, the loss of Carlini & Wagner 2017 (arXiv:1608.04644) without its confidence.
+                ``max_k z_k - z_y - confidence``, the loss of Carlini & Wagner 2017 (arXiv:1608.04644), not cut off
+                where it is reached; with a goal's `top_k`, the k-th largest z_k in place of the largest.
             "logit-difference"
                 ``mean_k z_k - z_y``: the margin to all classes at once, so its gradient never changes sides.
             "dlr"
@@ -97,7 +113,12 @@ class _Ascended:
 
     def __call__(self, logits: Tensor, goal: Goal) -> Tensor:
         chosen = _NAMED[self.loss] if isinstance(self.loss, str) else self._of_copies
-        if goal.targets is None:
+        if self.loss == "margin":
+            own = goal.classes if goal.targets is None else goal.targets
+            values = margin(logits, own, goal.rank)
+            values = values if goal.targets is None else -values
+            values = values - goal.confidence if goal.confidence else values
+        elif goal.targets is None:
             values = chosen(logits, goal.classes)
         elif self.loss == "dlr":
             values = -_targeted_dlr(logits, goal.labels, goal.targets)
@@ -117,11 +138,21 @@ class _Ascended:
         return values.clone() if isinstance(values, Tensor) else values
 
 
-def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """The best other logit minus the label's: positive exactly if another class is predicted. (N,)."""
+def margin(logits: Tensor, labels: Tensor, top_k: int = 1) -> Tensor:
+    """The k-th largest other logit minus the label's: positive exactly if the label is not among the top k. (N,)."""
     label = labels.unsqueeze(1)
     others = logits.scatter(1, label, -torch.inf)
-    return others.amax(dim=1) - logits.gather(1, label).squeeze(1)
+    best = others.amax(dim=1) if top_k == 1 else others.gather(1, rival(others, top_k)).squeeze(1)
+    return best - logits.gather(1, label).squeeze(1)
+
+
+def rival(others: Tensor, top_k: int) -> Tensor:
+    """(N, 1) the class of the k-th largest of the `others`, logits (N, K) that are -inf for the class itself."""
+    if top_k == 1:
+        return others.argmax(1, keepdim=True)
+    if top_k >= others.shape[1]:
+        raise ValueError(f"top_k must be below the number of classes; got {top_k}, and the model has {others.shape[1]}")
+    return others.topk(top_k, dim=1).indices[:, -1:]
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

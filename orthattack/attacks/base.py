@@ -21,6 +21,7 @@ from orthattack.arguments import (
     check_count,
     check_flag,
     check_model,
+    check_real,
     check_tensor,
     is_number,
     plain,
@@ -30,6 +31,7 @@ from orthattack.arguments import (
 from orthattack.assumptions import PROBABILITIES, SIGMOIDS, Observer
 from orthattack.attacks.configured import Configured
 from orthattack.attacks.fast_copy import Optimize, fast_copy
+from orthattack.attacks.goals import Targeted, aimed, check_targeted, turns
 from orthattack.attacks.gradient_form import Enforce, GradientForm, Reference, check_form
 from orthattack.attacks.scoring import InBatches, Oracle, Precision, Scorer, Transform, has_bfloat16
 from orthattack.attacks.task import AttackResult, Best, Merit, OnStep, Search, Streams, Task
@@ -53,7 +55,9 @@ class Options(TypedDict, total=False):
     normal: Normal
     levels: int | None
     loss: Loss | None
-    targeted: bool
+    targeted: Targeted
+    top_k: int
+    confidence: float
     early_stop: bool
     bounds: tuple[float, float]
     generator: torch.Generator | None
@@ -135,7 +139,9 @@ class Attack(Configured):
         *,
         scope: Scope | None = None,
         loss: Loss | None = None,
-        targeted: bool = False,
+        targeted: Targeted = False,
+        top_k: int = 1,
+        confidence: float = 0.0,
         early_stop: bool = False,
         bounds: tuple[float, float] = (0, 1),
         generator: torch.Generator | None = None,
@@ -160,12 +166,17 @@ class Attack(Configured):
         check_form(enforce, reference)
         check_choice("precision", precision, get_args(Precision))
         check_choice("optimize", optimize, get_args(Optimize))
-        check_flag("targeted", targeted)
+        check_targeted(targeted)
+        check_count("top_k", top_k)
+        check_real("confidence", confidence, "a finite difference of logits >= 0", low=0)
         check_flag("early_stop", early_stop)
         check_count("eot_samples", eot_samples)
         if not callable(search) or not callable(getattr(search, "options", None)) or not hasattr(search, "merit"):
             raise ValueError(f"search must have options, merit and be callable, as Climb has and is; got {search!r}")
         check_choice("search.merit", search.merit, get_args(Merit))
+        if turns(targeted) is not None and (search.merit == "norm" or "targets" in self._names()):
+            instead = "targets=9 takes nine in turn" if "targets" in self._names() else "leave it out"
+            raise ValueError(f"{type(self).__name__} looks for classes to reach itself; got {targeted=!r}: {instead}")
         self.model = model
         if eps is None and search.merit != "norm":
             raise ValueError("eps must be a radius in pixel units, such as 8/255: only a minimal search goes without")
@@ -181,8 +192,8 @@ class Attack(Configured):
         self.search = search
         self.enforce, self.reference = enforce, reference
         # Towards a class the margin sees one rival at a time, and is the weaker on standard models.
-        self.loss: Loss = ("ce" if targeted else "margin") if loss is None else loss
-        self.targeted = targeted
+        self.loss: Loss = ("ce" if targeted and top_k == 1 else "margin") if loss is None else loss
+        self.targeted, self.top_k, self.confidence = targeted, top_k, float(confidence)
         self.early_stop, self.precision, self.eot_samples = early_stop, precision, eot_samples
         self.optimize: Optimize = optimize
         self.transform, self.gradient_model, self.on_step = transform, gradient_model, on_step
@@ -212,8 +223,8 @@ class Attack(Configured):
             options["directions"] = named[1:]
         if threat.levels is not None:
             options["levels"] = threat.levels
-        if self.targeted:
-            options["targeted"] = True
+        for name, default in {"targeted": False, "top_k": 1, "confidence": 0.0}.items():
+            options |= {name: known} if (known := getattr(self, name)) != default else {}
         return f"{type(self).__name__}({', '.join(f'{k}={_shown(v)}' for k, v in options.items())})"
 
     def _resolved(self) -> dict[str, Any]:
@@ -246,7 +257,7 @@ class Attack(Configured):
 
         Args:
             images: (N, C, H, W), floating point, inside the bounds; values off by round-off are clamped.
-            labels: (N,), integers: the true classes or, if targeted, the classes to reach.
+            labels: (N,), integers: the true classes or, with ``targeted=True``, the classes to reach.
             eps: another radius than the attack's, in pixel units; one number, or (N,) with one per sample.
             start: (N, C, H, W), where to start the first restart, for example the adversarials of a smaller radius;
                 what is outside the threat model is pulled towards the images.
@@ -293,9 +304,10 @@ class Attack(Configured):
         seeds: Sequence[int] | None = None,
         batch_size: int | None = None,
         is_first: bool = True,
+        targets: Tensor | None = None,
     ) -> tuple[AttackResult, Tensor | None]:
         """The result, and at how many steps no loss had a gradient, None if its own had one at all; not `is_first`: odd
-        logits are no error."""
+        logits are no error; with `targets`, those that the attack chose in an earlier call, which stay."""
         batch_size = plain(batch_size)
         if batch_size is not None:
             check_count("batch_size", batch_size)
@@ -309,21 +321,25 @@ class Attack(Configured):
             threat = self.threat if eps is None else replace(self.threat, eps=eps)
             if start is not None:
                 _check_start(start, x)
-            best = Best(x.clone() if strangers else x, search.merit, threat.norm)
+            several = turns(self.targeted) if search is self.search else None
+            best = Best(x.clone() if strangers else x, search.merit if several is None else "margin", threat.norm)
             if len(x) > 0:
                 form, free = GradientForm.of(threat, self.enforce, self.reference)
                 region = free.around(x.clone() if strangers else x)
-                goal = Goal(None, labels) if self.targeted else Goal(labels)
                 is_random = self._observed(lent, x)
                 oracle = self._scorer(lent, x, is_random, len(x) if is_first else 0)
                 if batch_size is not None and batch_size < len(x):
                     oracle = InBatches(oracle, batch_size)
                 index = torch.arange(len(x), device=x.device)
                 task = Task(
-                    oracle, self._loss, goal.select(index), region, index, best, early_stop,
-                    self._streams(seeds, len(x)), form, is_random, self.on_step,
+                    oracle, self._loss, Goal(labels, None, self.top_k, self.confidence), region, index, best,
+                    early_stop, self._streams(seeds, len(x)), form, is_random, self.on_step,
                 )  # fmt: skip
-                search(task, None if start is None else region.shrunk(start.detach().to(x)))
+                task = aimed(task, self.targeted, targets, self.eot_samples)
+                goal = task.goal.select(index)
+                begin = None if start is None else region.shrunk(start.detach().to(x))
+                for aim in [task.goal] if several is None else task.towards(several):
+                    search(replace(task, goal=aim), begin)
                 if strangers and (not in_evaluation(list(self._models.values())) or is_foreign(search)):
                     best.exact[:] = False
                 # The model itself judges what is returned, unless it has already.
@@ -481,7 +497,9 @@ class Attack(Configured):
             else:
                 rows = (~last.success).nonzero().squeeze(1)
                 start = last.adversarials[rows]
-                more, _ = self._run(images[rows], labels[rows], radius, start, self.search, self.early_stop)
+                more, _ = self._run(
+                    images[rows], labels[rows], radius, start, self.search, self.early_stop, targets=last.targets[rows]
+                )
                 last = _merged(last, more, rows)
             found[radius] = last
         return [found[radius] for radius in radii]

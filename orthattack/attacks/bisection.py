@@ -118,6 +118,7 @@ class Bisection(Configured):
                     early_stop=True,
                     seeds=None if each is None else [each[row] for row in rows.tolist()],
                     is_first=False,
+                    targets=result.targets[rows],
                 )
             except Exception as error:
                 if trial == 0:

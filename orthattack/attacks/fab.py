@@ -106,7 +106,7 @@ def _lead(logits: Tensor, goal: Goal) -> Tensor:
     if goal.labels is None or goal.targets is None:
         return goal.margin(logits)
     chosen = logits.gather(1, torch.stack([goal.targets, goal.labels], 1))
-    return chosen[:, 0] - chosen[:, 1]
+    return chosen[:, 0] - chosen[:, 1] - goal.confidence
 
 
 @dataclass(frozen=True)

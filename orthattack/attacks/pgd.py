@@ -34,9 +34,14 @@ class PGD(Attack):
         steps: gradient steps per restart, at least 1.
         random_start: start at a random point of the threat model instead of the image.
         restarts: how often to start; the best result of each sample is kept.
-        loss: "margin", the default, "ce", the default if targeted, "dlr", "logit-difference" (see
+        loss: "margin", the default, "ce", the default if targeted with ``top_k=1``, "dlr", "logit-difference" (see
             `orthattack.losses.attack_loss` for the formulas), or a function of (logits, labels) returning (N,) values.
-        targeted: labels are the classes to reach.
+        targeted: True: labels are the classes to reach. "random" and "least-likely": labels are the true ones, and each
+            sample has another class to reach, at random from its stream or the one with the smallest logit. "each":
+            each other class is climbed to in turn, the likeliest first, and the point with the largest margin is kept;
+            "each9": the nine likeliest.
+        top_k: the label is to leave the k most likely classes, or the target to be among them.
+        confidence: by how much logits are to be beyond that, at least; `loss` and margin are counted from there.
         scope: orthogonal to the image, or another `normal`, as a whole "image", per "channel", per "pixel" colour, or
             per block of 8×8 pixels, "block8"; None: not at all.
         reference: for ``enforce="gradient"``, project against the "clean" image or the current "iterate".

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from orthattack.arguments import check_labels, uploaded
 from orthattack.assumptions import DRAWS, NEEDED
-from orthattack.losses import Goal, attack_loss
+from orthattack.losses import Goal, attack_loss, rival
 from orthattack.models import Ensemble, Model, check_finite, checked_logits
 
 Precision = Literal["float32", "bfloat16"]
@@ -377,7 +377,7 @@ def _climbed(
         open_ = ~goal.reached(logits)
         flat, swap = flat & open_, swap & open_
         own = (goal.classes if goal.targets is None else goal.targets).unsqueeze(1)
-        other = source.scatter(1, own, -torch.inf).argmax(1, keepdim=True)
+        other = rival(source.scatter(1, own, -torch.inf), goal.rank)
         up = torch.zeros_like(slope).scatter(1, other, 1).scatter(1, own, -1)
         slope = torch.where(swap.unsqueeze(1), up if goal.targets is None else -up, slope)
         if isinstance(name, str):

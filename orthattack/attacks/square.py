@@ -62,8 +62,8 @@ class SquareSearch:
         tried = points
         for query in range(self.queries):
             evaluation = task.score(tried, query, with_gradient=False)
-            better = evaluation.margin > margin
-            margin = torch.where(better, evaluation.margin.to(margin.dtype), margin)
+            better = evaluation.loss > margin  # towards a class where there is one
+            margin = torch.where(better, evaluation.loss.to(margin.dtype), margin)
             points = torch.where(better.view(-1, 1, 1, 1), tried, points)
             if task.early_stop and bool(evaluation.success.any()):
                 rows = (~evaluation.success).nonzero().squeeze(1)

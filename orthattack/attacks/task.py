@@ -36,6 +36,7 @@ class AttackResult:
         gradient_calls: (N,) int64: how often its gradient was.
         part: (N,) int64: which part of a sequence, such as `AutoAttack.parts`, fooled the sample, from 0; -1: none, or
             the image itself did.
+        targets: (N,) int64: the class to reach; -1: any but the label.
     """
 
     adversarials: Tensor
@@ -48,6 +49,7 @@ class AttackResult:
     forward_calls: Tensor
     gradient_calls: Tensor
     part: Tensor
+    targets: Tensor
 
     def __eq__(self, other: object) -> bool:
         """Whether all of it is the same."""
@@ -123,7 +125,7 @@ class Best:
             5, n, dtype=torch.long, device=device
         )
         self.unanswered = torch.zeros_like(self.success)  # whether some point's margin was not finite
-        self.part = torch.full_like(self._steps, -1)
+        self.part, self.targets = torch.full_like(self._steps, -1), torch.full_like(self._steps, -1)
 
     def offer(
         self, index: Tensor, points: Tensor, evaluation: Evaluation, step: int, allowed: Tensor | None = None
@@ -178,7 +180,7 @@ class Best:
         return AttackResult(
             self.adversarials, self.success, self._merit if self._loss is None else self._loss, self._steps,
             cosine, norm, self._zero, self._forwards,
-            self._gradients, torch.where(self.success, self.part, -1),
+            self._gradients, torch.where(self.success, self.part, -1), self.targets,
         )  # fmt: skip
 
     def _told(self, evaluation: Evaluation) -> Tensor:
@@ -303,7 +305,7 @@ class Task:
         logits = self.oracle.logits(self.region.images.to(self.region.dtype), self.goal)
         others = logits.scatter(1, self.goal.labels.unsqueeze(1), float("-inf"))
         ranked = others.argsort(dim=1, descending=True, stable=True)
-        return [Goal(self.goal.labels, ranked[:, k]) for k in range(min(count, logits.shape[1] - 1))]
+        return [replace(self.goal, targets=ranked[:, k]) for k in range(min(count, logits.shape[1] - 1))]
 
     def unsolved(self) -> Task | None:
         """The task for the samples that no point fools yet, or None if there are none."""

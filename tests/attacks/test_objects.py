@@ -263,7 +263,7 @@ def test_a_radius_of_the_callers_array_is_a_copy():
         ({"eps": torch.tensor([True])}, r"eps must be a finite number >= 0.*tensor\(\[True\]\)"),
         ({"alpha": "0.1"}, "alpha must be a finite step size >= 0, in pixel units such as 2/255; got '0.1'"),
         ({"momentum": None}, "momentum must be a finite number >= 0; got None"),
-        ({"targeted": "no"}, "targeted must be True or False; got 'no'"),
+        ({"targeted": "no"}, "targeted must be True or False, or one of 'random'"),
         ({"random_start": "False"}, "random_start must be True or False; got 'False'"),
         ({"bounds": ([0, 0, 0], [1, 1, 1])}, r"the same for all channels; got .*orthattack\.Normalized"),
         ({"bounds": 1}, r"bounds must be two numbers \(low, high\); got 1"),

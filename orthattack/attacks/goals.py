@@ -1,0 +1,61 @@
+"""Which classes an attack aims at: those it is given, or others that it chooses from the model's answer."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from orthattack.arguments import check_flag, uploaded
+from orthattack.attacks.task import Task
+
+Targeted = bool | str
+"""Whether labels are the classes to reach, or how these are chosen: see `orthattack.PGD`."""
+
+
+def check_targeted(targeted: object) -> None:
+    """ValueError unless it is a `Targeted`."""
+    if not isinstance(targeted, str):
+        check_flag("targeted", targeted)
+    elif targeted not in ("random", "least-likely") and turns(targeted) is None:
+        raise ValueError(
+            "targeted must be True or False, or one of 'random', 'least-likely' and 'each', or, for some classes, "
+            f"such as 'each9'; got {targeted!r}"
+        )
+
+
+def turns(targeted: Targeted) -> int | None:
+    """How many classes are aimed at in turn, as many as there are for "each"; None if there is one target or none."""
+    found = re.fullmatch(r"each([1-9][0-9]{0,8})?", targeted) if isinstance(targeted, str) else None
+    return found and int(found[1] or 2**31)
+
+
+def aimed(task: Task, targeted: Targeted, known: Tensor | None, samples: int) -> Task:
+    """The task, whose goal is to leave the labels, with the goal that `targeted` makes of them.
+
+    A target that is chosen is not the label: the class with the smallest logit at the image, or one that the sample's
+    stream draws. It is the `known` one if that was chosen in an earlier call. Asking the model counts `samples` calls.
+    """
+    labels = task.goal.labels
+    assert labels is not None
+    if not targeted or turns(targeted) is not None:
+        return task
+    if not isinstance(targeted, str):
+        targets = labels
+    elif known is not None:
+        targets = known
+    else:
+        logits = task.oracle.logits(task.region.images.to(task.region.dtype), task.goal)
+        calls = torch.full_like(task.index, samples)
+        task.best.count(task.index, calls, torch.zeros_like(calls))
+        if targeted == "random":
+            others, streams = logits.shape[1] - 1, task.streams.of(task.index)
+            drawn = [torch.randint(others, (1,), generator=own, device=own.device) for own in streams]
+            targets = uploaded(torch.cat(drawn), labels.device)
+            targets = targets + (targets >= labels)
+        else:
+            targets = logits.scatter(1, labels.unsqueeze(1), torch.inf).argmin(1)
+    task.best.targets[task.index] = targets
+    return replace(task, goal=replace(task.goal, labels=None, targets=targets))
