@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import math
+from collections import Counter
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -29,7 +30,7 @@ from orthattack.eval.storage.run_folder import shown_eps
 
 SHOWN_SIZE = 224
 LOSSLESS_SIZE = 64
-IMAGE_BYTES = 8_500_000  # before base64, which makes them 11.4 MB
+IMAGE_BYTES = 7_000_000  # before base64, which makes them 9.4 MB
 MAX_CARDS = 3_000
 
 
@@ -89,6 +90,7 @@ def _context(run: Run) -> dict[str, Any]:
     cards, images, stored = _cards(run)
     data = {"models": models, "attacks": attacks, "radii": [radius["text"] for radius in radii], "cards": cards}
     data |= {"images": images, "classes": _classes(run), "worst": WORST}
+    data["families"] = list(plots.families(run.attacks).values())
     columns = tables.leaderboard(run.norm)
     return {
         "run": run,
@@ -103,19 +105,21 @@ def _context(run: Run) -> dict[str, Any]:
         "worst": WORST,
         "columns": columns,
         "rows": rows,
-        "worst_rows": [row for row in rows if row["attack"] == WORST and row["eps_index"] == chosen],
+        "worst_rows": [row for row in rows if row["attack"] == WORST],
         "accuracy": {model: run.clean_accuracy(model) for model in models},
         "paired": paired,
         "paired_columns": tables.paired(run.norm),
         "optimality": tables.optimality_rows(run),
         "optimality_columns": tables.OPTIMALITY,
-        "by_eps": {m: Markup(plots.accuracy_by_eps(run.curves(m), look, unit, _known(run))) for m in models},  # noqa: S704
+        "by_eps": {model: _by_eps(run, model, look, unit) for model in models},
         "by_calls": _by_calls(run, table, look),
         "gradients": {m: Markup(plots.cosine_histogram(run.gradient_cosines(m))) for m in models},  # noqa: S704
         "gradient_counts": {m: len(run.gradient_cosines(m)) for m in models},
         "sparks": _sparks(run, rows),
         "spark_bins": len(COSINE_EDGES) - 1,
         "checks": run.checks(),
+        "trust": _trust(run.checks()),
+        "doubts": _doubts(run.checks()),
         "warnings": run.manifest.get("warnings") or [],
         "manifest": json.dumps(dict(run.manifest), indent=2, ensure_ascii=False),
         "done": done,
@@ -125,6 +129,27 @@ def _context(run: Run) -> dict[str, Any]:
         "stored": stored,
         "session": (run.manifest.get("sessions") or [{}])[-1],
     }
+
+
+def _trust(checks: list[dict[str, str]]) -> dict[str, str]:
+    """What the trust checks came to, in a few words and as a status."""
+    count = Counter(check.get("status", "") for check in checks)
+    ran = len(checks) - count["not run"]
+    if not ran:
+        return {"status": "not-run", "text": "trust checks not run"}
+    if count["passed"] == ran:
+        return {"status": "passed", "text": f"all {ran} trust checks passed" if ran > 1 else "the trust check passed"}
+    return {"status": "warned", "text": f"{ran - count['passed']} of {ran} trust checks warned"}
+
+
+def _doubts(checks: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """The checks that warned, each reason once, with the models and figures that it is of."""
+    found: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for check in checks:
+        if check.get("status") not in ("passed", "not run"):
+            of = check.get("model", ""), check.get("figures", "")
+            found.setdefault((check.get("check", ""), check.get("why", "")), []).append(of)
+    return [{"check": check, "why": why, "found": of} for (check, why), of in found.items()]
 
 
 def _file(run: Run, norm: str) -> str:
@@ -139,6 +164,13 @@ def _cells(run: Run) -> list[dict[str, Any]]:
     """Every model at every radius, as the page's figures name them."""
     pairs = [(m, model, e, eps) for m, model in enumerate(run.models) for e, eps in enumerate(run.radii)]
     return [{"model": model, "m": m, "e": e, "at": eps, "eps": shown_eps(eps, run.norm)} for m, model, e, eps in pairs]
+
+
+def _by_eps(run: Run, model: str, look: dict[str, plots.Style], unit: tuple[float, str]) -> dict[str, Any]:
+    curves = run.curves(model)
+    groups = plots.coinciding(curves)
+    svg = Markup(plots.accuracy_by_eps(curves, look, unit, _known(run), groups))  # noqa: S704
+    return {"svg": svg, "coinciding": groups}
 
 
 def _by_calls(run: Run, table: pd.DataFrame, look: dict[str, plots.Style]) -> list[dict[str, Any]]:
@@ -280,5 +312,5 @@ def data_uri(image: Tensor, exact: bool = False) -> str:
     if max(picture.size) <= LOSSLESS_SIZE:
         picture.save(stream, "WEBP", lossless=True, quality=50, method=2)
     else:
-        picture.save(stream, "WEBP", quality=70 if exact else 88, method=2)
+        picture.save(stream, "WEBP", quality=50 if exact else 88, method=2)
     return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()

@@ -60,19 +60,24 @@ class Style:
         return (0, tuple(float(part) for part in self.dashes.split())) if self.dashes else "-"
 
 
-def styles(attacks: Mapping[str, Mapping[str, Any]]) -> dict[str, Style]:
-    """A style per attack: colour by family, line by kind (orthogonal, plain, foreign, a user's), marker by turn."""
-    colour: dict[str, int] = {}
-    families = 0
+def families(attacks: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """A number per attack, the same for an attack and its baselines, in the order of the attacks."""
+    number: dict[str, int] = {}
+    count = 0
     # Attacks with baselines first: they say what belongs together.
     for label in sorted(attacks, key=lambda label: not attacks[label].get("baselines")):
         family = [label, *(attacks[label].get("baselines") or [])]
-        known = [colour[member] for member in family if member in colour]
+        known = [number[member] for member in family if member in number]
         if not known:
-            families += 1
+            count += 1
         for member in family:
-            colour.setdefault(member, known[0] if known else families - 1)
-    found = {}
+            number.setdefault(member, known[0] if known else count - 1)
+    return {label: number[label] for label in attacks}
+
+
+def styles(attacks: Mapping[str, Mapping[str, Any]]) -> dict[str, Style]:
+    """A style per attack: colour by family, line by kind (orthogonal, plain, foreign, a user's), marker by turn."""
+    colour, found = families(attacks), {}
     for number, (label, about) in enumerate(attacks.items()):
         source = str(about.get("source", "orthattack"))
         kind = "user" if source == "user" else "foreign" if source != "orthattack" else "plain"
@@ -81,11 +86,41 @@ def styles(attacks: Mapping[str, Mapping[str, Any]]) -> dict[str, Style]:
     return found
 
 
+def coinciding(curves: Mapping[str, pd.DataFrame]) -> list[list[str]]:
+    """Attacks whose curves are one line to the eye, in groups of two or more: they differ by no more than a line's
+    width at every radius that is a point of both; of a curve with many points, all are."""
+    groups: list[list[str]] = []
+    for attack, curve in curves.items():
+        for group in groups:
+            few, many = sorted((curve, curves[group[0]]), key=len)
+            at = few["eps"].to_numpy()
+            if not len(at) or not np.isclose(at[-1], many["eps"].iloc[-1]):
+                continue
+            other = np.interp(at, many["eps"], many["robust_accuracy"])
+            if np.abs(other - few["robust_accuracy"].to_numpy()).max() <= _LINE_WIDTH:
+                group.append(attack)
+                break
+        else:
+            groups.append([attack])
+    return [group for group in groups if len(group) > 1]
+
+
+_LINE_WIDTH = 0.008  # of a figure's height: 1.5 of some 195 points
+
+
 def accuracy_by_eps(
-    curves: Mapping[str, pd.DataFrame], look: Mapping[str, Style], unit: tuple[float, str], radii: Sequence[float]
+    curves: Mapping[str, pd.DataFrame],
+    look: Mapping[str, Style],
+    unit: tuple[float, str],
+    radii: Sequence[float],
+    groups: Sequence[Sequence[str]] = (),
 ) -> str:
-    """Robust accuracy against the radius, a line with its 95 % band per attack; a curve is one of `Run.curves`."""
+    """Robust accuracy against the radius, a line with its 95 % band per attack; a curve is one of `Run.curves`. Of each
+    group of curves that coincide the solid ones are drawn widest, and the others on top, so that each is seen."""
     factor, name = unit
+    ordered = [sorted(group, key=lambda attack: look[attack].dashes != "") for group in groups]
+    above = {attack: len(group) - 1 - k for group in ordered for k, attack in enumerate(group)}  # how many lie on it
+    alike = {attack: len(group) for group in groups for attack in group}
     with _figure() as (figure, axes):
         for attack, curve in curves.items():
             style = look[attack]
@@ -93,10 +128,14 @@ def accuracy_by_eps(
             group = f"series-{style.number}"
             dense = len(curve) > 50
             y, low, high = (100 * curve[column].to_numpy() for column in ("robust_accuracy", "low", "high"))
-            axes.fill_between(x, low, high, color=colour, alpha=0.1, linewidth=0, gid=group)
+            axes.fill_between(x, low, high, color=colour, alpha=0.1 / alike.get(attack, 1), linewidth=0, gid=group)
             every = len(curve) // 6 if dense else 1
-            marks: dict[str, Any] = {"marker": style.marker, "markersize": 4.5, "markevery": every}
-            axes.plot(x, y, color=colour, linestyle=style.line, linewidth=1.5, gid=group, **marks)
+            under = min(above.get(attack, 0), 3)
+            marks: dict[str, Any] = {"marker": style.marker, "markersize": 4.5 + 3.5 * under, "markevery": every}
+            if under:
+                marks |= {"alpha": 0.45, "markerfacecolor": "none", "markeredgewidth": 1.5}
+            axes.plot(x, y, color=colour, linestyle=style.line, linewidth=1.5 + 3 * under, gid=group,
+                      zorder=3 - 0.1 * under, **marks)  # fmt: skip
         _percent(axes)
         axes.set_xlabel(f"radius ε{name}")
         ticks = [0.0, *(factor * eps for eps in radii)]

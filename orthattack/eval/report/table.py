@@ -97,7 +97,7 @@ def leaderboard(norm: str) -> dict[str, Column]:
 def paired(norm: str) -> dict[str, Column]:
     """The columns of attacks beside their baselines, by key."""
     columns = [
-        ATTACK, Column("baseline", "baseline"), MODEL, DIFFERENCE, P, N, _eps(norm),
+        ATTACK, Column("baseline", "baseline"), DIFFERENCE, MODEL, P, N, _eps(norm),
         Column("attack's", "attack_accuracy", percent), Column("baseline's", "baseline_accuracy", percent),
         *(Column(f"only {who}", f"fooled_by_{who}_alone", str, title=f"images that the {who} alone fooled",
                  first="descending")

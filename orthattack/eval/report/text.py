@@ -215,7 +215,7 @@ def _beware(run: Run, rows: Sequence[Row]) -> list[str]:
     lines += [f"warning: {text}" for text in run.manifest.get("warnings") or []]
     for check in run.checks() if run.norm == run.manifest["config"]["norm"] else ():  # once, not for every norm
         if check["status"] == "warned":
-            found = ": ".join(text for text in (check["figures"], check["why"]) if text)
+            found = ": ".join(text for text in (check["why"], check["figures"]) if text)
             lines.append(f"trust check warned, {check['model']}: {check['check']}: {found}")
     return lines
 

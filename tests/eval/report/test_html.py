@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import json
 import re
+from html import unescape
 from html.parser import HTMLParser
 
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
 from orthattack.eval.report import html as page_module
+from orthattack.eval.report import plots
 from orthattack.eval.report.html import data_uri, page
 from orthattack.eval.results.stored_run import Run
 from tests.eval.synthetic import ATTACKS, EPS, make_run
@@ -90,6 +93,75 @@ def test_figures_take_their_colours_from_the_page(ordinary):
     assert not re.search(r"#0[0-9a]0[0-9a]0[0-9a]\b", "".join(figures))
     assert "var(--fg)" in text
     assert "<text" in text  # can be selected and searched
+
+
+def test_trust_comes_first_a_badge_and_every_warning_in_full_with_its_reason_before_its_figures(hostile):
+    head = hostile.read_text("utf-8").partition("</header>")[0]
+    assert re.findall(r'class="badge (\S+)"[^>]*>([^<]*)<', head) == [
+        ("complete", "complete"),
+        ("warned", "1 of 1 trust checks warned"),
+    ]
+    words = unescape(re.sub(r"<[^>]*>", " ", head.partition('class="doubts" aria-label="Warnings">')[2]))
+    words = " ".join(words.split())
+    assert f"more steps {BAD} did not pass: {SCRIPT} standard: 1 < 2 {SCRIPT}" in words
+
+
+@pytest.mark.parametrize(
+    ("statuses", "status", "text"),
+    [
+        ([], "not-run", "trust checks not run"),
+        (["not run"], "not-run", "trust checks not run"),
+        (["passed", "passed", "not run"], "passed", "all 2 trust checks passed"),
+        (["passed", "warned", "passed"], "warned", "1 of 3 trust checks warned"),
+    ],
+)
+def test_the_badge_counts_the_checks(tmp_path, statuses, status, text):
+    checks = [
+        {"model": "m", "check": f"check {k}", "status": one, "figures": "", "why": ""} for k, one in enumerate(statuses)
+    ]
+    folder = make_run(
+        tmp_path / "run", n=4, chunk=4, stored=0, models=("m",), attacks={"PGD": ATTACKS["PGD"]}, checks=checks
+    )
+    assert f'<a class="badge {status}" href="#checks">{text}</a>' in page(Run.open(folder.path))
+
+
+def test_a_warning_that_several_models_share_is_said_once(tmp_path):
+    shared = {"check": "gradients", "status": "warned", "why": "masked"}
+    checks = [{**shared, "model": "m", "figures": "3 of 9"}, {**shared, "model": "n", "figures": "4 of 9"}]
+    folder = make_run(tmp_path / "run", n=4, chunk=4, stored=0, attacks={"PGD": ATTACKS["PGD"]}, checks=checks)
+    head = page(Run.open(folder.path)).partition("</header>")[0]
+    assert head.count("masked") == 1
+    assert "m: 3 of 9; n: 4 of 9" in " ".join(re.sub(r"<[^>]*>", "", head).split())
+
+
+def test_curves_that_coincide_are_found_whatever_their_points():
+    def curve(*points):
+        return pd.DataFrame(points, columns=["eps", "robust_accuracy"]).assign(low=0.0, high=1.0)
+
+    straight = curve((0, 0.8), (1, 0.4), (2, 0.0))
+    curves = {
+        "a": straight,
+        "dense": curve(*((eps / 50, 0.8 - 0.4 * eps / 50) for eps in range(101))),
+        "near": curve((0, 0.8), (1, 0.405), (2, 0.0)),
+        "same ends": curve((0, 0.8), (1, 0.45), (2, 0.0)),
+        "shorter": curve((0, 0.8), (1, 0.4)),
+    }
+    assert plots.coinciding(curves) == [["a", "dense", "near"]]
+    assert plots.coinciding({"a": straight, "b": straight.assign(robust_accuracy=float("nan"))}) == []
+
+
+def test_of_curves_that_coincide_every_one_is_seen_and_the_page_names_them():
+    kinds = {"PGD": {"baselines": []}, "OrthoPGD": {"baselines": ["PGD"], "orthogonal": True}}
+    curve = pd.DataFrame({"eps": [0.0, 0.01], "robust_accuracy": [0.9, 0.2], "low": [0.8, 0.1], "high": [1.0, 0.3]})
+    curves = dict.fromkeys(kinds, curve)
+
+    def widths(groups):
+        svg = plots.accuracy_by_eps(curves, plots.styles(kinds), (1.0, ""), [0.01], groups)
+        lines = re.findall(r'class="series-(\d)"><path d="[^"]*"[^>]*stroke-width: ([\d.]+)', svg)
+        return [(kinds_of, float(width)) for kinds_of, width in lines]
+
+    assert widths([]) == [("0", 1.5), ("1", 1.5)]
+    assert widths(plots.coinciding(curves)) == [("1", 4.5), ("0", 1.5)]  # the solid one below, wider
 
 
 @pytest.mark.slow
@@ -181,6 +253,33 @@ def test_it_loads_and_shows_what_is_chosen(browser, ordinary):
         assert page.locator("#classes tbody tr").count() == 4
 
 
+def test_the_headline_is_of_the_radius_and_model_that_are_chosen(browser, ordinary):
+    worst = {
+        (row["model"], row["eps"]): f"{100 * row['robust_accuracy']:.1f} %"
+        for row in Run.open(ordinary.parent).table().to_dict("records")
+        if row["attack"] == "worst case of all"
+    }
+    with Opened(browser, ordinary) as page:
+        for k, eps in enumerate(EPS):
+            page.select_option("#eps", value=str(k))
+            told = page.locator(".summary li:visible").all_inner_texts()
+            assert len(told) == 2
+            for text, model in zip(told, ("standard", "robust"), strict=True):
+                assert f"{model}: of 58 images" in text
+                assert f"at ε = {255 * eps:g}/255, {worst[model, eps]} [" in text
+        page.select_option("#model", label="robust")
+        assert page.locator(".summary li:visible").count() == 1
+
+
+@pytest.mark.parametrize("which", ["ordinary", "hostile"])
+def test_a_phone_shows_the_interval_of_every_robust_accuracy_and_difference(browser, request, which):
+    with Opened(browser, request.getfixturevalue(which), width=390) as page:
+        for table in ("#table", "#pairs"):
+            boxes = [interval.bounding_box() for interval in page.locator(f"{table} .interval:visible").all()]
+            assert boxes
+            assert max(box["x"] + box["width"] for box in boxes) <= 390 - 16
+
+
 def test_tables_sort_by_every_column_and_back(browser, ordinary):
     with Opened(browser, ordinary) as page:
         page.select_option("#eps", label="all")
@@ -204,11 +303,13 @@ def test_tables_sort_by_every_column_and_back(browser, ordinary):
 
 def test_the_gallery_filters_by_everything_and_says_when_nothing_matches(browser, ordinary):
     cards = data_of(ordinary.read_text("utf-8"))["cards"]
+    family = {0: 0, 1: 0, 2: 1, 3: 1, 4: 2, 5: 1}  # of the attacks: FGSM, PGD with Foolbox's, MinimumNorm
+    groups = {(*c[:1], c[2], c[11], family[c[1]]) for c in cards}
     with Opened(browser, ordinary) as page:
-        assert page.locator(".card").count() == 24
-        assert page.locator("#g-count").inner_text() == f"24 of {len(cards)} shown"
+        assert page.locator(".card").count() == 12
+        assert page.locator("#g-count").inner_text() == f"12 of {len(groups)} shown"
         page.click("#g-more")
-        assert page.locator(".card").count() == 48
+        assert page.locator(".card").count() == 24
         page.select_option("#g-attack", label="PGD")
         page.select_option("#g-model", label="robust")
         page.select_option("#g-eps", label="8/255")
@@ -216,17 +317,54 @@ def test_the_gallery_filters_by_everything_and_says_when_nothing_matches(browser
         wanted = [c for c in cards if (c[0], c[1], c[2], c[6]) == (1, 2, 2, 1)]
         assert wanted
         assert page.locator(".card").count() == len(wanted)
-        assert set(page.locator(".card h3").all_inner_texts()) == {"PGD"}
+        assert page.locator(".card .attack h4").all_inner_texts() == ["PGD", "OrthoPGD", "foolbox:LinfPGD"] * len(
+            wanted
+        )
         free = next(c[3] for c in cards if c[3] not in {w[3] for w in wanted})
         page.select_option("#g-class", label=free)
         assert page.locator(".card").count() == 0
         assert page.locator("#g-count").inner_text() == "nothing matches"
         assert page.locator("#g-none").is_visible()
         page.click("#g-reset")
-        assert page.locator(".card").count() == 24
+        assert page.locator(".card").count() == 12
         assert page.locator("#g-none").is_hidden()
         for image in page.locator(".card img").all()[:6]:
             assert image.evaluate("i => i.decode().then(() => i.naturalWidth)") == 8
+
+
+def test_the_gallery_finds_images_that_not_all_of_the_attacks_beside_each_other_fool(browser, ordinary):
+    cards = data_of(ordinary.read_text("utf-8"))["cards"]
+    pairs = {(c[0], c[2], c[11]): c[6] for c in cards if c[1] == 0}
+    differ = sum(pairs[c[0], c[2], c[11]] != c[6] for c in cards if c[1] == 1 and (c[0], c[2], c[11]) in pairs)
+    with Opened(browser, ordinary) as page:
+        page.select_option("#g-fooled", label="fooled by some only")
+        page.select_option("#g-attack", label="OrthoFGSM")
+        assert page.locator(".card").count() == differ
+
+
+def test_a_picture_is_enlarged_and_the_others_take_its_place_from_the_keyboard(browser, ordinary):
+    with Opened(browser, ordinary) as page:
+        page.select_option("#g-attack", label="OrthoPGD")
+        first = page.locator(".card .picture").first
+        first.focus()
+        page.keyboard.press("Enter")
+        large, titles = page.locator("#large-picture img"), []
+        assert large.bounding_box()["width"] > 2 * first.bounding_box()["width"]
+        for _ in range(8):
+            titles.append(page.locator("#large-title").inner_text().partition(" ×")[0])
+            page.keyboard.press("ArrowRight")
+        attacks = ("PGD", "OrthoPGD", "foolbox:LinfPGD")
+        assert titles == ["clean", *(f"{a}: {what}" for a in attacks for what in ("δ", "adversarial")), "clean"]
+        page.keyboard.press("ArrowLeft")
+        assert page.locator("#large-title").inner_text() == "clean"
+        assert large.get_attribute("src") == first.locator("img").get_attribute("src")
+        page.keyboard.press("Escape")
+        assert page.locator("#large").is_hidden()
+        assert first.evaluate("b => b === document.activeElement")
+        page.locator(".card .picture").nth(1).click()
+        assert page.locator("#large-title").inner_text().startswith("PGD: δ ×")
+        page.click("#large-close")
+        assert page.locator("#large").is_hidden()
 
 
 def test_the_slider_moves_the_cut(browser, ordinary):
@@ -282,7 +420,7 @@ def test_names_are_text_wherever_they_are(browser, hostile):
         body = page.locator("body").inner_text()
         for name in (BAD, SCRIPT, MATH):
             assert name in body
-        assert BAD in page.locator(".card p").all_inner_texts()[-1]
+        assert all(BAD in name for name in page.locator(".card > p").all_inner_texts())
         assert page.locator("#table tbody th").first.inner_text() == SCRIPT
         assert {page.locator("#model option").nth(k).inner_text() for k in (1, 2)} == {BAD, SCRIPT}
         page.select_option("#g-class", label=SCRIPT)

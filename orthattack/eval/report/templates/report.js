@@ -136,10 +136,17 @@ function classTable(model, cells, order) {
   return make("div", { className: "scroll", tabIndex: 0, role: "region", ariaLabel: "robust accuracy per class" }, table);
 }
 
-// Gallery ---------------------------------------------------------------------------------------------------------
-const PAGE = 24;
+// Gallery: a card per model, radius and image for the attacks that belong together ---------------------------------
+const PAGE = 12;
 const [MODEL, ATTACK, EPS, CLASS, CLEAN, ADVERSARIAL, FOOLED, NORM, COSINE, TIMES, NAME, IMAGE, CHANGED, DELTA] = Array(14).keys();
 let limit = PAGE;
+
+const groups = new Map();
+for (const c of data.cards) {
+  const key = [c[MODEL], c[EPS], c[IMAGE], data.families[c[ATTACK]]].join();
+  groups.set(key, [...(groups.get(key) || []), c]);
+}
+for (const group of groups.values()) group.sort((a, b) => a[ATTACK] - b[ATTACK]);
 
 function options(id, column, text) {
   const values = [...new Set(data.cards.map((card) => card[column]))];
@@ -154,21 +161,48 @@ function picture(number, alt) {
   return image;
 }
 
-function card(c) {
-  const changed = c[FOOLED] ? "fooled" : "held";
-  const views = $("view-side").checked
-    ? make("div", { className: "views" },
-      ...[[IMAGE, "clean"], [DELTA, `δ × ${c[TIMES]}`], [CHANGED, "adversarial"]].map(([at, text]) =>
-        make("figure", {}, picture(c[at], `${text}, ${c[NAME]}`), make("figcaption", { textContent: text }))))
-    : slider(c);
-  const eps = c[EPS] < 0 ? "minimal" : `ε = ${data.radii[c[EPS]]}`;
+const radius = (c) => (c[EPS] < 0 ? "minimal" : `ε = ${data.radii[c[EPS]]}`);
+const verdict = (c) => (c[FOOLED] ? "fooled" : c[CLEAN] === c[CLASS] ? "not fooled" : "initially misclassified");
+
+// All pictures of a group: what each is called, what is said of it, and its number.
+const pictures = (group) => [
+  { title: "clean", text: group[0][CLEAN], number: group[0][IMAGE] },
+  ...group.flatMap((c) => [
+    { title: `${data.attacks[c[ATTACK]]}: δ × ${c[TIMES]}`, text: `norm ${c[NORM]}, cos ${c[COSINE]}`, number: c[DELTA] },
+    { title: `${data.attacks[c[ATTACK]]}: adversarial`, text: `${c[ADVERSARIAL]}, ${verdict(c)}`, number: c[CHANGED] },
+  ]),
+];
+
+function card(group) {
+  const c = group[0], views = pictures(group);
+  const button = (at, caption) => {
+    const open = make("button", { type: "button", className: "picture", title: "enlarge" },
+      picture(views[at].number, `${views[at].title}, ${c[NAME]}`));
+    open.addEventListener("click", () => enlarge(group, at));
+    return make("figure", {}, open, make("figcaption", { textContent: caption }));
+  };
+  const told = (own) => [
+    make("p", {}, "→ ", make("b", { className: own[FOOLED] ? "fooled" : "held", textContent: own[ADVERSARIAL] }),
+      own[FOOLED] ? "" : `, ${verdict(own)}`),
+    make("p", {}, make("small", { textContent: `norm ${own[NORM]}, cos ${own[COSINE]}` }))];
+  const sides = $("view-side").checked;
+  const columns = group.map((own, k) => make("div", { className: "attack" },
+    make("h4", { textContent: data.attacks[own[ATTACK]] }),
+    ...(sides ? [button(1 + 2 * k, `δ × ${own[TIMES]}`), button(2 + 2 * k, "adversarial")] : [slider(own)]),
+    ...told(own)));
+  const clean = make("div", { className: "clean" }, make("h4", { textContent: c[CLASS] }), button(0, "clean"),
+    make("p", {}, c[CLEAN] === c[CLASS] ? "" : `initially ${c[CLEAN]}`));
   return make("article", { className: "card" },
-    make("h3", { textContent: data.attacks[c[ATTACK]] }),
-    make("p", {}, make("small", { textContent: `${data.models[c[MODEL]]}, ${eps}` })),
-    views,
-    make("p", {}, `${c[CLEAN]} → `, make("b", { className: changed, textContent: c[ADVERSARIAL] }),
-      c[FOOLED] ? "" : c[CLEAN] === c[CLASS] ? ", not fooled" : `, initially misclassified (is ${c[CLASS]})`),
-    make("p", {}, make("small", { textContent: `norm ${c[NORM]}, cos ${c[COSINE]}, ${c[NAME]}` })));
+    make("h3", { textContent: `${data.models[c[MODEL]]}, ${radius(c)}` }),
+    make("p", {}, make("small", { textContent: c[NAME] })),
+    grid(sides ? [clean, ...columns] : columns));
+}
+
+function grid(columns) {
+  const views = make("div", { className: "views" }, ...columns);
+  views.style.setProperty("--columns", Math.min(Math.max(columns.length, 2), 4));
+  views.style.setProperty("--narrow", Math.min(Math.max(columns.length, 2), 3));
+  return views;
 }
 
 function slider(c) {
@@ -181,11 +215,28 @@ function slider(c) {
     make("div", { className: "ends" }, make("span", { textContent: "clean" }), make("span", { textContent: "adversarial" })));
 }
 
+// One picture as large as the window; the others of its image take its place, so that differences are seen.
+let turn = () => {};
+function enlarge(group, at) {
+  const views = pictures(group);
+  turn = (by) => {
+    at = (at + by + views.length) % views.length;
+    $("large-title").textContent = views[at].title;
+    $("large-text").textContent = views[at].text;
+    $("large-picture").replaceChildren(picture(views[at].number, `${views[at].title}, ${group[0][NAME]}`));
+  };
+  turn(0);
+  $("large").showModal();
+}
+
 function gallery(keep) {
   if (!keep) limit = PAGE;
   const wanted = [["g-model", MODEL], ["g-attack", ATTACK], ["g-eps", EPS], ["g-class", CLASS], ["g-fooled", FOOLED]]
     .map(([id, column]) => [column, $(id).value]).filter(([, value]) => value !== "");
-  const found = data.cards.filter((c) => wanted.every(([column, value]) => String(c[column]) === value));
+  const mixed = $("g-fooled").value === "2";
+  const fits = (c) => wanted.every(([column, value]) => (column === FOOLED && mixed) || String(c[column]) === value);
+  const found = [...groups.values()].filter((group) => group.some(fits)
+    && (!mixed || new Set(group.map((c) => c[FOOLED])).size > 1));
   const shown = found.slice(0, limit);
   $("cards").className = $("view-side").checked ? "cards" : "cards slide";
   $("cards").replaceChildren(...shown.map(card));
@@ -202,6 +253,10 @@ if (data.cards.length) {
   for (const control of all("#gallery-controls select, #gallery-controls input")) {
     control.addEventListener("change", () => gallery(false));
   }
+  $("large-close").addEventListener("click", () => $("large").close());
+  $("large-before").addEventListener("click", () => turn(-1));
+  $("large-after").addEventListener("click", () => turn(1));
+  $("large").addEventListener("keydown", (event) => turn({ ArrowLeft: -1, ArrowRight: 1 }[event.key] || 0));
   $("g-more").addEventListener("click", () => { limit += PAGE; gallery(true); });
   $("g-reset").addEventListener("click", () => {
     for (const select of all("#gallery-controls select")) select.value = "";
