@@ -50,6 +50,9 @@ limit = 9
 MODELS, ATTACKS, RADII = ("cifar10-robust", "cifar10-standard"), ("PGD", "OrthoPGD"), (4 / 255, 8 / 255)
 IMAGES = 9
 WAYS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+# Ray's two agents, which a killed driver's raylet leaves behind, wait 60 s for an answer of Ray's own server, which is
+# gone, before they end (`publish_error_to_driver` of Ray 2.60): up to 71 s were seen.
+AGENTS = 100
 MARK = "ORTHATTACK_SOAK"  # an environment variable by which a run's processes are known, whoever has started them
 
 
@@ -148,10 +151,10 @@ class Soak:
 
     def gone(self, name: str) -> None:
         """Wait until no process of a run is left, as when Ray's reaper ends what a killed driver leaves."""
-        until = time.monotonic() + 60
+        until = time.monotonic() + AGENTS
         while found := processes(name):
             if time.monotonic() > until:
-                self.findings.append(f"{name}: still at work after a minute: {[title for _, title in found][:5]}")
+                self.findings.append(f"{name}: still at work after {AGENTS} s: {[title for _, title in found][:5]}")
                 for pid, _ in found:
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)

@@ -17,6 +17,7 @@ from orthattack import __version__
 from orthattack.eval.errors import EvaluationError, out_of_memory, printable, say, told
 
 if TYPE_CHECKING:
+    from orthattack.eval.running.worker import Inputs
     from orthattack.eval.storage.run_folder import RunFolder
     from orthattack.eval.suite import Suite
 
@@ -174,13 +175,23 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.engine is not None and options.shard is not None:
         raise EvaluationError("--shard is for processes that share the work without --engine")
     from orthattack.eval.api import run_folder
-    from orthattack.eval.running.run import run_suite, suite_inputs
+    from orthattack.eval.running.run import suite_inputs
 
     source = suite_inputs(suite)
     if options.shard is not None and options.out is None and options.suite is None:
         raise EvaluationError("--shard needs --out, the folder that all shards share")
     folder = run_folder(options.out, None if options.suite is None else options.suite.stem, say)
-    signal.signal(signal.SIGTERM, _interrupt)  # stop in order, as by Ctrl-C
+    before = signal.signal(signal.SIGTERM, _interrupt)  # stop in order, as by Ctrl-C
+    try:
+        return _carry_out(options, suite, source, folder)
+    finally:  # as Python ends, nothing would catch an interrupt any more
+        signal.signal(signal.SIGTERM, before)
+
+
+def _carry_out(options: argparse.Namespace, suite: Suite, source: Inputs, folder: RunFolder) -> int:
+    """Do what is left of a run, and tell of it."""
+    from orthattack.eval.running.run import run_suite
+
     with ExitStack() as stack:
         crew = None
         if options.engine is not None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -257,7 +258,9 @@ def test_images_none_of_which_can_be_read(capsys, tmp_path):
     for k in range(10):
         (tmp_path / "data" / str(k)).mkdir(parents=True)
         (tmp_path / "data" / str(k) / "x.png").touch()
+    before = signal.getsignal(signal.SIGTERM)
     assert cli.main(["eval", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]) == 1
+    assert signal.getsignal(signal.SIGTERM) == before  # as Python ends, an interrupt would be a wrong exit code
     captured = capsys.readouterr()
     assert "orthattack: no attack returned anything that could be scored" in captured.err
     assert "left out of cifar10-robust by every attack: 10 x unreadable" in captured.out
