@@ -1,4 +1,4 @@
-"""Four published attacks that are not in the package, each in at most 25 lines of its public names.
+"""Four published attacks, each in at most 25 lines of the package's public names, which has most of them built in too.
 
 python examples/own_attacks.py
 

@@ -7,6 +7,7 @@ import numbers
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any, TypeGuard
 
 import torch
@@ -68,6 +69,8 @@ def same_values(a: Any, b: Any) -> bool:
         return a.keys() == b.keys() and all(same_values(value, b[name]) for name, value in a.items())
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same_values, a, b))
+    if is_dataclass(a):  # which may hold tensors, whose == is none
+        return all(same_values(getattr(a, field.name), getattr(b, field.name)) for field in fields(a))
     return bool((a == b).all() if type(a).__module__ == "numpy" else a == b)
 
 

@@ -27,3 +27,13 @@ from orthattack.attacks.square import Square as Square
 from orthattack.attacks.task import AttackResult as AttackResult
 from orthattack.attacks.task import ScoredStep as ScoredStep
 from orthattack.attacks.task import Task as Task
+from orthattack.attacks.transfer import DIFGSM as DIFGSM
+from orthattack.attacks.transfer import SINIFGSM as SINIFGSM
+from orthattack.attacks.transfer import TIFGSM as TIFGSM
+from orthattack.attacks.transfer import VMIFGSM as VMIFGSM
+from orthattack.attacks.transfer import VNIFGSM as VNIFGSM
+from orthattack.attacks.transfer import OrthoDIFGSM as OrthoDIFGSM
+from orthattack.attacks.transfer import OrthoSINIFGSM as OrthoSINIFGSM
+from orthattack.attacks.transfer import OrthoTIFGSM as OrthoTIFGSM
+from orthattack.attacks.transfer import OrthoVMIFGSM as OrthoVMIFGSM
+from orthattack.attacks.transfer import OrthoVNIFGSM as OrthoVNIFGSM

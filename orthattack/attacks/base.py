@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, TypedDict, get_args
+from typing import Any, ClassVar, TypedDict, TypeGuard, get_args
 
 import torch
 from torch import Tensor
@@ -33,8 +33,9 @@ from orthattack.attacks.configured import Configured
 from orthattack.attacks.fast_copy import Optimize, fast_copy
 from orthattack.attacks.goals import Targeted, aimed, check_targeted, turns
 from orthattack.attacks.gradient_form import Enforce, GradientForm, Reference, check_form
+from orthattack.attacks.rules import variance
 from orthattack.attacks.scoring import InBatches, Oracle, Precision, Scorer, Transform, has_bfloat16
-from orthattack.attacks.task import AttackResult, Best, Merit, OnStep, Search, Streams, Task
+from orthattack.attacks.task import AttackResult, Best, Keep, Merit, OnStep, Search, Streams, Task
 from orthattack.lending import borrowed, guarded, in_evaluation, is_foreign
 from orthattack.losses import Goal, Loss, attack_loss
 from orthattack.models import Model, explained
@@ -72,8 +73,9 @@ class GradientOptions(Options, total=False):
 
     enforce: Enforce
     reference: Reference
-    transform: Transform | None
+    transform: Transform | Sequence[Transform] | None
     gradient_model: Model | None
+    keep: Keep
 
 
 @dataclass(frozen=True)
@@ -153,15 +155,19 @@ class Attack(Configured):
         levels: int | None = None,
         enforce: Enforce = "perturbation",
         reference: Reference = "clean",
-        transform: Transform | None = None,
+        transform: Transform | Sequence[Transform] | None = None,
         gradient_model: Model | None = None,
+        keep: Keep = "best",
         on_step: OnStep | None = None,
     ) -> None:
         self._models = {"model": model} | ({} if gradient_model is None else {"gradient_model": gradient_model})
         for name, asked in self._models.items():
             check_model(name, asked)
-        for name, function in {"transform": transform, "on_step": on_step}.items():
-            if function is not None and not callable(function):
+        self._transforms = tuple(transform) if _is_list(transform) else () if transform is None else (transform,)
+        if transform is not None and not self._transforms:
+            raise ValueError("transform must be a function, or a list of one or more of them; got an empty list")
+        for name, function in [*(("transform", one) for one in self._transforms), ("on_step", on_step)]:
+            if not callable(function) and (function is not None or name == "transform"):
                 raise ValueError(f"{name} must be a function; got {type(function).__name__}")
         check_form(enforce, reference)
         check_choice("precision", precision, get_args(Precision))
@@ -177,6 +183,9 @@ class Attack(Configured):
         if turns(targeted) is not None and (search.merit == "norm" or "targets" in self._names()):
             instead = "targets=9 takes nine in turn" if "targets" in self._names() else "leave it out"
             raise ValueError(f"{type(self).__name__} looks for classes to reach itself; got {targeted=!r}: {instead}")
+        check_choice("keep", keep, get_args(Keep))
+        if keep == "last" and (search.merit != "loss" or turns(targeted) is not None):
+            raise ValueError('keep="last" is for attacks that climb one loss, such as MIFGSM: leave it out here')
         self.model = model
         if eps is None and search.merit != "norm":
             raise ValueError("eps must be a radius in pixel units, such as 8/255: only a minimal search goes without")
@@ -197,6 +206,7 @@ class Attack(Configured):
         self.early_stop, self.precision, self.eot_samples = early_stop, precision, eot_samples
         self.optimize: Optimize = optimize
         self.transform, self.gradient_model, self.on_step = transform, gradient_model, on_step
+        self.keep: Keep = keep
         self._loss = attack_loss(self.loss)
         self._observer = Observer()
         self._knows_radius = False  # whether the caller was warned that it allows every image
@@ -253,7 +263,7 @@ class Attack(Configured):
 
         Each sample's adversarial is the best of all its iterates, in all restarts, the first and the last one
         included: one that fools the model if there is one, and of those (or of the others) the one with the highest
-        loss. With `early_stop` it is the first that fools the model.
+        loss. With `early_stop` it is the first that fools the model, with ``keep="last"`` the last iterate.
 
         Args:
             images: (N, C, H, W), floating point, inside the bounds; values off by round-off are clamped.
@@ -322,7 +332,8 @@ class Attack(Configured):
             if start is not None:
                 _check_start(start, x)
             several = turns(self.targeted) if search is self.search else None
-            best = Best(x.clone() if strangers else x, search.merit if several is None else "margin", threat.norm)
+            merit = search.merit if several is None else "margin"
+            best = Best(x.clone() if strangers else x, merit, threat.norm, self.keep)
             if len(x) > 0:
                 form, free = GradientForm.of(threat, self.enforce, self.reference)
                 region = free.around(x.clone() if strangers else x)
@@ -368,7 +379,7 @@ class Attack(Configured):
             )
         return Oracle(
             lent["model"], precision, self.eot_samples, other if fast is None else fast, is_random, unchecked,
-            is_copy=other is None, transform=self.transform,
+            is_copy=other is None, transforms=self._transforms,
         )  # fmt: skip
 
     def _observed(self, lent: Mapping[str, Model], images: Tensor) -> bool:
@@ -434,7 +445,9 @@ class Attack(Configured):
         """Say, once for a call, for how many samples there was no usable gradient at half of the steps or more."""
         if stuck is None:  # there was one everywhere: see `_run`
             return
-        steps = result.gradient_calls // self.eot_samples
+        links = getattr(getattr(self.search, "rule", None), "links", ())
+        around = 1 + sum(link.samples for link in links if isinstance(link, variance))  # which are no steps
+        steps = result.gradient_calls // (self.eot_samples * max(1, len(self._transforms)) * around)
         flat, total = result.zero_gradients, len(stuck)
         rows = (
             steps > stuck,
@@ -512,7 +525,7 @@ class Attack(Configured):
             "the loss": is_foreign(self.loss),
             "a direction": any(is_foreign(direction) for direction in self.threat.directions),
             "the normal": is_foreign(self.threat.normal),
-            "the transform": self.transform is not None,
+            "the transform": len(self._transforms) > 0,
             **{f"the {name.replace('_', ' ')}": name != "model" for name in self._models},
             "on_step": self.on_step is not None,
             "the step rule": any(is_foreign(type(part)) for part in parts),
@@ -600,5 +613,5 @@ def _shown(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else repr(value)
 
 
-def _is_list(value: object) -> bool:
+def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, Sequence) and not isinstance(value, str)

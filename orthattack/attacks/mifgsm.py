@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from orthattack.attacks.ascent import Climb, rate
 from orthattack.attacks.base import Attack, GradientOptions
-from orthattack.attacks.rules import accumulated
+from orthattack.attacks.rules import Link, accumulated
 from orthattack.models import Model
 from orthattack.threat import Norm
 
@@ -27,6 +28,8 @@ class MIFGSM(Attack):
         alpha: step size in pixel units; by default ``eps / steps``.
         steps: gradient steps, at least 1.
         decay: how much of the momentum is kept at each step, at least 0.
+        links: what is done to each gradient before that, first to last, such as ``[smooth(gaussian(15))]`` or
+            ``[variance(20)]`` of `orthattack.attacks.rules`.
         **options: as for `PGD`.
     """
 
@@ -38,9 +41,10 @@ class MIFGSM(Attack):
         alpha: float | None = None,
         steps: int = 10,
         decay: float = 1.0,
+        links: Sequence[Link] = (),
         **options: Unpack[GradientOptions],
     ) -> None:
-        rule = accumulated("fixed", decay, nesterov=False)
+        rule = accumulated("fixed", decay, False, links)
         super().__init__(model, norm, eps, Climb(rule, steps, rate(1.0, steps), alpha), **options)
 
 

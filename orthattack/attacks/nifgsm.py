@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from orthattack.attacks.ascent import Climb, rate
 from orthattack.attacks.base import Attack, GradientOptions
-from orthattack.attacks.rules import accumulated
+from orthattack.attacks.rules import Link, accumulated
 from orthattack.models import Model
 from orthattack.threat import Norm
 
@@ -36,9 +37,10 @@ class NIFGSM(Attack):
         alpha: float | None = None,
         steps: int = 10,
         decay: float = 1.0,
+        links: Sequence[Link] = (),
         **options: Unpack[GradientOptions],
     ) -> None:
-        rule = accumulated("fixed", decay, nesterov=True)
+        rule = accumulated("fixed", decay, True, links)
         super().__init__(model, norm, eps, Climb(rule, steps, rate(1.0, steps), alpha), **options)
 
 

@@ -70,10 +70,13 @@ class PGD(Attack):
         transform: what is done to the images before the model, for gradients only, such as a random resize: a
             differentiable function of (images (N, C, H, W), draws) that returns as many images of any size.
             ``draws.uniform(3)`` and ``draws.normal(3)`` are random numbers (N, 3), each image's from its own stream.
-            ``eot_samples`` averages several. It must treat each image for itself.
+            ``eot_samples`` averages several. It must treat each image for itself. Of a list of such functions the
+            gradients are averaged (`orthattack.attacks.transforms`).
         gradient_model: another model to take gradients of, such as one with a differentiable stand-in (BPDA) or a
             surrogate. The model itself scores every point, in one more evaluation, as it does with a transform; calls
             of either count.
+        keep: "best", or "last", the last iterate (of the last restart) whether it fools the model or not, which is what
+            papers on transfer report.
         on_step: a function that is told of each batch of points that is scored, an `orthattack.attacks.ScoredStep`.
 
     Raises:

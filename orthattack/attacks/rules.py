@@ -7,7 +7,8 @@ the batch at any time. Every point that a rule returns lies in the region, and i
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -79,13 +80,15 @@ class Iterate:
 
     Attributes:
         ascent: the ascent; ``ascent.task`` has random numbers (``draws``), and the ``gradient`` anywhere.
-        points: (N, C, H, W) the iterate.
+        points: (N, C, H, W) the iterate, where the gradient was taken.
         step: its number, from 0.
+        base: (N, C, H, W) where the step is taken from: the iterate, unless that looks ahead.
     """
 
     ascent: Ascent
     points: Tensor
     step: int
+    base: Tensor
 
 
 def _check_made(link: object, made: Any, direction: Tensor) -> None:
@@ -142,7 +145,7 @@ class Chain:
     ) -> tuple[Tensor, State]:
         assert evaluation.gradient is not None
         alpha = ascent.alpha * self._factor(step / ascent.steps)
-        direction, at = evaluation.gradient, Iterate(ascent, points, step)
+        direction, at = evaluation.gradient, Iterate(ascent, points, step, state.get("base", points))
         kept: State = {}
         for k, link in enumerate(self.links):
             own = {name[len(f"{k} ") :]: value for name, value in state.items() if name.startswith(f"{k} ")}
@@ -155,7 +158,7 @@ class Chain:
         if ascent.steps == 1 and ascent.region.threat.norm == "l1":  # all of α at once
             low, high = ascent.region.threat.bounds
             count = (alpha / (_ONCE * (high - low))).clamp(1, max(1.0, direction[0].numel() / 5))
-        base = ascent.step(state.get("base", points), direction, alpha, count)
+        base = ascent.step(at.base, direction, alpha, count)
         if self.look_ahead == 0:
             return base, kept
         kept["base"] = base
@@ -198,14 +201,16 @@ def chain(*links: Link, schedule: Schedule = "fixed", look_ahead: float = 0.0) -
     return Chain(links, schedule, look_ahead)
 
 
-def accumulated(schedule: Schedule, momentum_: float, nesterov: bool) -> Chain:
-    """The rule of MI-FGSM, of NI-FGSM, or without momentum PGD's."""
+def accumulated(schedule: Schedule, momentum_: float, nesterov: bool, first: Sequence[Link] = ()) -> Chain:
+    """The rule of MI-FGSM, of NI-FGSM, or without momentum PGD's, after the links that come `first`."""
+    if not isinstance(first, Sequence):
+        raise ValueError(f"links must be a list of links, such as [variance(20)]; got {first!r}")
     check_real("momentum", momentum_, "a finite number >= 0", low=0)
     check_flag("nesterov", nesterov)
     if nesterov and momentum_ == 0:
         raise ValueError("nesterov=True needs a momentum > 0")
     links = (normalize("l1"), momentum(momentum_)) if momentum_ > 0 else ()
-    return chain(*links, schedule=schedule, look_ahead=momentum_ if nesterov else 0.0)
+    return chain(*first, *links, schedule=schedule, look_ahead=momentum_ if nesterov else 0.0)
 
 
 class _Stateless:
@@ -271,7 +276,7 @@ class smooth(_Stateless):  # noqa: N801
         kernel: (k, k) or one for both axes (k,), of odd k.
     """
 
-    kernel: Tensor
+    kernel: Tensor = field(repr=False)
 
     def __post_init__(self) -> None:
         kernel = self.kernel
@@ -288,11 +293,25 @@ class smooth(_Stateless):  # noqa: N801
         return functional.conv2d(direction, weight, padding=(height // 2, width // 2), groups=channels), state
 
 
+def gaussian(size: int = 15, reach: float = 3.0) -> Tensor:
+    """A kernel (size,) for `smooth`: the normal density at points from -`reach` to `reach`, of sum 1.
+
+    The standard deviation is ``(size - 1) / (2 · reach)`` pixels: 2.3 by default, the kernel of Dong et al. 2019
+    (arXiv:1904.02884) for images of 299 pixels. For 32 pixels, 5 is wide.
+    """
+    check_count("size", size)
+    check_real("reach", reach, "a finite number of standard deviations > 0", low=0, above=True)
+    bell = torch.exp(-torch.linspace(-reach, reach, size, dtype=torch.float64).square() / 2)
+    return bell / bell.sum()
+
+
 @dataclass(frozen=True)
 class variance:  # noqa: N801
     """A link: the direction tuned by what the gradient was on average around the iterate before::
 
         d_t + u_t,    u_{t+1} = mean_i ∇L(x_t + r_i) - d_t,    r_i uniform in [-reach · eps, reach · eps]^n
+
+    The neighbours are those of x_t where the gradient d_t is that of a point ahead, as in the authors' code.
 
     Args:
         samples: how many neighbours, each an evaluation and a gradient more, at least 1.
@@ -316,7 +335,7 @@ class variance:  # noqa: N801
         tuned = direction + state["variance"]
         if at.step + 1 == at.ascent.steps:  # nothing comes after
             return tuned, state
-        task, points, mean = at.ascent.task, at.points, torch.zeros_like(direction)
+        task, points, mean = at.ascent.task, at.base, torch.zeros_like(direction)
         reach = (self.reach * task.region.eps).to(points.dtype)
         for _ in range(self.samples):
             offset = (2 * task.draws.uniform(*points.shape[1:]) - 1).to(points.dtype)

@@ -143,7 +143,7 @@ class Oracle:
         precision: of the passes that give gradients.
         gradient_model: what gradients are taken of in its place, or None.
         is_copy: whether that is a copy of the model, whose answers are claims about the model's.
-        transform: what is done to the points before these passes, or None.
+        transforms: what is done to the points before these passes, one each: their gradients are averaged.
         eot_samples: how many passes are averaged for a model that draws at random: expectation over transformation
             (Athalye et al. 2018, arXiv:1707.07397). The loss, its gradient and the logits are means over them.
         is_random: whether the model draws at random. Then a success is only claimed by those logits; what confirms it
@@ -160,15 +160,16 @@ class Oracle:
         is_random: bool = False,
         unchecked: int = 0,
         is_copy: bool = True,
-        transform: Transform | None = None,
+        transforms: Sequence[Transform] = (),
     ):
         self._model, self._samples, self._is_random, self._unchecked = model, eot_samples, is_random, unchecked
-        self._gradient_model, self._transform = model if gradient_model is None else gradient_model, transform
+        self._gradient_model, self._transforms = model if gradient_model is None else gradient_model, transforms
+        self._passes = eot_samples * max(1, len(transforms))  # for a gradient
         self._is_bfloat16 = precision == "bfloat16"
         self._is_rough = self._is_bfloat16 or gradient_model is not None
         # What the passes for gradients say is then nothing about the model, which is asked for itself.
         own = gradient_model is not None and not is_copy
-        self._apart = " of ".join(["the transform"] * (transform is not None) + ["gradient_model"] * own)
+        self._apart = " of ".join(["the transform"] * (len(transforms) > 0) + ["gradient_model"] * own)
         self._is_apart = self._apart != ""
         self._unwatched = {False, True}
         self._classes: dict[bool, int] = {}
@@ -190,7 +191,7 @@ class Oracle:
         """
         apart = with_gradient and self._is_apart
         rough = with_gradient and self._is_rough and not apart
-        calls = torch.full_like(goal.classes, self._samples)
+        calls = torch.full_like(goal.classes, self._passes if with_gradient else self._samples)
         own, forward_calls = None, calls
         if apart:
             asked = self._samples if self._is_random else 1
@@ -219,7 +220,7 @@ class Oracle:
         logits, value, gradient, unusable = self._pass(points, goal, loss, self._is_rough, True, None, draws)
         assert gradient is not None
         gradient, stuck = _usable(gradient)
-        calls, reached = torch.full_like(goal.classes, self._samples), goal.reached(logits)
+        calls, reached = torch.full_like(goal.classes, self._passes), goal.reached(logits)
         exact = torch.zeros_like(stuck)
         return Evaluation(reached, value, goal.margin(logits), gradient, unusable | stuck, stuck, calls, calls, exact)
 
@@ -252,15 +253,16 @@ class Oracle:
         self, points: Tensor, goal: Goal, loss: LossFunction, rough: bool, with_gradient: bool,
         samples: int | None = None, draws: Draws | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
-        """Logits, loss and gradient, each the mean over the EOT samples, one sample in memory at a time; and whether
-        the loss was flat in all of them."""
-        samples = self._samples if samples is None else samples
+        """Logits, loss and gradient, each the mean over the EOT samples, and over the transforms, one pass in memory at
+        a time; and whether the loss was flat in all of them."""
+        samples = self._passes if with_gradient else self._samples if samples is None else samples
         total: list[Tensor] = []
-        for _ in range(samples):
+        for k in range(samples):
             if with_gradient:
                 leaf = points.detach().requires_grad_()
                 with torch.enable_grad(), _blamed(self._apart):
-                    seen = leaf if self._transform is None else _transformed(self._transform, leaf, draws)
+                    own = self._transforms[k % len(self._transforms)] if self._transforms else None
+                    seen = leaf if own is None else _transformed(own, leaf, draws)
                     logits = self._forward(seen, goal, rough or self._is_apart)
                 value, flat, gradient = _climbed(logits, goal, loss, leaf, True, self._apart or "the model")
                 assert gradient is not None

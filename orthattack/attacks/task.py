@@ -14,6 +14,7 @@ from orthattack.attacks.scoring import Draws, Evaluation, LossFunction, Scorer
 from orthattack.losses import Goal
 from orthattack.threat import Norm, Region, ThreatModel, perturbation_norm
 
+Keep = Literal["best", "last"]
 Merit = Literal["loss", "margin", "norm"]
 """What says which of two points is better: the larger loss or margin, or, once both fool, the smaller norm."""
 
@@ -108,15 +109,16 @@ class Best:
         by: what makes a point better than another that fools as well, or as little; by "norm", the larger margin until
             something fools.
         norm: of the perturbation, in the norm of the threat model.
+        keep: "last": what was offered last is the best.
     """
 
-    def __init__(self, images: Tensor, by: Merit = "loss", norm: Norm = "linf") -> None:
+    def __init__(self, images: Tensor, by: Merit = "loss", norm: Norm = "linf", keep: Keep = "best") -> None:
         n, device = len(images), images.device
         self.success = torch.zeros(n, dtype=torch.bool, device=device)
         self.adversarials = images.clone()
         self.exact = torch.zeros_like(self.success)
         self.by: Merit = by
-        self._images, self._norm = images, norm
+        self._images, self._norm, self._keeps_last = images, norm, keep == "last"
         self._merit = torch.full(
             (n,), -torch.inf, dtype=torch.promote_types(images.dtype, torch.float32), device=device
         )
@@ -140,6 +142,7 @@ class Best:
         better = success & ~self.success[index]
         # The later of two equals: a confident model's loss is exactly 0 long before its gradient is.
         better |= (success == self.success[index]) & (merit >= self._merit[index])
+        better = torch.ones_like(better) if self._keeps_last else better
         better = better if allowed is None else better & allowed
         self._zero[index] += evaluation.unusable
         self.stuck[index] += evaluation.stuck
@@ -147,7 +150,8 @@ class Best:
         self.count(index, evaluation.forward_calls, evaluation.gradient_calls)
         if len(index) == len(self.success):  # all samples, in order: one pass, and nothing that stops a GPU
             torch.where(better.view(-1, 1, 1, 1), points, self.adversarials, out=self.adversarials)
-            self.success, self._merit = self.success | success, torch.where(better, merit, self._merit)
+            self.success = torch.where(better, success, self.success)
+            self._merit = torch.where(better, merit, self._merit)
             self._loss = None if self._loss is None else torch.where(better, loss, self._loss)
             self._steps.masked_fill_(better, step)
             self.exact = torch.where(better, evaluation.exact, self.exact)

@@ -28,7 +28,9 @@ from orthattack import (
     alignment,
     fooled,
 )
+from orthattack.attacks.rules import gaussian, smooth, variance
 from orthattack.attacks.scoring import Oracle
+from orthattack.attacks.transforms import scales
 from orthattack.losses import Goal, attack_loss
 from tests.attacks.test_attacks import SIZE, Recorder, drawn, linear_model, small_model
 from tests.conftest import examples, image_kinds, seeds
@@ -41,13 +43,24 @@ PLAIN = {
     "PGD": {"steps": 4, "random_start": False},
     "MIFGSM": {"steps": 4},
     "NIFGSM": {"steps": 4},
+    "DIFGSM": {"steps": 4},
+    "TIFGSM": {"steps": 4, "links": [smooth(gaussian(3))]},
+    "SINIFGSM": {"steps": 4, "transform": scales(2)},
+    "VMIFGSM": {"steps": 4, "links": [variance(2, reach=9)]},
+    "VNIFGSM": {"steps": 4, "links": [variance(2, reach=9)]},
     "APGD": {"steps": 8},
     "FAB": {"steps": 6},
     "Square": {"queries": 25},
     "AutoAttack": {"steps": 4, "targets": 2, "queries": 8},
     "MinimumNorm": {"gradients": 24},
 }
-DRAWING = ["APGD", "AutoAttack"]  # those that draw random numbers for each sample, whatever the options
+DRAWING = [
+    "APGD",
+    "AutoAttack",
+    "DIFGSM",
+    "VMIFGSM",
+    "VNIFGSM",
+]  # those that draw random numbers for each sample, whatever the options
 FAMILY = {**PLAIN, **{f"Ortho{name}": options for name, options in PLAIN.items()}}
 ORTHO = [name for name in FAMILY if name.startswith("Ortho")]
 RADII = {"linf": 12 / 255, "l2": 0.5, "l1": 4.0}
@@ -59,11 +72,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def make(name, model, norm="linf", **options):
-    drawing = {} if name.endswith("FGSM") and name not in ("MIFGSM", "NIFGSM") else {"generator": seeded()}
-    if name in ("OrthoMIFGSM", "OrthoNIFGSM"):
-        drawing = {"generator": seeded()}
-    elif name == "OrthoFGSM":
-        drawing = {}
+    drawing = {} if name in ("FGSM", "OrthoFGSM") else {"generator": seeded()}
     return getattr(orthattack, name)(
         model, **{"norm": norm, "eps": RADII.get(norm, 1.0), **FAMILY[name], **drawing, **options}
     )
