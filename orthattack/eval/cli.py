@@ -83,8 +83,10 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("folder", metavar="RUN", help="the run's folder, or its URL")
     report.add_argument("--to", type=Path, metavar="DIR", help="write it there instead of into the run's folder")
     report.set_defaults(run=_report)
-    compare = commands.add_parser("compare", help="set two runs side by side, image by image")
-    compare.add_argument("folders", nargs=2, metavar="RUN", help="the runs' folders, or URLs")
+    compare = commands.add_parser("compare", help="compare two runs, or two models, image by image")
+    compare.add_argument(
+        "folders", nargs=2, metavar="RUN", help="the runs' folders, or URLs; RUN:MODEL is one model of it"
+    )
     compare.set_defaults(run=_compare)
     models = commands.add_parser("models", help="list the classifiers that can be named, with their weights")
     models.add_argument("pattern", nargs="?", default="", help="only names that contain this")
@@ -327,9 +329,9 @@ def _report(options: argparse.Namespace) -> int:
 
 def _compare(options: argparse.Namespace) -> int:
     from orthattack.eval.report.text import compare
-    from orthattack.eval.results.stored_run import Run
+    from orthattack.eval.results.comparison import opened
 
-    print(compare(*(Run.open(folder) for folder in options.folders)))
+    print(compare(*map(opened, options.folders)))
     return 0
 
 

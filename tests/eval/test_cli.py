@@ -180,6 +180,9 @@ def test_two_runs_are_compared(tmp_path, capsys):
     assert "PGD" in shown
     assert "steps" in shown  # what differs in configuration
     assert "is not the folder of a run" in refused(capsys, "compare", tmp_path / "a", tmp_path)
+    assert cli.main(["compare", f"{tmp_path}/a:cifar10-robust", f"{tmp_path}/b"]) == 0
+    assert f"first: cifar10-robust: {tmp_path}/a" in capsys.readouterr().out
+    assert "has no model 'x'; it has cifar10-robust" in refused(capsys, "compare", f"{tmp_path}/a:x", tmp_path / "b")
 
 
 @pytest.mark.slow

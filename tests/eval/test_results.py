@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import binomtest
 
 from orthattack.eval.errors import EvaluationError
-from orthattack.eval.results.comparison import CLEAN, compared, differences
+from orthattack.eval.results.comparison import CLEAN, compared, differences, opened
 from orthattack.eval.results.outcomes import by_cause, cause
 from orthattack.eval.results.stored_run import COSINE_EDGES, WORST, Run
 from tests.eval.synthetic import ATTACKS, EPS, make_run
@@ -318,7 +318,10 @@ def test_runs_that_cannot_be_compared_say_why(tmp_path, run):
     with pytest.raises(EvaluationError, match=r"is of norm linf and .* of l2"):
         compared(run, other)
     other = Run.open(make_run(tmp_path / "models", models=("x", "y"), n=5, stored=0).path)
-    with pytest.raises(EvaluationError, match="no model in common: standard, robust and x, y"):
+    with pytest.raises(
+        EvaluationError,
+        match=r"no model in common: standard, robust in .* and x, y in .*; say which to compare, as RUN:MODEL",
+    ):
         compared(run, other)
     other = Run.open(make_run(tmp_path / "none", limit=0).path)
     with pytest.raises(EvaluationError, match="share no image that both scored"):
@@ -330,7 +333,44 @@ def test_two_runs_of_one_model_each_are_compared_whatever_it_is_called(tmp_path)
     two = Run.open(make_run(tmp_path / "b", models=("b",), n=10, stored=0).path)
     table = compared(one, two)
     assert set(table["model"]) == {"a / b"}
-    assert "model a: only in the first run" in differences(one, two)
+    assert differences(one, two) == ["model.label: a -> b", "model.name: a -> b"]
+
+
+def test_two_models_of_a_run_are_compared_on_the_same_images(run):
+    first, second = opened(f"{run.folder}:standard"), opened(f"{run.folder}:robust")
+    table = compared(first, second)
+    assert set(table["model"]) == {"standard / robust"}
+    row = table[(table["attack"] == "PGD") & (table["eps"] == EPS[1])].iloc[0]
+    robust = []
+    for model in ("standard", "robust"):
+        rows = run.rows(model, "PGD", EPS[1]).set_index("name")
+        rows = rows[rows["status"].isin(["ok", "misclassified"])]
+        robust.append((rows["status"] == "ok") & ~rows["success"].fillna(True).astype(bool))
+    # An image is the same if its name and label are, and the made-up models differ in labels.
+    labels = [run.rows(model, "PGD", EPS[1]).set_index("name")["label"] for model in ("standard", "robust")]
+    same = [name for name in robust[0].index.intersection(robust[1].index) if labels[0][name] == labels[1][name]]
+    a, b = (one[same].to_numpy(bool) for one in robust)
+    assert row["n"] == len(same) > 5
+    assert (row["first_robust_alone"], row["second_robust_alone"]) == ((a & ~b).sum(), (~a & b).sum())
+    assert row["p"] == pytest.approx(binomtest(int((a & ~b).sum()), int((a != b).sum())).pvalue)
+
+
+def test_a_model_is_compared_across_runs_with_one_of_another_name(run, tmp_path):
+    other = make_run(tmp_path / "other:run", models=("x", "timm:y:z"), n=60, stored=0)
+    assert list(opened(str(other)).models) == ["x", "timm:y:z"]  # a folder may have a colon too
+    table = compared(opened(f"{run.folder}:standard"), opened(f"{other}:timm:y:z"))
+    assert set(table["model"]) == {"standard / timm:y:z"}
+    table = compared(opened(f"{other}:x"), opened(f"{other}:x"))
+    assert (table["difference"] == 0).all()
+
+
+def test_a_model_that_a_run_lacks_is_refused_with_those_that_it_has(run, tmp_path):
+    with pytest.raises(EvaluationError, match=r"run has no model 'robst'; it has standard, robust$"):
+        opened(f"{run.folder}:robst")
+    with pytest.raises(EvaluationError, match=r"nothing:standard is not the folder of a run"):
+        opened(f"{tmp_path}/nothing:standard")
+    with pytest.raises(EvaluationError, match=r"s3x is not the folder of a run"):
+        opened(f"{tmp_path}/s3x")
 
 
 def test_reasons_are_counted_by_their_cause():

@@ -287,7 +287,10 @@ def compare(first: Run, second: Run, *, as_markdown: bool = False) -> str:
     they cannot be compared, see `compared`."""
     columns, rows = tables.COMPARED, tables.compared_rows(compared(first, second), first.norm)
     texts = [
-        *(f"{which}: {run.folder}" for which, run in (("first", first), ("second", second))),
+        *(
+            ": ".join([which, *([*run.models] if len(run.models) == 1 else []), str(run.folder)])
+            for which, run in (("first", first), ("second", second))
+        ),
         "right images of n that both scored, matched by name and label; only: right in this run and not in the other",
         "difference: first less second, in points, Tango's score interval, 95 %; p: McNemar's exact test",
         *(

@@ -1,7 +1,8 @@
-"""Two runs beside each other: the same images, paired, and what differs in how they were made."""
+"""Two runs, or two models, beside each other: the same images, paired, and what differs in how they were made."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,17 @@ from orthattack.eval.errors import EvaluationError
 from orthattack.eval.results.outcomes import ROBUST, UNSCORED, WRONG, bools, is_, paired_row
 from orthattack.eval.results.paired import Paired
 from orthattack.eval.results.stored_run import Run
+from orthattack.eval.storage.run_folder import RunFolder
 
 CLEAN = "(clean)"  # what the rows are called that compare the models on the images as they are
+
+
+def opened(place: str) -> Run:
+    """A run, or one of its models, RUN:MODEL; EvaluationError if there is no such run, or it has no such model."""
+    for k in (k for k in range(len(place) - 1, 0, -1) if place[k] == ":" and place[k:][:3] != "://"):
+        if not RunFolder(place).exists and (folder := RunFolder(place[:k])).exists:
+            return Run.open(str(folder)).of_model(place[k + 1 :])
+    return Run.open(place)
 
 
 def compared(first: Run, second: Run) -> pd.DataFrame:
@@ -33,7 +43,8 @@ def compared(first: Run, second: Run) -> pd.DataFrame:
         pairs = [(next(iter(first.models)), next(iter(second.models)))]
     if not pairs:
         raise EvaluationError(
-            f"the runs have no model in common: {', '.join(first.models)} and {', '.join(second.models)}"
+            f"the runs have no model in common: {', '.join(first.models)} in {first.folder} and "
+            f"{', '.join(second.models)} in {second.folder}; say which to compare, as RUN:MODEL"
         )
     radii = [(a, b) for a in first.radii for b in second.radii if a == b or _close(a, b)]
     rows = []
@@ -96,12 +107,15 @@ def differences(first: Run, second: Run) -> list[str]:
     """What differs between two runs: settings, attacks and models by label, and the versions of the last session."""
     sides: list[dict[str, Any]] = [_settings(first), _settings(second)]
     found = []
-    for kind, one, other in (("attack", first.attacks, second.attacks), ("model", first.models, second.models)):
+    models: list[Mapping[str, Mapping[str, Any]]] = [first.models, second.models]
+    if len(first.models) == len(second.models) == 1:  # which are compared whatever they are called
+        models = [{"": about} for run in (first, second) for about in run.models.values()]
+    for kind, one, other in (("attack", first.attacks, second.attacks), ("model", models[0], models[1])):
         for label in dict.fromkeys([*one, *other]):
             if label in one and label in other:
                 for side, about in zip(sides, (one[label], other[label]), strict=True):
                     # Class names are as many as there are classes; where they differ, so do their number or source.
-                    side[f"{kind} {label}"] = {k: v for k, v in about.items() if k != "class_names"}
+                    side[f"{kind} {label}".rstrip()] = {k: v for k, v in about.items() if k != "class_names"}
             else:
                 found.append(f"{kind} {label}: only in the {'first' if label in one else 'second'} run")
     return found + suite.differences(sides[0], sides[1], "{}: {} -> {}")

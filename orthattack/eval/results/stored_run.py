@@ -106,6 +106,13 @@ class Run:
         """The same run, its attacks in another norm."""
         return Run(self.folder, self.manifest, norm, self._checks)
 
+    def of_model(self, label: str) -> Run:
+        """The same run, of one of its models alone; EvaluationError that says which it has, if not this one."""
+        if label not in self.models:
+            raise EvaluationError(f"{self.folder} has no model {label!r}; it has {', '.join(self.models) or 'none'}")
+        models = [model for model in self.manifest["models"] if model["label"] == label]
+        return Run(self.folder, {**self.manifest, "models": models}, self.norm, self._checks)
+
     def radii_of(self, attack: str) -> list[float | None]:
         """The radii under which the rows of an attack are stored: None alone for one that minimises the norm."""
         about = self.attacks[attack]

@@ -96,6 +96,12 @@ class Plan:
         count = self._counts[model]
         return frozenset({"gallery": evenly(GALLERY, count), "all": range(count), "none": ()}[self.suite.save_images])
 
+    def image_bytes(self) -> int:
+        """What the images to keep take on a disk, the clean ones among them, if every image is attacked."""
+        sizes = {model["label"]: int(model["preprocessing"]["crop"]) for model in self.manifest["models"]}
+        each = 1 + len(self.entries)
+        return sum(each * len(self.kept(model)) * 3 * size**2 * 4 for model, size in sizes.items())  # as float32
+
     def todo(self, share: Share | None = None) -> Todo:
         """The units that are left of a run, or of share i of n: of all units, every n-th from the i-th on.
 

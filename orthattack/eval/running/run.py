@@ -7,6 +7,7 @@ processes share the work.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -141,6 +142,7 @@ def run_suite(
         with _working_in(folder, share, session, say):
             manifest = _manifest(suite, inputs, folder, session, say)
             plan = Plan(suite, entries, manifest, folder)
+            _say_what_images_take(plan, say)
             if engine is None:
                 engine = _Here(inputs, device)
             session["workers"] = engine.workers
@@ -230,6 +232,18 @@ def _recorded(folder: RunFolder, session: dict[str, Any]) -> Iterator[None]:
         with suppress(OSError):  # a full disk has been reported; the record of the session's start stands
             folder.write_session(session)
             folder.write_manifest(folder.manifest())
+
+
+def _say_what_images_take(plan: Plan, say: Callable[[str], None]) -> None:
+    """Before any is stored, if it is more than a few."""
+    size, folder, kept = plan.image_bytes(), plan.folder, plan.suite.save_images
+    if size < 10e6:
+        return
+    text = f'images take up to {size / 1e6:,.0f} MB in {folder}/images (save_images = "{kept}"): '
+    text += {"all": '"gallery" keeps a few, "none" none', "gallery": '"none" keeps none'}[kept]
+    if folder.path is not None and (free := shutil.disk_usage(folder.path).free) < size:
+        text += f"; the disk has {free / 1e6:,.0f} MB left"
+    say(text)
 
 
 def _cannot_write(folder: RunFolder, error: OSError) -> EvaluationError:

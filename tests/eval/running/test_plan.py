@@ -183,3 +183,10 @@ def test_images_saved_in_8_bits_are_tried_when_all_else_is_there(folder):
     assert plan.shard(unit, 4) == Shard("a", f"{SAVED}FGSM", 0.1, 0, "checks")
     do(folder, plan, unit)
     assert unit not in plan.last()
+
+
+def test_what_images_take_is_of_those_to_keep_the_clean_ones_among_them(folder):
+    image = 3 * 8 * 8 * 4
+    assert planned(folder, save_images="all", eps=[0.1, 0.2]).image_bytes() == (10 + 4) * (1 + 4) * image
+    assert planned(folder, save_images="none").image_bytes() == 0
+    assert planned(folder, attacks=["FGSM"]).image_bytes() == (10 + 4) * 2 * image  # as few as are all in the gallery

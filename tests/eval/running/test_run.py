@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from orthattack.eval.data.prefetch import Decoder
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models.load import load_classifier
 from orthattack.eval.running import chunk as jobs
-from orthattack.eval.running.plan import GALLERY
+from orthattack.eval.running.plan import GALLERY, Plan
 from orthattack.eval.running.run import _working_in, run_suite, suite_inputs
 from orthattack.eval.running.worker import Inputs
 from orthattack.eval.storage.run_folder import RunFolder
@@ -420,6 +421,18 @@ def test_what_cannot_be_scored_is_neither_success_nor_failure(tmp_path):
     assert "returned NaN or infinite pixels" in found["nan"]["message"].dropna().tolist()
     assert (found["nan"]["status"] == "ok").any()
     assert (found["fine"].loc[~wrong, "success"] == False).all()  # noqa: E712 - a nullable column
+
+
+def test_what_images_take_is_said_before_it_is_taken(tmp_path, monkeypatch):
+    said, path = [], tmp_path / "r"
+    chosen = suite(attacks=["FGSM"], save_images="all")
+    start(path, chosen, say=lambda text: said.append((text, (path / "images").exists())))
+    monkeypatch.setattr(Plan, "image_bytes", lambda _: 2 * 10**19)
+    start(tmp_path / "large", chosen, say=lambda text: said.append((text, (tmp_path / "large" / "images").exists())))
+    ((text, begun),) = [entry for entry in said if "images take" in entry[0]]  # a few are not worth a line
+    assert f"up to 20,000,000,000,000 MB in {tmp_path}/large/images" in text
+    assert re.search(r"the disk has [\d,]+ MB left$", text)
+    assert not begun
 
 
 def test_memory_that_runs_out_halves_the_batch_and_says_so_once(tmp_path):
