@@ -2,12 +2,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist worksteal --durations 10
 
 .PHONY: demo test test-all test-oldest coverage surface figures lint audit docs clean
 
-demo: $(VENV)/demo.installed  ## attack the bundled models on 20 images and print the table
-	$(BIN)/orthattack eval $(ARGS)
+demo: $(VENV)/imagenet.installed  ## attack two models on 20 images each, print the tables and write the reports to DEMO
+	$(BIN)/orthattack eval --model efficientnet-lite0 --data imagenet-samples --eps 0.25/255 4/255 \
+	  --attacks PGD OrthoPGD --steps 5 --no-checks --out $(DEMO)/imagenet $(ARGS)
+	$(BIN)/orthattack eval --model cifar10-robust --out $(DEMO)/cifar10 $(ARGS)
 
 test: $(VENV)/test.installed  ## the fast lane: every promise at least once, in at most five minutes on two cores
 	$(PYTEST) $(ARGS)
@@ -37,7 +40,7 @@ lint: $(VENV)/dev.installed  ## formatting, lint, types, imports and spelling
 	$(BIN)/lint-imports
 	$(BIN)/typos
 
-audit: $(VENV)/demo.installed  ## compare what is installed with the advisories of PyPI, which must be reachable
+audit: $(VENV)/imagenet.installed  ## compare what is installed with the advisories of PyPI, which must be reachable
 	$(BIN)/python -m pip install --quiet pip-audit
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[^ ;]*//' > $(VENV)/installed.txt
 	$(BIN)/python -m pip_audit --strict --no-deps --disable-pip -r $(VENV)/installed.txt $(ARGS)
@@ -52,10 +55,6 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "orthattack needs Python 3.10 or newer; $(PYTHON) is older: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
-
-$(VENV)/demo.installed: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable .
-	@touch $@
 
 $(VENV)/%.installed: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable ".[$*]"
