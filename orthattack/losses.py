@@ -16,7 +16,7 @@ from torch.nn import functional
 
 __all__ = ["Goal", "Loss", "LossName", "attack_loss", "margin"]
 
-LossName = Literal["ce", "margin", "dlr", "logit-difference"]
+LossName = Literal["ce", "margin", "dlr", "logit-difference", "kl"]
 Loss = LossName | Callable[[Tensor, Tensor], Tensor]
 
 
@@ -29,12 +29,14 @@ class Goal:
         targets: (N,) the classes to reach. With labels too, they only direct the loss: any other class is a success.
         top_k: the label is to leave the k most likely classes, or the target to be among them.
         confidence: by how much the logits are to be beyond that, at least.
+        clean: (N, K) the logits of the images, which the loss "kl" leads away from.
     """
 
     labels: Tensor | None
     targets: Tensor | None = None
     top_k: int = 1
     confidence: float = 0.0
+    clean: Tensor | None = None
 
     @property
     def classes(self) -> Tensor:
@@ -45,8 +47,9 @@ class Goal:
 
     def select(self, index: Tensor) -> Goal:
         """The goal of the samples at `index` only."""
-        labels, targets = (None if classes is None else classes[index] for classes in (self.labels, self.targets))
-        return replace(self, labels=labels, targets=targets)
+        known = (self.labels, self.targets, self.clean)
+        labels, targets, clean = (None if value is None else value[index] for value in known)
+        return replace(self, labels=labels, targets=targets, clean=clean)
 
     @property
     def rank(self) -> int:
@@ -86,6 +89,9 @@ def attack_loss(loss: Loss) -> Callable[[Tensor, Goal], Tensor]:
                 scale (Croce & Hein 2020, arXiv:2003.01690; at least 3 classes). Targeted at t it is
                 ``(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2)``, negated (at least 4 classes), with z_(1) in place of
                 z_y where no label is known.
+            "kl"
+                ``Σ_j p_j (log p_j - log softmax(z)_j)``, p the model's own answer for the image, whatever the label
+                (TPGD, of TRADES: Zhang et al. 2019, arXiv:1901.08573).
             a function
                 of (logits, labels) that returns (N,) values, larger for a worse prediction of the labels.
 
@@ -95,7 +101,7 @@ def attack_loss(loss: Loss) -> Callable[[Tensor, Goal], Tensor]:
         ValueError: an unknown name.
     """
     if isinstance(loss, str):
-        if loss not in _NAMED:
+        if loss not in get_args(LossName):
             raise ValueError(
                 f"loss must be one of {', '.join(map(repr, get_args(LossName)))} or callable; got {loss!r}"
             )
@@ -112,6 +118,10 @@ class _Ascended:
     loss: Loss
 
     def __call__(self, logits: Tensor, goal: Goal) -> Tensor:
+        if self.loss == "kl":
+            assert goal.clean is not None
+            answers = [functional.log_softmax(z, dim=1) for z in (logits, goal.clean)]
+            return functional.kl_div(answers[0], answers[1], reduction="none", log_target=True).sum(1)
         chosen = _NAMED[self.loss] if isinstance(self.loss, str) else self._of_copies
         if self.loss == "margin":
             own = goal.classes if goal.targets is None else goal.targets

@@ -43,6 +43,17 @@ def test_targeting_flips_the_sign_and_nothing_else(seed, name):
 
 
 @given(st.integers(0, 10_000))
+def test_the_divergence_from_the_images_answer_agrees_with_its_definition(seed):
+    logits, labels = drawn(seed)
+    clean = drawn(seed + 1)[0]
+    values = attack_loss("kl")(logits, Goal(labels, clean=clean))
+    p, q = clean.softmax(1), logits.softmax(1)
+    torch.testing.assert_close(values, (p * (p / q).log()).sum(1))
+    rows = torch.tensor([3, 1])
+    assert torch.equal(attack_loss("kl")(logits[rows], Goal(labels, clean=clean).select(rows)), values[rows])
+
+
+@given(st.integers(0, 10_000))
 def test_targeted_dlr_agrees_with_its_definition(seed):
     logits, labels = drawn(seed)
     targets = (labels + 1 + torch.arange(20) % 4) % 5

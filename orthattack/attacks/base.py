@@ -183,6 +183,8 @@ class Attack(Configured):
         if turns(targeted) is not None and (search.merit == "norm" or "targets" in self._names()):
             instead = "targets=9 takes nine in turn" if "targets" in self._names() else "leave it out"
             raise ValueError(f"{type(self).__name__} looks for classes to reach itself; got {targeted=!r}: {instead}")
+        if loss == "kl" and targeted:
+            raise ValueError(f'loss="kl" leads to no class; got {targeted=!r}: leave it out, or choose another loss')
         check_choice("keep", keep, get_args(Keep))
         if keep == "last" and (search.merit != "loss" or turns(targeted) is not None):
             raise ValueError('keep="last" is for attacks that climb one loss, such as MIFGSM: leave it out here')
@@ -342,9 +344,13 @@ class Attack(Configured):
                 if batch_size is not None and batch_size < len(x):
                     oracle = InBatches(oracle, batch_size)
                 index = torch.arange(len(x), device=x.device)
+                goal = Goal(labels, None, self.top_k, self.confidence)
+                if self.loss == "kl":
+                    goal = replace(goal, clean=oracle.logits(region.images.to(region.dtype), goal))
+                    best.count(index, torch.full_like(index, self.eot_samples), torch.zeros_like(index))
                 task = Task(
-                    oracle, self._loss, Goal(labels, None, self.top_k, self.confidence), region, index, best,
-                    early_stop, self._streams(seeds, len(x)), form, is_random, self.on_step,
+                    oracle, self._loss, goal, region, index, best, early_stop, self._streams(seeds, len(x)), form,
+                    is_random, self.on_step,
                 )  # fmt: skip
                 task = aimed(task, self.targeted, targets, self.eot_samples)
                 goal = task.goal.select(index)

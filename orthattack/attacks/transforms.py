@@ -25,7 +25,7 @@ class diversity:  # noqa: N801
     the authors' code.
 
     Args:
-        rate: of the sizes, > 0 and not 1.
+        rate: of the sizes, > 0.
         probability: that this is done, in [0, 1].
 
     Source: Xie et al. 2019, arXiv:1803.06978.

@@ -24,6 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Any, Literal, NoReturn, final
 
@@ -38,12 +39,18 @@ from orthattack.attacks.fgsm import OrthoFGSM
 from orthattack.attacks.mifgsm import OrthoMIFGSM
 from orthattack.attacks.nifgsm import OrthoNIFGSM
 from orthattack.attacks.pgd import OrthoPGD
+from orthattack.attacks.rules import gaussian, smooth, variance
+from orthattack.attacks.transfer import OrthoDIFGSM, OrthoSINIFGSM, OrthoTIFGSM, OrthoVMIFGSM, OrthoVNIFGSM
+from orthattack.attacks.transforms import diversity, scales
 from orthattack.lending import Model, borrowed, global_random_numbers, guarded
 from orthattack.models import Normalized, fooled
 from orthattack.projection import Scope
 from orthattack.threat import Norm
 
-__all__ = ["APGD", "FGSM", "MIFGSM", "NIFGSM", "PGD", "PGDL2", "MultiAttack"]
+__all__ = [
+    "APGD", "BIM", "DIFGSM", "EOTPGD", "FGSM", "MIFGSM", "NIFGSM", "PGD", "PGDL2", "RFGSM", "SINIFGSM", "TIFGSM",
+    "TPGD", "VMIFGSM", "VNIFGSM", "MultiAttack",
+]  # fmt: skip
 __wrapper__ = ["MultiAttack"]
 
 _NORMS: dict[str, Norm] = {"Linf": "linf", "L2": "l2"}
@@ -166,7 +173,7 @@ class _Base(ABC):
 
     def _set_mode(self, kind: str, targets: Callable[[Model, Tensor, Tensor], Tensor] | None) -> None:
         if "targeted" not in self.supported_mode:
-            raise ValueError(f"{type(self).__name__} has no targeted mode of its own: set those of its attacks")
+            raise ValueError(f"{type(self).__name__} has no targeted mode; MultiAttack's are those of its attacks")
         vars(self).update(attack_mode=f"targeted({kind})", targeted=True, _targets=targets)
 
     def set_model(self, model: nn.Module) -> None:
@@ -354,6 +361,8 @@ class _Compatible(_Base):
     """An attack of ours by the arguments of torchattacks'. It is made anew for each call, so that attributes such as
     ``eps`` can be set at any time; what the constructor refuses is refused there too."""
 
+    _draws = False  # random numbers, beside a random start
+
     def __init__(self, model: nn.Module, scope: Scope | None) -> None:
         self.scope = scope
         super().__init__(model)
@@ -368,7 +377,7 @@ class _Compatible(_Base):
     def _generator(self) -> torch.Generator | None:
         """The random numbers of one call: if there are any, a stream drawn from the global one, as `torch.manual_seed`
         is expected to make a call repeatable and two calls differ."""
-        if not vars(self).get("random_start", False):
+        if not self._draws and not vars(self).get("random_start", False):
             return None
         with global_random_numbers:
             return torch.Generator().manual_seed(int(torch.randint(2**62, ())))
@@ -376,7 +385,11 @@ class _Compatible(_Base):
     def _attacked(self, model: Model, images: Tensor, labels: Tensor) -> Tensor:
         goal = labels if self._targets is None else self._targets(model, images, labels)
         with self._in_mode(model, images) as taken:
-            return self._made(taken, self._generator())(images, goal)
+            return self._made(taken, self._generator()).run(images, goal, start=self._start(images)).adversarials
+
+    def _start(self, images: Tensor) -> Tensor | None:  # noqa: ARG002
+        """Where to start, if that is neither the image nor any point of the ball."""
+        return None
 
     @property
     def _shared(self) -> dict[str, Any]:
@@ -446,8 +459,40 @@ class FGSM(_Compatible):
         return OrthoFGSM(model, "linf", self.eps, **self._shared)
 
 
+class _Iterated(_Compatible):
+    """What takes steps of one size, with the arguments and defaults that each class names in its first line; what does
+    that is `orthattack.OrthoPGD`, unless a class says otherwise."""
+
+    eps: float
+    alpha: float
+    steps: int
+    _norm: Norm = "linf"
+    _defaults: Mapping[str, Any] = {}
+
+    def __init_subclass__(cls, **defaults: Any) -> None:
+        super().__init_subclass__()
+        cls._defaults = {"eps": 8 / 255, "alpha": 2 / 255, "steps": 10, **cls._defaults, **defaults}
+        own = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=value) for name, value in cls._defaults.items()]
+        scope = Parameter("scope", Parameter.KEYWORD_ONLY, default=None)
+        known = Signature([Parameter("model", Parameter.POSITIONAL_OR_KEYWORD), *own, scope])
+        cls.__signature__ = known  # type: ignore[attr-defined]
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        given = signature(type(self)).bind(*args, **options)
+        given.apply_defaults()
+        model, scope = given.arguments.pop("model"), given.arguments.pop("scope")
+        vars(self).update(given.arguments)
+        super().__init__(model, scope)
+
+    def _made(self, model: Model, generator: torch.Generator | None) -> Attack:
+        known = vars(self)
+        more = {"eot_samples": known.get("eot_iter", 1), "generator": generator, **self._shared}
+        is_random = known.get("random_start", False)
+        return OrthoPGD(model, self._norm, self.eps, self.alpha, self.steps, is_random, **more)
+
+
 @final
-class PGD(_Compatible):
+class PGD(_Iterated, random_start=True):
     """`orthattack.OrthoPGD` by torchattacks' arguments.
 
     Args:
@@ -466,27 +511,9 @@ class PGD(_Compatible):
     True
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        eps: float = 8 / 255,
-        alpha: float = 2 / 255,
-        steps: int = 10,
-        random_start: bool = True,
-        *,
-        scope: Scope | None = None,
-    ) -> None:
-        self.eps, self.alpha, self.steps, self.random_start = eps, alpha, steps, random_start
-        super().__init__(model, scope)
-
-    def _made(self, model: Model, generator: torch.Generator | None) -> Attack:
-        return OrthoPGD(
-            model, "linf", self.eps, self.alpha, self.steps, self.random_start, generator=generator, **self._shared
-        )
-
 
 @final
-class PGDL2(_Compatible):
+class PGDL2(_Iterated, eps=1.0, alpha=0.2, random_start=True, eps_for_division=1e-10):
     """`orthattack.OrthoPGD` for L2 by torchattacks' arguments, which are those of `PGD` in L2.
 
     Args:
@@ -494,47 +521,57 @@ class PGDL2(_Compatible):
         eps_for_division: makes no difference; nothing is divided by zero.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        eps: float = 1.0,
-        alpha: float = 0.2,
-        steps: int = 10,
-        random_start: bool = True,
-        eps_for_division: float = 1e-10,
-        *,
-        scope: Scope | None = None,
-    ) -> None:
-        self.eps, self.alpha, self.steps, self.random_start = eps, alpha, steps, random_start
-        self.eps_for_division = eps_for_division
-        super().__init__(model, scope)
+    _norm = "l2"
+
+
+@final
+class BIM(_Iterated):
+    """`PGD` from the image; with ``steps=0`` there are as many as Kurakin et al. 2017 (arXiv:1607.02533) take."""
 
     def _made(self, model: Model, generator: torch.Generator | None) -> Attack:
-        return OrthoPGD(
-            model, "l2", self.eps, self.alpha, self.steps, self.random_start, generator=generator, **self._shared
-        )
+        if self.steps == 0:
+            vars(self)["steps"] = int(min(self.eps * 255 + 4, 1.25 * self.eps * 255))
+        return super()._made(model, generator)
 
 
-class _Momentum(_Compatible):
-    """What MIFGSM and NIFGSM share: everything but the attack."""
+@final
+class EOTPGD(_Iterated, eot_iter=2, random_start=True):
+    """`PGD` for a model that draws at random, of which `eot_iter` gradients are averaged."""
 
-    _attack: type[OrthoMIFGSM] | type[OrthoNIFGSM]
 
-    def __init__(
-        self,
-        model: nn.Module,
-        eps: float = 8 / 255,
-        alpha: float = 2 / 255,
-        steps: int = 10,
-        decay: float = 1.0,
-        *,
-        scope: Scope | None = None,
-    ) -> None:
-        self.eps, self.alpha, self.steps, self.decay = eps, alpha, steps, decay
-        super().__init__(model, scope)
+@final
+class RFGSM(_Iterated):
+    """`PGD` from a step of random signs (Tramèr et al. 2018, arXiv:1705.07204)."""
 
-    def _made(self, model: Model, generator: torch.Generator | None) -> Attack:  # noqa: ARG002
-        return self._attack(model, "linf", self.eps, self.alpha, self.steps, self.decay, **self._shared)
+    def _start(self, images: Tensor) -> Tensor:
+        with global_random_numbers:
+            return (images + self.alpha * torch.randn_like(images).sign()).clamp(0, 1)
+
+
+@final
+class TPGD(_Iterated):
+    """`PGD` with the loss "kl" (Zhang et al. 2019, arXiv:1901.08573), from beside the image."""
+
+    supported_mode = ("default",)
+    loss = "kl"
+
+    def _start(self, images: Tensor) -> Tensor:
+        with global_random_numbers:
+            return (images + 0.001 * torch.randn_like(images)).clamp(0, 1)
+
+
+class _Momentum(_Iterated, decay=1.0):
+    """What the attacks with momentum share."""
+
+    decay: float
+    _attack: Callable[..., Attack]
+
+    def _made(self, model: Model, generator: torch.Generator | None) -> Attack:
+        more = {"generator": generator, **self._more(), **self._shared}
+        return self._attack(model, "linf", self.eps, self.alpha, self.steps, self.decay, **more)
+
+    def _more(self) -> dict[str, Any]:
+        return {}
 
 
 @final
@@ -554,6 +591,104 @@ class NIFGSM(_Momentum):
     """`orthattack.OrthoNIFGSM` by torchattacks' arguments, which are those of `MIFGSM`."""
 
     _attack = OrthoNIFGSM
+
+
+@final
+class SINIFGSM(_Momentum, m=5):
+    """`orthattack.OrthoSINIFGSM` by torchattacks' arguments, which are those of `MIFGSM`, and `m`, how many scales."""
+
+    m: int
+    _attack = OrthoSINIFGSM
+
+    def _more(self) -> dict[str, Any]:
+        return {"transform": scales(self.m)}
+
+
+class _Tuned(_Momentum, N=5, beta=3 / 2):
+    N: int
+    beta: float
+    _draws = True
+
+    def _more(self) -> dict[str, Any]:
+        return {"links": [variance(self.N, self.beta)]}
+
+
+@final
+class VMIFGSM(_Tuned):
+    """`orthattack.OrthoVMIFGSM` by torchattacks' arguments, which are those of `MIFGSM`.
+
+    Args:
+        model: as for `MIFGSM`, like `eps`, `alpha`, `steps`, `decay` and `scope`.
+        N: how many neighbours.
+        beta: how far they are, in units of eps.
+    """
+
+    _attack = OrthoVMIFGSM
+
+
+@final
+class VNIFGSM(_Tuned):
+    """`orthattack.OrthoVNIFGSM` by torchattacks' arguments, which are those of `VMIFGSM`."""
+
+    _attack = OrthoVNIFGSM
+
+
+class _Diverse(_Momentum):
+    resize_rate: float
+    diversity_prob: float
+    random_start: bool
+    _draws = True
+
+    def _start(self, images: Tensor) -> Tensor | None:
+        if not self.random_start:
+            return None
+        with global_random_numbers:
+            return (images + torch.empty_like(images).uniform_(-self.eps, self.eps)).clamp(0, 1)
+
+    def _more(self) -> dict[str, Any]:
+        return {"transform": diversity(self.resize_rate, self.diversity_prob)}
+
+
+@final
+class DIFGSM(_Diverse, decay=0.0, resize_rate=0.9, diversity_prob=0.5, random_start=False):
+    """`orthattack.OrthoDIFGSM` by torchattacks' arguments, which are those of `MIFGSM`.
+
+    Args:
+        model: as for `MIFGSM`, like `eps`, `alpha`, `steps`, `decay` and `scope`.
+        resize_rate: of the sizes; each image gets its own, where torchattacks draws one for the batch.
+        diversity_prob: how probable it is that an image is resized.
+        random_start: start at a random point of the ball.
+    """
+
+    _attack = OrthoDIFGSM
+
+
+@final
+class TIFGSM(
+    _Diverse, decay=0.0, kernel_name="gaussian", len_kernel=15, nsig=3, resize_rate=0.9, diversity_prob=0.5,
+    random_start=False,
+):  # fmt: skip
+    """`orthattack.OrthoTIFGSM` with input diversity by torchattacks' arguments, which are those of `DIFGSM`.
+
+    Args:
+        model: as for `DIFGSM`, like all that is not named here.
+        kernel_name: "gaussian", "linear" or "uniform".
+        len_kernel: its side in pixels, odd.
+        nsig: at how many standard deviations a Gaussian ends.
+    """
+
+    kernel_name: str
+    len_kernel: int
+    nsig: float
+    _attack = OrthoTIFGSM
+
+    def _more(self) -> dict[str, Any]:
+        check_choice("kernel_name", self.kernel_name, ("gaussian", "linear", "uniform"))
+        check_count("len_kernel", size := plain(self.len_kernel))
+        at = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+        linear = 1 - (2 * at / (size + 1)).abs()
+        kernel = {"linear": linear / linear.sum(), "uniform": torch.full_like(at, 1 / size)}.get(self.kernel_name)
+        return {**super()._more(), "links": [smooth(gaussian(size, self.nsig) if kernel is None else kernel)]}
 
 
 @final

@@ -288,6 +288,27 @@ def test_neighbours_are_no_steps_in_what_is_said_of_masked_gradients():
         attack(images, labels)
 
 
+# --- away from what the model said ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", [None, "image"])
+def test_tpgd_is_the_published_iteration(scope):
+    model, (images, labels, _) = MODELS["network"](), prepared()
+    start = images + 0.001 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1)).double()
+    options = {"eps": 0.02, "alpha": 0.005, "steps": 6, "random_start": False, "loss": "kl", "keep": "last"}
+    result = orthattack.PGD(model, scope=scope, **options).run(images, labels, start=start)
+    region, clean = ThreatModel("linf", 0.02, (0, 1), scope).around(images), model(images).detach().softmax(1)
+    x = region.shrunk(start)
+    for _ in range(6):
+        leaf = x.clone().requires_grad_()
+        divergence = functional.kl_div(model(leaf).log_softmax(1), clean, reduction="sum")
+        x = region.step(x, torch.autograd.grad(divergence, leaf)[0], torch.full((4, 1, 1, 1), 0.005).double())
+    torch.testing.assert_close(result.adversarials, x, rtol=0, atol=1e-9)
+    assert (result.forward_calls == 1 + 7).all()
+    with pytest.raises(ValueError, match='loss="kl" leads to no class; got targeted=True'):
+        orthattack.PGD(model, loss="kl", targeted=True)
+
+
 # --- models that were not asked -----------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from orthattack import Normalized, alignment
+from orthattack.attacks import Draws
 from orthattack.eval.data.load import load_dataset
 from orthattack.eval.models.load import load_classifier
 from orthattack.interop import torchattacks as ours
@@ -20,6 +21,11 @@ from tests.attacks.test_attacks import drawn, small_model
 pytestmark = pytest.mark.heavy
 
 NAMES = ["FGSM", "PGD", "PGDL2", "MIFGSM", "NIFGSM", "APGD"]
+MADE_ALIKE = ["BIM", "DIFGSM", "EOTPGD", "RFGSM", "SINIFGSM", "TIFGSM", "TPGD", "VMIFGSM", "VNIFGSM"]
+names = pytest.mark.parametrize("name", [*NAMES, *MADE_ALIKE])
+on_a_trained_model = pytest.mark.parametrize(
+    "name", [*NAMES, *(pytest.param(name, marks=pytest.mark.slow) for name in MADE_ALIKE)]
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +40,7 @@ def kept(model, images, labels) -> int:
         return int((model(images).argmax(1) == labels).sum())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@names
 def test_arguments_are_torchattacks_own(name):
     theirs = pytest.importorskip("torchattacks", reason="needs the extra torchattacks")
     expected = inspect.signature(getattr(theirs, name)).parameters
@@ -45,7 +51,7 @@ def test_arguments_are_torchattacks_own(name):
     assert [p.kind for p in found.values()][len(expected) :] == [inspect.Parameter.KEYWORD_ONLY]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@on_a_trained_model
 def test_attacks_are_no_weaker_than_torchattacks(trained, name):
     theirs = pytest.importorskip("torchattacks", reason="needs the extra torchattacks")
     model, images, labels = trained
@@ -55,7 +61,7 @@ def test_attacks_are_no_weaker_than_torchattacks(trained, name):
     assert kept(model, getattr(ours, name)(model)(images, labels), labels) <= expected + 1
 
 
-@pytest.mark.parametrize("name", NAMES)
+@on_a_trained_model
 @pytest.mark.parametrize("scope", [None, "image"])
 def test_attacks_fool_and_scope_makes_them_orthogonal(trained, name, scope):
     model, images, labels = trained
@@ -113,7 +119,7 @@ def test_what_is_not_there_is_said():
     with pytest.raises(AttributeError, match=missing):
         _ = ours.FGSM(nn.Identity()).forward
     multi = ours.MultiAttack([ours.FGSM(model := small_model()), ours.PGD(model)])
-    with pytest.raises(ValueError, match="MultiAttack has no targeted mode of its own: set those of its attacks"):
+    with pytest.raises(ValueError, match="MultiAttack has no targeted mode; MultiAttack's are those of its attacks"):
         multi.set_mode_targeted_random()
     with pytest.raises(ValueError, match="attacks must be two or more; got 1"):
         ours.MultiAttack([ours.FGSM(model)])
@@ -149,11 +155,12 @@ def test_attributes_are_set_and_used_or_refused():
         attack.set_mode_targeted_by_function(3)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@names
 def test_attacks_pickle_in_the_mode_they_are_in(name):
     model, (images, labels) = small_model(), drawn(n=4)
     attack = getattr(ours, name)(model)
-    attack.set_mode_targeted_by_label()
+    if name != "TPGD":
+        attack.set_mode_targeted_by_label()
     for twin in (pickle.loads(pickle.dumps(attack)), copy.deepcopy(attack), copy.copy(attack)):
         assert repr(twin) == repr(attack)
         torch.manual_seed(1)
@@ -306,6 +313,97 @@ def test_every_attack_is_named_and_does_what_torchattacks_test_asks():
             continue
         attack = getattr(ours, name)(model)
         assert kept(model, attack(images, labels), labels) <= clean
-        assert attack.supported_mode == ("default", "targeted")
+        assert attack.supported_mode == ("default", "targeted")[: 1 if name == "TPGD" else 2]
+        if name == "TPGD":
+            continue
         attack.set_mode_targeted_random(quiet=True)
         attack(images, labels)
+
+
+# --- equal iterates ---------------------------------------------------------------------------------------------------
+
+
+class Repeated:
+    """What an attack of torchattacks has drawn, in its order: to be drawn again, as numbers in [0, 1), by ours."""
+
+    def __init__(self, monkeypatch, attack, side):
+        self.attack, self.side, self.drawn, self.patch = attack, side, [], monkeypatch
+        for owner, name in ((torch, "randint"), (torch, "rand"), (torch.Tensor, "uniform_")):
+            self._watch(owner, name)
+
+    def _watch(self, owner, name):
+        original = getattr(owner, name)
+
+        def watched(*args, **options):
+            found = original(*args, **options)
+            self.drawn.append(found.clone())
+            return found
+
+        self.patch.setattr(owner, name, watched)
+
+    def replay(self):
+        """From now on ours draws the same."""
+        self.patch.undo()
+        drawn = iter(self.drawn)
+
+        def uniform(draws, *shape):
+            if len(shape) == 3:  # a neighbour
+                return (next(drawn) / (self.attack.eps * self.attack.beta) + 1) / 2
+            size, top, left, chance = (float(next(drawn)) for _ in range(4))
+            smallest = int(self.side * self.attack.resize_rate)
+            room = self.side - size + 1
+            own = [(size - smallest + 0.5) / (self.side - smallest), (top + 0.5) / room, (left + 0.5) / room, chance]
+            return torch.tensor([own] * len(draws._streams()), dtype=torch.float64)
+
+        self.patch.setattr(Draws, "uniform", uniform)
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("FGSM", {}),
+        ("PGD", {"random_start": False}),
+        ("PGDL2", {"random_start": False, "alpha": 0.02}),
+        ("MIFGSM", {"decay": 0.7}),
+        ("NIFGSM", {}),
+        ("BIM", {}),
+        ("BIM", {"eps": 4 / 255, "steps": 0}),
+        ("RFGSM", {}),
+        ("EOTPGD", {"random_start": False}),
+        ("TPGD", {}),
+        ("SINIFGSM", {"m": 3}),
+        ("VMIFGSM", {"N": 3, "beta": 1.2}),
+        ("VNIFGSM", {"N": 3}),
+        ("DIFGSM", {"resize_rate": 0.6, "diversity_prob": 0.7, "decay": 0.9}),
+        ("DIFGSM", {"random_start": True, "diversity_prob": 0.0}),
+        ("TIFGSM", {"len_kernel": 5, "resize_rate": 0.6, "decay": 1.0}),
+        ("TIFGSM", {"len_kernel": 3, "kernel_name": "linear", "diversity_prob": 0.0}),
+        ("TIFGSM", {"len_kernel": 3, "kernel_name": "uniform", "diversity_prob": 0.0}),
+    ],
+)
+def test_iterates_are_torchattacks_own(monkeypatch, name, options, targeted):
+    """The last ones, in float64, with the same random numbers, where Nesterov's look-ahead does not leave the ball."""
+    theirs = pytest.importorskip("torchattacks", reason="needs the extra torchattacks")
+    if targeted and name == "TPGD":
+        return
+    model, (images, labels) = small_model().double(), drawn(n=4)
+    images = 0.35 + 0.3 * images.double()
+    options = {"eps": 0.3, **({} if name == "FGSM" else {"alpha": 0.004, "steps": 4}), **options}
+    reference, attack = getattr(theirs, name)(model, **options), getattr(ours, name)(model, **options)
+    if name == "TIFGSM":
+        reference.stacked_kernel = reference.stacked_kernel.double()
+    if targeted:
+        reference.set_mode_targeted_by_label(quiet=True)
+        attack.set_mode_targeted_by_label()
+    repeated = Repeated(monkeypatch, reference, images.shape[-1])
+    torch.manual_seed(5)
+    expected = reference(images, labels)
+    if options.get("random_start"):
+        del repeated.drawn[0]  # which is drawn as there
+    repeated.replay()
+    torch.manual_seed(5)
+    start = attack._start(images)
+    found = attack._made(model, attack._generator()).replace(keep="last").run(images, labels, start=start)
+    torch.testing.assert_close(found.adversarials, expected, rtol=0, atol=2e-7)
+    assert ((expected - images).abs().amax((1, 2, 3)) > 0.003).all()
