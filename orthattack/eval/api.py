@@ -62,7 +62,8 @@ def evaluate(
         progress: show a bar on standard error, where what a person should know at once is written in any case.
         report: write the report at the end.
         **options: `eps` (a radius or several, in pixel units), `norm`, `steps`, `seeds`, `batch_size`, `shard_size`,
-            `save_images`, `attack_misclassified`, `checks`, `check_images`: see `orthattack.eval.suite.Suite`.
+            `save_images`, `attack_misclassified`, `checks`, `check_images`, `targets`: see
+            `orthattack.eval.suite.Suite`.
 
     Returns:
         The run, complete or, if it was interrupted from the keyboard, not.

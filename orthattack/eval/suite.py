@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -215,6 +215,7 @@ class Entry:
     seed: int
     label: str
     levels: int | None = None
+    targets: str | None = None
 
 
 class Suite(_Strict):
@@ -241,6 +242,10 @@ class Suite(_Strict):
     levels: Literal[256] | None = _key(
         None, "256: adversarials that 8 bits hold exactly, judged as stored; others' are rounded first", "256",
         "--levels 256", int,
+    )  # fmt: skip
+    targets: str | None = _key(
+        None, "classes to reach: random, least-likely, or a CSV file with columns file and target",
+        "random, least-likely, or a CSV file with columns file and target", "--targets HOW",
     )  # fmt: skip
     steps: Count = _key(
         10, "steps of the iterative attacks, where they do not say themselves", "a whole number, at least 1",
@@ -317,24 +322,31 @@ class Suite(_Strict):
         """The attacks by label; EvaluationError if there is no such attack."""
         return {attack.label: attack.kind() for attack in self.attacks}
 
+    def _aimed(self, kinds: Mapping[str, AttackKind] | None) -> Mapping[str, AttackKind]:
+        """The attacks by label, as they are in this run: towards a class some climb another loss."""
+        kinds = self.kinds() if kinds is None else kinds
+        if self.targets is None:
+            return kinds
+        return {label: replace(kind, card=kind.aimed_card or kind.card) for label, kind in kinds.items()}
+
     def entries(self, kinds: Mapping[str, AttackKind] | None = None) -> list[Entry]:
         """Every attack at every radius, in order; EvaluationError if an attack cannot be made."""
-        kinds = self.kinds() if kinds is None else kinds
+        kinds = self._aimed(kinds)
         found: list[Entry] = []
         for attack in self.attacks:
             kind, norm = kinds[attack.label], attack.norm or self.norm
-            kind.check(norm, self.steps, attack.levels or self.levels)
+            kind.check(norm, self.steps, attack.levels or self.levels, self.targets is not None)
             for seed in self.seeds:
                 label = attack.label if len(self.seeds) == 1 else f"{attack.label} (seed {seed})"
                 radii = (None,) if kind.card.minimal else attack.eps or self.eps
                 levels = attack.levels or self.levels
-                found += [Entry(attack, kind, norm, eps, seed, label, levels) for eps in radii]
+                found += [Entry(attack, kind, norm, eps, seed, label, levels, self.targets) for eps in radii]
         return found
 
     def baselines(self, kinds: Mapping[str, AttackKind] | None = None) -> dict[str, list[str]]:
         """For each attack's label, those it is compared with: as said, or, of its family and its loss, first the same
         without the orthogonality, then other libraries'. Only ours have any."""
-        kinds = self.kinds() if kinds is None else kinds
+        kinds = self._aimed(kinds)
         chosen: dict[str, list[str]] = {}
         for attack in self.attacks:
             kind, norm = kinds[attack.label], attack.norm or self.norm
@@ -434,7 +446,7 @@ def _anchor(content: dict[str, Any], folder: Path) -> dict[str, Any]:
             for key, value in table.items()
         }
 
-    content = dict(content)
+    content = moved(content, "targets")
     data = content.get("data")
     content["data"] = moved(
         {"source": data} if isinstance(data, str) else data, "source", "labels", "classes", "subset"

@@ -53,6 +53,7 @@ def test_with_no_arguments_it_attacks_the_bundled_models_offline(tmp_path):
         "manifest.json",
         "checks.json",
         "classes.json",
+        "confusion.json",
         "results.json",
         "results.csv",
         "results.md",

@@ -69,17 +69,16 @@ def foolbox_attack(name: str, rest: str, options: dict[str, Any]) -> AttackKind:
         attack = kind(**more)
 
         def run(images: Tensor, labels: Tensor, seeds: Sequence[int]) -> Found:
-            generator = torch.Generator().manual_seed(joint_seed(seeds))
-            return Found(
-                FromFoolbox(model, attack, conditions.norm, conditions.eps, generator=generator)(images, labels)
-            )
+            options: dict[str, Any] = {"generator": torch.Generator().manual_seed(joint_seed(seeds))}
+            options["targeted"] = conditions.targeted
+            return Found(FromFoolbox(model, attack, conditions.norm, conditions.eps, **options)(images, labels))
 
         return run
 
     norms = foolbox_norms(kind, options)
     is_descent = issubclass(kind, BaseGradientDescent)
     card = Card(family(kind.__name__), minimal=minimal, loss="ce" if is_descent else None)
-    return AttackKind(name, "foolbox", options, card, norms, make)
+    return AttackKind(name, "foolbox", options, card, norms, make, aims=not issubclass(kind, _NOT_AIMED))
 
 
 def foolbox_norms(kind: Any, options: Mapping[str, Any] | None = None) -> tuple[Norm, ...]:
@@ -94,6 +93,12 @@ def foolbox_norms(kind: Any, options: Mapping[str, Any] | None = None) -> tuple[
         return (_BY_ORDER[distance.p],)
     return ("linf",) if kind.__name__.startswith("Linf") else ("l2",)
 
+
+_NOT_AIMED = (
+    foolbox.attacks.L1FastGradientAttack, foolbox.attacks.L2FastGradientAttack, foolbox.attacks.LinfFastGradientAttack,
+    foolbox.attacks.NewtonFoolAttack, foolbox.attacks.VirtualAdversarialAttack,
+)  # fmt: skip
+"""What refuses the criterion of a class to reach."""
 
 _BY_ORDER: dict[float, Norm] = {ball.order: norm for norm, ball in BALLS.items()}
 

@@ -23,6 +23,9 @@ Origin = Literal["orthattack", "foolbox", "torchattacks", "user"]
 GIVEN = {"model", "norm", "eps", "bounds", "targeted", "generator", "detector"}  # by the evaluation, not the user
 
 
+NOT_AIMED = "{} cannot be given classes to reach, as the run's targets ask: "
+
+
 @dataclass(frozen=True)
 class Conditions:
     """What all attacks of an evaluation share."""
@@ -35,6 +38,7 @@ class Conditions:
     classes: int = 2  # number of classes of the model
     batch_size: int = 32  # how many images the model is given at a time
     levels: int | None = None  # what the images are stored with, if adversarials are to be exact there
+    targeted: bool = False  # the labels are the classes to reach
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Found:
 
 
 Runner = Callable[[Tensor, Tensor, Sequence[int]], Found]
-"""An attack bound to a model and a radius: of images (N, 3, H, W), labels (N,) and seeds, one each."""
+"""An attack bound to a model and a radius: of images (N, 3, H, W), labels or targets (N,) and seeds, one each."""
 
 
 class OwnRunner:
@@ -76,6 +80,8 @@ class AttackKind:
     packs: bool = False  # it takes several batches at once, drops what is fooled, and keeps the model's batches full
     # code that is not ours runs in it: another library's, a user's, or a user's loss or direction
     is_foreign: bool = True
+    aims: bool = True  # it can be given classes to reach
+    aimed_card: Card | None = None  # what it then is, if that is something else
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parameters", {key: described(value) for key, value in self.parameters.items()})
@@ -95,17 +101,21 @@ class AttackKind:
         """What its random numbers are derived from: the same attack under another label draws the same."""
         return json.dumps([self.name, dict(self.parameters)], sort_keys=True)
 
-    def check(self, norm: Norm, steps: int, levels: int | None = None) -> None:
-        """Raise EvaluationError if the attack cannot be run in a norm or refuses one of its parameters."""
+    def check(self, norm: Norm, steps: int, levels: int | None = None, targeted: bool = False) -> None:
+        """Raise EvaluationError if the attack cannot be run in a norm, or towards classes, or refuses a parameter."""
         if norm not in self.norms:
             raise EvaluationError(
                 f"{self.name} works in {' or '.join(self.norms)}, not in {norm}: choose --norm {self.norms[0]}, or "
                 "give it a norm and eps of its own in a suite"
             )
+        if targeted and not self.aims:
+            own = "let it take targeted, which is then true, as an argument"
+            raise EvaluationError(NOT_AIMED.format(self.name) + (own if self.source == "user" else "leave it out"))
         if self.source == "user":  # whose function may do anything with the model
             return
         try:
-            self.bind(Placeholder(), Conditions(norm, None if self.card.minimal else 0.01, steps, levels=levels))
+            eps = None if self.card.minimal else 0.01
+            self.bind(Placeholder(), Conditions(norm, eps, steps, levels=levels, targeted=targeted))
         except EvaluationError:
             raise
         except ModuleNotFoundError as error:

@@ -80,10 +80,11 @@ def _declared(
 ) -> AttackKind:
     """An attack of ours, with what one of its kind says of itself; EvaluationError if an option is wrong."""
     try:
-        card = attack(Placeholder(), Conditions()).card
+        card, aimed = (attack(Placeholder(), Conditions(targeted=way)).card for way in (False, True))
     except (TypeError, ValueError) as error:
         raise EvaluationError(f"attack {name} cannot be made: {error}") from error
-    return AttackKind(name, "orthattack", options, card, norms, make, packs, any(map(_is_code, options.values())))
+    is_foreign = any(map(_is_code, options.values()))
+    return AttackKind(name, "orthattack", options, card, norms, make, packs, is_foreign, aimed_card=aimed)
 
 
 def _is_code(option: object) -> bool:
@@ -101,6 +102,8 @@ def _own(kind: Any, options: Mapping[str, Any], model: nn.Module, conditions: Co
         more["levels"] = conditions.levels
     if _takes_generator(kind):
         more["generator"] = torch.Generator().manual_seed(0)
+    if conditions.targeted:
+        more["targeted"] = True
     attack: Attack = kind(model, norm=conditions.norm, eps=conditions.eps, **more)
     return attack
 

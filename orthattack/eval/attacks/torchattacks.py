@@ -16,6 +16,7 @@ from orthattack.attacks.base import Card
 from orthattack.eval.attacks.kind import (
     GIVEN,
     L0,
+    NOT_AIMED,
     STEP,
     AttackKind,
     Conditions,
@@ -63,6 +64,10 @@ def torchattacks_attack(name: str, rest: str, options: dict[str, Any]) -> Attack
                 if "alpha" in parameters and conditions.eps is not None:
                     more.setdefault("alpha", STEP * conditions.eps / more["steps"])
         attack = kind(model, **more)
+        if conditions.targeted:
+            if "targeted" not in attack.supported_mode:
+                raise EvaluationError(NOT_AIMED.format(name) + "leave it out")
+            attack.set_mode_targeted_by_label(quiet=True)
         if rest == "FAB" and conditions.norm == "l1":
             if more.get("multi_targeted"):
                 raise EvaluationError(f"{name} has no multi_targeted in l1: leave it out")

@@ -19,10 +19,13 @@ from orthattack.threat import ThreatModel
 
 
 def user_attack(name: str, factory: Any, given: Mapping[str, Any] | None = None) -> AttackKind:
-    """A user's own attack: `factory` takes the model, what it has of ``norm``, ``eps``, ``steps`` and ``levels``, and
-    `given`, and returns a callable (images, labels) -> adversarial images.
+    """A user's own attack: `factory` takes the model, what it has of ``norm``, ``eps``, ``steps``, ``levels`` and
+    ``targeted``, and `given`, and returns a callable (images, labels) -> adversarial images. One that does not take
+    ``targeted`` cannot be given classes to reach.
 
-    A subclass of `orthattack.attacks.Attack`, or a function that returns such an attack, is one of ours: what it
+    What it says of itself is its attribute ``card``, an `orthattack.attacks.Card`: ``Card("mine", minimal=True)`` says
+    that it looks for the smallest norm, so that it is run once, with ``eps=None``, and counts at each radius. A
+    subclass of `orthattack.attacks.Attack`, or a function that returns such an attack, is one of ours: what it
     promises is read from its card, on a model of no account, and its calls are counted per image.
     """
     options = dict(given or {})
@@ -35,13 +38,14 @@ def user_attack(name: str, factory: Any, given: Mapping[str, Any] | None = None)
 
     def made(model: nn.Module, conditions: Conditions) -> Any:
         shared: dict[str, Any] = {"norm": conditions.norm, "eps": conditions.eps, "steps": conditions.steps}
-        shared["levels"] = conditions.levels
+        shared |= {"levels": conditions.levels, "targeted": conditions.targeted}
         if isinstance(factory, type) and issubclass(factory, Attack):
             shared["generator"] = torch.Generator().manual_seed(0)
         more = {key: value for key, value in shared.items() if key in parameters}
         return factory(model, **{**more, **options})
 
-    card = _card(made)
+    card, said = _card(made), getattr(factory, "card", None)
+    said = said if isinstance(said, Card) else Card(name)  # of a class of ours it is a property
 
     def make(model: nn.Module, conditions: Conditions) -> Runner:
         attack = made(model, conditions)
@@ -57,7 +61,8 @@ def user_attack(name: str, factory: Any, given: Mapping[str, Any] | None = None)
 
         return run
 
-    return AttackKind(name, "user", options, Card(name) if card is None else card, ("linf", "l2", "l1"), make)
+    aims = takes_any or "targeted" in parameters
+    return AttackKind(name, "user", options, said if card is None else card, ("linf", "l2", "l1"), make, aims=aims)
 
 
 def _card(made: Any) -> Card | None:

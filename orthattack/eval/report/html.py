@@ -24,7 +24,7 @@ from orthattack.eval.report import gallery, plots
 from orthattack.eval.report import table as tables
 from orthattack.eval.report.table import NORMS, UNDEFINED, Row, number, percent
 from orthattack.eval.results.outcomes import records
-from orthattack.eval.results.rates import DEFINITIONS
+from orthattack.eval.results.rates import defined
 from orthattack.eval.results.stored_run import COSINE_EDGES, WORST, Run
 from orthattack.eval.storage.run_folder import shown_eps
 
@@ -109,6 +109,8 @@ def _context(run: Run) -> dict[str, Any]:
         "accuracy": {model: run.clean_accuracy(model) for model in models},
         "paired": paired,
         "paired_columns": tables.paired(run.norm),
+        "taken": [] if run.targets is None else tables.taken_rows(run, 5),
+        "taken_columns": tables.TAKEN,
         "optimality": tables.optimality_rows(run),
         "optimality_columns": tables.OPTIMALITY,
         "by_eps": {model: _by_eps(run, model, look, unit) for model in models},
@@ -124,7 +126,7 @@ def _context(run: Run) -> dict[str, Any]:
         "manifest": json.dumps(dict(run.manifest), indent=2, ensure_ascii=False),
         "done": done,
         "expected": expected,
-        "definitions": [*DEFINITIONS.split("; "), *tables.promised(run)],
+        "definitions": [*defined(run.targets), *tables.promised(run)],
         "data": _seen(data, keep=""),
         "stored": stored,
         "session": (run.manifest.get("sessions") or [{}])[-1],

@@ -59,7 +59,7 @@ class Column:
     @property
     def is_name(self) -> bool:
         """Whether it holds text that somebody chose."""
-        return self.key in ("model", "attack", "baseline")
+        return self.key in ("model", "attack", "baseline", "class", "taken_for")
 
     def interval(self, row: Row) -> str:
         """The interval, "" where there is none."""
@@ -111,6 +111,10 @@ COMPARED = [
     MODEL, ATTACK, Column("eps", "shown_eps"), N, *(Column(run, f"{run}_accuracy", percent) for run in _RUNS),
     DIFFERENCE, *(Column(f"only {run}", f"{run}_robust_alone") for run in _RUNS), P,
 ]  # fmt: skip
+TAKEN = [
+    ATTACK, MODEL, Column("ε", "shown_eps"), Column("class", "class"), Column("taken for", "taken_for"),
+    *(Column(head, key, _count, first="descending") for head, key in (("images", "images"), ("successes", "success"))),
+]  # fmt: skip
 OPTIMALITY = [ATTACK, MODEL, Column("n", "images", _count), Column("optimality", "local", percent)]
 
 
@@ -131,6 +135,18 @@ def leaderboard_rows(run: Run) -> list[dict[str, Any]]:
 def optimality_rows(run: Run) -> list[dict[str, Any]]:
     """The rows of `Run.optimality`; the mean over the models is called global."""
     return [{**row, "model": row["model"] or "global"} for row in records(run.optimality())]
+
+
+def taken_rows(run: Run, most: int | None = None) -> list[dict[str, Any]]:
+    """What attacked images are taken for, see `Run.confusion`, by model, radius and attack, or the `most` frequent."""
+    return [
+        {"model": model, "eps": eps, "shown_eps": shown_eps(eps, run.norm), **row,
+         "class": run.class_name(model, row["label"]), "taken_for": run.class_name(model, row["prediction"])}
+        for model in run.models
+        for eps in run.radii
+        for _, rows in run.confusion(model, eps).groupby("attack", sort=False)
+        for row in records(rows[:most])
+    ]  # fmt: skip
 
 
 def compared_rows(table: Any, norm: str) -> list[dict[str, Any]]:

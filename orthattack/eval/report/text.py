@@ -21,12 +21,11 @@ from orthattack.eval.report import table as tables
 from orthattack.eval.report.table import NORMS, OPTIMALITY, Column, Row, grid
 from orthattack.eval.results.comparison import CLEAN, compared, differences
 from orthattack.eval.results.outcomes import cause, records
-from orthattack.eval.results.rates import DEFINITIONS
+from orthattack.eval.results.rates import defined
 from orthattack.eval.results.stored_run import WORST, Run
 from orthattack.eval.storage.run_folder import RunFolder, shown_eps
 
 NOTES = (
-    *DEFINITIONS.split("; "),
     f"{WORST}: an image counts as fooled if any attack at that radius fooled it, as scored if any scored it",
     "norm: mean; a minimal attack succeeds at eps where its norm is at most eps, and its norm is of the fooled images",
     "cos: between perturbation and image; grads: gradient calls per image; s: the attack's own time, in all",
@@ -60,8 +59,8 @@ def reported(folder: RunFolder, to: Path | None = None) -> Run:
 
 def write_report(run: Run, folder: RunFolder | None = None) -> list[Path | str]:
     """Write the report into the run's folder, or another; returns where its files are: results.json, classes.json
-    (rates per class), results.csv, results.md, report.html; of attacks in another norm than the run's, the same with
-    the norm in their names."""
+    (rates per class), confusion.json (what images are taken for), results.csv, results.md, report.html; of attacks in
+    another norm than the run's, the same with the norm in their names."""
     from orthattack.eval.report.html import page
 
     written: list[Path | str] = []
@@ -70,6 +69,7 @@ def write_report(run: Run, folder: RunFolder | None = None) -> list[Path | str]:
         for stem, ending, text in (
             ("results", "json", json.dumps(as_json(view), indent=1, allow_nan=False) + "\n"),
             ("classes", "json", _lines(by_class(view))),
+            ("confusion", "json", _lines(tables.taken_rows(view))),
             ("results", "csv", _for_spreadsheets(view.table()).to_csv(index=False, lineterminator="\n")),
             ("results", "md", markdown(view)),
             ("report", "html", page(view)),
@@ -122,7 +122,8 @@ def _told(run: Run) -> list[dict[str, Any]]:
 
 
 def _notes(run: Run) -> list[str]:
-    return [note for note in NOTES if len(run.attacks) > 1 or not note.startswith(WORST)]
+    notes = [note for note in NOTES if len(run.attacks) > 1 or not note.startswith(WORST)]
+    return [*defined(run.targets), *notes]
 
 
 def _clean(run: Run, model: str) -> str:
@@ -238,7 +239,7 @@ def as_json(run: Run) -> dict[str, Any]:
         "status": run.status,
         "results": done,
         "expected": expected,
-        "definitions": list(NOTES),
+        "definitions": [*defined(run.targets), *NOTES],
         "table": [{k: v for k, v in row.items() if k != "left_out"} for row in tables.leaderboard_rows(run)],
         "paired": records(run.paired()),
         "optimality": records(run.optimality()),
@@ -276,6 +277,8 @@ def markdown(run: Run) -> str:
         pairs = tables.paired(run.norm)
         keys = ["eps", "model", "attack", "baseline", "n", "difference", *(k for k in pairs if "alone" in k), "p"]
         lines += ["## Beside the baselines", "", _pipes([pairs[key] for key in keys], beside), ""]
+    if run.targets is not None:
+        lines += ["## Taken for", "", _pipes(tables.TAKEN, tables.taken_rows(run, 5)), ""]
     if optimal := tables.optimality_rows(run):
         lines += ["## Optimality (arXiv:2404.19460)", "", _pipes(OPTIMALITY, optimal), ""]
     lines += [f"- {_md(note)}" for note in [*_notes(run), *tables.promised(run), *_beware(run, rows)]]

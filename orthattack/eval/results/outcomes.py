@@ -131,6 +131,18 @@ def per_class(attack: str, labels: NDArray[np.int32], outcome: NDArray[np.int8])
     ]
 
 
+def confusion(attack: str, table: pd.DataFrame, minimal: bool, outcome: NDArray[np.int8]) -> list[dict[str, Any]]:
+    """What attacked images are taken for, where that is not their class: how many, and how many of them are successes,
+    the most frequent first. Of an attack that minimises the norm only successes count: the rest is of larger norm."""
+    label, taken, fooled = ints(table["label"]), ints(table["adversarial_prediction"]), outcome == FOOLED
+    other = fooled | ((outcome > WRONG) & (taken != label) & (not minimal))
+    pairs, won = (Counter(zip(label[at].tolist(), taken[at].tolist(), strict=True)) for at in (other, fooled))
+    return [
+        {"attack": attack, "label": pair[0], "prediction": pair[1], "images": count, "success": won[pair]}
+        for pair, count in sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
+    ]
+
+
 def compare(first: NDArray[np.int8], second: NDArray[np.int8]) -> Paired:
     """Two columns of outcomes of the same images, on those that both scored."""
     both = (first != UNSCORED) & (second != UNSCORED)

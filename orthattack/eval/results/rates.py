@@ -5,10 +5,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-DEFINITIONS = (
-    "robust accuracy: classified correctly, clean and adversarial, over all images scored; "
-    "success: newly fooled, over the images that were initially correct and scored; intervals: 95 %, Wilson"
+_INTERVALS = "intervals: 95 %, Wilson"
+_LEFT = (
+    "robust accuracy: right on the clean and on the adversarial image, over all images scored",
+    "success: newly fooled, over the images that were initially correct and scored",
 )
+_REACHED = (
+    "robust accuracy: right on the clean image, and not the target on the adversarial one, over all images scored",
+    "success: predicted as the target, over the images that were initially correct and scored",
+)
+
+
+def defined(targets: str | None = None) -> list[str]:
+    """What the rates are, of a run with classes to reach too: how these were chosen."""
+    return [*_LEFT, _INTERVALS] if targets is None else [f"targets: {targets}", *_REACHED, _INTERVALS]
 
 
 @dataclass(frozen=True)

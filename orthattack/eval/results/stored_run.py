@@ -25,6 +25,7 @@ from orthattack.eval.results.outcomes import (
     Outcomes,
     bools,
     compare,
+    confusion,
     floats,
     is_,
     measures,
@@ -45,7 +46,7 @@ COSINE_EDGES = np.linspace(-10, 0, 51)
 """Edges of the histograms of log10 |cos|; what is smaller, 0 included, is counted in the first bin."""
 
 _COLUMNS = ["position", "label", "status", "message", "success", "cosine", "forward_calls", "gradient_calls"]
-_COLUMNS += ["rounded_success", "seconds"]
+_COLUMNS += ["rounded_success", "seconds", "adversarial_prediction"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class _Cell:
     rows: list[dict[str, Any]]
     pairs: list[dict[str, Any]]
     classes: list[dict[str, Any]]
+    confusion: list[dict[str, Any]]
     cosines: dict[str, NDArray[np.int64]]
 
 
@@ -213,6 +215,18 @@ class Run:
         """Robust accuracy per class and attack: columns label, attack, scored, robust."""
         return pd.DataFrame(self.cell(model, eps).classes, columns=["label", "attack", "scored", "robust"])
 
+    def confusion(self, model: str, eps: float | None) -> pd.DataFrame:
+        """What attacked images are taken for, by attack: columns attack, label, prediction, images, and, how many of
+        these are successes, success. Without those that are taken for what they are."""
+        columns = ["attack", "label", "prediction", "images", "success"]
+        return pd.DataFrame(self.cell(model, eps).confusion, columns=columns)
+
+    @property
+    def targets(self) -> str | None:
+        """How the classes to reach were chosen, of a targeted run."""
+        how = self.manifest["config"].get("targets")
+        return None if how is None else str(how)
+
     def cosine_histograms(self, model: str, eps: float | None) -> dict[str, NDArray[np.int64]]:
         """How many attacked images have log10 ``|cos(perturbation, image)|`` per bin of `COSINE_EDGES`, by attack."""
         return self.cell(model, eps).cosines
@@ -305,20 +319,21 @@ class Run:
 
     def _read(self, model: str, eps: float | None) -> _Cell:
         size = self.images(model)
-        rows, classes, cosines = [], [], {}
+        rows, classes, taken, cosines = [], [], [], {}
         by_position: dict[str, NDArray[np.int8]] = {}
         labels = np.full(size, -1, np.int32)
         attacks = self.attacks_at(eps)
         for attack in attacks:
+            minimal = bool(self.attacks[attack].get("minimal"))
             table = self.rows(model, attack, eps, [*_COLUMNS, self.norm])
             found = self.outcomes_of(table, attack, eps)
             by_position[attack] = found.dense(size)
             labels[found.position] = found.label
             rows.append(
-                self._row(model, attack, eps, found.outcome)
-                | measures(table, self.norm, bool(self.attacks[attack].get("minimal")), found.outcome)
+                self._row(model, attack, eps, found.outcome) | measures(table, self.norm, minimal, found.outcome)
             )
             classes += per_class(attack, found.label, found.outcome)
+            taken += confusion(attack, table, minimal, found.outcome)
             cosine = np.abs(floats(table["cosine"])[found.outcome > WRONG])
             logs = np.log10(np.maximum(cosine[np.isfinite(cosine)], 10.0 ** COSINE_EDGES[0]))
             cosines[attack] = np.histogram(np.minimum(logs, 0.0), COSINE_EDGES)[0]
@@ -336,7 +351,7 @@ class Run:
             for baseline in self.attacks[attack].get("baselines") or []
             if baseline in by_position
         ]
-        return _Cell(rows, pairs, classes, cosines)
+        return _Cell(rows, pairs, classes, taken, cosines)
 
     def _row(self, model: str, attack: str, eps: float | None, outcome: NDArray[np.int8]) -> dict[str, Any]:
         row = {"model": model, "attack": attack, "eps": eps, "images": self.images(model)}

@@ -30,6 +30,7 @@ from orthattack.eval.running.judge import (
     promised_cosine,
     row_columns,
 )
+from orthattack.eval.running.targets import Targets
 from orthattack.eval.storage.run_folder import RunFolder, Shard
 from orthattack.eval.storage.schema import CLEAN_SCHEMA, ROW_SCHEMA, Kind
 from orthattack.eval.suite import Entry
@@ -68,6 +69,7 @@ class Job:
     batch_size: int
     say: Callable[[str], None]
     is_exact: bool = False  # whether images are stored in 8 bits
+    targets: Targets | None = None  # the classes to reach, of a targeted run
     was_halved: bool = field(init=False, default=False)
     sizes: dict[str, int] = field(init=False, default_factory=dict)  # of attacks that are not ours, by label
     judge: Judge = field(init=False)
@@ -266,10 +268,12 @@ class Part:
             raise runner
         images, labels = self._tensors(batch)
         seeds = [image_seed(entry.seed, self.job.dataset.names[k], entry.kind) for k in batch]
-        n = len(batch)
+        n, wanted, targets = len(batch), self.job.targets if entry.targets is not None else None, None
         self.job.counter.forget()
         with drawing(joint_seed(seeds)):
-            handed = images.clone(), labels.clone(), list(seeds)
+            if wanted is not None:
+                targets = wanted.of(batch, images, entry.seed, self.job.judge)
+            handed = images.clone(), (labels if targets is None else targets).clone(), list(seeds)
             with self.job.at_work(entry, images, quiet=self.kind == "checks"):
                 before, start = replace(counted), _clock(self.job.device)
                 found = runner(*handed)
@@ -281,7 +285,7 @@ class Part:
                     found = replace(found, adversarials=adversarials)
                 promised = promised_cosine(found.adversarials, images, entry.kind.card)
             right, clean = [self.right[k] for k in batch], [self.predictions[k] for k in batch]
-            columns = row_columns(self.job.judge, images, found, labels, right, clean, entry.norm, entry.eps)
+            columns = row_columns(self.job.judge, images, found, labels, right, clean, entry.norm, entry.eps, targets)
             columns["promised_cosine"] = promised
         given = found.forward_calls, found.gradient_calls
         for name, own, total in zip(("forward_calls", "gradient_calls"), given, calls, strict=True):

@@ -122,15 +122,20 @@ def _alike(first: Tensor, second: Tensor, tolerance: float) -> bool:
     return bool((first - second).abs().max() <= tolerance * first.abs().max().clamp(min=1e-6))
 
 
-def _verdict(answers: list[Tensor], labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Predictions (of several evaluations: the most frequent), mean margins, and the share of wrong evaluations.
+def _verdict(
+    answers: list[Tensor], labels: Tensor, targets: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Predictions (of several evaluations: the most frequent), mean margins, the share of wrong evaluations, and
+    whether most are so, or, with `targets`, most are these.
 
     An answer that is not finite is class -1 with margin NaN.
     """
     finite = torch.stack([logits.isfinite().all(1) for logits in answers])
     votes = torch.stack([logits.argmax(1) for logits in answers]).where(finite, -1)
     margins = torch.stack([Goal(labels).margin(logits.nan_to_num()) for logits in answers])
-    return votes.mode(0).values, margins.where(finite, torch.nan).mean(0), (votes != labels).float().mean(0)
+    wrong = (votes != labels).float().mean(0)
+    fooled = wrong > 0.5 if targets is None else (votes == targets).float().mean(0) > 0.5
+    return votes.mode(0).values, margins.where(finite, torch.nan).mean(0), wrong, fooled
 
 
 def clean_columns(judge: Judge, images: Tensor, labels: Tensor, with_gradient: bool) -> Columns:
@@ -150,7 +155,7 @@ def clean_columns(judge: Judge, images: Tensor, labels: Tensor, with_gradient: b
             except (ValueError, RuntimeError):  # not differentiable: said by the column being empty
                 pass
         answers = [logits.detach()]
-    predictions, margins, wrong = _verdict(answers, labels)
+    predictions, margins, wrong, _ = _verdict(answers, labels)
     first = answers[0]
     flat = images.flatten(1)
     broken = margins.isnan().tolist()
@@ -205,20 +210,21 @@ def row_columns(
     clean: Sequence[int],
     norm: Norm,
     eps: float | None,
+    targets: Tensor | None = None,
 ) -> Columns:
     """What an attack did to a batch, from the images it returned. See `ROW_SCHEMA`; without the columns of the run.
 
     An image that is not finite, leaves the bounds or the ball is ``invalid``: it counts neither for nor against the
     model. The ball's edge is as wide as float32's rounding of an image. Pixels that are those of the clean image have
     its prediction; where a model that does not answer at random says otherwise, that is an ``error``. `clean_right` and
-    `clean` are what the model makes of each clean image.
+    `clean` are what the model makes of each clean image. With `targets` a success is that the model predicts these.
     """
     adversarials: Tensor = found.adversarials
     x = images.double()
     delta = adversarials.double() - x
     sizes: dict[Norm, Tensor] = {name: perturbation_norm(delta, name) for name in ("l1", "l2", "linf")}
     right = torch.tensor(clean_right, device=images.device)
-    predictions, margins, wrong = _verdict(judge.logits(adversarials.nan_to_num(0)), labels)
+    predictions, margins, wrong, reached = _verdict(judge.logits(adversarials.nan_to_num(0)), labels, targets)
     before = torch.tensor(clean, device=images.device)
     contradicts = (~_moved(adversarials, images) & (predictions != before) & (not judge.is_random)).tolist()
     message = _faults(adversarials, sizes[norm].tolist(), norm, eps)
@@ -229,9 +235,9 @@ def row_columns(
     for k, margin in enumerate(margins.tolist()):
         if message[k] is None and (math.isnan(margin) or contradicts[k]):
             status[k], message[k] = "error", NOT_FINITE if math.isnan(margin) else CONTRADICTION
-    fooled = (right & (wrong > 0.5)).tolist()
+    fooled = (right & reached).tolist()
     rows = [k for k, state in enumerate(status) if state == "ok" and fooled[k]]
-    rounded, contradicted = _rounded(judge, adversarials, images, labels, rows, norm)
+    rounded, contradicted = _rounded(judge, adversarials, images, labels, rows, norm, targets)
     for k in contradicted:
         status[k], message[k] = "error", CONTRADICTION
     per_channel = alignment(delta, x, "channel").flatten(1)
@@ -298,7 +304,13 @@ def promised_cosine(adversarials: Tensor, images: Tensor, card: Card) -> list[An
 
 
 def _rounded(
-    judge: Judge, adversarials: Tensor, images: Tensor, labels: Tensor, rows: list[int], norm: Norm
+    judge: Judge,
+    adversarials: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    rows: list[int],
+    norm: Norm,
+    targets: Tensor | None,
 ) -> tuple[Columns, list[int]]:
     """What is left of the successes, at `rows`, when they are saved with 8 bits, and which of `rows` are then fooled by
     the pixels of the clean image, which the model was right on."""
@@ -307,11 +319,12 @@ def _rounded(
     if rows:
         rounded = (adversarials[rows] * 255).round() / 255
         delta = rounded.double() - images[rows].double()
-        _, _, wrong = _verdict(judge.logits(rounded), labels[rows])
+        aims = None if targets is None else targets[rows]
+        _, _, _, fooled = _verdict(judge.logits(rounded), labels[rows], aims)
         if not judge.is_random:
-            same = (~_moved(rounded, images[rows]) & (wrong > 0.5)).tolist()
+            same = (~_moved(rounded, images[rows]) & fooled).tolist()
             contradicted = [row for row, is_so in zip(rows, same, strict=True) if is_so]
-        values = ((wrong > 0.5).tolist(), alignment(delta, images[rows].double()).tolist())
+        values = (fooled.tolist(), alignment(delta, images[rows].double()).tolist())
         for row, success, cosine, size in zip(rows, *values, perturbation_norm(delta, norm).tolist(), strict=True):
             columns["rounded_success"][row] = success
             columns["rounded_cosine"][row] = cosine

@@ -30,6 +30,7 @@ from orthattack.eval.models.load import check_name, load_classifier
 from orthattack.eval.running.judge import check_batches
 from orthattack.eval.running.manifest import bury, describe_attacks, describe_model, new_session, now, to_go_on
 from orthattack.eval.running.plan import Plan, Unit, boundless
+from orthattack.eval.running.targets import Targets
 from orthattack.eval.running.worker import Attacked, Inputs, Worker
 from orthattack.eval.storage.lock import Share, working_in
 from orthattack.eval.storage.run_folder import RunFolder, shown_eps
@@ -187,6 +188,9 @@ def _manifest(
         dataset = inputs.dataset(classifier)
         if dataset not in described:
             described[dataset] = dataset.describe()
+            if suite.targets is not None:
+                targets = Targets(suite.targets, dataset, classifier.num_classes)
+                described[dataset]["targets"] = targets.fingerprint()
         models.append(describe_model(spec.label, classifier, described[dataset]))
         for note in (*(f"{spec.label}: {note}" for note in classifier.notes), *dataset.notes):
             if note not in session["warnings"]:

@@ -17,6 +17,7 @@ from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models.classifier import Classifier
 from orthattack.eval.running.chunk import Bound, Job, Part
 from orthattack.eval.running.plan import Plan, Unit
+from orthattack.eval.running.targets import Targets
 from orthattack.eval.storage.run_folder import Shard
 from orthattack.eval.suite import Entry
 from orthattack.lending import ModelChangedError, guarded
@@ -85,6 +86,8 @@ class Worker:
             suite, folder = self._plan.suite, self._plan.folder
             self._job = Job(label, classifier, dataset, self._device, folder, suite.batch_size, self._say)
             self._job.is_exact = any(entry.levels for entry in self._plan.entries)
+            if suite.targets is not None:
+                self._job.targets = Targets(suite.targets, dataset, classifier.num_classes)
             self._decoder = Decoder(self._job.load, ahead=not dataset.is_foreign)
         return self._job, self._decoder
 
@@ -101,7 +104,8 @@ class Worker:
 
     def _bound(self, job: Job, entry: Entry) -> Bound:
         suite, classes = self._plan.suite, job.classifier.num_classes
-        conditions = Conditions(entry.norm, entry.eps, suite.steps, classes, suite.batch_size, entry.levels)
+        shared = suite.steps, classes, suite.batch_size
+        conditions = Conditions(entry.norm, entry.eps, *shared, entry.levels, entry.targets is not None)
         return job.bound(entry, conditions)
 
     def _doubt(self, job: Job) -> None:

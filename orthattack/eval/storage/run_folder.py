@@ -51,7 +51,7 @@ _PICTURE = re.compile(r"\d{6,}-(\d{6,18})\.png")
 _FOREIGN = r"|\..+\.partial|\.nfs\w+|\.DS_Store"  # what a killed process, NFS and file managers leave behind
 _FIRST_NAMES = re.compile(r"sessions" + _FOREIGN)
 _NAMES = re.compile(
-    r"(manifest|checks|results|classes)(-\w+)?\.json|results(-\w+)?\.(csv|md)|report(-\w+)?\.html"
+    r"(manifest|checks|results|classes|confusion)(-\w+)?\.json|results(-\w+)?\.(csv|md)|report(-\w+)?\.html"
     r"|sessions|clean|shards|checks|images|[\w-]+\.damaged(-\d+)?" + _FOREIGN
 )
 _SESSIONS = re.compile(r"\d{5}-.+\.json|(whole|shard-\d+-of-\d+)\.lock|.+\.damaged(-\d+)?" + _FOREIGN)

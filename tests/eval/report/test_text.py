@@ -128,7 +128,7 @@ def test_an_unfinished_run_says_how_much_is_done(tmp_path, status, limit, share)
     )
     assert f"{status.upper()}: {done:,} of {expected:,}" in markdown(run)
     found = [path.name for path in write_report(run)]
-    assert found == ["results.json", "classes.json", "results.csv", "results.md", "report.html"]
+    assert found == ["results.json", "classes.json", "confusion.json", "results.csv", "results.md", "report.html"]
     text = (tmp_path / "run" / "report.html").read_text("utf-8")
     assert f"{done:,} of {expected:,} results are there" in text
     if limit == 0:
@@ -141,7 +141,7 @@ def test_a_run_without_models_or_attacks_still_has_a_report(tmp_path):
     make_run(tmp_path / "run", models=(), attacks={}, status="running")
     run = Run.open(tmp_path / "run")
     assert leaderboard_table(run).startswith("RUNNING: 0 of 0 results; 0 attacks")
-    assert len(write_report(run)) == 5
+    assert len(write_report(run)) == 6
 
 
 def test_the_files_hold_the_same_numbers(run):

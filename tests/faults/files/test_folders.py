@@ -20,6 +20,8 @@ from tests.eval.synthetic import make_run
 from tests.faults.files import fuzz
 from tests.stored import assert_same, contents
 
+REPORT = [f"{name}.json" for name in ("checks", "classes", "confusion")] + ["report.html", "results.csv"]
+REPORT += ["results.json", "results.md"]
 RUN = ["eval", "--model", "cifar10-robust", "cifar10-standard", "--limit", 4, "--attacks", "FGSM", "MinimumNorm"]
 RUN += ["--steps", 2, "--shard-size", 2, "--save-images", "all", "--device", "cpu"]
 
@@ -137,7 +139,7 @@ def test_a_run_goes_on_through_no_link(small, orthattack, tmp_path, place):
 def test_a_report_is_written_through_no_link(tmp_path):
     run, outside = make_run(tmp_path / "run").path, tmp_path / "outside"
     outside.mkdir()
-    names = ["checks.json", "classes.json", "report.html", "results.csv", "results.json", "results.md"]
+    names = REPORT
     for name in names:
         (outside / name).write_text("precious")
         link(run / name, outside / name)
@@ -177,7 +179,7 @@ def test_a_report_written_elsewhere_leaves_the_run_as_it_is(tmp_path, orthattack
     assert told.code == 0, told.err
     assert state() == before
     written = sorted(path.name for path in (tmp_path / "elsewhere").iterdir())
-    assert written == ["checks.json", "classes.json", "report.html", "results.csv", "results.json", "results.md"]
+    assert written == REPORT
     if refused is not None:
         assert refused.code == 2
         assert f"could not write the report to {run} (Read-only file system): the results are kept" in refused.err
