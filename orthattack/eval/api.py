@@ -151,7 +151,7 @@ def _models(models: Any) -> tuple[dict[str, Classifier], list[Any]]:
         elif isinstance(model, nn.Module):
             raise EvaluationError(
                 "a model at hand must be an orthattack.eval.models.Classifier, which says what its input is: "
-                "Classifier('mine', model, Preprocessing(resize=256, crop=224))"
+                "Classifier('mine', model, Preprocessing(resize=256, crop=224)), the default one"
             )
         else:
             listed.append(_labelled(label, model))

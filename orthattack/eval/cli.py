@@ -28,6 +28,7 @@ examples:
   orthattack eval
   orthattack eval --model resnet50 --data imagenet/val --limit 1000 --out runs/resnet50
   orthattack eval --model resnet50 --data imagenet-samples --eps 1/255 2/255 4/255
+  orthattack eval --model resnet50 vit_b_16 --data imagenet/val --limit 1000 --clean-only
   orthattack eval --model resnet18 --weights my.safetensors --data photos --labels labels.csv
   orthattack eval --attacks OrthoPGD,steps=50 torchattacks:APGD,steps=50 foolbox:LinfPGD
   orthattack eval benchmark.toml
@@ -113,6 +114,7 @@ def _add_eval(commands: Any) -> None:
     how("--engine", choices=("ray",), help="let Ray hand the work to many workers (extra ray)")
     how("--workers", type=_count, metavar="N", help="how many (default: one per GPU of the cluster, else per core)")
     how("--address", metavar="A", help="of a Ray cluster, or auto (default: one on this machine, for this run)")
+    how("--clean-only", action="store_true", help="attack nothing: print each model's clean accuracy, by class too")
     how("--out", metavar="DIR", help="the run's folder, or s3://... (default: runs/DATE-TIME, or runs/SUITE)")
     how("--shard", type=_share, metavar="I/N", help="do only every N-th piece of the work, from the I-th on (1 to N)")
 
@@ -180,6 +182,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     from orthattack.eval.running.run import suite_inputs
 
     source = suite_inputs(suite)
+    if options.clean_only:
+        return _clean_only(options, suite, source)
     if options.shard is not None and options.out is None and options.suite is None:
         raise EvaluationError("--shard needs --out, the folder that all shards share")
     folder = run_folder(options.out, None if options.suite is None else options.suite.stem, say)
@@ -188,6 +192,18 @@ def _evaluate(options: argparse.Namespace) -> int:
         return _carry_out(options, suite, source, folder)
     finally:  # as Python ends, nothing would catch an interrupt any more
         signal.signal(signal.SIGTERM, before)
+
+
+def _clean_only(options: argparse.Namespace, suite: Suite, source: Inputs) -> int:
+    from orthattack.eval.report.text import clean_text
+    from orthattack.eval.running.clean import clean
+
+    for name in ("engine", "shard", "out"):
+        if getattr(options, name) is not None:
+            raise EvaluationError(f"--clean-only computes here, and writes nothing: leave out --{name}")
+    for k, found in enumerate(clean(suite, source, _device(options.device))):
+        print("\n" * bool(k) + clean_text(found), flush=True)
+    return 0
 
 
 def _carry_out(options: argparse.Namespace, suite: Suite, source: Inputs, folder: RunFolder) -> int:

@@ -65,12 +65,16 @@ def decode(data: bytes) -> Image.Image:
     return image
 
 
+_USUAL: Any = None  # of ImageNet, for the crop
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """From an image to the model's input in [0, 1]; the normalisation stays inside the model.
 
     Attributes:
-        resize: pixels of the shorter side before the crop; of both sides if `aspect` is "squash".
+        resize: pixels of the shorter side before the crop; of both sides if `aspect` is "squash". By default 8/7 of the
+            crop, 256 for 224, as is usual for ImageNet.
         crop: pixels of the model's square input. An image of that size already is used as it is.
         interpolation: how the weights were trained to be resized, one of torchvision's modes or its name, "bicubic".
         mean: normalisation, one number per channel, in units of [0, 1] pixels.
@@ -81,14 +85,16 @@ class Preprocessing:
         ValueError: any of these out of its range; the message says which, and what is accepted.
     """
 
-    resize: int
-    crop: int
+    resize: int = _USUAL
+    crop: int = 224
     interpolation: InterpolationMode | str = "bilinear"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     aspect: Literal["keep", "squash"] = "keep"
 
     def __post_init__(self) -> None:
+        if self.resize is _USUAL:
+            object.__setattr__(self, "resize", round(_side("crop", self.crop) * 256 / 224))
         for name in ("resize", "crop"):
             object.__setattr__(self, name, _side(name, getattr(self, name)))
         if self.crop > self.resize:

@@ -21,8 +21,9 @@ from orthattack.eval.report import table as tables
 from orthattack.eval.report.table import NORMS, OPTIMALITY, Column, Row, grid
 from orthattack.eval.results.comparison import CLEAN, compared, differences
 from orthattack.eval.results.outcomes import cause, records
-from orthattack.eval.results.rates import defined
+from orthattack.eval.results.rates import Rate, defined
 from orthattack.eval.results.stored_run import WORST, Run
+from orthattack.eval.running.clean import Clean
 from orthattack.eval.storage.run_folder import RunFolder, shown_eps
 
 NOTES = (
@@ -32,6 +33,7 @@ NOTES = (
 )
 _COLUMNS, _WIDEST, _NARROWEST = 100, 132, 60  # of a terminal that does not say, and of what is written to any
 _LABEL = 24  # columns that a label may take before others go
+_CLASSES = 50  # of which the accuracy is printed
 _MEASURED = ["mean_norm", "mean_abs_cosine", "max_abs_cosine", "gradient_calls"]
 _SPARE = ["seconds", "mean_abs_cosine", "gradient_calls", "mean_norm", "max_abs_cosine"]
 """Which columns a narrow terminal goes without, the first first."""
@@ -127,11 +129,17 @@ def _notes(run: Run) -> list[str]:
 
 
 def _clean(run: Run, model: str) -> str:
-    accuracy = run.clean_accuracy(model)
-    low, high = accuracy.interval() or (None, None)
-    about = {"accuracy": accuracy.value, "low": low, "high": high}
-    shown = Column("", "accuracy", tables.percent, ("low", "high")).cell(about)
-    return f"clean accuracy {shown} of {accuracy.total} images"
+    return _accuracy(run.clean_accuracy(model))
+
+
+def _accuracy(rate: Rate) -> str:
+    shown = Column("", "accuracy", tables.percent, ("low", "high")).cell(_shares(rate))
+    return f"clean accuracy {shown} of {rate.total} images"
+
+
+def _shares(rate: Rate) -> dict[str, float | None]:
+    low, high = rate.interval() or (None, None)
+    return {"accuracy": rate.value, "low": low, "high": high}
 
 
 def _state(run: Run) -> str:
@@ -310,6 +318,27 @@ def compare(first: Run, second: Run, *, as_markdown: bool = False) -> str:
     lines = [line for text in texts for line in _wrapped(text)]
     parts = [_laid_out(*_fitted(columns, rows), rows), "", *lines, "", "what differs:"]
     return "\n".join([*parts, *(f"  {line}" for text in alike for line in textwrap.wrap(_ascii(text), _columns() - 2))])
+
+
+def clean_text(found: Clean) -> str:
+    """A model's accuracy on clean images, and that of each class, the lowest first."""
+    rates = {label: found.accuracy(label) for label in found.labels}
+    rows: list[dict[str, Any]] = []
+    for label, rate in sorted(rates.items(), key=lambda item: item[1].value or 0.0):
+        other = found.taken_for(label)
+        name = "" if other is None else found.name(other)
+        rows.append({"model": found.name(label), "attack": name, "n": rate.total, **_shares(rate)})
+    columns = [
+        Column("class", "model"), Column("taken for", "attack"), tables.N,
+        Column("accuracy [95 %]", "accuracy", tables.percent, ("low", "high")),
+    ]  # fmt: skip
+    shown = rows[:_CLASSES]
+    lines = [f"{len(rows) - len(shown)} more classes, none lower"] if len(shown) < len(rows) else []
+    lines += [f"left out: {count} x {reason}" for reason, count in found.left_out.items()]
+    lines += [f"warning: {text}" for text in found.warnings]
+    accuracy = f"{found.model}: {_accuracy(found.accuracy())}"
+    table = [_laid_out(*_fitted(columns, shown), shown)] if rows else []
+    return "\n".join([*_wrapped(accuracy), *table, *(line for text in lines for line in _wrapped(text))])
 
 
 def _pipes(columns: Sequence[Column], rows: Sequence[Row]) -> str:

@@ -115,3 +115,10 @@ def test_an_interpolation_by_name_is_torchvisions(name):
 
     assert Preprocessing(40, 32, name) == Preprocessing(40, 32, InterpolationMode(name.lower()))
     assert Preprocessing(40, 32, name).describe()["interpolation"] == name.lower()
+
+
+def test_preprocessing_and_classifier_have_defaults():
+    assert Preprocessing() == Preprocessing(256, 224)
+    assert Preprocessing(crop=32) == Preprocessing(256, 224).at_size(32) == Preprocessing(37, 32)
+    made = checked(Classifier("mine", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 7))))
+    assert (made.num_classes, made.classes, made.preprocessing) == (7, None, Preprocessing())
