@@ -63,10 +63,11 @@ def match_folders(
         return ClassMap(
             tuple(chosen.index(name) for name in folders),
             f"folders in {how} taken as the model's classes, since there are as many",
-            tuple(chosen),
+            _readable(chosen),
         )
     if order is None and folders and count == 1000 and set(folders) <= (wnids := imagenet_wnids()).keys():
-        return ClassMap(tuple(wnids[name] for name in folders), "folders matched with ImageNet's classes by WordNet id")
+        how = "folders matched with ImageNet's classes by WordNet id"
+        return ClassMap(tuple(wnids[name] for name in folders), how, imagenet_names())
     if len(folders) == count:
         raise EvaluationError(
             f"{where} has {count} class folders with images, as many as {classifier.name} has classes, but also "
@@ -86,6 +87,22 @@ def imagenet_wnids() -> dict[str, int]:
     arXiv:1409.0575)."""
     lines = files("orthattack.eval.data").joinpath("imagenet_wnids.txt").read_text("ascii").split()
     return {wnid: k for k, wnid in enumerate(lines)}
+
+
+def imagenet_names() -> tuple[str, ...]:
+    """What they are called, as torchvision has it."""
+    from orthattack.eval.models import torchvision  # takes seconds
+
+    return torchvision.imagenet_names()
+
+
+def _readable(folders: Sequence[str]) -> tuple[str, ...]:
+    """Folder names, WordNet ids of ImageNet's classes as what these are called."""
+    wnids = imagenet_wnids()
+    if not set(folders) <= wnids.keys():
+        return tuple(folders)
+    names = imagenet_names()
+    return tuple(names[wnids[folder]] for folder in folders)
 
 
 Order = Literal["text", "numbers"]  # what sorts class folders, where the two differ: 1, 10, 2 or 1, 2, 10

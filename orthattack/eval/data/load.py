@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 
 from orthattack.eval import plugin
-from orthattack.eval.data.classes import ClassMap, Order, map_from_file, match_folders, match_names, read_table
+from orthattack.eval.data.classes import (
+    ClassMap,
+    Order,
+    imagenet_names,
+    map_from_file,
+    match_folders,
+    match_names,
+    read_table,
+)
 from orthattack.eval.data.dataset import ImageDataset
 from orthattack.eval.data.readers import Dataset, Files, Shards, Source, find_shards
 from orthattack.eval.errors import EvaluationError
@@ -77,7 +85,8 @@ def load_dataset(
     notes: tuple[str, ...] = ()
     if data in SAMPLES:
         names, indices, source = _foolbox_samples(data)
-        found = ClassMap((), _AS_THEY_ARE)
+        of_imagenet = data == "imagenet-samples" and classifier.num_classes == 1000
+        found = ClassMap((), _AS_THEY_ARE, imagenet_names() if of_imagenet else None)
     elif labels is not None:
         names, indices, source = _labelled(Path(data), labels)
         found = ClassMap((), f"labels from {labels.name}, {_AS_THEY_ARE}")

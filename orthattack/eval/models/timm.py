@@ -8,13 +8,13 @@ from pathlib import Path
 import timm
 import timm.data
 from torch import nn
-from torchvision.models import ResNet50_Weights
 from torchvision.transforms import InterpolationMode
 
 from orthattack.eval.errors import EvaluationError, first_line, nearest
 from orthattack.eval.models.classifier import Classifier, from_checkpoint
 from orthattack.eval.models.fitting import read_fitted
 from orthattack.eval.models.preprocessing import Preprocessing
+from orthattack.eval.models.torchvision import imagenet_names
 from orthattack.models import Normalized
 
 PREFIX = "timm:"
@@ -50,7 +50,7 @@ def load(name: str, weights: str | Path | None) -> Classifier:
     preprocessing = _timm_preprocessing(name, model)
     tag = str(model.pretrained_cfg.get("tag") or "")
     is_imagenet = model.num_classes == 1000 and "in1k" in tag
-    classes = tuple(ResNet50_Weights.DEFAULT.meta["categories"]) if is_imagenet else None
+    classes = imagenet_names() if is_imagenet else None
     source = f"timm {timm.__version__}, {architecture.partition('.')[0]}" + (f".{tag}" if tag else "")
     wrapped = Normalized(model, preprocessing.mean, preprocessing.std)
     return Classifier(name, wrapped, preprocessing, classes, model.num_classes, source, architecture)

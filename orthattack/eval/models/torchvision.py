@@ -57,6 +57,11 @@ def names() -> list[str]:
     return found
 
 
+def imagenet_names() -> tuple[str, ...]:
+    """What the classes of ImageNet-1k are called, in their order."""
+    return tuple(torchvision.models.ResNet50_Weights.DEFAULT.meta["categories"])
+
+
 def bundled(name: str) -> Classifier:
     """A model that comes with the package."""
     with resources.as_file(resources.files("orthattack.eval") / "weights" / BUNDLED[name]) as path:

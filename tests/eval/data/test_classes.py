@@ -87,8 +87,13 @@ def test_some_of_imagenets_folders_are_known_by_their_wordnet_ids(tmp_path):
     for wnid in ("n03888257", "n01440764"):
         (tmp_path / wnid).mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / wnid / "a.png")
-    assert list(load_dataset(str(tmp_path), classifier(1000)).labels) == [0, 701]
-    assert list(load_dataset(str(tmp_path), classifier(2)).labels) == [0, 1]  # a model of these two
+    known = load_dataset(str(tmp_path), classifier(1000))
+    assert known.labels == (0, 701)
+    assert [(known.classes or ())[k] for k in (0, 701, 999)] == ["tench", "parachute", "toilet tissue"]
+    of_two = load_dataset(str(tmp_path), classifier(2))  # a model of these two
+    assert (of_two.labels, of_two.classes) == ((0, 1), ("tench", "parachute"))
+    samples = load_dataset("imagenet-samples", classifier(1000))
+    assert {(samples.classes or ())[k] for k in samples.labels} >= {"jeep", "thatch", "strawberry"}
     (tmp_path / "n01440764").rename(tmp_path / "n01440765")  # which is none
     with pytest.raises(EvaluationError, match=r"2 class folders and model 1000 classes.*pass --classes FILE.csv"):
         load_dataset(str(tmp_path), classifier(1000))
