@@ -13,10 +13,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orthattack.eval.api import evaluate, load
+    from orthattack.eval.api import evaluate, load, transfer
     from orthattack.eval.results.stored_run import Run
 
-__all__ = ["Run", "evaluate", "load"]
+__all__ = ["Run", "evaluate", "load", "transfer"]
 
 
 def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
@@ -30,4 +30,4 @@ def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
     return attribute
 
 
-__getattr__ = lazily(__name__, {"evaluate": "api", "load": "api", "Run": "results.stored_run"})
+__getattr__ = lazily(__name__, {"evaluate": "api", "load": "api", "transfer": "api", "Run": "results.stored_run"})

@@ -16,17 +16,19 @@ from orthattack.attacks.base import Attack
 from orthattack.attacks.bisection import Bisection
 from orthattack.eval.attacks.kind import AttackKind, described
 from orthattack.eval.attacks.load import attack_kind
+from orthattack.eval.attacks.seeds import drawing
 from orthattack.eval.attacks.user import user_attack
 from orthattack.eval.data.dataset import ImageDataset, Unreadable
 from orthattack.eval.data.load import load_dataset
 from orthattack.eval.errors import EvaluationError, say
-from orthattack.eval.models.classifier import Classifier
+from orthattack.eval.models.classifier import Classifier, checked
 from orthattack.eval.models.load import load_classifier
 from orthattack.eval.report.text import reported
 from orthattack.eval.results.stored_run import Run
 from orthattack.eval.running.run import run_suite, suite_inputs
+from orthattack.eval.running.transfer import check_transfer, judge
 from orthattack.eval.storage.run_folder import RunFolder
-from orthattack.eval.suite import AttackSpec, is_json, make_suite
+from orthattack.eval.suite import AttackSpec, ModelSpec, is_json, make_suite
 
 
 def evaluate(
@@ -125,6 +127,44 @@ def load(
         module = classifier.model.eval().to(device)
         return module, batch.images.to(device), batch.labels.to(device)
     raise EvaluationError(f"no images in {dataset.name}")
+
+
+def transfer(
+    run: Path | str,
+    models: str | Sequence[str | Mapping[str, Any] | Classifier] | Mapping[str, Classifier] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+    report: bool = True,
+) -> Run:
+    """Have models judge the adversarial images that a complete run has kept: `orthattack transfer` as a function.
+
+    Args:
+        run: the run's folder, or its URL; made with ``save_images="all"``, or it is of the few that it has kept. What
+            has been judged before is not judged again.
+        models: the targets, as for `evaluate`; the label of one of the run's models is that model. By default all of
+            the run's.
+        device: where to compute.
+        progress: show a bar on standard error.
+        report: write the report again, with the matrix of sources and targets.
+
+    Returns:
+        The run, whose `Run.transfer` has the rates with intervals.
+
+    Raises:
+        EvaluationError: something to put right; the message says what.
+    """
+    found = Run.open(run)
+    check_transfer(found)
+    classifiers, listed = _models([*found.models] if models is None else models)
+    own = {spec["label"]: spec for spec in found.manifest["config"].get("models", ())}
+    with _kept_modes(classifiers):
+        for entry in listed:
+            spec = ModelSpec.model_validate(own.get(entry, entry) if isinstance(entry, str) else entry)
+            with drawing(0):  # making a model draws its initial weights
+                target = classifiers.get(spec.label) or load_classifier(spec.name, spec.weights, spec.image_size)
+            judge(found, spec.label, checked(target), torch.device(device), say, progress)
+    return reported(RunFolder(run)) if report else Run.open(run)
 
 
 @contextmanager

@@ -89,6 +89,11 @@ def _parser() -> argparse.ArgumentParser:
         "folders", nargs=2, metavar="RUN", help="the runs' folders, or URLs; RUN:MODEL is one model of it"
     )
     compare.set_defaults(run=_compare)
+    transfer = commands.add_parser("transfer", help="have models judge the adversarial images of others in a run")
+    transfer.add_argument("folder", metavar="RUN", help="the run's folder, or its URL; with --save-images all")
+    transfer.add_argument("--model", nargs="+", metavar="NAME", help="the judges (default: all models of the run)")
+    transfer.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    transfer.set_defaults(run=_transfer)
     models = commands.add_parser("models", help="list the classifiers that can be named, with their weights")
     models.add_argument("pattern", nargs="?", default="", help="only names that contain this")
     models.set_defaults(run=_models)
@@ -348,6 +353,19 @@ def _compare(options: argparse.Namespace) -> int:
     from orthattack.eval.results.comparison import opened
 
     print(compare(*map(opened, options.folders)))
+    return 0
+
+
+def _transfer(options: argparse.Namespace) -> int:
+    from orthattack.eval.api import transfer
+    from orthattack.eval.report.text import transfer_table
+
+    try:
+        run = transfer(options.folder, options.model, device=_device(options.device))
+    except KeyboardInterrupt:
+        print("orthattack: interrupted; the same command resumes", file=sys.stderr)
+        return 130
+    print(f"{transfer_table(run)}\n\nreport: {run.folder}/report.html")
     return 0
 
 

@@ -171,6 +171,18 @@ def test_a_suite_file_names_its_folder(tmp_path, monkeypatch):
     assert 'href="report.html"' in (run / "report-l2.html").read_text()
 
 
+def test_models_judge_the_adversarial_images_of_others(tmp_path, capsys):
+    arguments = ["--attacks", "PGD", "--steps", "2", "--limit", "4", "--no-checks", "--save-images", "all"]
+    assert cli.main(["eval", *arguments, "--out", str(tmp_path / "r")]) == 0
+    capsys.readouterr()
+    assert cli.main(["transfer", str(tmp_path / "r"), "--model", "cifar10-robust"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    places = [line.split()[2:4] for line in lines if line.startswith("PGD ")]
+    assert places == [["cifar10-standard", "cifar10-robust"], ["cifar10-robust", "cifar10-robust"]]
+    assert "unknown model" in refused(capsys, "transfer", tmp_path / "r", "--model", "nothing")
+    assert "is not the folder of a run" in refused(capsys, "transfer", tmp_path)
+
+
 def test_two_runs_are_compared(tmp_path, capsys):
     for name, steps in (("a", "1"), ("b", "5")):
         arguments = ["--model", "cifar10-robust", "--attacks", "PGD", "--steps", steps, "--limit", "6", "--no-checks"]
@@ -333,7 +345,7 @@ def test_models_and_attacks_are_listed(capsys):
 
 
 def test_every_command_says_what_it_does(capsys):
-    for command in ("eval", "report", "compare", "models", "attacks"):
+    for command in ("eval", "report", "compare", "transfer", "models", "attacks"):
         with pytest.raises(SystemExit) as stopped:
             cli.main([command, "--help"])
         assert stopped.value.code == 0

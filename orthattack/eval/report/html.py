@@ -111,6 +111,9 @@ def _context(run: Run) -> dict[str, Any]:
         "paired_columns": tables.paired(run.norm),
         "taken": [] if run.targets is None else tables.taken_rows(run, 5),
         "taken_columns": tables.TAKEN,
+        "transfer": _matrices(run),
+        "success": tables.SUCCESS,
+        "judges": list(run.judges()),
         "optimality": tables.optimality_rows(run),
         "optimality_columns": tables.OPTIMALITY,
         "by_eps": {model: _by_eps(run, model, look, unit) for model in models},
@@ -173,6 +176,17 @@ def _by_eps(run: Run, model: str, look: dict[str, plots.Style], unit: tuple[floa
     groups = plots.coinciding(curves)
     svg = Markup(plots.accuracy_by_eps(curves, look, unit, _known(run), groups))  # noqa: S704
     return {"svg": svg, "coinciding": groups}
+
+
+def _matrices(run: Run) -> list[dict[str, Any]]:
+    """Per attack and radius how often the images of each source fool each target, by source and target."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in tables.transfer_rows(run):
+        empty: dict[str, Any] = {"attack": row["attack"], "eps": row["shown_eps"], "cells": {}}
+        place = found.setdefault((row["attack"], row["shown_eps"]), empty)
+        place["e"] = "" if row["eps"] is None else run.radii.index(row["eps"])
+        place["cells"].setdefault(row["source"], {})[row["target"]] = row
+    return list(found.values())
 
 
 def _by_calls(run: Run, table: pd.DataFrame, look: dict[str, plots.Style]) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ class Column:
     @property
     def is_name(self) -> bool:
         """Whether it holds text that somebody chose."""
-        return self.key in ("model", "attack", "baseline", "class", "taken_for")
+        return self.key in ("model", "attack", "baseline", "source", "target", "class", "taken_for")
 
     def interval(self, row: Row) -> str:
         """The interval, "" where there is none."""
@@ -115,6 +115,7 @@ TAKEN = [
     ATTACK, MODEL, Column("ε", "shown_eps"), Column("class", "class"), Column("taken for", "taken_for"),
     *(Column(head, key, _count, first="descending") for head, key in (("images", "images"), ("successes", "success"))),
 ]  # fmt: skip
+TRANSFER = [ATTACK, Column("eps", "shown_eps"), Column("source", "source"), Column("target", "target"), N, SUCCESS]
 OPTIMALITY = [ATTACK, MODEL, Column("n", "images", _count), Column("optimality", "local", percent)]
 
 
@@ -147,6 +148,11 @@ def taken_rows(run: Run, most: int | None = None) -> list[dict[str, Any]]:
         for _, rows in run.confusion(model, eps).groupby("attack", sort=False)
         for row in records(rows[:most])
     ]  # fmt: skip
+
+
+def transfer_rows(run: Run) -> list[dict[str, Any]]:
+    """The rows of `Run.transfer`, with their radii as text."""
+    return [{**row, "shown_eps": shown_eps(row["eps"], run.norm)} for row in records(run.transfer())]
 
 
 def compared_rows(table: Any, norm: str) -> list[dict[str, Any]]:

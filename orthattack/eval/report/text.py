@@ -34,6 +34,10 @@ NOTES = (
 _COLUMNS, _WIDEST, _NARROWEST = 100, 132, 60  # of a terminal that does not say, and of what is written to any
 _LABEL = 24  # columns that a label may take before others go
 _CLASSES = 50  # of which the accuracy is printed
+TRANSFERRED = (
+    "n: images that source and target both classify correctly; success: of these, where the source's adversarial image "
+    "fools the target"
+)
 _MEASURED = ["mean_norm", "mean_abs_cosine", "max_abs_cosine", "gradient_calls"]
 _SPARE = ["seconds", "mean_abs_cosine", "gradient_calls", "mean_norm", "max_abs_cosine"]
 """Which columns a narrow terminal goes without, the first first."""
@@ -188,7 +192,10 @@ def _laid_out(columns: Sequence[Column], widths: Sequence[int], rows: Sequence[R
     for row in [[*map(_head, columns)], ["-" * width for width in widths], *cells]:
         folded = [_folded(cell, width) for cell, width in zip(row, widths, strict=True)]
         for texts in zip_longest(*folded, fillvalue=""):
-            sides = [f"{t:<{w}}" if k < 2 else f"{t:>{w}}" for k, (t, w) in enumerate(zip(texts, widths, strict=True))]
+            sides = [
+                f"{t:<{w}}" if k < 2 or columns[k].is_name else f"{t:>{w}}"
+                for k, (t, w) in enumerate(zip(texts, widths, strict=True))
+            ]
             lines.append("  ".join(sides).rstrip())
     return "\n".join(lines)
 
@@ -251,6 +258,7 @@ def as_json(run: Run) -> dict[str, Any]:
         "table": [{k: v for k, v in row.items() if k != "left_out"} for row in tables.leaderboard_rows(run)],
         "paired": records(run.paired()),
         "optimality": records(run.optimality()),
+        "transfer": records(run.transfer()),
         "checks": run.checks(),
         "manifest": dict(run.manifest),
     }
@@ -289,8 +297,19 @@ def markdown(run: Run) -> str:
         lines += ["## Taken for", "", _pipes(tables.TAKEN, tables.taken_rows(run, 5)), ""]
     if optimal := tables.optimality_rows(run):
         lines += ["## Optimality (arXiv:2404.19460)", "", _pipes(OPTIMALITY, optimal), ""]
+    if moved := tables.transfer_rows(run):
+        lines += ["## Transfer", "", f"{TRANSFERRED}.", "", _pipes(tables.TRANSFER, moved), ""]
     lines += [f"- {_md(note)}" for note in [*_notes(run), *tables.promised(run), *_beware(run, rows)]]
     return "\n".join(lines) + "\n"
+
+
+def transfer_table(run: Run) -> str:
+    """Which model's adversarial images fool which other, for the terminal."""
+    parts = []
+    for view in (run, *map(run.in_norm, run.other_norms)):
+        if rows := tables.transfer_rows(view):
+            parts += [f"norm {view.norm}", _laid_out(*_fitted(tables.TRANSFER, rows), rows), ""]
+    return "\n".join([*parts, *_wrapped(TRANSFERRED)])
 
 
 def compare(first: Run, second: Run, *, as_markdown: bool = False) -> str:

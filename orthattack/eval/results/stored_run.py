@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from pydantic import BaseModel
 
 from orthattack.eval.errors import EvaluationError, told
 from orthattack.eval.results.outcomes import (
@@ -37,13 +38,16 @@ from orthattack.eval.results.outcomes import (
 from orthattack.eval.results.paired import Paired, optimality
 from orthattack.eval.results.rates import Rate
 from orthattack.eval.storage.run_folder import RunFolder
-from orthattack.eval.storage.schema import CheckRecords, ManifestRecord, from_json, unfit
+from orthattack.eval.storage.schema import CheckRecords, ManifestRecord, TransferRecords, from_json, unfit
 
 WORST = "worst case of all"
 """Name of the rows in which an image counts as fooled if any attack at that radius fooled it."""
 
 COSINE_EDGES = np.linspace(-10, 0, 51)
 """Edges of the histograms of log10 |cos|; what is smaller, 0 included, is counted in the first bin."""
+
+TARGETS = "transfer.json"
+"""The file that says which models have judged the adversarial images of others."""
 
 _COLUMNS = ["position", "label", "status", "message", "success", "cosine", "forward_calls", "gradient_calls"]
 _COLUMNS += ["rounded_success", "seconds", "adversarial_prediction"]
@@ -132,14 +136,18 @@ class Run:
     def checks(self) -> list[dict[str, str]]:
         """The trust checks: model, check, status ("passed", "warned" or "not run"), figures, why."""
         if self._checks is None:
-            try:
-                found = from_json(self.folder.read_text("checks.json") or "[]")
-                if (why := unfit(CheckRecords, found)) is not None:
-                    raise ValueError(why)
-            except (OSError, ValueError, RecursionError) as error:
-                raise EvaluationError(f"{self.folder}/checks.json cannot be read ({told(error)})") from error
-            self._checks = found
+            self._checks = self._records("checks.json", CheckRecords)
         return self._checks
+
+    def _records(self, name: str, kind: type[BaseModel]) -> list[Any]:
+        """A file of records of the run, none if there is no such file."""
+        try:
+            found: list[Any] = from_json(self.folder.read_text(name) or "[]")
+            if (why := unfit(kind, found)) is not None:
+                raise ValueError(why)
+        except (OSError, ValueError, RecursionError) as error:
+            raise EvaluationError(f"{self.folder}/{name} cannot be read ({told(error)})") from error
+        return found
 
     def images(self, model: str) -> int:
         """How many images the run set out to attack."""
@@ -296,6 +304,40 @@ class Run:
             )
             best[found.position] = np.fmin(best[found.position], distance)
         return best
+
+    def judges(self) -> dict[str, Mapping[str, Any]]:
+        """The models that have judged the adversarial images of others, by label: `orthattack transfer`."""
+        return {str(one["label"]): one for one in self._records(TARGETS, TransferRecords)}
+
+    def transfer(self) -> pd.DataFrame:
+        """How often the adversarial images of one model, the source, fool another, the target.
+
+        Of the images that both classify correctly and that the run has kept; where both are the same model, of all that
+        the attack had: its success rate. To fool is to be taken for any other class, in targeted runs too.
+
+        A row per attack, radius, source and target: columns attack, eps, source, target, n (images that both classify
+        correctly), fooled, success_rate with its interval (_low, _high). Without `orthattack transfer` it has no rows.
+        """
+        places = [
+            (a, eps, s, t) for a in self.attacks for eps in self.radii_of(a) for s in self.models for t in self.judges()
+        ]
+        columns = ["attack", "eps", "source", "target", "n", "fooled", *rate_columns("success_rate", Rate(0, 0))]
+        return pd.DataFrame([self._transferred(*place) for place in places], columns=columns)
+
+    def _transferred(self, attack: str, eps: float | None, source: str, target: str) -> dict[str, Any]:
+        size = self.images(source)
+        columns = ["position", "label", "status", "success", "adversarial_prediction"]
+        rows = self.rows(source, attack, eps, columns)
+        if self.targets is not None:
+            rows = rows.assign(success=rows["adversarial_prediction"] != rows["label"])
+        own = theirs = Outcomes.of(rows, self.norm).dense(size)
+        if target != source:
+            rows = self.folder.read("transfer", target, attack, eps, columns, source)
+            theirs = Outcomes.of(rows, self.norm).dense(size)
+        both = (own > WRONG) & (theirs > WRONG)
+        n, fooled = int(both.sum()), int((both & (theirs == FOOLED)).sum())
+        place = {"attack": attack, "eps": eps, "source": source, "target": target}
+        return {**place, "n": n, "fooled": fooled, **rate_columns("success_rate", Rate(fooled, n))}
 
     def progress(self) -> tuple[int, int]:
         """Rows that are there, and rows that there will be."""

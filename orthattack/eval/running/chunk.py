@@ -203,8 +203,8 @@ class Part:
             return 0, 0  # it failed on all that it could have scored
         return sum(row["status"] == "ok" and not row["success"] for row in scored), len(scored)
 
-    def transfer(self, label: str, eps: float | None, norm: Norm, adversarials: Mapping[int, Tensor]) -> None:
-        """Store what this model makes of adversarials at hand, of images that it classifies correctly."""
+    def transfer(self, shard: Shard, norm: Norm, eps: float | None, adversarials: Mapping[int, Tensor]) -> None:
+        """Store what this model makes of adversarials at hand, within `eps`, of images that it classifies correctly."""
 
         def judged(batch: list[int]) -> tuple[Columns, None]:
             images, labels = self._tensors(batch)
@@ -216,7 +216,7 @@ class Part:
         todo = [k for k, right in self.right.items() if right and k in adversarials]
         rows = {k: {"status": "misclassified"} for k in self.right}
         rows |= {position: row for position, row, _ in self._each(todo, judged)}
-        self._store(Shard(self.job.label, label, eps, self.number, self.kind), ROW_SCHEMA.names, rows, {})
+        self._store(shard, ROW_SCHEMA.names, rows, {})
 
     def _each(
         self, todo: list[int], work: Work, pool: int = 1, foreign: str | None = None

@@ -134,4 +134,5 @@ class Worker:
                 stored = folder.images(unit.model, label.removeprefix(SAVED), eps)
             else:
                 stored = folder.images(label.removeprefix(TRANSFER), "PGD", eps, kind="checks")
-            part.transfer(label, eps, probe.get("norm", suite.norm), dict(stored))
+            shard = Shard(unit.model, label, eps, 0, "checks")
+            part.transfer(shard, probe.get("norm", suite.norm), eps, dict(stored))

@@ -5,6 +5,8 @@
     shards/MODEL/ATTACK/EPS/CHUNK.parquet          a row per image: the model after the attack; FIRST-LAST.parquet, of
                                                    all chunks, when these are complete
     checks/MODEL/CHECK/EPS/CHUNK.parquet           the same for the attacks of the trust checks
+    transfer/MODEL/SOURCE/ATTACK/EPS/CHUNK.parquet the same for the adversarial images of another model, SOURCE
+    transfer.json                                  which models have judged those of others
     images/MODEL/ATTACK/EPS/CHUNK.safetensors      adversarial images, bit for bit; the clean ones under ATTACK "clean"
     images/MODEL/ATTACK/EPS/CHUNK-POSITION.png     the same, one by one, of a run that is exact in 8 bits
     sessions/NUMBER-HOST-PROCESS.json              one process at work on the run: when, how, on what, and how it ended
@@ -51,8 +53,8 @@ _PICTURE = re.compile(r"\d{6,}-(\d{6,18})\.png")
 _FOREIGN = r"|\..+\.partial|\.nfs\w+|\.DS_Store"  # what a killed process, NFS and file managers leave behind
 _FIRST_NAMES = re.compile(r"sessions" + _FOREIGN)
 _NAMES = re.compile(
-    r"(manifest|checks|results|classes|confusion)(-\w+)?\.json|results(-\w+)?\.(csv|md)|report(-\w+)?\.html"
-    r"|sessions|clean|shards|checks|images|[\w-]+\.damaged(-\d+)?" + _FOREIGN
+    r"(manifest|checks|transfer|results|classes|confusion)(-\w+)?\.json|results(-\w+)?\.(csv|md)|report(-\w+)?\.html"
+    r"|sessions|clean|shards|checks|transfer|images|[\w-]+\.damaged(-\d+)?" + _FOREIGN
 )
 _SESSIONS = re.compile(r"\d{5}-.+\.json|(whole|shard-\d+-of-\d+)\.lock|.+\.damaged(-\d+)?" + _FOREIGN)
 """What a run's folder and its folder of sessions may hold, before there is a manifest and after."""
@@ -81,6 +83,7 @@ class Shard:
     eps: float | None  # radius in pixel units, or None for an attack that minimises the norm
     chunk: int  # number of the chunk
     kind: Kind = "shards"  # which part of the folder it belongs to
+    source: str = ""  # label of the model that was attacked, for transfer
 
     @property
     def path(self) -> Path:
@@ -93,7 +96,7 @@ class Shard:
         return self._in("checks" if self.kind == "checks" else "images", ".safetensors")
 
     def _in(self, folder: str, suffix: str) -> Path:
-        parts = [folder, _slug(self.model)]
+        parts = [folder, _slug(self.model), *([_slug(self.source)] if self.source else [])]
         if self.kind != "clean" or folder == "images":
             parts += [_slug(self.attack), "minimal" if self.eps is None else f"{self.eps:.9g}"]
         return Path(*parts, f"{self.chunk:06d}{suffix}")
@@ -350,10 +353,12 @@ class RunFolder:
         attack: str = "clean",
         eps: float | None = None,
         columns: Sequence[str] | None = None,
+        source: str = "",
     ) -> pd.DataFrame:
-        """The rows of one model and, but for clean, one attack at one radius, in the order of the images."""
+        """The rows of one model and, but for clean, one attack at one radius, in the order of the images; for transfer,
+        with the model that was attacked."""
         schema = SCHEMAS[kind]
-        parts = self._tables(self._chunks(Shard(model, attack, eps, 0, kind).path), schema, columns)
+        parts = self._tables(self._chunks(Shard(model, attack, eps, 0, kind, source).path), schema, columns)
         if not parts:
             parts = [schema.empty_table() if columns is None else schema.empty_table().select(list(columns))]
         return _frame(parts, kind, f"{self}/{kind}/{_slug(model)}" + ("" if kind == "clean" else f"/{_slug(attack)}"))
@@ -596,7 +601,7 @@ def _unsound(frame: pd.DataFrame, kind: Kind) -> str | None:
 
 _KEYS = {"position", "label", "status"}
 _ATTACKED = {"success", "adversarial_prediction"}
-_OF_OK: dict[Kind, set[str]] = {"clean": {"prediction", "wrong_share"}, "shards": _ATTACKED, "checks": _ATTACKED}
+_OF_OK: dict[Kind, set[str]] = {kind: {*_ATTACKED} for kind in SCHEMAS} | {"clean": {"prediction", "wrong_share"}}
 
 
 def _frame(tables: Sequence[pa.Table], kind: Kind, place: str) -> pd.DataFrame:

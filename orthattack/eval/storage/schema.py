@@ -11,7 +11,7 @@ import pyarrow as pa
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, RootModel, ValidationError, model_validator
 
 Norm = Literal["linf", "l2", "l1"]  # `orthattack.threat.Norm`, which would bring torch
-Kind = Literal["clean", "shards", "checks"]
+Kind = Literal["clean", "shards", "checks", "transfer"]
 STATUSES = ("ok", "misclassified", "unreadable", "error", "invalid")
 
 _KEY = [("position", pa.int32()), ("name", pa.string()), ("label", pa.int32()), ("status", pa.string())]
@@ -64,9 +64,14 @@ ROW_SCHEMA = pa.schema(
         ("seconds", pa.float64()),  # the batch's time over its images; the one column that differs between two runs
     ]
 )
-"""The columns of shards/ and checks/."""
+"""The columns of shards/, checks/ and transfer/."""
 
-SCHEMAS: dict[Kind, pa.Schema] = {"clean": CLEAN_SCHEMA, "shards": ROW_SCHEMA, "checks": ROW_SCHEMA}
+SCHEMAS: dict[Kind, pa.Schema] = {
+    "clean": CLEAN_SCHEMA,
+    "shards": ROW_SCHEMA,
+    "checks": ROW_SCHEMA,
+    "transfer": ROW_SCHEMA,
+}
 
 NULLABLE = {
     pa.int32(): pd.Int32Dtype(),
@@ -177,6 +182,15 @@ class _Check(_Record):
     status: Literal["passed", "warned", "not run"]
     figures: str
     why: str
+
+
+class _Target(_Record):
+    label: _Label
+    sha256: str
+
+
+class TransferRecords(RootModel[list[_Target]]):
+    """transfer.json: the models that judge other models' adversarial images."""
 
 
 class CheckRecords(RootModel[list[_Check]]):

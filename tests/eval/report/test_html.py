@@ -45,6 +45,7 @@ def hostile(tmp_path_factory):
         checks=CHECKS,
         warnings=[SCRIPT],
     )
+    folder.write_text("transfer.json", json.dumps([{"label": label, "sha256": "0"} for label in (BAD, SCRIPT, MATH)]))
     return folder.write_text("report.html", page(Run.open(folder.path)))
 
 
@@ -420,6 +421,7 @@ def test_names_are_text_wherever_they_are(browser, hostile):
         body = page.locator("body").inner_text()
         for name in (BAD, SCRIPT, MATH):
             assert name in body
+            assert name in page.locator(".matrix thead:visible span").all_inner_texts()
         assert all(BAD in name for name in page.locator(".card > p").all_inner_texts())
         assert page.locator("#table tbody th").first.inner_text() == SCRIPT
         assert {page.locator("#model option").nth(k).inner_text() for k in (1, 2)} == {BAD, SCRIPT}
