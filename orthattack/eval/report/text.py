@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -23,8 +23,10 @@ from orthattack.eval.results.comparison import CLEAN, compared, differences
 from orthattack.eval.results.outcomes import cause, records
 from orthattack.eval.results.rates import Rate, defined
 from orthattack.eval.results.stored_run import WORST, Run
-from orthattack.eval.running.clean import Clean
 from orthattack.eval.storage.run_folder import RunFolder, shown_eps
+
+if TYPE_CHECKING:  # or `orthattack compare` would load torch
+    from orthattack.eval.running.clean import Clean
 
 NOTES = (
     f"{WORST}: an image counts as fooled if any attack at that radius fooled it, as scored if any scored it",
