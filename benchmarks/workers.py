@@ -29,10 +29,12 @@ from typing import Any
 import torch
 
 from benchmarks.stored import Row
+from orthattack.eval.running.chunk import Done
 from orthattack.eval.running.plan import Plan, Unit
+from orthattack.eval.running.progress import Unwatched, Watch
 from orthattack.eval.running.ray import Crew, RayWorker, ray_crew, seat
 from orthattack.eval.running.run import run_suite, suite_inputs
-from orthattack.eval.running.worker import Attacked, Worker
+from orthattack.eval.running.worker import Worker
 from orthattack.eval.storage.run_folder import RunFolder
 from orthattack.eval.suite import Suite, make_suite
 
@@ -90,11 +92,11 @@ class TimedHere:
         self.workers: list[dict[str, Any]] = []
         self.suite, self.folder = suite, folder
 
-    def __call__(self, units: Sequence[Unit], plan: Plan, attacked: Attacked, say: Callable[[str], None], /) -> None:
+    def __call__(self, units: Sequence[Unit], plan: Plan, watch: Watch, say: Callable[[str], None], /) -> None:
         worker = Worker(plan, suite_inputs(self.suite), torch.device("cpu"), say)
         for unit in units:
             start = time.time()
-            worker.do(unit, None, attacked)
+            worker.do(unit, None, watch)
             note(self.folder, unit, start)
         worker.close()
 
@@ -189,9 +191,9 @@ class Stub:
     def start(self, *_: Any) -> dict[str, Any]:
         return {"host": "stub", "process": 0, "hardware": {}}
 
-    def do(self, unit: Unit, _: Unit | None, sleep: float) -> tuple[list[tuple[int, int, int]], list[str]]:
+    def do(self, unit: Unit, _: Unit | None, sleep: float) -> tuple[dict[int, Done], list[str]]:
         time.sleep(sleep)
-        return [(which, 100, 128) for which in unit.wanted], []
+        return {which: Done(128, 100, 128) for which in unit.wanted}, []
 
 
 class Slot:
@@ -227,7 +229,7 @@ def driver_rows(workers: int, sleep: float, sleeping: int) -> list[Row]:
             slots = iter([Slot(stubs[k % RAY_WORKERS], pause) for k in range(workers)])
             crew = Crew(ray, workers, "cpu", lambda slots=slots: next(slots))  # type: ignore[misc]
             start, cpu = time.perf_counter(), time.process_time()
-            crew(some, plan, lambda *_: None, print)
+            crew(some, plan, Unwatched(), print)
             wall, cpu = time.perf_counter() - start, time.process_time() - cpu
             ideal = pause * -(-len(some) // workers)
             rows.append(

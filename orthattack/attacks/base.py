@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypedDict, TypeGuard, get_args
@@ -126,6 +126,7 @@ class Attack(Configured):
     """
 
     _family: ClassVar[str] = "Attack"
+    _pulse: Callable[[int], object] | None = None  # see `Task.pulse`
 
     def __init_subclass__(cls, family: str | None = None, **defaults: Any) -> None:
         if family is not None or "__init__" in vars(cls):  # one that changes defaults alone is of the same family
@@ -350,7 +351,7 @@ class Attack(Configured):
                     best.count(index, torch.full_like(index, self.eot_samples), torch.zeros_like(index))
                 task = Task(
                     oracle, self._loss, goal, region, index, best, early_stop, self._streams(seeds, len(x)), form,
-                    is_random, self.on_step,
+                    is_random, self.on_step, self._pulse,
                 )  # fmt: skip
                 task = aimed(task, self.targeted, targets, self.eot_samples)
                 goal = task.goal.select(index)

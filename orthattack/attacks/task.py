@@ -232,6 +232,7 @@ class Task:
         form: what is done to each direction before a step, for ``enforce="gradient"``.
         is_random: whether the model draws, so that a success is confirmed where it is found.
         on_step: who is told of every point that was scored.
+        pulse: is told the number of each step, and nothing else of it, which costs nothing.
         limit: (n, 1, 1, 1) the radius of what may be found, where the region is larger than that; None: it is not.
     """
 
@@ -246,6 +247,7 @@ class Task:
     form: GradientForm | None = None
     is_random: bool = False
     on_step: OnStep | None = None
+    pulse: Callable[[int], object] | None = None
     limit: Tensor | None = None
 
     @property
@@ -272,6 +274,8 @@ class Task:
         if self.limit is not None:  # what lies beyond it is asked about, and neither confirmed nor kept
             allowed = self._norm(points) <= self.limit.flatten()
             solved = ~allowed if solved is None else solved | ~allowed
+        if self.pulse is not None:
+            self.pulse(step)
         self.region.release()
         evaluation = self.oracle.evaluate(points, self.goal, self.loss, solved, with_gradient, step, self.draws)
         if allowed is not None:

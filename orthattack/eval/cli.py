@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from orthattack import __version__
 from orthattack.eval.errors import EvaluationError, out_of_memory, printable, say, told
 
 if TYPE_CHECKING:
+    from orthattack.eval.results.stored_run import Run
     from orthattack.eval.running.worker import Inputs
     from orthattack.eval.storage.run_folder import RunFolder
     from orthattack.eval.suite import Suite
@@ -47,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
+    options.arguments, options.resume = sys.argv[1:] if arguments is None else arguments, ""
     try:
         try:
             code: int = options.run(options)
@@ -66,8 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         return code
     except KeyboardInterrupt:
-        print("orthattack: interrupted before anything was measured", file=sys.stderr)
-        return 130
+        return _stopped(options.resume)
     except BrokenPipeError:  # whoever reads the table has seen enough; the results are in the folder
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -192,6 +195,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.shard is not None and options.out is None and options.suite is None:
         raise EvaluationError("--shard needs --out, the folder that all shards share")
     folder = run_folder(options.out, None if options.suite is None else options.suite.stem, say)
+    options.resume = _again(options, folder)
     before = signal.signal(signal.SIGTERM, _interrupt)  # stop in order, as by Ctrl-C
     try:
         return _carry_out(options, suite, source, folder)
@@ -231,11 +235,32 @@ def _carry_out(options: argparse.Namespace, suite: Suite, source: Inputs, folder
             command=sys.argv,
             say=say,
         )
+        if not complete:
+            say("stopping, writing the report")
     if options.shard is not None and complete and folder.manifest()["status"] != "complete":
         i, n = options.shard
         print(f"shard {i}/{n} is done; the last of the {n}, or the command without --shard, completes {folder}")
         return 0
-    return _tell(folder, complete)
+    if complete:
+        return _tell(folder)
+    _show(folder)
+    return _stopped(options.resume)
+
+
+def _again(options: argparse.Namespace, folder: RunFolder) -> str:
+    """The command that resumes a run, as one pastes it."""
+    path = Path(sys.argv[0])
+    program = [sys.executable, "-m", "orthattack"]
+    if path.name.startswith("orthattack"):  # the installed script
+        program = [path.name if shutil.which(path.name) == sys.argv[0] else sys.argv[0]]
+    is_named = options.out is not None or options.suite is not None
+    return shlex.join([*program, *options.arguments, *([] if is_named else ["--out", str(folder)])])
+
+
+def _stopped(resume: str) -> int:
+    """Say that the run was interrupted, and how it goes on; returns the exit code."""
+    print("orthattack: interrupted" + (f"; to resume:\n{resume}" if resume else ""), file=sys.stderr)
+    return 130
 
 
 def _interrupt(*_: object) -> None:
@@ -324,28 +349,30 @@ def _device(name: str | None) -> str:
     return name
 
 
-def _tell(folder: RunFolder, complete: bool, to: Path | None = None) -> int:
+def _tell(folder: RunFolder, to: Path | None = None) -> int:
     """Write the report of a run and print its table; returns the exit code."""
+    scored = [row["scored"] for view in _show(folder, to) for row in view.table().to_dict("records")]
+    if scored and not any(count > 0 for count in scored):
+        print("orthattack: no attack returned anything that could be scored", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _show(folder: RunFolder, to: Path | None = None) -> list[Run]:
+    """Write the report of a run and print its table; returns the run, seen in each norm."""
     from orthattack.eval.report.text import leaderboard_table, reported
 
     run = reported(folder, to)
     views = [run, *map(run.in_norm, run.other_norms)]
     print(leaderboard_table(*views))
     print(f"\nreport: {to or folder}/report.html", flush=True)
-    if not complete:
-        print("orthattack: interrupted; the same command, with --out, resumes", file=sys.stderr)
-        return 130
-    rows = [row for view in views for row in view.table().to_dict("records")]
-    if rows and not any(row["scored"] > 0 for row in rows):
-        print("orthattack: no attack returned anything that could be scored", file=sys.stderr)
-        return 1
-    return 0
+    return views
 
 
 def _report(options: argparse.Namespace) -> int:
     from orthattack.eval.storage.run_folder import RunFolder
 
-    return _tell(RunFolder(options.folder, say), complete=True, to=options.to)
+    return _tell(RunFolder(options.folder, say), options.to)
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -239,8 +239,9 @@ def test_reading_goes_by_one_attack_at_a_time_and_by_column(run, path, monkeypat
     fresh = Run.open(path)
     read = fresh.folder.read
 
-    def spy(kind, model, attack="clean", eps=None, columns=None):
+    def spy(kind, model, attack="clean", eps=None, columns=None, unfinished=False):
         asked.append(columns)
+        assert not unfinished
         return read(kind, model, attack, eps, columns)
 
     monkeypatch.setattr(fresh.folder, "read", spy)

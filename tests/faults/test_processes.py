@@ -230,4 +230,9 @@ def test_a_background_job_that_is_asked_to_end_stops_in_order(tmp_path):
     process = start(place, ignoring=True)
     wait_for_held(place, process)
     process.send_signal(signal.SIGTERM)
-    assert "interrupted; the same command, with --out, resumes" in ended(process, code=130)
+    told = ended(process, code=130)
+    assert "orthattack: stopping, writing the report\n" in told
+    assert (
+        f"orthattack: interrupted; to resume:\n{sys.executable} -m orthattack eval suite.toml --device cpu --out run\n"
+        in told
+    )

@@ -88,7 +88,7 @@ def test_a_driver_that_is_killed_or_interrupted_leaves_no_worker_and_the_same_co
         else:
             driver.send_signal(how)
         text = ended(driver, code=130)
-        assert "interrupted; the same command, with --out, resumes" in text
+        assert "orthattack: interrupted; to resume:\n" in text
         assert "robust accuracy" in text.lower()
         assert "report: run/report.html" in text
         assert (place / "run/report.html").stat().st_size > 10_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 @dataclass
 class Calls:
-    """How often a model was asked, per sample."""
+    """How often a model was asked."""
 
-    forward: int = 0  # evaluations
-    gradient: int = 0  # differentiations
+    forward: int = 0  # evaluations, per sample
+    gradient: int = 0  # differentiations, per sample
+    batches: int = 0  # evaluations of batches
 
 
 class CallCounter(nn.Module):
@@ -24,16 +26,22 @@ class CallCounter(nn.Module):
     It also remembers its last answer without a gradient: an attack of ours that scores what it returns has then done
     the work of the judge, who sees the model's own answer on the pixels, not what the attack makes of it. What other
     code had evaluated is not to be recalled: it may have changed the model for the while. `calls` is kept by whoever
-    reads it, out of reach of what is written to this module's attributes."""
+    reads it, out of reach of what is written to this module's attributes. `tell` is told of each evaluation, how many
+    there were."""
 
-    def __init__(self, model: nn.Module, calls: Calls | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, calls: Calls | None = None, tell: Callable[[int], object] = lambda _: None
+    ) -> None:
         super().__init__()
         self.model = model
         self._calls = Calls() if calls is None else calls
+        self._tell = tell
         self._last: tuple[Tensor, Tensor] | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         self._calls.forward += len(images)
+        self._calls.batches += 1  # not an attribute of the module, whose state would be another each time
+        self._tell(self._calls.batches)
         if images.requires_grad:
             images.register_hook(self._count_gradient)  # type: ignore[no-untyped-call]
         logits: Tensor = self.model(images)

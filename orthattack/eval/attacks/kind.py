@@ -62,6 +62,13 @@ class OwnRunner:
         self._attack = attack
         self._more = {} if batch_size is None else {"batch_size": batch_size}
 
+    def tell(self, step: Callable[[str], object]) -> None:
+        """Have each step told, and of how many."""
+        attack = getattr(self._attack, "attack", self._attack)  # of a bisection
+        counts = (getattr(attack, name, None) for name in ("steps", "queries", "gradients"))
+        last = next((f" of {count}" for count in counts if isinstance(count, int)), "")
+        attack._pulse = lambda number: step(f"step {number}{last}")
+
     def __call__(self, images: Tensor, labels: Tensor, seeds: Sequence[int]) -> Found:
         result = self._attack.run(images, labels, seeds=seeds, **self._more)
         return Found(result.adversarials, result.steps, result.forward_calls, result.gradient_calls)

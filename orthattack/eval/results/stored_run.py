@@ -164,11 +164,16 @@ class Run:
 
     def rows(self, model: str, attack: str, eps: float | None, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """The stored rows of an attack at a radius of the run, in the order of the images."""
-        return self._within(model, self.folder.read("shards", model, attack, self.stored_eps(attack, eps), columns))
+        begun = self.status != "complete"
+        return self._within(
+            model, self.folder.read("shards", model, attack, self.stored_eps(attack, eps), columns, unfinished=begun)
+        )
 
     def clean(self, model: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """The stored rows of the model on the images as they are."""
-        return self._within(model, self.folder.read("clean", model, columns=columns))
+        return self._within(
+            model, self.folder.read("clean", model, columns=columns, unfinished=self.status != "complete")
+        )
 
     def _within(self, model: str, rows: pd.DataFrame) -> pd.DataFrame:
         if "position" in rows and len(rows) and rows["position"].iloc[-1] >= self.images(model):

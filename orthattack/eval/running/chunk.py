@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from orthattack.eval.attacks.counter import CallCounter, Calls
-from orthattack.eval.attacks.kind import Conditions, Found, Runner
+from orthattack.eval.attacks.kind import Conditions, Found, OwnRunner, Runner
 from orthattack.eval.attacks.seeds import drawing, image_seed, joint_seed
 from orthattack.eval.checks.clean import differentiated
 from orthattack.eval.data.dataset import ImageDataset, Unreadable
 from orthattack.eval.errors import out_of_memory, told
 from orthattack.eval.models.classifier import Classifier
 from orthattack.eval.plugin import kept_process
+from orthattack.eval.running.draft import Draft, Row
 from orthattack.eval.running.judge import (
     Columns,
     Judge,
@@ -48,6 +49,14 @@ Work = Callable[[list[int]], tuple[Columns, Tensor | None]]
 """Of a batch of positions: what is measured of it, and the adversarial images."""
 
 
+class Done(NamedTuple):
+    """How far an attack is on a chunk."""
+
+    images: int  # those done with, the ones that it leaves out among them
+    robust: int  # of those scored
+    scored: int
+
+
 @dataclass(frozen=True)
 class Bound:
     """An attack bound to a model at a radius, or what went wrong with that."""
@@ -70,6 +79,7 @@ class Job:
     say: Callable[[str], None]
     is_exact: bool = False  # whether images are stored in 8 bits
     targets: Targets | None = None  # the classes to reach, of a targeted run
+    step: Callable[[str], object] = lambda _: None  # is told how far an attack is with a batch
     was_halved: bool = field(init=False, default=False)
     sizes: dict[str, int] = field(init=False, default_factory=dict)  # of attacks that are not ours, by label
     judge: Judge = field(init=False)
@@ -90,11 +100,16 @@ class Job:
         What is not ours has a counter of its own: what it writes to that, or had evaluated by a model that it changed
         for the while, concerns nobody else.
         """
-        calls = Calls() if entry.kind.is_foreign else self.calls
-        counter = CallCounter(self.judge.model, calls).eval() if entry.kind.is_foreign else self.counter
+        calls, counter = self.calls, self.counter
+        if entry.kind.is_foreign:
+            calls = Calls()
+            counter = CallCounter(self.judge.model, calls, lambda count: self.step(f"call {count}")).eval()
         try:
             with drawing(0), self.at_work(entry):
-                return Bound(entry, entry.kind.bind(counter, conditions), calls)
+                runner = entry.kind.bind(counter, conditions)
+            if isinstance(runner, OwnRunner):
+                runner.tell(self.step)
+            return Bound(entry, runner, calls)
         except KeyboardInterrupt:
             raise
         except BaseException as error:
@@ -158,16 +173,20 @@ class Part:
             for known in stored.to_dict("records"):
                 self._recall(int(known["position"]), {str(key): value for key, value in known.items()})
             return
-        rows: dict[int, dict[str, Any]] = {}
         sample = self.job.differentiated if self.kind == "shards" else frozenset()
-        for with_gradient in (True, False):
-            todo = [k for k in self.images if (k in sample) == with_gradient]
-            looked = partial(self._looked, with_gradient=with_gradient)
-            rows |= {position: row for position, row, _ in self._each(todo, looked)}
-        for position in sorted(rows, key=self.positions.index):  # as they are when they are recalled, so that the
-            self._recall(position, rows[position])  # attacks' batches are the same
+        order = sorted(self.images, key=lambda k: k not in sample)
+        draft = self._draft(shard if self.kind == "shards" else None, order)
+        with draft.kept():
+            for with_gradient in (True, False):
+                todo = [k for k in draft.todo if (k in sample) == with_gradient]
+                looked = partial(self._looked, with_gradient=with_gradient)
+                for found in self._batches(todo, looked):
+                    draft.add({k: {**self._key[k], **row} for k, (row, _) in found.items()}, {}, self._size(None))
+        for position in sorted(draft.rows, key=self.positions.index):  # as they are when they are recalled, so that
+            self._recall(position, draft.rows[position])  # the attacks' batches are the same
         if self.kind == "shards":
-            self._store(shard, CLEAN_SCHEMA.names, rows, self.images)
+            self._store(shard, CLEAN_SCHEMA.names, draft.rows, self.images)
+            draft.done()
 
     def _looked(self, batch: list[int], with_gradient: bool) -> tuple[Columns, None]:
         images, labels = self._tensors(batch)
@@ -181,27 +200,31 @@ class Part:
         else:
             self._failed[position] = {"status": row["status"], "message": row["message"]}
 
-    def attack(self, bound: Bound, attack_misclassified: bool) -> tuple[int, int]:
-        """Run one attack on the chunk and store what it did; returns how many are robust, of how many scored."""
+    def attack(self, bound: Bound, attack_misclassified: bool, tell: Callable[[Done], object] = lambda _: None) -> Done:
+        """Run one attack on the chunk and store what it did; `tell` how far it is, batch by batch."""
         entry = bound.entry
-        rows: dict[int, dict[str, Any]] = {
-            k: {"status": "misclassified", "clean_prediction": self.predictions[k]}
-            for k, right in self.right.items()
-            if not right
-        }
-        kept: dict[int, Tensor] = {}
-        todo = [k for k, right in self.right.items() if right or attack_misclassified]
-        pool = POOL if entry.kind.packs and not self.job.was_halved else 1
+        shard = Shard(self.job.label, entry.label, entry.eps, self.number, self.kind)
         foreign = entry.label if entry.kind.is_foreign else None
-        for position, row, adversarial in self._each(todo, partial(self._measured, entry, bound), pool, foreign):
-            rows[position] = {"clean_prediction": self.predictions[position], **row}
-            if adversarial is not None and position in self.keep:
-                kept[position] = adversarial
-        self._store(Shard(self.job.label, entry.label, entry.eps, self.number, self.kind), ROW_SCHEMA.names, rows, kept)
-        scored = [row for row in rows.values() if row["status"] in ("ok", "misclassified")]
-        if any(self.right.values()) and all(row["status"] == "misclassified" for row in scored):
-            return 0, 0  # it failed on all that it could have scored
-        return sum(row["status"] == "ok" and not row["success"] for row in scored), len(scored)
+        attacked = [k for k, right in self.right.items() if right or attack_misclassified]
+        draft = self._draft(shard, attacked, foreign)
+        missed = {"status": "misclassified"}
+        rest = {k: {"clean_prediction": self.predictions[k], **missed} for k in self.right}
+        chosen = set(attacked)
+        draft.begin({k: self._complete(k, rest.get(k, {})) for k in self.positions if k not in chosen})
+        tell(self._tally(draft.rows))
+        pool = POOL if entry.kind.packs and not self.job.was_halved else 1
+        with draft.kept():
+            for found in self._batches(draft.todo, partial(self._measured, entry, bound), pool, foreign):
+                rows = {
+                    k: self._complete(k, {"clean_prediction": self.predictions[k], **row})
+                    for k, (row, _) in found.items()
+                }
+                images = {k: image for k, (_, image) in found.items() if image is not None and k in self.keep}
+                draft.add(rows, images, self._size(foreign))
+                tell(self._tally(draft.rows))
+        self._store(shard, ROW_SCHEMA.names, draft.rows, draft.images)
+        draft.done()
+        return self._tally(draft.rows)
 
     def transfer(self, shard: Shard, norm: Norm, eps: float | None, adversarials: Mapping[int, Tensor]) -> None:
         """Store what this model makes of adversarials at hand, within `eps`, of images that it classifies correctly."""
@@ -214,21 +237,24 @@ class Part:
                 return row_columns(self.job.judge, images, found, labels, [True] * len(batch), clean, norm, eps), None
 
         todo = [k for k, right in self.right.items() if right and k in adversarials]
-        rows = {k: {"status": "misclassified"} for k in self.right}
-        rows |= {position: row for position, row, _ in self._each(todo, judged)}
+        rows: dict[int, Row] = {k: {"status": "misclassified"} for k in self.right}
+        for found in self._batches(todo, judged):
+            rows |= {position: row for position, (row, _) in found.items()}
         self._store(shard, ROW_SCHEMA.names, rows, {})
 
-    def _each(
-        self, todo: list[int], work: Work, pool: int = 1, foreign: str | None = None
-    ) -> Iterator[tuple[int, dict[str, Any], Tensor | None]]:
-        """What is measured of each image, with its position, batch by batch."""
+    def _batches(
+        self, todo: Sequence[int], work: Work, pool: int = 1, foreign: str | None = None
+    ) -> Iterator[dict[int, tuple[Row, Tensor | None]]]:
+        """What is measured of each image of a batch, and its adversarial image, by position; batch by batch."""
         first = 0
         while first < len(todo):
             size = self._size(foreign) * pool  # which may become smaller on the way
-            for positions, columns, adversarials in self._in_pieces(todo[first : first + size], work, foreign):
+            found: dict[int, tuple[Row, Tensor | None]] = {}
+            for positions, columns, adversarials in self._in_pieces(list(todo[first : first + size]), work, foreign):
                 for row, position in enumerate(positions):
                     record = {name: column[row] for name, column in columns.items()}
-                    yield position, record, None if adversarials is None else adversarials[row]
+                    found[position] = record, None if adversarials is None else adversarials[row]
+            yield found
             first += size
 
     def _in_pieces(
@@ -251,11 +277,7 @@ class Part:
         if half < self._size(foreign):
             who = "" if foreign is None else f"{foreign}: "
             self.job.say(f"{who}out of memory with {len(batch)} images at a time; going on with {half}")
-            if foreign is None:
-                self.job.was_halved = True
-                self.job.batch_size = self.job.judge.batch_size = half
-            else:
-                self.job.sizes[foreign] = half
+            self._shrink(half, foreign)
         if self.job.device.type == "cuda":
             torch.cuda.empty_cache()
         for piece in (batch[:half], batch[half:]):
@@ -297,6 +319,21 @@ class Part:
         """How many images at a time."""
         return min(self.job.batch_size, self.job.sizes.get(foreign or "", self.job.batch_size))
 
+    def _draft(self, shard: Shard | None, todo: Sequence[int], foreign: str | None = None) -> Draft:
+        """What there is of a shard; its other batches are as small as its last one had to be."""
+        draft = Draft(self.job.folder, shard, todo)
+        if draft.batch_size is not None and draft.batch_size < self._size(foreign):
+            self._shrink(draft.batch_size, foreign)
+        return draft
+
+    def _shrink(self, size: int, foreign: str | None) -> None:
+        """Attack so many images at a time from now on."""
+        if foreign is None:
+            self.job.was_halved = True
+            self.job.batch_size = self.job.judge.batch_size = size
+        else:
+            self.job.sizes[foreign] = size
+
     def _tensors(self, batch: list[int]) -> tuple[Tensor, Tensor]:
         images = torch.stack([self.images[k] for k in batch])
         labels = torch.tensor([self._key[k]["label"] for k in batch])
@@ -304,10 +341,21 @@ class Part:
             images = images.pin_memory()
         return images.to(self.job.device, non_blocking=True), labels.to(self.job.device)
 
+    def _complete(self, position: int, row: Mapping[str, Any]) -> Row:
+        """A row with what is known of its image."""
+        return {**self._key[position], **row, **self._failed.get(position, {})}
+
+    def _tally(self, rows: Mapping[int, Row]) -> Done:
+        """How far an attack is that has these rows."""
+        scored = [row for row in rows.values() if row["status"] in ("ok", "misclassified")]
+        if any(self.right.values()) and all(row["status"] == "misclassified" for row in scored):
+            return Done(len(rows), 0, 0)  # it failed on all that it could have scored
+        return Done(len(rows), sum(row["status"] == "ok" and not row["success"] for row in scored), len(scored))
+
     def _store(
         self, shard: Shard, names: list[str], rows: Mapping[int, Mapping[str, Any]], images: Mapping[int, Tensor]
     ) -> None:
-        complete = [{**self._key[k], **rows.get(k, {}), **self._failed.get(k, {})} for k in self.positions]
+        complete = [self._complete(k, rows.get(k, {})) for k in self.positions]
         columns = {name: [row.get(name) for row in complete] for name in names}
         kept = {k: images[k] for k in images if k in self.keep}
         self.job.folder.write(shard, columns, kept, self.job.is_exact and self.kind == "shards")

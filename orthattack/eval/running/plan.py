@@ -53,6 +53,7 @@ class Todo:
     units: Sequence[Unit]  # in a sensible order, a model's one after the other
     total: int  # attacked images in all
     done: int  # of these, those that there are already
+    kept: Mapping[tuple[str, int, int], int]  # and those of shards at work: by model, chunk and place in `Plan.entries`
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class Plan:
         first, step = (0, 1) if share is None else (share[0] - 1, share[1])
         units: list[Unit] = []
         total = done = number = 0
+        kept: dict[tuple[str, int, int], int] = {}
         for model in self._counts:
             own = {chunk: len(self.positions(Unit(model, "attack", chunk, ()))) for chunk in self._chunks(model)}
             count = len(own)
@@ -119,14 +121,17 @@ class Plan:
             for chunk, rows in own.items():
                 wanted = tuple(k for k, there in enumerate(found) if chunk not in there)
                 total, done = total + rows * len(found), done + rows * (len(found) - len(wanted))
+                unit = Unit(model, "attack", chunk, wanted)
                 if wanted or chunk not in clean:
-                    units.append(Unit(model, "attack", chunk, wanted))
+                    units.append(unit)
+                begun = {self.shard(unit, k): (model, chunk, k) for k in wanted}
+                kept |= {begun[shard]: rows for shard, rows in self.folder.kept_counts(begun).items()}
             if self.suite.checks:
                 if (number + count) % step == first:
                     units += self._left(Unit(model, "probe", 0, tuple(range(len(self.probes[model])))))
                 count += 1
             number += count
-        return Todo(units, total, done)
+        return Todo(units, total, done, kept)
 
     def last(self) -> list[Unit]:
         """What is left of the trust checks that read the images that were saved: of other models, and the model's."""

@@ -28,10 +28,12 @@ import torch
 
 from orthattack.eval.attacks.seeds import drawing
 from orthattack.eval.errors import EvaluationError, first_line, told
+from orthattack.eval.running.chunk import Done
 from orthattack.eval.running.manifest import hardware
 from orthattack.eval.running.plan import Plan, Unit
+from orthattack.eval.running.progress import Unwatched, Watch
 from orthattack.eval.running.run import suite_inputs
-from orthattack.eval.running.worker import Attacked, Worker
+from orthattack.eval.running.worker import Worker
 from orthattack.eval.storage.run_folder import RunFolder
 from orthattack.eval.suite import make_suite
 
@@ -99,14 +101,24 @@ class RayWorker:
         self._worker = Worker(plan, inputs, torch.device(device), self._said.append)
         return {"host": platform.node(), "process": os.getpid(), "hardware": hardware(torch.device(device))}
 
-    def do(self, unit: Unit, following: Unit | None) -> tuple[list[tuple[int, int, int]], list[str]]:
-        """Do a unit; returns what `Attacked` is told of its attacks, and what there is to say."""
-        found: list[tuple[int, int, int]] = []
+    def do(self, unit: Unit, following: Unit | None) -> tuple[dict[int, Done], list[str]]:
+        """Do a unit; returns what became of its attacks, by their place in `Plan.entries`, and what there is to say."""
+        watch = _Noted()
         with drawing(0):
-            self._worker.do(unit, following, lambda _, *counts: found.append(counts))
+            self._worker.do(unit, following, watch)
         said = self._said.copy()
         self._said.clear()
-        return found, said
+        return watch.found, said
+
+
+class _Noted(Unwatched):
+    """A `Watch` that keeps what came last, for the driver."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, Done] = {}
+
+    def done(self, unit: Unit, which: int, done: Done) -> None:  # noqa: ARG002
+        self.found[which] = done
 
 
 class Queue:
@@ -214,7 +226,7 @@ class Crew:
         self._ray, self._size, self._make, self._lacking = ray, size, make, lacking
         self._idle: list[Any] = []
 
-    def __call__(self, units: Sequence[Unit], plan: Plan, attacked: Attacked, say: Callable[[str], None], /) -> None:
+    def __call__(self, units: Sequence[Unit], plan: Plan, watch: Watch, say: Callable[[str], None], /) -> None:
         """Do all units. EvaluationError: no worker can be started, something is to be put right, or a unit has killed
         three of its workers; everything else has been done then."""
         queue = Queue(units)
@@ -247,8 +259,8 @@ class Crew:
                         queue.put_back(rest)
                 elif unit is not None:
                     self._idle.append(actor)
-                    for counts in answer[0]:
-                        attacked(unit, *counts)
+                    for which, done in answer[0].items():
+                        watch.done(unit, which, done)
                     for line in answer[1]:
                         say(line)
                 elif host is None:  # the process is there, on the machine that it names

@@ -8,32 +8,30 @@ processes share the work.
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from tqdm import tqdm
 
 from orthattack.eval.attacks.kind import AttackKind
 from orthattack.eval.attacks.seeds import drawing
 from orthattack.eval.checks.probes import planned_probes
 from orthattack.eval.data.dataset import ImageDataset, read_names
 from orthattack.eval.data.load import check_data, load_dataset
-from orthattack.eval.errors import EvaluationError, first_line, printable
+from orthattack.eval.errors import EvaluationError, first_line
 from orthattack.eval.models.classifier import Classifier, checked
 from orthattack.eval.models.load import check_name, load_classifier
 from orthattack.eval.running.judge import check_batches
 from orthattack.eval.running.manifest import bury, describe_attacks, describe_model, new_session, now, to_go_on
 from orthattack.eval.running.plan import Plan, Unit, boundless
+from orthattack.eval.running.progress import Progress, Watch
 from orthattack.eval.running.targets import Targets
-from orthattack.eval.running.worker import Attacked, Inputs, Worker
+from orthattack.eval.running.worker import Inputs, Worker
 from orthattack.eval.storage.lock import Share, working_in
-from orthattack.eval.storage.run_folder import RunFolder, shown_eps
+from orthattack.eval.storage.run_folder import RunFolder
 from orthattack.eval.suite import Suite
 
 
@@ -92,7 +90,7 @@ class Engine(Protocol):
     name: str
     workers: list[dict[str, Any]]
 
-    def __call__(self, units: Sequence[Unit], plan: Plan, attacked: Attacked, say: Callable[[str], None], /) -> None:
+    def __call__(self, units: Sequence[Unit], plan: Plan, watch: Watch, say: Callable[[str], None], /) -> None:
         """Do all units. They are independent: in any order, anywhere, some of them twice if need be."""
 
 
@@ -262,15 +260,16 @@ def _everything(plan: Plan, share: Share | None, engine: Engine, progress: bool,
     try:
         with plan.folder.at_once():
             todo = plan.todo(share)
-        often = 0.1 if sys.stderr.isatty() else 30.0  # a log file is no place for an animation
-        with tqdm(total=todo.total, initial=todo.done, unit="img", disable=not progress, mininterval=often) as bar:
-            engine(todo.units, plan, _Progress(plan, bar), say)
+        if found := todo.done + sum(todo.kept.values()):
+            say(f"resuming: {found:,} of {todo.total:,} results kept")
+        with Progress(plan, todo, progress) as watch:
+            engine(todo.units, plan, watch, say)
             if share is not None and not _is_ready(plan):
                 return "part"
             _compact(plan, say)
             if plan.suite.checks and (last := _left(plan)):
-                bar.set_description("trust checks")
-                engine(last, plan, lambda *_: None, say)
+                engine(last, plan, watch, say)
+            plan.folder.forget()
     except KeyboardInterrupt:
         return "interrupted"
     return "complete"
@@ -293,26 +292,6 @@ def _left(plan: Plan) -> list[Unit]:
         return plan.last()
 
 
-@dataclass
-class _Progress:
-    """Shows how far a run is: images attacked, and what this session has found of robust accuracy."""
-
-    plan: Plan
-    bar: tqdm[Any]
-    rates: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
-
-    def __call__(self, unit: Unit, which: int, robust: int, scored: int) -> None:
-        before = self.rates.get((unit.model, which), (0, 0))
-        robust, scored = before[0] + robust, before[1] + scored
-        self.rates[unit.model, which] = robust, scored
-        share = f"{100 * robust / scored:.1f} %" if scored else "-"
-        entry = self.plan.entries[which]
-        self.bar.set_description(printable(unit.model), refresh=False)
-        so_far = f"{printable(entry.label)} at {shown_eps(entry.eps, entry.norm)}: {share} robust"
-        self.bar.set_postfix_str(so_far, refresh=False)
-        self.bar.update(len(self.plan.positions(unit)))
-
-
 class _Here:
     """The units one after the other, in this process."""
 
@@ -322,10 +301,10 @@ class _Here:
         self.workers: list[dict[str, Any]] = []
         self._inputs, self._device = inputs, device
 
-    def __call__(self, units: Sequence[Unit], plan: Plan, attacked: Attacked, say: Callable[[str], None], /) -> None:
+    def __call__(self, units: Sequence[Unit], plan: Plan, watch: Watch, say: Callable[[str], None], /) -> None:
         worker = Worker(plan, self._inputs, self._device, say)
         try:
             for unit, following in zip_longest(units, units[1:]):
-                worker.do(unit, following, attacked)
+                worker.do(unit, following, watch)
         finally:
             worker.close()

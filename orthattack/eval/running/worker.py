@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,13 +18,11 @@ from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models.classifier import Classifier
 from orthattack.eval.running.chunk import Bound, Job, Part
 from orthattack.eval.running.plan import Plan, Unit
+from orthattack.eval.running.progress import Unwatched, Watch, shown
 from orthattack.eval.running.targets import Targets
 from orthattack.eval.storage.run_folder import Shard
 from orthattack.eval.suite import Entry
 from orthattack.lending import ModelChangedError, guarded
-
-Attacked = Callable[[Unit, int, int, int], None]
-"""Told after each attack of a unit: the unit, the attack's place in `Plan.entries`, robust, of how many scored."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +43,21 @@ class Worker:
         self._decoder: Decoder | None = None
         self._bounds: dict[int, Bound] = {}
 
-    def do(self, unit: Unit, following: Unit | None = None, attacked: Attacked = lambda *_: None) -> None:
-        """Do a unit; what is finished of it is stored at once. Images of `following`, what will probably be next, are
-        decoded meanwhile."""
+    def do(self, unit: Unit, following: Unit | None = None, watch: Watch | None = None) -> None:
+        """Do a unit, while somebody watches; what is finished of it is stored at once. Images of `following`, what will
+        probably be next, are decoded meanwhile."""
+        watch = watch or Unwatched()
+        watch.begin(unit.model, "loading")
         job, decoder = self._ready(unit.model)
+        job.step = watch.step
         images = self._taken(unit, job, decoder)
         if following is not None and following.model == unit.model:
             decoder.begin(self._plan.positions(following))
         if unit.stage == "attack":
-            self._attack(unit, Part(job, unit.chunk, images, self._plan.kept(unit.model)), attacked)
+            self._attack(unit, Part(job, unit.chunk, images, self._plan.kept(unit.model)), watch)
             return
         part = Part(job, 0, images, frozenset(), "checks")
+        watch.begin(unit.model, "trust checks")
         part.look()
         if unit.stage == "probe":
             self._probe(unit, part)
@@ -91,7 +94,8 @@ class Worker:
             self._decoder = Decoder(self._job.load, ahead=not dataset.is_foreign)
         return self._job, self._decoder
 
-    def _attack(self, unit: Unit, part: Part, attacked: Attacked) -> None:
+    def _attack(self, unit: Unit, part: Part, watch: Watch) -> None:
+        watch.begin(unit.model, "clean images")
         part.look()
         if unit.chunk == 0:
             self._doubt(part.job)
@@ -99,8 +103,9 @@ class Worker:
             entry = self._plan.entries[which]
             if which not in self._bounds:
                 self._bounds[which] = self._bound(part.job, entry)
-            robust = part.attack(self._bounds[which], self._plan.suite.attack_misclassified)
-            attacked(unit, which, *robust)
+            watch.begin(unit.model, shown(entry))
+            tell = partial(watch.done, unit, which)
+            part.attack(self._bounds[which], self._plan.suite.attack_misclassified, tell)
 
     def _bound(self, job: Job, entry: Entry) -> Bound:
         suite, classes = self._plan.suite, job.classifier.num_classes

@@ -17,7 +17,8 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from itertools import count, groupby
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -129,6 +130,11 @@ class Disk:
             with inside.folder(self.root, folder) as place:
                 for name in group:
                     place.remove(name.rpartition("/")[2])
+
+    def remove_folder(self, name: str) -> None:
+        """Remove a folder of the root, if there is one and it is empty."""
+        with suppress(OSError), inside.folder(self.root) as place:
+            place.remove_folder(name)
 
     def at_once(self) -> AbstractContextManager[None]:
         """A context in which what there is is told from one look, where that is cheaper."""
@@ -248,6 +254,13 @@ class Store:
     def write(self, name: str, content: bytes) -> None:
         self._put(name, content)
         self._copies.pop(name, None)
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Remove files."""
+        for name in names:
+            self._copies.pop(name, None)
+            with suppress(FileNotFoundError):
+                self._patiently(partial(self._fs.rm_file, self._at(name)))
 
     def _put(self, name: str, content: bytes) -> None:
         target = self._at(name)

@@ -72,6 +72,10 @@ class Folder:
         with suppress(OSError):
             os.unlink(self._at(name), dir_fd=self.fd)
 
+    def remove_folder(self, name: str) -> None:
+        """Remove a folder in it, which must be empty."""
+        os.rmdir(self._at(name), dir_fd=self.fd)
+
     def _odd(self, name: str) -> OSError:
         return OSError(errno.ELOOP, f"{self.path / name} is a link, or no plain file: remove it, it is no run's")
 

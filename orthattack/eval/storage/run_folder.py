@@ -10,6 +10,8 @@
     images/MODEL/ATTACK/EPS/CHUNK.safetensors      adversarial images, bit for bit; the clean ones under ATTACK "clean"
     images/MODEL/ATTACK/EPS/CHUNK-POSITION.png     the same, one by one, of a run that is exact in 8 bits
     sessions/NUMBER-HOST-PROCESS.json              one process at work on the run: when, how, on what, and how it ended
+    unfinished/KIND,MODEL,ATTACK,EPS,CHUNK,FIRST-END.parquet, .safetensors
+                                                   some rows of a chunk at work, and their images; gone when it is whole
 
 Every file is whole or not there (`files`), so what exists is finished. Several processes may write to one run: each has
 its own session, shards depend on nothing but the configuration, and manifest.json is created once. What it says of
@@ -28,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -54,10 +56,12 @@ _FOREIGN = r"|\..+\.partial|\.nfs\w+|\.DS_Store"  # what a killed process, NFS a
 _FIRST_NAMES = re.compile(r"sessions" + _FOREIGN)
 _NAMES = re.compile(
     r"(manifest|checks|transfer|results|classes|confusion)(-\w+)?\.json|results(-\w+)?\.(csv|md)|report(-\w+)?\.html"
-    r"|sessions|clean|shards|checks|transfer|images|[\w-]+\.damaged(-\d+)?" + _FOREIGN
+    r"|sessions|clean|shards|checks|transfer|images|unfinished|[\w-]+\.damaged(-\d+)?" + _FOREIGN
 )
 _SESSIONS = re.compile(r"\d{5}-.+\.json|(whole|shard-\d+-of-\d+)\.lock|.+\.damaged(-\d+)?" + _FOREIGN)
 """What a run's folder and its folder of sessions may hold, before there is a manifest and after."""
+_UNFINISHED = "unfinished"
+_PART = re.compile(r"(.+,\d{6,8}),(\d{6,8})-(\d{6,8})\.(parquet|safetensors)")  # a chunk, and which of its rows
 
 
 def shown_eps(eps: float | None, norm: str) -> str:
@@ -94,6 +98,11 @@ class Shard:
     def image_path(self) -> Path:
         """Where its images are, relative to the run's folder; those of the checks are apart from the run's."""
         return self._in("checks" if self.kind == "checks" else "images", ".safetensors")
+
+    @property
+    def part(self) -> str:
+        """What the names of its parts begin with, while it is not finished."""
+        return ",".join(self.path.with_suffix("").parts)
 
     def _in(self, folder: str, suffix: str) -> Path:
         parts = [folder, _slug(self.model), *([_slug(self.source)] if self.source else [])]
@@ -252,15 +261,23 @@ class RunFolder:
                 if "-" in PurePosixPath(name).stem:  # of many chunks, which may ask one by one
                     self._whole.add(name)
                 return True
-            reason = "another number of rows, or other columns"
+            reason = _OTHER
         except _DAMAGE as error:
             _check_memory(error)
             reason = getattr(error, "strerror", None) or first_line(error)
-        cast("Disk", self._files).put_aside(name)
-        note = f"{name} was damaged ({reason}) and is made again; what there was is kept as *.damaged"
+        self._put_aside([name], reason)
+        return False
+
+    def _put_aside(self, names: Sequence[str], reason: str) -> None:
+        """Put what is damaged aside, on a disk, and say so."""
+        kept = ""
+        if isinstance(self._files, Disk):
+            kept = "; what there was is kept as *.damaged"
+            for name in names:
+                self._files.put_aside(name)
+        note = f"{names[0]} was damaged ({reason}) and is made again{kept}"
         self.notes.append(note)
         self._say(note)
-        return False
 
     def done(self, example: Shard, rows: Mapping[int, int]) -> set[int]:
         """Which chunks of the model, attack and radius of `example` are finished, found with one look at their folder;
@@ -320,13 +337,7 @@ class RunFolder:
         as_png: bool = False,
     ) -> None:
         """Store a finished shard: its rows and, by position, the images to keep of it, `as_png` if 8 bits hold them."""
-        import torch
-        from safetensors.torch import save
 
-        schema = SCHEMAS[shard.kind]
-        table = pa.table(
-            {field.name: pa.array(map(_text, columns[field.name]), field.type) for field in schema}, schema
-        )
         # Images before the rows, since it is the rows that say that the shard is finished.
         if as_png:
             for position in list(images):
@@ -335,16 +346,110 @@ class RunFolder:
                     name = f"{shard.image_path.with_suffix('').as_posix()}-{position:06d}.png"
                     self._files.write(name, content)
                     images = {k: image for k, image in images.items() if k != position}
+        self._store(shard.path.as_posix(), shard.image_path.as_posix(), shard.kind, columns, images)
+
+    def _store(
+        self,
+        rows: str,
+        pictures: str,
+        kind: Kind,
+        columns: Mapping[str, Sequence[object]],
+        images: Mapping[int, Tensor],
+        about: Mapping[str, str] | None = None,
+    ) -> None:
+        import torch
+        from safetensors.torch import save
+
+        schema = SCHEMAS[kind].with_metadata(about)
+        table = pa.table(
+            {field.name: pa.array(map(_text, columns[field.name]), field.type) for field in schema}, schema
+        )
         if images:
             positions = sorted(images)
             tensors = {
                 "position": torch.tensor(positions),
                 "images": torch.stack([images[position].cpu() for position in positions]).contiguous(),
             }
-            self._files.write(shard.image_path.as_posix(), save(tensors))
+            self._files.write(pictures, save(tensors))
         stream = io.BytesIO()
         pq.write_table(table, stream, compression="zstd", write_page_checksum=True)
-        self._files.write(shard.path.as_posix(), stream.getvalue())
+        self._files.write(rows, stream.getvalue())
+
+    def keep(
+        self,
+        shard: Shard,
+        first: int,
+        columns: Mapping[str, Sequence[object]],
+        images: Mapping[int, Tensor],
+        batch_size: int,
+    ) -> None:
+        """Store some rows, and images, of a shard that is not finished, of which `first` others are stored already, and
+        how many images were attacked at a time in the end."""
+        name = f"{_UNFINISHED}/{shard.part},{first:06d}-{first + len(columns['position']):06d}"
+        about = {"batch_size": str(batch_size)}
+        self._store(f"{name}.parquet", f"{name}.safetensors", shard.kind, columns, images, about)
+
+    def kept(self, shard: Shard) -> tuple[list[dict[str, Any]], dict[int, Tensor], int | None]:
+        """What was stored of a shard that is not finished: rows in the order in which they were made, images by
+        position, and how many images were attacked at a time. A part that is damaged is put aside, and what came after
+        it is not told."""
+        rows: list[dict[str, Any]] = []
+        images: dict[int, Tensor] = {}
+        size = None
+        for name, first, end in self._parts().get(shard.part, ()):
+            if first > len(rows):
+                break
+            if end > len(rows) and (found := self._part(name, shard.kind, end - first)) is not None:
+                rows += found[0].to_pylist()[len(rows) - first :]
+                images |= found[1]
+                size = int((found[0].schema.metadata or {}).get(b"batch_size", b"0")) or None
+        return rows, images, size
+
+    def kept_counts(self, shards: Iterable[Shard]) -> dict[Shard, int]:
+        """How many rows of each of some shards are stored that are not finished, by the names of their parts."""
+        parts = self._parts()
+        return {shard: max(end for *_, end in parts[shard.part]) for shard in shards if shard.part in parts}
+
+    def forget(self, shard: Shard | None = None) -> None:
+        """Remove what was stored of a shard before it was finished; of all, when everything is."""
+        found = (_PART.fullmatch(name) for name in self._names(_UNFINISHED))
+        names = [match[0] for match in found if match and (shard is None or match[1] == shard.part)]
+        self._files.remove([f"{_UNFINISHED}/{name}" for name in names])
+        if shard is None and isinstance(self._files, Disk):
+            self._files.remove_folder(_UNFINISHED)
+
+    def _parts(self) -> dict[str, list[tuple[str, int, int]]]:
+        """The parts of shards that are not finished, in order: by `Shard.part`, name and which rows."""
+        found: dict[str, list[tuple[str, int, int]]] = {}
+        for name in self._names(_UNFINISHED):
+            if (match := _PART.fullmatch(name)) and match[4] == "parquet":
+                part = f"{_UNFINISHED}/{name}", int(match[2]), int(match[3])
+                found.setdefault(match[1], []).append(part)
+        return found
+
+    def _part(self, name: str, kind: Kind, count: int) -> tuple[pa.Table, dict[int, Tensor]] | None:
+        """Rows and images of a part; None if it is damaged."""
+        pictures = name.removesuffix("parquet") + "safetensors"
+        names = [name, *([pictures] if self._files.exists(pictures) else [])]
+        rows, *others = self._fetched(names)
+        images: dict[int, Tensor] = {}
+        try:
+            table = _table(rows, None)
+            if table.num_rows != count or not table.schema.equals(SCHEMAS[kind]):
+                raise ValueError(_OTHER)
+            frame = table.sort_by("position").to_pandas(types_mapper=NULLABLE.get, use_threads=False)
+            if (why := _unsound(frame, kind)) is not None:
+                raise ValueError(why)
+            for path in others:
+                with _opened(path) as (file, positions):
+                    images |= zip(positions, file.get_tensor("images"), strict=True)
+        except (*_DAMAGE, EvaluationError) as error:
+            _check_memory(error)
+            is_rows = not isinstance(error, EvaluationError)
+            reason = getattr(error, "strerror", None) or first_line(error) if is_rows else "its images cannot be read"
+            self._put_aside(names, reason)
+            return None
+        return table, images
 
     def read(
         self,
@@ -354,14 +459,27 @@ class RunFolder:
         eps: float | None = None,
         columns: Sequence[str] | None = None,
         source: str = "",
+        unfinished: bool = False,
     ) -> pd.DataFrame:
         """The rows of one model and, but for clean, one attack at one radius, in the order of the images; for transfer,
-        with the model that was attacked."""
-        schema = SCHEMAS[kind]
-        parts = self._tables(self._chunks(Shard(model, attack, eps, 0, kind, source).path), schema, columns)
+        with the model that was attacked. With those of `unfinished` chunks, if asked."""
+        schema, example = SCHEMAS[kind], Shard(model, attack, eps, 0, kind, source)
+        more = self._begun(example) if unfinished else []
+        parts = self._tables(self._chunks(example.path), schema, None if more else columns)
+        if more:
+            whole = pa.concat_tables([*parts, *more]).sort_by("position")
+            parts = [whole.select(schema.names if columns is None else list(columns))]
         if not parts:
             parts = [schema.empty_table() if columns is None else schema.empty_table().select(list(columns))]
         return _frame(parts, kind, f"{self}/{kind}/{_slug(model)}" + ("" if kind == "clean" else f"/{_slug(attack)}"))
+
+    def _begun(self, example: Shard) -> list[pa.Table]:
+        """The rows that are kept of chunks that are not finished."""
+        there, begins = self.there(example), example.part.rpartition(",")[0]
+        parts = [part for part in self._parts() if part.rpartition(",")[0] == begins]
+        missing = {chunk for part in parts if (chunk := int(part.rpartition(",")[2])) not in there}
+        rows = [row for chunk in sorted(missing) for row in self.kept(replace(example, chunk=chunk))[0]]
+        return [pa.Table.from_pylist(rows, SCHEMAS[example.kind])] if rows else []
 
     def read_shard(self, shard: Shard, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """The rows of one shard."""
@@ -521,6 +639,7 @@ def _rows(path: Path, name: str, schema: pa.Schema, columns: Sequence[str] | Non
     return table
 
 
+_OTHER = "another number of rows, or other columns"
 _DAMAGE = (OSError, ValueError, pa.ArrowException)
 """What reading a damaged Parquet file raises; ValueError where a column's name is no text any more."""
 

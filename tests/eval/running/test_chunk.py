@@ -60,9 +60,10 @@ def attacked(part, factory, name="mine", eps=EPS, misclassified=False):
     """What is stored of an attack that is a function of the model, by position, and what it said."""
     entry = entry_of(user_attack(name, factory), eps)
     bound = part.job.bound(entry, Conditions("linf", eps, 3, CLASSES, 4))
-    robust = part.attack(bound, misclassified)
+    images, *robust = part.attack(bound, misclassified)
+    assert images == len(part.positions)
     shard = Shard("net", name, eps, 3, part.kind)
-    return part.job.folder.read_shard(shard).set_index("position"), robust
+    return part.job.folder.read_shard(shard).set_index("position"), tuple(robust)
 
 
 def still(model):

@@ -73,6 +73,7 @@ def test_a_run_that_has_not_begun_is_all_its_units(folder):
         ],
         total=28,
         done=0,
+        kept={},
     )
     assert planned(folder, checks=False).todo().units == [unit for unit in plan.todo().units if unit.stage == "attack"]
     assert planned(folder, checks=False).probes == {"a": [], "b": []}
@@ -111,7 +112,7 @@ def test_what_is_done_is_not_wanted_again_and_is_counted(folder):
     assert (left.total, left.done) == (28, 4 * 2 + 2)
     for unit in units[1:]:
         do(folder, plan, unit)
-    assert plan.todo() == Todo([], 28, 28)
+    assert plan.todo() == Todo([], 28, 28, {})
 
 
 def test_a_chunk_without_the_models_own_rows_is_done_again_for_these(folder):

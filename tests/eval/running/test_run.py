@@ -353,8 +353,9 @@ def test_other_versions_are_a_warning(everyone, monkeypatch):
     folder.write_session(session)
     said = []
     start(folder.path, chosen, say=said.append)
-    assert len(said) == 1
+    assert len(said) == 2
     assert "continued with other versions: torch 2.4.0 then" in said[0]
+    assert said[1] == "resuming: 120 of 120 results kept"
     assert said[0] in folder.manifest()["warnings"]
 
 
