@@ -116,7 +116,11 @@ def leaderboard_table(*views: Run) -> str:
         gone |= {known[key].head: None for key in keys if known[key] not in columns}
         for model in run.models:
             own = [row for row in rows if row["model"] == model]
-            parts += ["", *_wrapped(f"{model}: {_clean(run, model)}"), _laid_out(columns, widths, own)]
+            parts += [
+                "",
+                *_folded(_ascii(f"{model}: {_clean(run, model)}"), _columns()),
+                _laid_out(columns, widths, own),
+            ]
         legend |= dict.fromkeys([*_notes(run), *tables.promised(run)])
         beware |= dict.fromkeys(_beware(run, rows))
     narrow = [f"too narrow here for {', '.join(gone)}: see report.html"] if gone else []
@@ -240,7 +244,8 @@ def _beware(run: Run, rows: Sequence[Row]) -> list[str]:
 
 def _wrapped(text: str) -> list[str]:
     """A line for the terminal, as several if it is wider."""
-    return textwrap.wrap(_ascii(text), _columns(), subsequent_indent="    ", break_on_hyphens=False) or [""]
+    options: Any = {"break_on_hyphens": False, "break_long_words": False}  # a path is for copying
+    return textwrap.wrap(_ascii(text), _columns(), subsequent_indent="    ", **options) or [""]
 
 
 def _columns() -> int:

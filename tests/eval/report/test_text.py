@@ -84,8 +84,8 @@ def test_the_table_is_as_wide_as_the_terminal_and_breaks_labels_but_no_number(tm
         make_run(tmp_path / "run", models=("m", "a" * 150), attacks=attacks, eps=(0.5,), n=12, stored=0).path
     )
     text = leaderboard_table(run)
-    assert max(map(len, text.splitlines())) <= min(columns, 132)
-    assert "a" * 150 in text.replace("\n    ", "")  # the model
+    assert max(map(len, text[: text.index("\nrobust accuracy: ")].splitlines())) <= min(columns, 132)
+    assert "a" * 150 in text.replace("\n", "")  # the model
     lines = block(text, "m")
     assert LONG in "".join(line[5:].split("  ")[0] for line in lines)
     row = run.table().to_dict("records")[0]
