@@ -341,7 +341,7 @@ def compare(first: Run, second: Run, *, as_markdown: bool = False) -> str:
     if as_markdown:
         parts = [*(f"- {_md(text)}" for text in texts), "", _pipes(columns, rows), "", "What differs:", ""]
         return "\n".join([*parts, *(f"- {_md(text)}" for text in alike)]) + "\n"
-    lines = [line for text in texts for line in _wrapped(text)]
+    lines = [*map(_ascii, texts[:2]), *(line for text in texts[2:] for line in _wrapped(text))]
     parts = [_laid_out(*_fitted(columns, rows), rows), "", *lines, "", "what differs:"]
     return "\n".join([*parts, *(f"  {line}" for text in alike for line in textwrap.wrap(_ascii(text), _columns() - 2))])
 
