@@ -34,12 +34,15 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from orthattack.arguments import check_choice, check_count, plain
 from orthattack.attacks.apgd import OrthoAPGD
+from orthattack.attacks.auto import OrthoAutoAttack
 from orthattack.attacks.base import Attack
+from orthattack.attacks.fab import OrthoFAB
 from orthattack.attacks.fgsm import OrthoFGSM
 from orthattack.attacks.mifgsm import OrthoMIFGSM
 from orthattack.attacks.nifgsm import OrthoNIFGSM
 from orthattack.attacks.pgd import OrthoPGD
 from orthattack.attacks.rules import gaussian, smooth, variance
+from orthattack.attacks.square import OrthoSquare
 from orthattack.attacks.transfer import OrthoDIFGSM, OrthoSINIFGSM, OrthoTIFGSM, OrthoVMIFGSM, OrthoVNIFGSM
 from orthattack.attacks.transforms import diversity, scales
 from orthattack.lending import Model, borrowed, global_random_numbers, guarded
@@ -48,12 +51,12 @@ from orthattack.projection import Scope
 from orthattack.threat import Norm
 
 __all__ = [
-    "APGD", "BIM", "DIFGSM", "EOTPGD", "FGSM", "MIFGSM", "NIFGSM", "PGD", "PGDL2", "RFGSM", "SINIFGSM", "TIFGSM",
-    "TPGD", "VMIFGSM", "VNIFGSM", "MultiAttack",
+    "APGD", "APGDT", "BIM", "DIFGSM", "EOTPGD", "FAB", "FGSM", "MIFGSM", "NIFGSM", "PGD", "PGDL2", "RFGSM", "SINIFGSM",
+    "TIFGSM", "TPGD", "VMIFGSM", "VNIFGSM", "AutoAttack", "MultiAttack", "Square",
 ]  # fmt: skip
 __wrapper__ = ["MultiAttack"]
 
-_NORMS: dict[str, Norm] = {"Linf": "linf", "L2": "l2"}
+_NORMS: dict[str, Norm] = {"Linf": "linf", "L2": "l2", "L1": "l1"}
 
 
 class _Base(ABC):
@@ -459,19 +462,15 @@ class FGSM(_Compatible):
         return OrthoFGSM(model, "linf", self.eps, **self._shared)
 
 
-class _Iterated(_Compatible):
-    """What takes steps of one size, with the arguments and defaults that each class names in its first line; what does
-    that is `orthattack.OrthoPGD`, unless a class says otherwise."""
+class _Spelled(_Compatible):
+    """What has the arguments and defaults that each class names in its first line, in torchattacks' order."""
 
-    eps: float
-    alpha: float
-    steps: int
-    _norm: Norm = "linf"
     _defaults: Mapping[str, Any] = {}
+    _fixed: Mapping[str, Any] = {}  # arguments for which there is one value here, as published
 
     def __init_subclass__(cls, **defaults: Any) -> None:
         super().__init_subclass__()
-        cls._defaults = {"eps": 8 / 255, "alpha": 2 / 255, "steps": 10, **cls._defaults, **defaults}
+        cls._defaults = {**cls._defaults, **defaults}
         own = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=value) for name, value in cls._defaults.items()]
         scope = Parameter("scope", Parameter.KEYWORD_ONLY, default=None)
         known = Signature([Parameter("model", Parameter.POSITIONAL_OR_KEYWORD), *own, scope])
@@ -483,6 +482,21 @@ class _Iterated(_Compatible):
         model, scope = given.arguments.pop("model"), given.arguments.pop("scope")
         vars(self).update(given.arguments)
         super().__init__(model, scope)
+
+    def _check(self) -> None:
+        for name, value in self._fixed.items():
+            if plain(getattr(self, name)) != value:
+                raise ValueError(f"{name} is {value!r} here, as published; got {getattr(self, name)!r}")
+        super()._check()
+
+
+class _Iterated(_Spelled, eps=8 / 255, alpha=2 / 255, steps=10):
+    """What takes steps of one size: `orthattack.OrthoPGD`, unless a class says otherwise."""
+
+    eps: float
+    alpha: float
+    steps: int
+    _norm: Norm = "linf"
 
     def _made(self, model: Model, generator: torch.Generator | None) -> Attack:
         known = vars(self)
@@ -691,8 +705,36 @@ class TIFGSM(
         return {**super()._more(), "links": [smooth(gaussian(size, self.nsig) if kernel is None else kernel)]}
 
 
+class _Seeded(_Spelled, norm="Linf", eps=8 / 255):
+    """What has a norm, and a seed of its own, the same at each call; torch's global random numbers stay as they are."""
+
+    norm: Literal["Linf", "L2", "L1"]
+    eps: float
+    seed: int | None
+    _norms: tuple[str, ...] = ("Linf", "L2", "L1")
+    _losses: tuple[str, ...] = ("ce", "dlr")
+
+    def _generator(self) -> torch.Generator | None:
+        if (seed := plain(self.seed)) is None:
+            return super()._generator()
+        if not isinstance(seed, int) or isinstance(seed, bool) or abs(seed) >= 2**63:
+            raise ValueError(f"seed must be an integer below 2**63 in size; got {seed!r}")
+        return torch.Generator().manual_seed(seed)
+
+    def _check(self) -> None:
+        check_choice("norm", self.norm, self._norms)
+        if "loss" in vars(self):
+            check_choice("loss", vars(self)["loss"], self._losses)
+        self._generator()
+        super()._check()
+
+    @property
+    def _ball(self) -> tuple[Norm, float]:
+        return _NORMS[self.norm], self.eps
+
+
 @final
-class APGD(_Compatible):
+class APGD(_Seeded, steps=10, n_restarts=1, seed=0, loss="ce", eot_iter=1, rho=0.75, verbose=False):
     """`orthattack.OrthoAPGD` by torchattacks' arguments.
 
     Args:
@@ -700,7 +742,7 @@ class APGD(_Compatible):
         norm: "Linf" or "L2".
         eps: radius in pixel units.
         n_restarts: random starts.
-        seed: of the random starts, the same at each call; torch's global random numbers stay as they are.
+        seed: of the random starts.
         loss: "ce" or "dlr".
         eot_iter: evaluations to average for a model that draws at random.
         rho: share of the steps in which the loss must rise for the step size to stay, in (0, 1).
@@ -710,43 +752,127 @@ class APGD(_Compatible):
         ValueError: an option out of its range.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        norm: Literal["Linf", "L2"] = "Linf",
-        eps: float = 8 / 255,
-        steps: int = 10,
-        n_restarts: int = 1,
-        seed: int = 0,
-        loss: Literal["ce", "dlr"] = "ce",
-        eot_iter: int = 1,
-        rho: float = 0.75,
-        verbose: bool = False,
-        *,
-        scope: Scope | None = None,
-    ) -> None:
-        self.norm, self.eps, self.steps, self.n_restarts, self.seed = norm, eps, steps, n_restarts, seed
-        self.loss, self.eot_iter, self.rho, self.verbose = loss, eot_iter, rho, verbose
-        super().__init__(model, scope)
+    steps: int
+    n_restarts: int
+    eot_iter: int
+    rho: float
+    _norms = ("Linf", "L2")
 
-    def _generator(self) -> torch.Generator:
-        seed = plain(self.seed)
-        if not isinstance(seed, int) or isinstance(seed, bool) or abs(seed) >= 2**63:
-            raise ValueError(f"seed must be an integer below 2**63 in size; got {seed!r}")
-        return torch.Generator().manual_seed(seed)
+    def _made(self, model: Model, generator: torch.Generator | None) -> Attack:
+        more: dict[str, Any] = {"eot_samples": self.eot_iter, "generator": generator, **self._shared}
+        return OrthoAPGD(model, *self._ball, self.steps, self.n_restarts, self.rho, **more)
 
-    def _made(self, model: Model, generator: torch.Generator | None) -> Attack:  # noqa: ARG002
-        for name, value, choices in (("norm", self.norm, tuple(_NORMS)), ("loss", self.loss, ("ce", "dlr"))):
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
-        return OrthoAPGD(
-            model,
-            _NORMS[self.norm],
-            self.eps,
-            self.steps,
-            self.n_restarts,
-            self.rho,
-            eot_samples=self.eot_iter,
-            generator=self._generator(),
-            **self._shared,
-        )
+
+@final
+class APGDT(_Seeded, steps=10, n_restarts=1, seed=0, eot_iter=1, rho=0.75, verbose=False, n_classes=10):
+    """`APGD` with the targeted DLR loss, towards each of the `n_classes` - 1 likeliest other classes in turn.
+
+    Args:
+        model: as for `APGD`, like all that is not named here.
+        n_classes: of the model, at least 4.
+    """
+
+    steps: int
+    n_restarts: int
+    eot_iter: int
+    rho: float
+    n_classes: int
+    supported_mode = ("default",)
+    _norms = ("Linf", "L2")
+
+    def _made(self, model: Model, generator: torch.Generator | None) -> Attack:
+        check_count("n_classes", classes := plain(self.n_classes))
+        more: dict[str, Any] = {
+            "eot_samples": self.eot_iter,
+            "generator": generator,
+            "scope": self.scope,
+            "loss": "dlr",
+        }
+        ball, targeted = self._ball, f"each{max(1, classes - 1)}"
+        return OrthoAPGD(model, *ball, self.steps, self.n_restarts, self.rho, targeted=targeted, **more)
+
+
+@final
+class FAB(
+    _Seeded, steps=10, n_restarts=1, alpha_max=0.1, eta=1.05, beta=0.9, verbose=False, seed=0, multi_targeted=False,
+    n_classes=10,
+):  # fmt: skip
+    """`orthattack.OrthoFAB` by torchattacks' arguments.
+
+    Args:
+        model: as for `PGD`, like `steps` and `scope`.
+        norm: "Linf", "L2" or "L1".
+        eps: radius in pixel units.
+        n_restarts: random starts.
+        alpha_max, eta, beta: as published, 0.1, 1.05 and 0.9.
+        verbose: makes no difference.
+        seed: of the random starts.
+        multi_targeted: one class at a time, the `n_classes` - 1 likeliest others.
+        n_classes: of the model.
+    """
+
+    steps: int
+    n_restarts: int
+    multi_targeted: bool
+    n_classes: int
+    supported_mode = ("default",)
+    _fixed = {"alpha_max": 0.1, "eta": 1.05, "beta": 0.9}  # noqa: RUF012
+
+    def _made(self, model: Model, generator: torch.Generator | None) -> Attack:
+        check_count("n_classes", classes := plain(self.n_classes))
+        targets = max(1, classes - 1) if self.multi_targeted else None
+        return OrthoFAB(model, *self._ball, self.steps, self.n_restarts, targets, generator=generator, scope=self.scope)
+
+
+@final
+class Square(
+    _Seeded, n_queries=5000, n_restarts=1, p_init=0.8, loss="margin", resc_schedule=True, seed=0, verbose=False
+):
+    """`orthattack.OrthoSquare` by torchattacks' arguments.
+
+    Args:
+        model: as for `PGD`, like `scope`.
+        norm: "Linf", "L2" or "L1".
+        eps: radius in pixel units.
+        n_queries: calls of the model per image.
+        n_restarts, p_init, resc_schedule: 1, 0.8 and True.
+        loss: "margin" or "ce".
+        seed: of what is drawn.
+        verbose: makes no difference.
+    """
+
+    n_queries: int
+    _losses = ("margin", "ce")
+    _fixed = {"n_restarts": 1, "p_init": 0.8, "resc_schedule": True}  # noqa: RUF012
+
+    def _made(self, model: Model, generator: torch.Generator | None) -> Attack:
+        return OrthoSquare(model, *self._ball, self.n_queries, generator=generator, **self._shared)
+
+
+@final
+class AutoAttack(_Seeded, version="standard", n_classes=10, seed=None, verbose=False):
+    """`orthattack.OrthoAutoAttack`, of 100 iterations a part as published, not 10, by torchattacks' arguments.
+
+    Args:
+        model: as for `PGD`, like `scope`.
+        norm: "Linf", "L2" or "L1".
+        eps: radius in pixel units.
+        version: "standard", "plus" or "rand".
+        n_classes: of the model, of which it is asked.
+        seed: of what is drawn; None: torch's global random numbers.
+        verbose: print robust accuracy after each part.
+    """
+
+    version: Literal["standard", "plus", "rand"]
+    verbose: bool
+    supported_mode = ("default",)
+    _draws = True
+
+    def _made(self, model: Model, generator: torch.Generator | None) -> Attack:
+        more: dict[str, Any] = {
+            "version": self.version,
+            "verbose": self.verbose,
+            "generator": generator,
+            "scope": self.scope,
+        }
+        return OrthoAutoAttack(model, *self._ball, **more)

@@ -22,9 +22,10 @@ pytestmark = pytest.mark.heavy
 
 NAMES = ["FGSM", "PGD", "PGDL2", "MIFGSM", "NIFGSM", "APGD"]
 MADE_ALIKE = ["BIM", "DIFGSM", "EOTPGD", "RFGSM", "SINIFGSM", "TIFGSM", "TPGD", "VMIFGSM", "VNIFGSM"]
-names = pytest.mark.parametrize("name", [*NAMES, *MADE_ALIKE])
+SEEDED = {"APGDT": {"n_restarts": 1}, "FAB": {"steps": 5}, "Square": {"n_queries": 100}, "AutoAttack": {}}
+names = pytest.mark.parametrize("name", [*NAMES, *MADE_ALIKE, *SEEDED])
 on_a_trained_model = pytest.mark.parametrize(
-    "name", [*NAMES, *(pytest.param(name, marks=pytest.mark.slow) for name in MADE_ALIKE)]
+    "name", [*NAMES, *(pytest.param(name, marks=pytest.mark.slow) for name in [*MADE_ALIKE, *SEEDED])]
 )
 
 
@@ -56,16 +57,17 @@ def test_attacks_are_no_weaker_than_torchattacks(trained, name):
     theirs = pytest.importorskip("torchattacks", reason="needs the extra torchattacks")
     model, images, labels = trained
     torch.manual_seed(0)
-    expected = kept(model, getattr(theirs, name)(model)(images, labels), labels)
+    options = {"n_queries": 500} if name == "Square" else {}
+    expected = kept(model, getattr(theirs, name)(model, **options)(images, labels), labels)
     torch.manual_seed(0)
-    assert kept(model, getattr(ours, name)(model)(images, labels), labels) <= expected + 1
+    assert kept(model, getattr(ours, name)(model, **options)(images, labels), labels) <= expected + 1
 
 
 @on_a_trained_model
 @pytest.mark.parametrize("scope", [None, "image"])
 def test_attacks_fool_and_scope_makes_them_orthogonal(trained, name, scope):
     model, images, labels = trained
-    options = {"steps": 5} if name != "FGSM" else {}
+    options = SEEDED.get(name, {"steps": 5} if name != "FGSM" else {})
     found = getattr(ours, name)(model, **options, scope=scope)(images, labels)
     assert kept(model, found, labels) < kept(model, images, labels)
     cosine = alignment(found.double() - images.double(), images.double()).abs().max()
@@ -113,6 +115,8 @@ def test_what_is_not_there_is_said():
         ours.APGD(small_model(), norm="L1")
     with pytest.raises(ValueError, match="loss must be one of 'ce', 'dlr'; got 'margin'"):
         ours.APGD(small_model(), loss="margin")
+    with pytest.raises(ValueError, match=r"p_init is 0\.8 here, as published; got 0\.3"):
+        ours.Square(small_model(), p_init=0.3)
     missing = (
         r"FGSM of orthattack.interop.torchattacks has no 'forward'; of the methods there are the call, get_mode, load"
     )
@@ -158,8 +162,8 @@ def test_attributes_are_set_and_used_or_refused():
 @names
 def test_attacks_pickle_in_the_mode_they_are_in(name):
     model, (images, labels) = small_model(), drawn(n=4)
-    attack = getattr(ours, name)(model)
-    if name != "TPGD":
+    attack = getattr(ours, name)(model, **({"n_queries": 20} if name == "Square" else {}))
+    if "targeted" in attack.supported_mode:
         attack.set_mode_targeted_by_label()
     for twin in (pickle.loads(pickle.dumps(attack)), copy.deepcopy(attack), copy.copy(attack)):
         assert repr(twin) == repr(attack)
@@ -311,10 +315,12 @@ def test_every_attack_is_named_and_does_what_torchattacks_test_asks():
     for name in ours.__all__:
         if name in ours.__wrapper__:
             continue
-        attack = getattr(ours, name)(model)
-        assert kept(model, attack(images, labels), labels) <= clean
-        assert attack.supported_mode == ("default", "targeted")[: 1 if name == "TPGD" else 2]
-        if name == "TPGD":
+        attack = getattr(ours, name)(model, **({"n_queries": 20} if name == "Square" else {}))
+        if name != "AutoAttack":  # seconds, and done on a trained model
+            assert kept(model, attack(images, labels), labels) <= clean
+        is_untargeted = name in ("TPGD", "APGDT", "FAB", "AutoAttack")
+        assert attack.supported_mode == ("default", "targeted")[: 1 if is_untargeted else 2]
+        if is_untargeted:
             continue
         attack.set_mode_targeted_random(quiet=True)
         attack(images, labels)
