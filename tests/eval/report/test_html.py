@@ -126,6 +126,12 @@ def test_the_badge_counts_the_checks(tmp_path, statuses, status, text):
     assert f'<a class="badge {status}" href="#checks">{text}</a>' in page(Run.open(folder.path))
 
 
+def test_an_attack_with_a_colon_in_its_name_is_named_whole_where_it_is_said_what_it_climbs(tmp_path):
+    run = Run.open(make_run(tmp_path / "run", n=4, chunk=4, stored=0, models=("m",)).path)
+    dict.update(run.attacks["foolbox:LinfPGD"], loss="ce")
+    assert "<dt>climbed by foolbox:LinfPGD</dt><dd>the cross-entropy</dd>" in page(run)
+
+
 def test_a_warning_that_several_models_share_is_said_once(tmp_path):
     shared = {"check": "gradients", "status": "warned", "why": "masked"}
     checks = [{**shared, "model": "m", "figures": "3 of 9"}, {**shared, "model": "n", "figures": "4 of 9"}]

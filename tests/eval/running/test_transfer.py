@@ -115,6 +115,16 @@ def test_what_is_judged_is_not_judged_again_and_what_is_lost_is(tmp_path):
     assert Run.open(folder.path).transfer().equals(whole)
 
 
+@pytest.mark.slow
+def test_to_fool_is_to_be_taken_for_any_class_in_a_targeted_run_too(tmp_path):
+    folder = made(tmp_path / "run", targets="random")
+    table = transfer(folder.path, PAIR, progress=False, report=False).transfer()
+    for row in table[table["source"] == table["target"]].to_dict("records"):
+        rows = folder.read("shards", row["source"], row["attack"], row["eps"])
+        rows = rows[rows["status"] == "ok"]
+        assert (row["n"], row["fooled"]) == (len(rows), (rows["adversarial_prediction"] != rows["label"]).sum())
+
+
 def test_without_targets_there_is_no_matrix(tmp_path):
     run = evaluated(tmp_path / "run", ["FGSM"])
     assert run.transfer().empty
