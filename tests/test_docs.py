@@ -27,6 +27,7 @@ EXCUSED = {
     r"pip install ": "installs, as make demo and make test do in .ci/run",
     r"orthattack eval --model resnet(18|50) ": "needs ImageNet's images and weights, or one's own",
     r"orthattack eval --model efficientnet-lite0 ": "needs the extra imagenet; see tests/eval/models/test_load.py",
+    r"orthattack eval --model hf:microsoft": "needs the network; see tests/eval/models/test_libraries.py",
     r"python examples/": "run by test_examples.py",
     r"jupyter execute ": "run by test_examples.py, without writing to the checkout",
     r"python -m benchmarks (?!study)": "takes minutes on a quiet machine; parts of it run in tests/benchmarks",

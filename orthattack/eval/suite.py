@@ -110,7 +110,7 @@ class ModelSpec(_Strict):
     """A classifier."""
 
     name: str = _key(
-        ..., "one or several: see `orthattack models`, timm:NAME, or module:function",
+        ..., "one or several: see `orthattack models`, timm:, hf: or robustbench:NAME, or module:function",
         _NAME, "--model NAME", nargs="+", action="extend",
     )  # fmt: skip
     label: str = _key(..., "what the results call it; unique", "text")
@@ -452,8 +452,18 @@ def _anchor(content: dict[str, Any], folder: Path) -> dict[str, Any]:
         {"source": data} if isinstance(data, str) else data, "source", "labels", "classes", "subset"
     )
     if isinstance(content.get("models"), list):
-        content["models"] = [moved(model, "weights") for model in content["models"]]
+        content["models"] = [_anchor_folder(moved(model, "weights"), folder) for model in content["models"]]
     return content
+
+
+def _anchor_folder(model: Any, folder: Path) -> Any:
+    """A model with its folder, "hf:./FOLDER", made relative to `folder`; what it is called stays."""
+    table = _labelled(model)
+    name = table.get("name") if isinstance(table, dict) else None
+    if not isinstance(name, str) or not name.startswith(("hf:./", "hf:../")):
+        return model
+    place = folder / name.removeprefix("hf:")
+    return {**table, "name": f"hf:{'' if place.is_absolute() else './'}{place}"}
 
 
 def _is_path(folder: Path, value: str) -> bool:

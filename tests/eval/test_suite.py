@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from itertools import pairwise
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -103,6 +104,15 @@ def test_paths_are_relative_to_the_file_and_names_are_not_paths(path, tmp_path):
     assert suite.data.source == "photos"  # not there, so it may be a name, and is refused when it is opened
     (tmp_path / "photos").mkdir()
     assert read_suite(path).data.source == str(tmp_path / "photos")
+
+
+def test_a_folder_of_a_model_is_relative_to_the_file_and_keeps_its_name(tmp_path, monkeypatch):
+    path = tmp_path / "suite.toml"
+    path.write_text('data = "photos"\nmodels = ["hf:./vit", {name = "hf:../vit", label = "other"}, "hf:google/vit"]\n')
+    models = [(model.name, model.label) for model in read_suite(path).models]
+    assert models == [(f"hf:{tmp_path}/vit", "hf:./vit"), (f"hf:{tmp_path}/../vit", "other"), ("hf:google/vit",) * 2]
+    monkeypatch.chdir(tmp_path)
+    assert read_suite(Path("suite.toml")).models[0].name == "hf:./vit"
 
 
 def test_its_configuration_makes_the_same_suite_again(path):

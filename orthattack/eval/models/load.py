@@ -1,5 +1,5 @@
-"""Classifiers by name: torchvision's, timm's, EfficientNet-lite, two bundled ones, and what a function of the user's
-returns."""
+"""Classifiers by name: torchvision's, other libraries', EfficientNet-lite, two bundled ones, and what a function of the
+user's returns."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from orthattack.eval.models.preprocessing import Preprocessing
 from orthattack.eval.models.weights import load_strictly, read_checkpoint
 from orthattack.models import Normalized
 
-_TIMM = "timm:"
+# What is before a name, the package that such a model needs, and the extra that brings it.
+_LIBRARIES = {"timm": "timm", "hf": "transformers", "robustbench": "robustbench"}
 _WEIGHTS = (".pt", ".pth", ".safetensors", ".bin", ".ckpt", ".tar")
 
 
 def check_name(name: str) -> None:
     """Raise EvaluationError if there is no classifier of that name; a user's function is not called yet."""
-    if plugin.is_plugin(name) and not name.startswith(_TIMM) and not name.partition(":")[0].endswith(".py"):
+    if _is_plugin(name) and not name.partition(":")[0].endswith(".py"):
         return
-    if name.startswith(_TIMM):
-        _timm(name).check(name)
+    if (library := _library(name)) is not None:
+        library.check(name)
     elif name in IMAGENET:
         _efficientnet_lite(name)
     elif name not in BUNDLED and name not in (known := [*_torchvision().names(), *BUNDLED, *IMAGENET]):
@@ -43,8 +44,8 @@ def check_name(name: str) -> None:
             )
         close = nearest(name, known, 3) or ["resnet50", *BUNDLED]
         raise EvaluationError(
-            f"unknown model {name!r}; did you mean {' or '.join(close)}? There are also timm:NAME and your own "
-            "package.module:function"
+            f"unknown model {name!r}; did you mean {' or '.join(close)}? There are also "
+            f"{', '.join(f'{prefix}:NAME' for prefix in _LIBRARIES)} and your own package.module:function"
         )
 
 
@@ -53,7 +54,8 @@ def load_classifier(name: str, weights: str | Path | None = None, image_size: in
 
     Args:
         name: one of `BUNDLED`; one of `IMAGENET`, with the extra of that name; a torchvision classifier such as
-            "resnet50"; "timm:NAME"; or "package.module:function", called without arguments, which returns a
+            "resnet50"; with the extra called so "timm:NAME", "hf:NAME", "hf:./FOLDER", "robustbench:NAME" or
+            "robustbench:DATASET/THREAT/NAME"; or "package.module:function", called without arguments, which returns a
             `Classifier`, or an ``nn.Module`` that takes images in [0, 1] as they are.
         weights: a file with a state dict, .safetensors or PyTorch, for that architecture with any number of classes;
             or, for torchvision, the name of weights, such as "IMAGENET1K_V2" or "ResNet50_Weights.IMAGENET1K_V2".
@@ -68,9 +70,9 @@ def load_classifier(name: str, weights: str | Path | None = None, image_size: in
     if image_size is not None and image_size < 1:
         raise EvaluationError(f"--image-size must be at least 1; got {image_size}")
     check_name(name)
-    if name.startswith(_TIMM):
-        classifier = _timm(name).load(name, weights)
-    elif plugin.is_plugin(name):
+    if (library := _library(name)) is not None:
+        classifier = library.load(name, weights)
+    elif _is_plugin(name):
         classifier = _from_plugin(name, weights, image_size)
     elif name in BUNDLED:
         if weights is not None:
@@ -91,12 +93,21 @@ def _torchvision() -> Any:
     return import_module("orthattack.eval.models.torchvision")
 
 
-def _timm(name: str) -> Any:
+def _is_plugin(name: str) -> bool:
+    return plugin.is_plugin(name) and name.partition(":")[0] not in _LIBRARIES
+
+
+def _library(name: str) -> Any:
+    """The module for what is before a name, such as timm:, or None. EvaluationError: its package is not installed."""
+    prefix, colon, _ = name.partition(":")
+    if not colon or prefix not in _LIBRARIES:
+        return None
     try:
-        import_module("timm")
-        return import_module("orthattack.eval.models.timm")
+        return import_module(f"orthattack.eval.models.{prefix}")
     except ImportError as error:
-        raise EvaluationError(f"{name} needs timm ({first_line(error)}): pip install 'orthattack[timm]'") from error
+        raise EvaluationError(
+            f"{name} needs {_LIBRARIES[prefix]} ({first_line(error)}): pip install 'orthattack[{prefix}]'"
+        ) from error
 
 
 def _efficientnet_lite(name: str) -> Any:
