@@ -6,6 +6,7 @@
     python -m benchmarks accuracy --weights FILE ... --data FOLDER [--limit 300]
     python -m benchmarks autoattack --name TABLE --model NAME [--weights FILE] --data FOLDER [--norm l2 --eps 0.5]
     python -m benchmarks defaults --shared FOLDER [--limit 200] [--models NAME ...]
+    python -m benchmarks transfer --shared FOLDER [--limit 100] [--models NAME ...]
     python -m benchmarks gpu
     python -m benchmarks growth
     python -m benchmarks start
@@ -20,12 +21,12 @@
 that Foolbox's LinfPGD reaches. `autoattack`: robust accuracy and CPU time beside the official code, which is
 `pip install pyautoattack --no-deps`. `minimal`: the norms that attacks find which minimise them, by AttackBench;
 without weights, of the bundled robust model. `defaults`: robust accuracy by loss, schedule, start and steps, of several
-models. `gpu`: steps and arithmetic of several models in large batches, for a GPU, in five
-minutes, after the attacks' tests on it. `growth`: time against image size and number of images. `start`: of the import
-and of --help. `throughput`: how much of an evaluation's time is the attack. `workers`, `driver`: what Ray costs, and
-how many workers its driver can feed. `report` writes the stored tables into docs/performance.md, docs/strength.md
-and docs/minimal-norm.md, and draws the plots. `study` is docs/study.md's; it has options of its own. The device is the
-GPU if there is one.
+models. `transfer`: on how many images attacks fool a model that was not asked. `gpu`: steps and arithmetic of several
+models in large batches, for a GPU, in five minutes, after the attacks' tests on it. `growth`: time against image size
+and number of images. `start`: of the import and of --help. `throughput`: how much of an evaluation's time is the
+attack. `workers`, `driver`: what Ray costs, and how many workers its driver can feed. `report` writes the stored
+tables into docs/performance.md, docs/strength.md, docs/minimal-norm.md and docs/attacks/transfer.md, and draws the
+plots. `study` is docs/study.md's; it has options of its own. The device is the GPU if there is one.
 
 How strong the attacks are is a suite of the evaluation: orthattack eval benchmarks/strength.toml
 
@@ -95,6 +96,11 @@ def main(argv: list[str] | None = None) -> int:
     defaults.add_argument("--build", type=Path, default=ROOT / "build" / "defaults", help="the runs, which resume")
     defaults.add_argument("--limit", type=int, default=200, help="images")
     defaults.add_argument("--models", nargs="+", metavar="NAME")
+    transfer = what.add_parser("transfer", parents=[timed])
+    transfer.add_argument("--shared", type=Path, required=True, help="the folder with data and weights")
+    transfer.add_argument("--build", type=Path, default=ROOT / "build" / "defaults", help="where data is unpacked")
+    transfer.add_argument("--limit", type=int, default=100, help="images")
+    transfer.add_argument("--models", nargs="+", metavar="NAME", help="sources")
     gpu = what.add_parser("gpu", parents=[timed])
     gpu.add_argument("--rounds", type=int, default=3)
     gpu.add_argument("--seconds", type=float, default=200, help="after which no more models are measured")
@@ -155,6 +161,11 @@ def _run(args: argparse.Namespace) -> int:
     elif args.what == "defaults":
         for name, rows in defaults.tables(args.shared, args.build, args.limit, args.models):
             keep("defaults", name, rows, args.threads, args.out)
+    elif args.what == "transfer":
+        from benchmarks import transfer
+
+        for name, rows in transfer.tables(args.shared, args.build, args.limit, args.models):
+            keep("transfer", name, rows, args.threads, args.out)
     elif args.what == "gpu":
         failed = 0 if args.no_tests else gpu.tests(ROOT)
         for kind, name, rows in gpu.tables(args.seconds, args.rounds):

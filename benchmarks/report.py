@@ -14,8 +14,9 @@ from benchmarks import plots
 from benchmarks.minimal import optimality
 from benchmarks.steps import PEERS
 from benchmarks.stored import RESULTS, Row, Table, by_machine, medians, shown, stored
+from orthattack.eval.results.rates import Rate
 
-PAGES = ("performance.md", "strength.md", "minimal-norm.md")
+PAGES = ("performance.md", "strength.md", "minimal-norm.md", "attacks/transfer.md")
 STRENGTH_EPS = {"linf": 4 / 255, "l2": 0.5}
 CLEAN_OF_1000 = 703  # of the robust ResNet-18 of docs/strength.md
 
@@ -29,6 +30,7 @@ def tables(folder: Path = RESULTS) -> dict[str, str]:
         "strength": _strength_table,
         "autoattack": _autoattack_table,
         "minimal": partial(_minimal_table, norms),
+        "transfer": _transfer_table,
     }
     found = {}
     for file in stored(folder):
@@ -169,6 +171,24 @@ def _minimal_table(known: Mapping[str, Sequence[Row]], content: Table) -> str:
     ]
     head = ["attack", "optimality", "norm / smallest", "gradients", "forwards"]
     return tabulate(table, head, "github", disable_numparse=True)
+
+
+def _transfer_table(content: Table) -> str:
+    rows = content.rows
+
+    def told(row: Row, form: str) -> str:
+        low, high = Rate(row[form], row["images"]).interval() or (0.0, 1.0)
+        return f"{100 * row[form] / row['images']:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
+
+    forms = ("plain", "orthogonal")
+    table = [
+        [row["attack"], *(told(row, form) for form in forms),
+         *(f"{100 * row[f'{form}, source'] / row['images']:.0f} %" for form in forms), row["gradients"]]
+        for row in rows
+    ]  # fmt: skip
+    head = ["attack", "plain", "orthogonal", "source, plain", "source, orthogonal", "gradients"]
+    about = f"{content.name.replace('-to-', ' → ')}, L∞, ε = {rows[0]['eps * 255']:g}/255, {rows[0]['images']} images"
+    return f"{about}:\n\n{tabulate(table, head, 'github', disable_numparse=True)}"
 
 
 def _strength_table(content: Table) -> str:

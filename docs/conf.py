@@ -66,6 +66,7 @@ NAVIGATION: dict[str, dict[str, list[str]]] = {
                 "minimum-norm",
                 "detector",
                 "transfer",
+                "backward",
                 "foolbox",
                 "torchattacks",
                 "official-autoattack",
