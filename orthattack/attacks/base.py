@@ -40,7 +40,7 @@ from orthattack.lending import borrowed, guarded, in_evaluation, is_foreign
 from orthattack.losses import Goal, Loss, attack_loss
 from orthattack.models import Model, explained
 from orthattack.projection import Scope
-from orthattack.threat import Direction, Norm, Normal, Region, ThreatModel, is_same, kept, perturbation_norm
+from orthattack.threat import Direction, Mask, Norm, Normal, Region, ThreatModel, is_same, kept, perturbation_norm
 from orthattack.threat.levels import snapped
 from orthattack.threat.norms import BALLS
 
@@ -55,6 +55,7 @@ class Options(TypedDict, total=False):
     directions: Sequence[Direction]
     normal: Normal
     levels: int | None
+    mask: Mask | None
     loss: Loss | None
     targeted: Targeted
     top_k: int
@@ -154,6 +155,7 @@ class Attack(Configured):
         directions: Sequence[Direction] = (),
         normal: Normal = "image",
         levels: int | None = None,
+        mask: Mask | None = None,
         enforce: Enforce = "perturbation",
         reference: Reference = "clean",
         transform: Transform | Sequence[Transform] | None = None,
@@ -200,6 +202,7 @@ class Attack(Configured):
             tuple(directions) if _is_list(directions) else directions,
             normal,
             levels,
+            mask,
         )
         self.search = search
         self.enforce, self.reference = enforce, reference
@@ -236,6 +239,8 @@ class Attack(Configured):
             options["directions"] = named[1:]
         if threat.levels is not None:
             options["levels"] = threat.levels
+        if threat.mask is not None:
+            options["mask"] = threat.mask if isinstance(threat.mask, Tensor) else type(threat.mask).__name__
         for name, default in {"targeted": False, "top_k": 1, "confidence": 0.0}.items():
             options |= {name: known} if (known := getattr(self, name)) != default else {}
         return f"{type(self).__name__}({', '.join(f'{k}={_shown(v)}' for k, v in options.items())})"
@@ -442,8 +447,8 @@ class Attack(Configured):
         self._observer.say(
             "room",
             f"the threat model leaves nothing but the image itself for {fixed} of {count} images (eps, "
-            "bounds and what it is orthogonal to): that they were not fooled is no sign of robustness. Choose a larger "
-            "eps, another scope or fewer directions"
+            "bounds, mask and what it is orthogonal to): that they were not fooled is no sign of robustness. Choose a "
+            "larger eps, another scope or fewer directions"
             if fixed > 0
             else None,
         )
@@ -532,6 +537,7 @@ class Attack(Configured):
             "the loss": is_foreign(self.loss),
             "a direction": any(is_foreign(direction) for direction in self.threat.directions),
             "the normal": is_foreign(self.threat.normal),
+            "the mask": is_foreign(self.threat.mask),
             "the transform": len(self._transforms) > 0,
             **{f"the {name.replace('_', ' ')}": name != "model" for name in self._models},
             "on_step": self.on_step is not None,

@@ -67,6 +67,8 @@ class PGD(Attack):
         levels: what images are stored with, such as 256 for 8 bits (see `orthattack.ThreatModel`): every point that is
             scored, and so the adversarials, lie on that grid, and orthogonality and ball hold for the integers. The
             images must lie on it.
+        mask: which pixels may move, True where they may: (H, W), (C, H, W) or a function of the images (see
+            `orthattack.ThreatModel`). A patch is a mask with a large `eps`.
         transform: what is done to the images before the model, for gradients only, such as a random resize: a
             differentiable function of (images (N, C, H, W), draws) that returns as many images of any size.
             ``draws.uniform(3)`` and ``draws.normal(3)`` are random numbers (N, 3), each image's from its own stream.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -71,9 +72,9 @@ class SquareSearch:
                     return
                 task, points, margin = task.select(rows), points[rows], margin[rows]
             if query + 1 < self.queries:
-                tried = propose(task, points, self._side(query, points.shape[-2:]))
+                tried = propose(task, points, self._side(query, [len(part) for part in _framed(task)]))
 
-    def _side(self, query: int, size: torch.Size) -> int:
+    def _side(self, query: int, size: Sequence[int]) -> int:
         """The side of the squares at a query."""
         halvings = sum(query > share * self.queries for share in _HALVINGS)
         height, width = size
@@ -93,11 +94,18 @@ def _signs(task: Task, *shape: int) -> Tensor:
     return torch.where(_draw(task, *shape) < 0.5, -1.0, 1.0).to(task.region.images)
 
 
+def _framed(task: Task) -> tuple[range, range]:
+    """The rows and the columns that squares lie in: those of the mask, if it is the same for all images."""
+    height, width = task.region.images.shape[-2:]
+    rows, columns = task.region.threat.frame
+    return range(height)[rows], range(width)[columns]
+
+
 def _window(task: Task, side: int) -> tuple[slice, slice]:
-    generator, sizes = task.generator, task.region.images.shape[-2:]
+    generator, (rows, columns) = task.generator, _framed(task)
     drawn = torch.rand(2, generator=generator, device=generator.device, dtype=torch.float64)
     uniform = drawn.to(task.region.images.dtype).tolist()
-    top, left = (int(u * (n - side + 1)) for u, n in zip(uniform, sizes, strict=True))
+    top, left = (part.start + int(u * (len(part) - side + 1)) for u, part in zip(uniform, (rows, columns), strict=True))
     return slice(top, top + side), slice(left, left + side)
 
 
@@ -105,7 +113,7 @@ def _stripes(task: Task) -> Tensor:
     """Vertical stripes of the largest perturbation, the start of the published attack."""
     region = task.region
     signs = _signs(task, 1, region.images.shape[1], 1, region.images.shape[3])
-    return region.project(region.images + _filled(region, signs.expand_as(region.images)))
+    return region.project(region.images + _filled(region, region.masked(signs.expand_as(region.images))))
 
 
 def _filled(region: Region, pattern: Tensor) -> Tensor:

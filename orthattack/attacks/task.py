@@ -280,6 +280,8 @@ class Task:
         evaluation = self.oracle.evaluate(points, self.goal, self.loss, solved, with_gradient, step, self.draws)
         if allowed is not None:
             evaluation = replace(evaluation, success=evaluation.success & allowed)
+        if evaluation.gradient is not None and self.region.threat.mask is not None:
+            evaluation = replace(evaluation, gradient=self.region.masked(evaluation.gradient))
         self.best.offer(self.index, points, evaluation, step, allowed)
         if self.on_step is not None:
             told = [t.clone() for t in (self.index, evaluation.success, evaluation.loss, evaluation.margin)]
@@ -294,7 +296,7 @@ class Task:
         found = self.oracle.gradient(points, self.goal, self.loss, self.draws)
         self.best.count(self.index, found.forward_calls, found.gradient_calls)
         assert found.gradient is not None
-        return found.gradient
+        return self.region.masked(found.gradient)
 
     def select(self, rows: Tensor) -> Task:
         """The task for the samples at `rows`, positions in this task, only."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,15 +27,18 @@ from orthattack.projection import (
 )
 from orthattack.threat.levels import LUMA, grid_units, levels_of, radius_in_levels
 from orthattack.threat.norms import BALLS, Norm, perturbation_norm
-from orthattack.threat.region import Region
+from orthattack.threat.region import Region, masked
 
-__all__ = ["Direction", "Norm", "Normal", "Region", "ThreatModel", "perturbation_norm"]
+__all__ = ["Direction", "Mask", "Norm", "Normal", "Region", "ThreatModel", "perturbation_norm"]
 
 Normal = Literal["image", "constant", "luma"] | Tensor | Callable[[Tensor], Tensor]
 """What a perturbation is orthogonal to in every vector of the scope: see `ThreatModel`."""
 
 Direction = Literal["constant", "channel-constant", "luma"] | Tensor | Callable[[Tensor], Tensor]
 """What else a perturbation stays orthogonal to: see `ThreatModel`."""
+
+Mask = Tensor | Callable[[Tensor], Tensor]
+"""Which pixels a perturbation may move: see `ThreatModel`."""
 
 NAMED = {"normal": ("image", "constant", "luma"), "directions": ("constant", "channel-constant", "luma")}
 """The normals and directions that have names."""
@@ -86,6 +90,9 @@ class ThreatModel:
             Images and adversarials then have the values low + k (high - low) / (levels - 1), and all of the above
             holds for the integers k, orthogonality as an exact 0. Not with colours and luma of a pixel, tensors and
             functions, to which too few small integers are orthogonal.
+        mask: which pixels may move, True or 1 where they may: a tensor (H, W) or (C, H, W), the same for every image,
+            or a function of the images (N, C, H, W) that returns (N, C, H, W); N and C may be 1. The others stay as
+            they are, to the bit, and all of the above is about those that move. None: all may.
 
     Raises:
         ValueError: an option outside these.
@@ -98,6 +105,7 @@ class ThreatModel:
     directions: Sequence[Direction] = ()
     normal: Normal = "image"
     levels: int | None = None
+    mask: Mask | None = None
 
     def __post_init__(self) -> None:
         if is_number(self.norm):
@@ -126,6 +134,11 @@ class ThreatModel:
                 '"image" or "channel"'
             )
         object.__setattr__(self, "levels", self._checked_levels())
+        if isinstance(self.mask, Tensor):
+            _check_mask(self.mask, 2, 3)
+            object.__setattr__(self, "mask", self.mask.detach().bool().clone())
+        elif self.mask is not None and not callable(self.mask):
+            raise ValueError(f"mask must be a tensor or a function of the images; got {type(self.mask).__name__}")
 
     def _checked_levels(self) -> int | None:
         levels = plain(self.levels)
@@ -165,7 +178,8 @@ class ThreatModel:
     @property
     def _rest(self) -> tuple[object, ...]:
         """What it is besides its radius."""
-        return self.norm, self.bounds, self.scope, self.directions, _Directions([self.normal]), self.levels
+        normal, mask = _Directions([self.normal]), _Directions([] if self.mask is None else [self.mask])
+        return self.norm, self.bounds, self.scope, self.directions, normal, self.levels, mask
 
     @property
     def is_orthogonal(self) -> bool:
@@ -192,16 +206,41 @@ class ThreatModel:
             return _of_user("a normal", self.normal, images, several=False)[:, 0]
         return images if self.normal == "image" else _named(self.normal, images).expand_as(images)
 
+    def moving(self, images: Tensor) -> Tensor | None:
+        """(N, C, H, W) bool, which pixels of each image may move; None: all of them."""
+        if self.mask is None:
+            return None
+        found = self.mask
+        if not isinstance(found, Tensor):
+            found = found(images.clone())
+            _check_mask(found, 4, 4)
+        try:
+            return found.to(images.device).bool().clone().expand(images.shape)
+        except RuntimeError as error:
+            raise ValueError(
+                f"mask must have the images' height and width, and their channels or one; got {tuple(found.shape)} for "
+                f"{tuple(images.shape)}"
+            ) from error
+
+    @cached_property
+    def frame(self) -> tuple[slice, slice]:
+        """Rows and columns outside of which nothing moves, whatever the image."""
+        if not isinstance(self.mask, Tensor):
+            return slice(None), slice(None)
+        flat = self.mask.reshape(-1, *self.mask.shape[-2:]).any(0)
+        ends = [side.nonzero().flatten().tolist() or [0] for side in (flat.any(1), flat.any(0))]
+        return slice(ends[0][0], ends[0][-1] + 1), slice(ends[1][0], ends[1][-1] + 1)
+
     def diameter(self, shape: Sequence[int]) -> float:
         """The norm of the largest difference of two images of `shape` (C, H, W) in the bounds."""
         return (self.bounds[1] - self.bounds[0]) * BALLS[self.norm].of_ones(math.prod(shape))
 
     def allows_everything(self, shape: Sequence[int]) -> bool:
         """Whether a radius, of one sample at least, is so large that the ball holds every image of `shape` (C, H, W)
-        in the bounds: the norm then limits nothing."""
+        in the bounds: the norm then limits nothing. With a mask that is what it is for."""
         eps = self.eps
         largest = eps if not isinstance(eps, Tensor) else float(eps.max()) if len(eps) > 0 else 0.0
-        return largest >= self.diameter(shape) * (1 - 1e-6)
+        return self.mask is None and largest >= self.diameter(shape) * (1 - 1e-6)
 
     def around(self, images: Tensor) -> Region:
         """The allowed images around each of `images`, (N, C, H, W), floating point, inside the bounds."""
@@ -233,18 +272,19 @@ class ThreatModel:
         return perturbation_norm(d, self.norm) * unit, of.cosine(d, x)
 
     def tangent(self, gradient: Tensor, images: Tensor) -> Tensor:
-        """`gradient` without its components along the normals and the directions, (N, C, H, W): the textbook
-        projection.
+        """`gradient` without its components along the normals and the directions, (N, C, H, W), and with zeros where
+        pixels may not move: the textbook projection.
 
         Source: docs/method.md, "Projecting the gradient".
         """
+        mask = self.moving(images)
+        gradient = masked(mask, gradient)
         if not self._more:
-            return (
-                gradient
-                if self.scope is None
-                else orthogonalize(gradient, self.normals(images).to(gradient.dtype), self.scope)
-            )
-        return remove_directions(gradient, orthonormal_basis(self._vectors(images).to(gradient.dtype)))
+            if self.scope is None:
+                return gradient
+            return orthogonalize(gradient, masked(mask, self.normals(images)).to(gradient.dtype), self.scope)
+        vectors = masked(None if mask is None else mask.unsqueeze(1), self._vectors(images))
+        return remove_directions(gradient, orthonormal_basis(vectors.to(gradient.dtype)))
 
     def cosine(self, delta: Tensor, images: Tensor) -> Tensor:
         """(N,) the largest ``|cos|`` of a perturbation with what it should be orthogonal to, accumulated in float64.
@@ -305,6 +345,17 @@ def _check_vector(what: str, given: object, names: tuple[str, ...]) -> None:
     if not isinstance(given, Tensor) and not callable(given) and not (isinstance(given, str) and given in names):
         listed = ", ".join(map(repr, names))
         raise ValueError(f"{what} must be {listed}, a tensor or a function of the images; got {given!r}")
+
+
+def _check_mask(mask: object, fewest: int, most: int) -> None:
+    if not isinstance(mask, Tensor) or not fewest <= mask.ndim <= most:
+        shape = "(H, W) or (C, H, W)" if most == 3 else "(N, C, H, W) as a function"
+        found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"mask must be {shape}, C being the images' channels or 1; got {found}")
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(
+            "mask must be True, or 1, where pixels may move, and False, or 0, elsewhere; found other numbers"
+        )
 
 
 def _name(vector: object) -> str:

@@ -23,14 +23,16 @@ class Blocks:
         lower, upper: the box, which holds x.
         scope: the blocks, such as "block8".
         normal: n, the images' shape; x by default.
+        is_whole: as for `Plane`.
     """
 
     def __init__(
-        self, images: Tensor, lower: Tensor, upper: Tensor, scope: Scope, normal: Tensor | None = None
-    ) -> None:
+        self, images: Tensor, lower: Tensor, upper: Tensor, scope: Scope, normal: Tensor | None = None,
+        is_whole: bool = True,
+    ) -> None:  # fmt: skip
         self.images, self.lower, self.upper, self._scope = images, lower, upper, scope
         x, low, high = map(self._cut, (images, lower, upper))
-        self._plane = Plane(x, low, high, "channel", None if normal is None else self._cut(normal), _SLACK)
+        self._plane = Plane(x, low, high, "channel", None if normal is None else self._cut(normal), _SLACK, is_whole)
 
     def boxed(self, lower: Tensor, upper: Tensor) -> Blocks:
         blocks = copy.copy(self)

@@ -119,9 +119,12 @@ class Grid:
         images: x, (N, C, H, W), float32 or float64, on the grid.
         dtype: of the images as they were given.
         eps: (N, 1, 1, 1) radii, float64.
+        mask: (N, C, H, W) which pixels may move; None: all.
     """
 
-    def __init__(self, threat: ThreatModel, images: Tensor, dtype: torch.dtype, eps: Tensor) -> None:
+    def __init__(
+        self, threat: ThreatModel, images: Tensor, dtype: torch.dtype, eps: Tensor, mask: Tensor | None = None
+    ) -> None:
         assert threat.levels is not None
         (self._low, high), self._top, self._norm = threat.bounds, threat.levels - 1, threat.norm
         self._per_unit = self._top / (high - self._low)
@@ -131,6 +134,7 @@ class Grid:
         self._divides = dtype == images.dtype and torch.equal(numbers / self._per_unit, self._values)
         self._k = levels_of(images, threat.levels, threat.bounds).to(images.dtype)
         self._radius = radius_in_levels(threat.norm, eps, self._per_unit).clamp(max=1e9).to(images.dtype)
+        self._mask = mask
         self._ends: Ends | None = None  # the least and the largest d, once they are wanted
         self._reach = min(float(self._radius.max()), self._top) if len(images) > 0 else 0.0
         self._shift, self._scale, self._scope = 0, 1, threat.scope
@@ -151,6 +155,7 @@ class Grid:
         grid = object.__new__(Grid)
         vars(grid).update(vars(self))
         grid._k, grid._radius, grid._ends = self._k[index], self._radius[index], None
+        grid._mask = None if self._mask is None else self._mask[index]
         return grid
 
     def nearest(self, points: Tensor) -> Tensor:
@@ -164,6 +169,8 @@ class Grid:
         if self._low:  # what is on the grid is so but for round-off
             whole = target.round()
             target = torch.where((target - whole).abs() < 1e-3, whole, target)
+        if self._mask is not None:
+            target = torch.where(self._mask, target, k)
         if self._norm == "linf":
             d = target.clamp_(0, self._top).round().sub_(k).clamp_(-self._radius, self._radius)
         else:
@@ -303,6 +310,8 @@ class Grid:
             rows, goal, normal, k = (_rows(t[:, part], inner) for t in (d, target, n, self._k))
             radius = self._radius.view(-1, 1).repeat_interleave(len(rows) // len(d), 0)
             wide = 1 if self._norm == "linf" else 4  # few may be moved towards 0 where most are there
+            if self._mask is not None:
+                radius = radius * _rows(self._mask[:, part], inner)
             limits = self._limits(k, radius)
             excess = _moved(excess, rows, goal, normal, limits, sums is not None, wide)
             if self._weights:
@@ -326,7 +335,7 @@ class Grid:
         """What some columns of rows of d may become, where many are moved and where the last few are, and their k."""
 
         def within(d: Tensor, rows: Any, columns: slice) -> tuple[Ends, Ends, Tensor]:
-            at, most = k[:, columns][rows], radius[rows]
+            at, most = k[:, columns][rows], (radius if self._mask is None else radius[:, columns])[rows]
             box = torch.maximum(-most, -at), torch.minimum(most, self._top - at)
             # Towards 0 no ball is left; of that for the last few something was left over.
             return (box if self._norm == "linf" else (d.clamp(max=0), d.clamp(min=0))), box, at

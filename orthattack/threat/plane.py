@@ -44,6 +44,7 @@ class Plane:
         scope: which pixels share a plane.
         normal: what the planes are orthogonal to, the images' shape; x by default, as everything here is written.
         slack: how many times what round-off leaves of a sum of many pixels ends Newton's method.
+        is_whole: whether all pixels may move; otherwise there may be none that does among those looked at first.
 
     `is_small` says that a group has only a few pixels, for which all is tried that might be the solution. A plane keeps
     four image batches of working memory until its `release`, so no two threads may use it at once.
@@ -57,8 +58,10 @@ class Plane:
         scope: Scope,
         normal: Tensor | None = None,
         slack: float = 1.0,
+        is_whole: bool = True,
     ) -> None:
         self.images, self.lower, self.upper, self.scope, self._slack = images, lower, upper, scope, slack
+        self._is_whole = is_whole
         self.dims = scope_dims(scope)
         # In a range where its square neither overflows nor vanishes.
         scaled_normal, exponent = scaled(images if normal is None else normal, self.dims)
@@ -73,7 +76,8 @@ class Plane:
         self._grid = self._normal2 if normal is None else dot(images.abs(), self.normal.abs(), self.dims)
         self._normal1 = total(self.normal.abs(), self.dims)
         self.is_small = images.numel() <= _FEW * self._normal2.numel()
-        self._wide, self._is_coarse = wide, images.numel() >= _MANY * self._normal2.numel() and is_wide
+        is_coarse = is_whole and images.numel() >= _MANY * self._normal2.numel()
+        self._wide, self._is_coarse = wide, is_coarse and is_wide
 
     def boxed(self, lower: Tensor, upper: Tensor) -> Plane:
         """The same planes in another box, which holds x; made without a question to a GPU."""
@@ -82,7 +86,7 @@ class Plane:
         plane.lower, plane.upper = lower, upper
         plane._width2 = total((upper - lower).square_(), self.dims)
         is_coarse = self.images.numel() >= _MANY * self._normal2.numel() and not self.images.is_cuda
-        plane._is_coarse = is_coarse and bool((plane._width2 > self._wide**2).all())
+        plane._is_coarse = is_coarse and self._is_whole and bool((plane._width2 > self._wide**2).all())
         return plane
 
     @cached_property

@@ -67,7 +67,9 @@ class Region:
         if threat.levels is not None:
             x = snapped(x.to(self.dtype), threat.levels, threat.bounds).to(x.dtype)
             self.eps = threat.on_grid(self.eps)
-            self._grid = Grid(threat, x, self.dtype, self.eps)
+        self._mask = threat.moving(x)
+        if threat.levels is not None:
+            self._grid = Grid(threat, x, self.dtype, self.eps, self._mask)
         fixed = self.eps == 0
         normals = threat.normals(x) if threat.scope is not None else x
         if threat.scope is not None and normals is x:
@@ -75,16 +77,21 @@ class Region:
             dark = cut(x, threat.scope).abs().amax(dims, keepdim=True) < _DARK * torch.finfo(x.dtype).tiny
             dark = dark & ~cut(zero, threat.scope).amin(dims, keepdim=True)
             fixed = fixed | joined(dark.expand_as(cut(x, threat.scope)), x)
+        if self._mask is not None:
+            fixed = fixed | ~self._mask
+            normals = self.masked(normals) if threat.scope is not None else x
         self._fixed = fixed.expand_as(x) if x.is_cuda or bool(fixed.any()) else None  # asking would stop the GPU
         lower, upper = self._box(x)
         vectors = threat._vectors(x, normals) if threat._more else None
+        if vectors is not None and self._mask is not None:
+            vectors = masked(self._mask.unsqueeze(1), vectors)
         self._set(x, lower, upper, vectors, None if normals is x else normals.contiguous())
 
     def _set(
         self, images: Tensor, lower: Tensor, upper: Tensor, vectors: Tensor | None, normals: Tensor | None
     ) -> None:
         self.images, self._vectors, self._normals = images, vectors, normals
-        self._allowed = _allowed(self.threat, images, lower, upper, vectors, normals)
+        self._allowed = _allowed(self.threat, images, lower, upper, vectors, normals, self._mask)
 
     def _box(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """What the bounds allow, and the ball if it is a box."""
@@ -97,6 +104,10 @@ class Region:
         if self._fixed is not None:
             lower, upper = torch.where(self._fixed, x, lower), torch.where(self._fixed, x, upper)
         return lower, upper
+
+    def masked(self, tensor: Tensor) -> Tensor:
+        """(N, C, H, W) with zeros where pixels may not move."""
+        return masked(self._mask, tensor)
 
     def resized(self, eps: Tensor) -> Region:
         """The region with other radii, (N,), on the same images; `stored` is the old one's to answer."""
@@ -115,6 +126,7 @@ class Region:
         region = object.__new__(Region)
         region.threat, region.dtype, region._ball = self.threat, self.dtype, self._ball
         region.eps, region._fixed = self.eps[index], None if self._fixed is None else self._fixed[index]
+        region._mask = None if self._mask is None else self._mask[index]
         region._grid = None if self._grid is None else self._grid.select(index)
         vectors = None if self._vectors is None else self._vectors[index]
         normals = None if self._normals is None else self._normals[index]
@@ -153,10 +165,10 @@ class Region:
         Source: docs/method.md, "The best step" and "The L1 step"; the latter is that of SLIDE (Tramèr & Boneh 2019,
         arXiv:1904.13000), with the box counted in as Croce & Hein 2021 (arXiv:2103.01208) advise.
         """
-        start, g = points.to(self.images.dtype), gradient.to(self.images.dtype)
+        start, g = points.to(self.images.dtype), self.masked(gradient.to(self.images.dtype))
         alpha = torch.as_tensor(alpha, dtype=start.dtype, device=start.device).expand(len(start), 1, 1, 1)
         if avoid is not None:
-            return self._step_avoiding(start, g, alpha, avoid.to(start).unsqueeze(1), count)
+            return self._step_avoiding(start, g, alpha, self.masked(avoid.to(start)).unsqueeze(1), count)
         moved = self._ball.step(self._allowed, start, g, alpha, count)
         return self._stored(moved) if self._ball.is_box else self.project(moved)
 
@@ -183,6 +195,7 @@ class Region:
         Source: docs/method.md, "The nearest point".
         """
         points = points.to(self.images.dtype).contiguous()
+        points = points if self._mask is None else torch.where(self._mask, points, self.images)
         points = self._ball.project(self._allowed, points, self.eps)
         return self._stored(points) if self._ball.is_box else self._stored_in_ball(points)
 
@@ -221,9 +234,10 @@ class Region:
             rows = [draws(tuple(shape[1:]), generator=own, device=own.device, dtype=x.dtype) for own in generator]
             return uploaded(torch.stack(rows), x.device)
 
-        offset = self._ball.direction(draw, x.shape)
+        offset = self.masked(self._ball.direction(draw, x.shape))
         if not self._ball.is_box:  # the volume within a radius grows as its n-th power
-            radius = draw((len(x), 1, 1, 1)) ** (1 / max(1, x[0].numel()))
+            count = x[0].numel() if self._mask is None else self._mask.sum((1, 2, 3)).view(-1, 1, 1, 1).clamp(min=1)
+            radius = draw((len(x), 1, 1, 1)) ** (1 / (count if isinstance(count, Tensor) else max(1, count)))
             offset = radius * unit(self._allowed.tangent(offset), self._ball.order)
         return self.project((x + eps * offset).clamp_(*self.threat.bounds))
 
@@ -272,18 +286,22 @@ class Region:
 
 
 def _allowed(
-    threat: ThreatModel, images: Tensor, lower: Tensor, upper: Tensor, vectors: Tensor | None, normals: Tensor | None
-) -> Allowed:
-    """The set for a threat model: one plane per group of pixels where that is all, or else several for each image."""
+    threat: ThreatModel, images: Tensor, lower: Tensor, upper: Tensor, vectors: Tensor | None, normals: Tensor | None,
+    mask: Tensor | None,
+) -> Allowed:  # fmt: skip
+    """The set for a threat model: one plane per group of pixels where that is all, or else several for each image. With
+    a mask the vectors and normals have zeros where pixels may not move, which their empty ranges see to."""
+    whole = mask is None
     plane: Plane | None = None
     if threat.scope is not None and block_size(threat.scope) is not None:
-        return Blocks(images, lower, upper, threat.scope, normals)
+        return Blocks(images, lower, upper, threat.scope, normals, whole)
     if threat.scope is not None and vectors is None:
-        plane = Plane(images, lower, upper, threat.scope, normals)
+        plane = Plane(images, lower, upper, threat.scope, normals, is_whole=whole)
     elif threat.scope is None and list(threat.directions) == ["channel-constant"]:
-        plane = Plane(images, lower, upper, "channel", torch.ones_like(images))
+        ones = torch.ones_like(images) if mask is None else mask.to(images.dtype)
+        plane = Plane(images, lower, upper, "channel", ones, is_whole=whole)
     elif vectors is not None and vectors.shape[1] == 1:
-        plane = Plane(images, lower, upper, "image", vectors[:, 0].contiguous())
+        plane = Plane(images, lower, upper, "image", vectors[:, 0].contiguous(), is_whole=whole)
     is_free = plane is None and vectors is None
     if threat.norm == "l1" and vectors is None and threat.scope != "pixel" and not (is_free and images.is_cuda):
         # Newton's method finds the ball's multiplier along with the planes', so it serves without planes too; on a GPU,
@@ -292,3 +310,8 @@ def _allowed(
     if vectors is not None and (plane is None or threat.norm == "l1"):
         return Subspace(images, lower, upper, vectors, plane)
     return Free(images, lower, upper) if plane is None else plane
+
+
+def masked(mask: Tensor | None, tensor: Tensor) -> Tensor:
+    """The tensor with zeros outside a mask."""
+    return tensor if mask is None else torch.where(mask, tensor, 0)

@@ -232,7 +232,7 @@ def test_numbers_of_a_call_may_come_from_numpy_and_torch():
     threat = ThreatModel("linf", np.float32(0.5), np.array([0.0, 1.0]))
     assert repr(threat) == (
         "ThreatModel(norm='linf', eps=0.5, bounds=(0.0, 1.0), scope='image', directions=(), normal='image', "
-        "levels=None)"
+        "levels=None, mask=None)"
     )
 
 
