@@ -133,8 +133,9 @@ class DataSpec(_Strict):
     """Images."""
 
     source: str = _key(
-        ..., "folder of class folders, Parquet files, imagenet-samples, cifar10-samples, torchvision:NAME ...",
-        "text: a folder, imagenet-samples, cifar10-samples, Parquet files, torchvision:NAME or module:function",
+        ..., "folder of class folders, Parquet, tar or Arrow files, imagenet-samples, cifar10-samples, torchvision:...",
+        "text: a folder, imagenet-samples, cifar10-samples, Parquet, tar or Arrow files, torchvision:NAME or "
+        "module:function",
         "--data SOURCE",
     )  # fmt: skip
     labels: str | None = _key(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from orthattack.eval import plugin
+from orthattack.eval.data.arrow import Arrows
 from orthattack.eval.data.classes import (
     ClassMap,
     Order,
@@ -25,15 +26,14 @@ from orthattack.eval.data.classes import (
     read_table,
 )
 from orthattack.eval.data.dataset import ImageDataset
-from orthattack.eval.data.readers import Dataset, Files, Shards, Source, find_shards
+from orthattack.eval.data.readers import SUFFIXES, Dataset, Files, Shards, Source, find_shards
+from orthattack.eval.data.tars import Tars
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models.classifier import Classifier
 
 SAMPLES = {"imagenet-samples": "imagenet", "cifar10-samples": "cifar10"}
 """The images in Foolbox's package, 20 of each, and their names there."""
 
-_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif",
-             ".tiff"}  # fmt: skip
 TORCHVISION = "torchvision:"
 _UNSAID = {"thumbs.db", "desktop.ini"}  # which file managers leave behind
 _AS_THEY_ARE = "labels taken as the model's class indices"
@@ -48,8 +48,8 @@ def check_data(data: str) -> None:
     elif not find_shards(data) and not os.path.isdir(data):  # noqa: PTH112 - pathlib's raises where a name is too long
         problem = "is a file, not a folder" if os.path.isfile(data) else "does not exist"  # noqa: PTH113
         raise EvaluationError(
-            f"data folder {data} {problem}; it must be a folder or {' or '.join(SAMPLES)}, Parquet files, "
-            f"{TORCHVISION}NAME,root=FOLDER, or your own package.module:function"
+            f"data folder {data} {problem}; it must be a folder or {' or '.join(SAMPLES)}, Parquet, tar or "
+            f"Arrow files, {TORCHVISION}NAME,root=FOLDER, or your own package.module:function"
         )
 
 
@@ -64,14 +64,15 @@ def load_dataset(
             - `SAMPLES`;
             - a folder with one sub-folder per class, matched with the model's classes by name; or, where none is named
               so, by number if they are called 0 to K - 1, or else by sorted order, if there are as many;
-            - Parquet files of Hugging Face's form: one, a pattern, or a folder of them (`Shards`);
+            - Parquet files of Hugging Face's form (`Shards`), tar files of WebDataset's (`Tars`), or Arrow files, as
+              ``Dataset.save_to_disk`` writes them into a folder (`Arrows`): one, a pattern, or a folder of them;
             - "torchvision:NAME,root=FOLDER", one of torchvision's data sets, with further options of its after commas
               (`open_torchvision`);
             - "package.module:function", called without arguments, which returns a sequence of (image, label) or a
               map-style data set (`Dataset`). It is read by one thread at a time. Unless it has an attribute ``targets``
               or ``labels``, all of it is gone through once for its labels.
 
-            Of the last three, the classes are matched by name if their names are known, or else by number.
+            Of all but the first two, the classes are matched by name if their names are known, or else by number.
         labels: a CSV file with columns ``file``, relative to the folder, and ``label``, an index among the model's
             classes; other columns are ignored. The folder's own structure then does not matter.
         classes: a CSV file that says which class is which, see `map_from_file`; or "text" or "numbers", the order of
@@ -96,7 +97,7 @@ def load_dataset(
         names, indices, source, found = _data_set(data, classifier, table)
     if not names:
         skipped = f"; {notes[0]}" if notes else ""
-        raise EvaluationError(f"{labels or data} names no images ({' '.join(sorted(_SUFFIXES))}){skipped}")
+        raise EvaluationError(f"{labels or data} names no images ({' '.join(sorted(SUFFIXES))}){skipped}")
     worst = max(range(len(names)), key=indices.__getitem__)
     if indices[worst] >= classifier.num_classes:
         raise EvaluationError(
@@ -193,7 +194,7 @@ def _files_by_folder(folder: Path, skipped: Counter[str]) -> dict[str, list[Path
             continue
         if path.is_dir():
             found[path.name] = sorted(_images(path, skipped))
-        elif path.suffix.lower() in _SUFFIXES:
+        elif path.suffix.lower() in SUFFIXES:
             skipped[_LOOSE] += 1
     return found
 
@@ -208,7 +209,7 @@ def _images(folder: Path, skipped: Counter[str]) -> Iterator[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 - fast, for there may be millions
-            if suffix in _SUFFIXES:
+            if suffix in SUFFIXES:
                 yield Path(place) / name
             elif not name.startswith(".") and name.lower() not in _UNSAID:
                 skipped[suffix or "without an ending"] += 1
@@ -219,7 +220,7 @@ def _not_read(folder: Path, skipped: Counter[str]) -> tuple[str, ...]:
     kinds = [f"{count} {kind}" for kind, count in skipped.most_common() if count]
     if not kinds:
         return ()
-    endings = ", ".join(sorted(suffix.removeprefix(".") for suffix in _SUFFIXES))
+    endings = ", ".join(sorted(suffix.removeprefix(".") for suffix in SUFFIXES))
     return (
         f"not read in {folder}: {', '.join(kinds)}. Images are told by their ending ({endings}): convert or rename "
         "what is one",
@@ -228,16 +229,17 @@ def _not_read(folder: Path, skipped: Counter[str]) -> tuple[str, ...]:
 
 def _data_set(data: str, classifier: Classifier, classes: Path | None) -> tuple[list[str], list[int], Source, ClassMap]:
     """Images that come with labels, and perhaps with the classes' names, of their own."""
-    source: Shards | Dataset
+    source: Shards | Tars | Arrows | Dataset
     if data.startswith(TORCHVISION):
         source = Dataset(_torchvision().open_torchvision(data), data, thread_safe=True)
     elif shards := find_shards(data):
-        source = Shards(shards)
+        ending = shards[0].suffix
+        source = Shards(shards) if ending == ".parquet" else Tars(shards) if ending == ".tar" else Arrows(shards)
     else:
         source = Dataset(plugin.call(data), data, thread_safe=False)
     labels = source.labels
     width = len(str(max(len(labels) - 1, 0)))
-    names = source.names if isinstance(source, Shards) else [f"{k:0{width}d}" for k in range(len(labels))]
+    names = [f"{k:0{width}d}" for k in range(len(labels))] if isinstance(source, Dataset) else source.names
     given, highest = source.classes, max(labels, default=-1)
     for name, label in zip(names, labels, strict=True):
         if label < 0:

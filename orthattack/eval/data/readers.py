@@ -17,7 +17,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +35,20 @@ CACHED_BYTES = 16 * 2**20  # how much of the rows read last is kept; the last on
 
 
 MAX_BYTES = 2**27  # of an image file; larger ones are not read into memory
+
+
+SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif",
+            ".tiff"}  # fmt: skip
+"""How names of image files end."""
+
+
+class Source(Protocol):
+    """Images by position: `image` decodes one, `content` are bytes that tell it from others, `size` those of its
+    file."""
+
+    def image(self, position: int, /) -> Image.Image | Tensor: ...
+    def content(self, position: int, /) -> bytes: ...
+    def size(self, position: int, /) -> int: ...
 
 
 class Files:
@@ -170,26 +184,53 @@ def _class_names(data: Any) -> tuple[tuple[str, ...], ...] | None:
 
 
 def find_shards(data: str) -> list[Path]:
-    """Parquet files that `data` names: a file, a pattern such as ``DIR/test-*.parquet``, or a folder of shards.
-    EvaluationError: a folder with shards of several splits, or a pattern that fits nothing."""
+    """Parquet, tar or Arrow files that `data` names: a file, a pattern such as ``DIR/test-*.parquet``, a folder of
+    shards, or one that Hugging Face's ``save_to_disk`` wrote. EvaluationError: a folder with several splits, or a
+    pattern that fits nothing."""
     folder = Path(data)
     if not os.path.isdir(folder):  # noqa: PTH112 - pathlib's raises where a name is too long
-        if not data.endswith(".parquet"):
+        if folder.suffix not in ENDINGS:
             return []
         shards = [folder] if os.path.isfile(folder) else sorted(map(Path, glob.glob(data, recursive=True)))  # noqa: PTH113, PTH207
         if not shards:
-            raise EvaluationError(f"no Parquet file fits {data}")
+            raise EvaluationError(f"no {ENDINGS[folder.suffix]} file fits {data}")
         return shards
+    saved = (
+        sorted(path.parent for path in folder.glob("*/state.json")) if (folder / "dataset_dict.json").exists() else []
+    )
+    if saved:
+        raise EvaluationError(f"{data} has several splits: choose one, such as --data {saved[0]}")
+    if (folder / "state.json").is_file():
+        return _saved(folder)
     shards = sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
+    archives = sorted(folder.glob("*.tar")) or sorted(folder.glob("*.arrow"))
+    if not shards and archives and not any(path.is_dir() for path in folder.iterdir()):  # or they lie beside classes
+        shards = archives
     splits = sorted({re.sub(r"-\d+(-of-\d+)?$", "", shard.stem) for shard in shards} & _SPLITS)
     if len(splits) > 1:
         raise EvaluationError(
             f"{data} has shards of several splits, {' and '.join(splits)}: choose one, such as "
-            f"--data '{shards[0].parent / splits[0]}-*.parquet'"
+            f"--data '{shards[0].parent / splits[0]}-*{shards[0].suffix}'"
         )
     return shards
 
 
+def _saved(folder: Path) -> list[Path]:
+    """The Arrow files of a data set that ``save_to_disk`` wrote, in their order."""
+    try:
+        state = json.loads((folder / "state.json").read_text("utf-8"))
+        names = [str(one["filename"]) for one in state["_data_files"]]
+        if state.get("_indices_data_files"):
+            raise ValueError("its rows are chosen by an index: save it again after flatten_indices()")
+        if any("/" in name or name.startswith(".") for name in names):
+            raise ValueError("it names files elsewhere")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise EvaluationError(f"{folder}/state.json does not say where its images are ({told(error)})") from error
+    return [folder / name for name in names]
+
+
+ENDINGS = {".parquet": "Parquet", ".tar": "tar", ".arrow": "Arrow"}
+"""Of what `find_shards` finds, and what it is called."""
 _SPLITS = {"train", "test", "validation", "val"}
 
 
@@ -223,8 +264,8 @@ class Shards:
         path = self._paths[shard]
         with parquet.opened(path) as file:
             schema, first = file.schema_arrow, len(self.labels)
-            image = _column(schema, ("image", "img"), path, _holds_bytes, "a struct with bytes, or binary")
-            label = _column(schema, ("label", "labels", "fine_label"), path, pa.types.is_integer, "an integer")
+            image = the_column(schema, ("image", "img"), path, holds_bytes, "a struct with bytes, or binary")
+            label = the_column(schema, ("label", "labels", "fine_label"), path, pa.types.is_integer, "an integer")
             self._column.append(f"{image}.bytes" if pa.types.is_struct(schema.field(image).type) else image)
             position = first
             for group in range(file.num_row_groups):
@@ -243,7 +284,7 @@ class Shards:
             raise ValueError(f"{len(self.labels) - first} labels of {position - first} rows")
         self.names += [f"{stem}/{row}" for row in range(position - first)]
         if shard == 0:
-            self.classes = _huggingface_classes(schema, label)
+            self.classes = huggingface_classes(schema, label)
 
     def image(self, position: int) -> Image.Image:
         return decode(self.content(position))
@@ -297,7 +338,8 @@ class Shards:
         return bisect_right(self._starts, position) - 1
 
 
-def _column(schema: pa.Schema, names: Sequence[str], path: Path, fits: Any, what: str) -> str:
+def the_column(schema: pa.Schema, names: Sequence[str], path: Path, fits: Any, what: str) -> str:
+    """The first of those names that a table has. EvaluationError: none, or of another type than what `fits`."""
     name = next((name for name in names if name in schema.names), None)
     if name is None:
         raise EvaluationError(f"{path} has no column {' or '.join(names)}; it has {', '.join(schema.names)}")
@@ -306,19 +348,17 @@ def _column(schema: pa.Schema, names: Sequence[str], path: Path, fits: Any, what
     return name
 
 
-def _holds_bytes(kind: pa.DataType) -> bool:
+def holds_bytes(kind: pa.DataType) -> bool:
+    """Whether a column has the bytes of files, or a struct with them."""
     if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
+        return kind.get_field_index("bytes") >= 0 and holds_bytes(kind.field("bytes").type)
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _huggingface_classes(schema: pa.Schema, label: str) -> tuple[tuple[str, ...], ...] | None:
+def huggingface_classes(schema: pa.Schema, label: str) -> tuple[tuple[str, ...], ...] | None:
+    """The names of the classes, where a table of Hugging Face\'s has them."""
     try:
         names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][label]["names"]
         return tuple((str(name),) for name in names) or None
     except (KeyError, TypeError, ValueError, RecursionError):  # metadata may be missing, or anything
         return None
-
-
-Source = Files | Dataset | Shards
-"""Images by position: `image` decodes one, `content` are bytes that tell it from others, `size` those of its file."""
