@@ -154,7 +154,7 @@ def test_every_command_is_run_or_excused():
                 wrong.append(f"{name(path)}: neither run nor excused: {command}")
             if command.startswith("orthattack ") and not parses(command):
                 wrong.append(f"{name(path)}: not understood: {command}")
-        inline = re.findall(r"`(orthattack (?:eval|report|compare|models|attacks) [^`]*)`", text)
+        inline = re.findall(r"`(orthattack (?:eval|report|compare|transfer|models|attacks) [^`]*)`", text)
         wrong += [f"{name(path)}: not understood: {command}" for command in inline if not parses(command)]
     assert wrong == []
     assert EXCUSED.keys() - used == set(), "excused, but nowhere to be found"
