@@ -90,6 +90,7 @@ def _context(run: Run) -> dict[str, Any]:
     cards, images, stored = _cards(run)
     data = {"models": models, "attacks": attacks, "radii": [radius["text"] for radius in radii], "cards": cards}
     data |= {"images": images, "classes": _classes(run), "worst": WORST}
+    data["targeted"] = run.targets is not None
     data["families"] = list(plots.families(run.attacks).values())
     columns = tables.leaderboard(run.norm)
     return {

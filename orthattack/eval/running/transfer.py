@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
 from typing import cast
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from orthattack.eval.attacks.seeds import drawing
 from orthattack.eval.data.dataset import ImageDataset
 from orthattack.eval.data.readers import Dataset
-from orthattack.eval.errors import EvaluationError
+from orthattack.eval.errors import EvaluationError, printable
 from orthattack.eval.models.classifier import Classifier
 from orthattack.eval.results.stored_run import TARGETS, Run
 from orthattack.eval.running.chunk import Job, Part
@@ -59,17 +60,18 @@ def judge(
     for source in sources:
         _check_classes(run, source, label, target)
     _register(run, label, target)
+    config = run.manifest["config"]
+    size, batch_size = int(config.get("shard_size", 128)), int(config.get("batch_size", 32))
+    often = 0.1 if sys.stderr.isatty() else 30.0  # a log file is no place for an animation
     for source in sources:
         positions = sorted(run.folder.image_positions(source, "clean", None))
-        config = run.manifest["config"]
-        size = int(config.get("shard_size", 128))
-        batch_size = int(config.get("batch_size", 32))
+        who = printable(f"{source} -> {label}")
         with (
             drawing(0),
-            tqdm(total=len(positions), unit="img", disable=not progress, desc=f"{source} -> {label}") as bar,
+            tqdm(desc=who, total=len(positions), unit="img", mininterval=often, disable=not progress) as bar,
         ):
             job = Job(label, target, _dataset(run, source), device, run.folder, batch_size, say)
-            for number, chunk in groupby(positions, size.__rfloordiv__):
+            for number, chunk in groupby(positions, lambda position: position // size):
                 own = list(chunk)
                 _judge_chunk(run, source, job, number, own)
                 bar.update(len(own))

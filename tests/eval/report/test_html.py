@@ -374,6 +374,18 @@ def test_a_picture_is_enlarged_and_the_others_take_its_place_from_the_keyboard(b
         assert page.locator("#large").is_hidden()
 
 
+def test_a_targeted_run_speaks_of_targets(browser, tmp_path):
+    folder = make_run(tmp_path / "run", n=25, models=("m",))
+    manifest = folder.manifest()
+    manifest["config"]["targets"] = "random"
+    folder.write_text("report.html", page(Run(folder, manifest)))
+    with Opened(browser, folder.path / "report.html") as opened:
+        assert "are led to their target by no attack" in opened.locator(".summary li:visible").inner_text()
+        opened.select_option("#g-fooled", label="target not reached")
+        assert any(text.endswith("target not reached") for text in opened.locator(".card .attack p").all_inner_texts())
+        assert "fooled" not in opened.locator("#cards").inner_text()
+
+
 def test_the_slider_moves_the_cut(browser, ordinary):
     with Opened(browser, ordinary) as page:
         page.check("#view-slide")

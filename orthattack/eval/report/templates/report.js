@@ -162,7 +162,8 @@ function picture(number, alt) {
 }
 
 const radius = (c) => (c[EPS] < 0 ? "minimal" : `ε = ${data.radii[c[EPS]]}`);
-const verdict = (c) => (c[FOOLED] ? "fooled" : c[CLEAN] === c[CLASS] ? "not fooled" : "initially misclassified");
+const [YES, NO] = data.targeted ? ["target reached", "target not reached"] : ["fooled", "not fooled"];
+const verdict = (c) => (c[FOOLED] ? YES : c[CLEAN] === c[CLASS] ? NO : "initially misclassified");
 
 // All pictures of a group: what each is called, what is said of it, and its number.
 const pictures = (group) => [
