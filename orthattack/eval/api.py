@@ -27,6 +27,7 @@ from orthattack.eval.report.text import reported
 from orthattack.eval.results.stored_run import Run
 from orthattack.eval.running.run import run_suite, suite_inputs
 from orthattack.eval.running.transfer import check_transfer, judge
+from orthattack.eval.running.worker import OnStep
 from orthattack.eval.storage.run_folder import RunFolder
 from orthattack.eval.suite import AttackSpec, ModelSpec, is_json, make_suite
 
@@ -43,6 +44,7 @@ def evaluate(
     shard: tuple[int, int] | None = None,
     progress: bool = True,
     report: bool = True,
+    on_step: OnStep | None = None,
     **options: Any,
 ) -> Run:
     """Run attacks on models and measure what they return: `orthattack eval` as a function.
@@ -63,6 +65,9 @@ def evaluate(
             with the same `out`. The last one writes the report.
         progress: show a bar on standard error, where what a person should know at once is written in any case.
         report: write the report at the end.
+        on_step: a function of (model, attack, eps, step), labels, a radius, or None of what minimises, and an
+            `orthattack.attacks.ScoredStep`: it is told of each batch of points that an attack of this package, or a
+            function that takes ``on_step``, has scored. `orthattack.eval.tensorboard.TensorBoard` is one.
         **options: `eps` (a radius or several, in pixel units), `norm`, `steps`, `seeds`, `batch_size`, `shard_size`,
             `save_images`, `attack_misclassified`, `checks`, `check_images`, `targets`: see
             `orthattack.eval.suite.Suite`.
@@ -84,8 +89,9 @@ def evaluate(
     if shard is not None and out is None:
         raise EvaluationError("shard needs out, the folder that all shards share")
     folder = run_folder(out, say=say)
+    how: dict[str, Any] = {"device": device, "share": shard, "progress": progress, "on_step": on_step}
     with _kept_modes(classifiers):
-        run_suite(suite, inputs, folder, device=device, share=shard, progress=progress, command=sys.argv, say=say)
+        run_suite(suite, inputs, folder, command=sys.argv, say=say, **how)
     manifest = folder.manifest()
     if report and (shard is None or manifest["status"] == "complete"):
         return reported(folder)

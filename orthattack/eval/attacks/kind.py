@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from orthattack.attacks.base import Card
+from orthattack.attacks.task import OnStep
 from orthattack.eval.errors import EvaluationError, nearest
 from orthattack.threat import Norm
 
@@ -39,6 +40,7 @@ class Conditions:
     batch_size: int = 32  # how many images the model is given at a time
     levels: int | None = None  # what the images are stored with, if adversarials are to be exact there
     targeted: bool = False  # the labels are the classes to reach
+    on_step: OnStep | None = None  # is told of each batch of points that an attack with our interface scores
 
 
 @dataclass(frozen=True)

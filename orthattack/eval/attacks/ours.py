@@ -104,6 +104,8 @@ def _own(kind: Any, options: Mapping[str, Any], model: nn.Module, conditions: Co
         more["generator"] = torch.Generator().manual_seed(0)
     if conditions.targeted:
         more["targeted"] = True
+    if conditions.on_step is not None:
+        more.setdefault("on_step", conditions.on_step)
     attack: Attack = kind(model, norm=conditions.norm, eps=conditions.eps, **more)
     return attack
 

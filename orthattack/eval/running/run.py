@@ -29,7 +29,7 @@ from orthattack.eval.running.manifest import bury, describe_attacks, describe_mo
 from orthattack.eval.running.plan import Plan, Unit, boundless
 from orthattack.eval.running.progress import Progress, Watch
 from orthattack.eval.running.targets import Targets
-from orthattack.eval.running.worker import Inputs, Worker
+from orthattack.eval.running.worker import Inputs, OnStep, Worker
 from orthattack.eval.storage.lock import Share, working_in
 from orthattack.eval.storage.run_folder import RunFolder
 from orthattack.eval.suite import Suite
@@ -105,6 +105,7 @@ def run_suite(
     progress: bool = True,
     command: Sequence[str] = (),
     say: Callable[[str], None] = lambda _: None,
+    on_step: OnStep | None = None,
 ) -> bool:
     """Do what of a suite is not done yet.
 
@@ -119,6 +120,7 @@ def run_suite(
         progress: show a bar on standard error.
         command: how it was started, for the manifest.
         say: is told what a person should know at once, a line at a time.
+        on_step: is told of every step of attacks with our interface, where this process does the work.
 
     Returns:
         True if everything, or all of the share, is done; False if it was interrupted from the keyboard.
@@ -143,7 +145,7 @@ def run_suite(
             plan = Plan(suite, entries, manifest, folder)
             _say_what_images_take(plan, say)
             if engine is None:
-                engine = _Here(inputs, device)
+                engine = _Here(inputs, device, on_step)
             session["workers"] = engine.workers
             with _recorded(folder, session):
                 session["outcome"] = outcome = _everything(plan, share, engine, progress, say)
@@ -297,12 +299,12 @@ class _Here:
 
     name = "none"
 
-    def __init__(self, inputs: Inputs, device: torch.device) -> None:
+    def __init__(self, inputs: Inputs, device: torch.device, on_step: OnStep | None) -> None:
         self.workers: list[dict[str, Any]] = []
-        self._inputs, self._device = inputs, device
+        self._inputs, self._device, self._on_step = inputs, device, on_step
 
     def __call__(self, units: Sequence[Unit], plan: Plan, watch: Watch, say: Callable[[str], None], /) -> None:
-        worker = Worker(plan, self._inputs, self._device, say)
+        worker = Worker(plan, self._inputs, self._device, say, self._on_step)
         try:
             for unit, following in zip_longest(units, units[1:]):
                 worker.do(unit, following, watch)

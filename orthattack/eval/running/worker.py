@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from orthattack.attacks.task import ScoredStep
 from orthattack.eval.attacks.kind import AttackKind, Conditions
 from orthattack.eval.checks.clean import CLEAN_COLUMNS, clean_suspicions
 from orthattack.eval.checks.probes import SAVED, TRANSFER
@@ -24,6 +25,9 @@ from orthattack.eval.storage.run_folder import Shard
 from orthattack.eval.suite import Entry
 from orthattack.lending import ModelChangedError, guarded
 
+OnStep = Callable[[str, str, float | None, ScoredStep], object]
+"""Is told of the model's label, the attack's, the radius, and each batch of points that the attack has scored."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -37,7 +41,15 @@ class Inputs:
 class Worker:
     """Does units of work; `say` is told what a person should know at once, a line at a time."""
 
-    def __init__(self, plan: Plan, inputs: Inputs, device: torch.device, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        inputs: Inputs,
+        device: torch.device,
+        say: Callable[[str], None],
+        on_step: OnStep | None = None,
+    ) -> None:
+        self._on_step = on_step
         self._plan, self._inputs, self._device, self._say = plan, inputs, device, say
         self._job: Job | None = None
         self._decoder: Decoder | None = None
@@ -102,15 +114,16 @@ class Worker:
         for which in unit.wanted:
             entry = self._plan.entries[which]
             if which not in self._bounds:
-                self._bounds[which] = self._bound(part.job, entry)
+                self._bounds[which] = self._bound(part.job, entry, self._on_step)
             watch.begin(unit.model, shown(entry))
             tell = partial(watch.done, unit, which)
             part.attack(self._bounds[which], self._plan.suite.attack_misclassified, tell)
 
-    def _bound(self, job: Job, entry: Entry) -> Bound:
+    def _bound(self, job: Job, entry: Entry, on_step: OnStep | None = None) -> Bound:
         suite, classes = self._plan.suite, job.classifier.num_classes
         shared = suite.steps, classes, suite.batch_size
-        conditions = Conditions(entry.norm, entry.eps, *shared, entry.levels, entry.targets is not None)
+        told = None if on_step is None else partial(on_step, job.label, entry.label, entry.eps)
+        conditions = Conditions(entry.norm, entry.eps, *shared, entry.levels, entry.targets is not None, told)
         return job.bound(entry, conditions)
 
     def _doubt(self, job: Job) -> None:
