@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.running import manifest as manifests
+from orthattack.eval.running.draft import EVERY
 from orthattack.eval.running.run import run_suite, suite_inputs
 from orthattack.eval.storage.lock import working_in
 from orthattack.eval.storage.run_folder import RunFolder
@@ -236,3 +238,62 @@ def test_a_background_job_that_is_asked_to_end_stops_in_order(tmp_path):
         f"orthattack: interrupted; to resume:\n{sys.executable} -m orthattack eval suite.toml --device cpu --out run\n"
         in told
     )
+
+
+LONG = """
+import time
+from pathlib import Path
+
+import torch
+
+
+def attack(model):
+    def run(images, labels):
+        with Path("times").open("a") as times:
+            times.write(f"{time.time()}\\n")
+        time.sleep(0.6)
+        return (images + 0.03 * torch.randn_like(images).sign()).clamp(0, 1)
+
+    return run
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_stop_in_a_long_attack_on_one_shard_loses_some_seconds_of_it(tmp_path, how):
+    """Of one shard of 20 batches, each of which is set down when it begins."""
+    suite = """
+models = ["cifar10-robust"]
+attacks = ["long:attack"]
+data = "cifar10-samples"
+eps = "8/255"
+batch_size = 1
+checks = false
+save_images = "all"
+attack_misclassified = true
+"""
+    places = {name: workplace(tmp_path / name, suite) for name in ("whole", "run")}
+    for place in places.values():
+        (place / "long.py").write_text(LONG)
+    place = places["run"]
+
+    def begun() -> list[float]:
+        return [float(line) for line in (place / "times").read_text().split()] if (place / "times").exists() else []
+
+    process = start(place)
+    wait_for(lambda: len(begun()) >= 15, "15 batches")
+    process.send_signal(how)
+    stopped = time.time()
+    code = {signal.SIGKILL: -9}.get(how, 130)
+    ended(process, code=code)
+    assert not stored(place) or all("shards" not in path.parts for path in stored(place))
+    first = begun()
+    finished = [moment for moment in first[1:] if moment < stopped]  # a batch ends before the next begins
+    before = 0.0 if how != signal.SIGKILL else EVERY + 2.0  # and what it takes to measure and write
+    least = sum(moment < stopped - before for moment in finished)
+    told = ended(start(place))
+    kept = int(re.search(r"resuming: (\d+) of 20 results kept", told)[1])
+    assert kept >= least >= 1
+    assert len(begun()) - len(first) == 20 - kept
+    ended(start(places["whole"]))
+    assert_same(contents(place / "run"), contents(places["whole"] / "run"))

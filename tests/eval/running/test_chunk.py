@@ -380,8 +380,9 @@ def test_adversarials_of_another_model_are_tried_where_both_are_right(job):
     part = part_of(job, kind="checks")
     part.look()
     others = {k: images_of()[k] * 0 + 0.5 for k in (0, 3, 9)} | {5: images_of()[5]}
-    part.transfer("PGD of b", 1.0, "linf", others)
-    rows = job.folder.read_shard(Shard("net", "PGD of b", 1.0, 3, "checks")).set_index("position")
+    shard = Shard("net", "PGD of b", 1.0, 3, "checks")
+    part.transfer(shard, "linf", 1.0, others)
+    rows = job.folder.read_shard(shard).set_index("position")
     assert rows["status"].tolist() == ["ok" if k in (0, 3, 5) else "misclassified" for k in range(COUNT)]
     grey = int(Net().eval()(torch.full((1, 3, 8, 8), 0.5)).argmax())
     for k in (0, 3):
