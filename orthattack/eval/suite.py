@@ -257,7 +257,9 @@ class Suite(_Strict):
         "one whole number or more, below 2**63: leave it out for 0", "--seed N", Whole, nargs="+", min_length=1,
     )  # fmt: skip
     batch_size: Count = _key(32, "images at a time", _IMAGES, "--batch-size N", Count)
-    shard_size: Count = _key(128, "images per file, what a stop may lose", _IMAGES, "--shard-size N", Count)
+    shard_size: Count = _key(
+        128, "images per file, and per piece of work of several processes", _IMAGES, "--shard-size N", Count
+    )
     save_images: Kept = _key("gallery", "adversarial images to keep", "gallery, all or none", "--save-images", Kept)
     attack_misclassified: bool = _key(
         False, "attack what is initially misclassified too; no rate changes, for it is not robust either way",

@@ -68,7 +68,7 @@ class OwnRunner:
         """Have each step told, and of how many."""
         attack = getattr(self._attack, "attack", self._attack)  # of a bisection
         counts = (getattr(attack, name, None) for name in ("steps", "queries", "gradients"))
-        last = next((f" of {count}" for count in counts if isinstance(count, int)), "")
+        last = next((f"/{count}" for count in counts if isinstance(count, int)), "")
         attack._pulse = lambda number: step(f"step {number}{last}")
 
     def __call__(self, images: Tensor, labels: Tensor, seeds: Sequence[int]) -> Found:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -15,10 +15,8 @@ from orthattack.eval.running.plan import Plan, Todo, Unit
 from orthattack.eval.storage.run_folder import shown_eps
 from orthattack.eval.suite import Entry
 
-_LINE = (
-    "orthattack: {n_fmt} of {total_fmt} img, {percentage:.0f} %, {elapsed} gone, {remaining} left, {rate_noinv_fmt}, "
-    "{desc}{postfix}"
-)
+_BAR = "{percentage:3.0f}%|{bar:8}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}] {desc}"
+_LINE = "orthattack: {n_fmt} of {total_fmt} img, {elapsed} gone, {remaining} left, {rate_noinv_fmt}, {desc}"
 _PERIODS = 30.0, 1.0  # seconds between two looks at the clock, in a log and on a terminal
 
 
@@ -55,13 +53,14 @@ class Progress:
 
     def __init__(self, plan: Plan, todo: Todo, shown: bool) -> None:
         is_terminal = sys.stderr.isatty()
-        self._plan, self._todo = plan, todo
+        self._plan = plan
         self._model = self._what = self._step = ""
         self._done = {place: Done(images, 0, 0) for place, images in todo.kept.items()}
-        self._bar: tqdm[object] = tqdm(
-            total=todo.total, initial=todo.done + sum(todo.kept.values()), unit="img", smoothing=0, disable=not shown,
-            **({"dynamic_ncols": True} if is_terminal else {"bar_format": _LINE, "file": _Lines(), "mininterval": 1e9}),
-        )  # fmt: skip
+        form: dict[str, Any] = {"dynamic_ncols": True, "bar_format": _BAR}
+        if not is_terminal:
+            form = {"file": _Lines(), "mininterval": 1e9, "bar_format": _LINE}
+        start = todo.done + sum(todo.kept.values())
+        self._bar = tqdm(total=todo.total, initial=start, unit="img", smoothing=0, disable=not shown, **form)
         self._period = _PERIODS[is_terminal]
         self._end = threading.Event()
         self._clock = threading.Thread(target=self._tick, daemon=True)
@@ -99,8 +98,9 @@ class Progress:
         self._bar.update(done.images - before.images)
 
     def _tell(self) -> None:
-        self._bar.set_description_str(printable(self._model, keep=""), refresh=False)
-        self._bar.set_postfix_str(printable(", ".join(filter(None, (self._what, self._step))), keep=""), refresh=False)
+        """Of what is worked on the end is cut off where the terminal is narrow."""
+        at = " of ".join(filter(None, (self._step, self._what)))
+        self._bar.set_description_str(printable(", ".join(filter(None, (at, self._model))), keep=""), refresh=False)
 
     def _tick(self) -> None:
         while not self._end.wait(self._period):

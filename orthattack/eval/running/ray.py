@@ -1,8 +1,8 @@
 """Units of work done by Ray: one actor per device holds a model, and whoever is free takes the next unit.
 
 The driver only schedules: units and counts travel, images and results do not. What an actor has finished is in
-the run's folder, so an actor that dies, with its process, its machine or the network, loses the shard it was at; the
-rest of its unit is done by another. The extra `ray` brings Ray.
+the run's folder, so an actor that dies, with its process, its machine or the network, loses what it did
+in the last seconds; the rest of its unit is done by another. The extra `ray` brings Ray.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The run itself: every attack at every radius on every model over every chunk of the images.
 
-A shard that is finished is on the disk and is never computed again; one that is not leaves nothing. What it holds
-depends on the configuration, the images and the hardware, not on what was computed before it, nor on how many
-processes share the work.
+A shard that is finished is on the disk and is never computed again; of one that is not, batches are kept (`draft`).
+What it holds depends on the configuration, the images and the hardware, not on what was computed before it, nor on how
+many processes share the work.
 """
 
 from __future__ import annotations

@@ -268,19 +268,19 @@ def test_a_log_has_a_line_now_and_then_with_steps_and_the_sessions_rate(tmp_path
     monkeypatch.setattr(progress, "_PERIODS", (0.02, 0.02))
     with progress.Progress(SimpleNamespace(entries=entries), Todo([unit], 40, 10, {("net", 0, 0): 4}), True) as watch:
         watch.begin("net", "PGD at 8/255")
-        watch.step("step 3 of 10")
+        watch.step("step 3/10")
         until = time.monotonic() + 20
-        while "step 3 of 10" not in log.getvalue() and time.monotonic() < until:
+        while "step 3/10" not in log.getvalue() and time.monotonic() < until:
             time.sleep(0.01)
         watch.done(unit, 0, Done(10, 3, 4))
         watch.done(unit, 0, Done(14, 6, 8))
         assert watch._bar.n == 24
         assert watch._bar.initial == 14
     lines = log.getvalue().splitlines()
-    assert lines[0].startswith("orthattack: 14 of 40 img, 35 %, 00:00 gone")
-    assert any(line.endswith("net, PGD at 8/255, step 3 of 10") for line in lines)
-    assert lines[-1].startswith("orthattack: 24 of 40 img, 60 %")
-    assert lines[-1].endswith("net, PGD at 8/255: 75.0 % robust")
+    assert lines[0].startswith("orthattack: 14 of 40 img, 00:00 gone")
+    assert any(line.endswith(", step 3/10 of PGD at 8/255, net") for line in lines)
+    assert lines[-1].startswith("orthattack: 24 of 40 img, ")
+    assert lines[-1].endswith(", PGD at 8/255: 75.0 % robust, net")
 
 
 def test_the_steps_of_our_attacks_and_the_calls_of_others_are_told(tmp_path, monkeypatch):
@@ -302,9 +302,9 @@ def test_the_steps_of_our_attacks_and_the_calls_of_others_are_told(tmp_path, mon
     }
     run(tmp_path / "run", asking, more, batch_size=16)
     assert told[:3] == ["call 1", "call 2", "call 3"]
-    assert told[3:7] == [f"step {k} of 3" for k in range(4)]
-    assert "step 3 of 4" in told
-    assert "step 2 of 2" in told
+    assert told[3:7] == [f"step {k}/3" for k in range(4)]
+    assert "step 3/4" in told
+    assert "step 2/2" in told
 
 
 def test_a_pulse_changes_nothing_and_is_not_part_of_an_attack():
