@@ -29,7 +29,7 @@ from orthattack.eval.data.dataset import ImageDataset
 from orthattack.eval.data.readers import SUFFIXES, Dataset, Files, Shards, Source, find_shards
 from orthattack.eval.data.tars import Tars
 from orthattack.eval.errors import EvaluationError
-from orthattack.eval.models.classifier import Classifier
+from orthattack.eval.models.classifier import Classifier, checked
 
 SAMPLES = {"imagenet-samples": "imagenet", "cifar10-samples": "cifar10"}
 """The images in Foolbox's package, 20 of each, and their names there."""
@@ -81,6 +81,8 @@ def load_dataset(
     Raises:
         EvaluationError: nothing there, or labels that do not fit the model.
     """
+    if classifier.num_classes == 0:
+        classifier = checked(classifier)
     table, order = _class_order(data, labels, classes)
     source: Source
     notes: tuple[str, ...] = ()

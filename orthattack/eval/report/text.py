@@ -20,7 +20,7 @@ from orthattack.eval.errors import EvaluationError, printable
 from orthattack.eval.report import table as tables
 from orthattack.eval.report.table import NORMS, OPTIMALITY, Column, Row, grid
 from orthattack.eval.results.comparison import CLEAN, compared, differences
-from orthattack.eval.results.outcomes import cause, records
+from orthattack.eval.results.outcomes import by_cause, cause, records
 from orthattack.eval.results.rates import Rate, defined
 from orthattack.eval.results.stored_run import WORST, Run
 from orthattack.eval.storage.run_folder import RunFolder, shown_eps
@@ -360,7 +360,7 @@ def clean_text(found: Clean) -> str:
     ]  # fmt: skip
     shown = rows[:_CLASSES]
     lines = [f"{len(rows) - len(shown)} more classes, none lower"] if len(shown) < len(rows) else []
-    lines += [f"left out: {count} x {reason}" for reason, count in found.left_out.items()]
+    lines += [f"left out: {count} x {reason}" for reason, count in by_cause(found.left_out.items()).items()]
     lines += [f"warning: {text}" for text in found.warnings]
     accuracy = f"{found.model}: {_accuracy(found.accuracy())}"
     table = [_laid_out(*_fitted(columns, shown), shown)] if rows else []

@@ -178,3 +178,9 @@ def test_the_samples_in_foolboxs_package(name):
     assert batch.images.flatten(1).std(dim=1).min() > 0.05
     if name == "cifar10-samples":
         assert batch.labels.tolist() == [3, 8, 8, 0, 6, 6, 1, 6, 3, 1, 0, 9, 5, 7, 9, 8, 5, 7, 8, 6]
+
+
+def test_a_model_that_does_not_say_its_number_of_classes_is_asked(folder):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 3))
+    dataset = load_dataset(str(folder), Classifier("mine", model, Preprocessing(8, 8)))
+    assert (max(dataset.labels), dataset.classes) == (2, ("apple pie", "cat", "zebra"))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
@@ -52,6 +54,10 @@ def test_what_cannot_be_read_is_left_out_and_said():
     assert found.accuracy() == Rate(7, 7)
     assert found.left_out == {"some pixels are NaN or infinite: look at what made them": 3}
     assert "left out: 3 x some pixels are NaN" in clean_text(found)
+    alike = Clean(
+        "net", found.rows, Counter({f"pixels lie in [-1.{k}, 2], not in [0, 1]": 1 for k in range(9)}), None, ()
+    )
+    assert "left out: 9 x for example, pixels lie in [-1.0, 2], not in [0, 1]" in clean_text(alike)
     nothing = cleaned(labels=[0] * 10, broken=10)
     assert nothing.accuracy() == Rate(0, 0)
     assert "clean accuracy - of 0 images" in clean_text(nothing)
