@@ -397,8 +397,10 @@ def test_the_slider_moves_the_cut(browser, ordinary):
         slider.focus()
         page.keyboard.press("End")
         assert over.evaluate("i => getComputedStyle(i).clipPath") == "inset(0px 0px 0px 100%)"
+        first = page.locator(".card .attack p").first.inner_text()
         page.check("#view-side")
         assert page.locator(".stack").count() == 0
+        assert first.startswith(f"{page.locator('.card .clean h4').first.inner_text()} → ")  # its class, in either view
 
 
 def test_names_switch_their_lines_off_and_on(browser, ordinary):

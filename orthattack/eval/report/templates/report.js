@@ -175,7 +175,7 @@ const pictures = (group) => [
 ];
 
 function card(group) {
-  const c = group[0], views = pictures(group);
+  const c = group[0], views = pictures(group), sides = $("view-side").checked;
   const button = (at, caption) => {
     const open = make("button", { type: "button", className: "picture", title: "enlarge" },
       picture(views[at].number, `${views[at].title}, ${c[NAME]}`));
@@ -183,10 +183,9 @@ function card(group) {
     return make("figure", {}, open, make("figcaption", { textContent: caption }));
   };
   const told = (own) => [
-    make("p", {}, "→ ", make("b", { className: own[FOOLED] ? "fooled" : "held", textContent: own[ADVERSARIAL] }),
+    make("p", {}, sides ? "→ " : `${own[CLEAN]} → `, make("b", { className: own[FOOLED] ? "fooled" : "held", textContent: own[ADVERSARIAL] }),
       own[FOOLED] ? "" : `, ${verdict(own)}`),
     make("p", {}, make("small", { textContent: `norm ${own[NORM]}, cos ${own[COSINE]}` }))];
-  const sides = $("view-side").checked;
   const columns = group.map((own, k) => make("div", { className: "attack" },
     make("h4", { textContent: data.attacks[own[ATTACK]] }),
     ...(sides ? [button(1 + 2 * k, `δ × ${own[TIMES]}`), button(2 + 2 * k, "adversarial")] : [slider(own)]),
