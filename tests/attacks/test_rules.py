@@ -21,9 +21,12 @@ from orthattack import (
     OrthoMIFGSM,
     OrthoNIFGSM,
     OrthoPGD,
+    OrthoTIFGSM,
+    OrthoVMIFGSM,
     ThreatModel,
 )
-from orthattack.attacks.rules import AutoSparse, AutoStep, accumulated, chain, momentum, normalize
+from orthattack.attacks import DIFGSM, SINIFGSM, TIFGSM, VMIFGSM, OrthoVNIFGSM
+from orthattack.attacks.rules import AutoSparse, AutoStep, accumulated, chain, momentum, normalize, variance
 from tests.attacks.test_attacks import Recorder, drawn, small_model
 from tests.conftest import examples, seeds
 
@@ -152,7 +155,7 @@ def test_momentum_survives_gradients_of_any_size():
     ("kind", "options", "rate"),
     [(FGSM, {}, 1), (OrthoFGSM, {}, 1), (PGD, {}, 0.25), (OrthoPGD, {}, 0.25), (MIFGSM, {"steps": 5}, 0.2),
      (NIFGSM, {"steps": 5}, 0.2), (OrthoMIFGSM, {"steps": 5}, 0.2), (OrthoNIFGSM, {"steps": 5}, 0.2), (APGD, {}, 2),
-     (OrthoAPGD, {}, 2)],
+     (OrthoAPGD, {}, 2), *((kind, {"steps": 5}, 0.2) for kind in (DIFGSM, TIFGSM, SINIFGSM, VMIFGSM, OrthoVNIFGSM))],
 )  # fmt: skip
 def test_first_steps_are_a_share_of_eps(kind, options, rate):
     search = kind(nn.Flatten(), eps=0.1, **options).search
@@ -166,6 +169,9 @@ def test_first_steps_are_a_share_of_eps(kind, options, rate):
      (MIFGSM, chain(normalize("l1"), momentum(1.0))), (OrthoMIFGSM, chain(normalize("l1"), momentum(1.0))),
      (NIFGSM, chain(normalize("l1"), momentum(1.0), look_ahead=1.0)),
      (OrthoNIFGSM, chain(normalize("l1"), momentum(1.0), look_ahead=1.0)),
+     (DIFGSM, chain(normalize("l1"), momentum(1.0))), (SINIFGSM, chain(normalize("l1"), momentum(1.0), look_ahead=1.0)),
+     (VMIFGSM, chain(variance(20, 1.5), normalize("l1"), momentum(1.0))),
+     (OrthoVNIFGSM, chain(variance(20, 1.5), normalize("l1"), momentum(1.0), look_ahead=1.0)),
      (APGD, AutoStep(0.75)), (OrthoAPGD, AutoStep(0.75))],
 )  # fmt: skip
 def test_each_attack_steps_by_its_rule(kind, rule):
@@ -175,13 +181,14 @@ def test_each_attack_steps_by_its_rule(kind, rule):
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize(
     ("plain", "ortho"),
-    [(FGSM, OrthoFGSM), (PGD, OrthoPGD), (MIFGSM, OrthoMIFGSM), (NIFGSM, OrthoNIFGSM), (APGD, OrthoAPGD)],
+    [(FGSM, OrthoFGSM), (PGD, OrthoPGD), (MIFGSM, OrthoMIFGSM), (NIFGSM, OrthoNIFGSM), (APGD, OrthoAPGD),
+     (TIFGSM, OrthoTIFGSM), (VMIFGSM, OrthoVMIFGSM)],
 )  # fmt: skip
 def test_a_plain_attack_is_the_orthogonal_one_without_the_plane(plain, ortho, norm):
     model, images, labels = prepared()
     eps = {"linf": EPS, "l2": 0.5}[norm]
     steps = {} if plain is FGSM else {"steps": 6}
-    draws = {"generator": torch.Generator().manual_seed(3)} if plain in (PGD, APGD) else {}
+    draws = {"generator": torch.Generator().manual_seed(3)} if plain in (PGD, APGD, VMIFGSM) else {}
     one = plain(model, norm=norm, eps=eps, **steps, **draws)(images, labels)
     draws = {"generator": torch.Generator().manual_seed(3)} if draws else {}
     assert torch.equal(one, ortho(model, norm=norm, eps=eps, scope=None, **steps, **draws)(images, labels))

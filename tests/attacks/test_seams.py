@@ -27,6 +27,7 @@ from orthattack import (
     OrthoAPGD,
     OrthoFGSM,
     OrthoPGD,
+    OrthoVMIFGSM,
     fooled,
 )
 from orthattack.attacks import Attack, Climb, ScoredStep
@@ -40,7 +41,7 @@ PROOFS = runpy.run_path(str(EXAMPLE))
 NAMES = ["DIFGSM", "TIFGSM", "VMIFGSM", "FMN"]
 RADII = {"linf": 0.15, "l2": 2.0, "l1": 12.0}
 norms = pytest.mark.parametrize("norm", list(RADII))
-GRADIENT = [FGSM, OrthoFGSM, PGD, OrthoPGD, MIFGSM, NIFGSM, APGD, OrthoAPGD, AutoAttack]
+GRADIENT = [FGSM, OrthoFGSM, PGD, OrthoPGD, MIFGSM, NIFGSM, OrthoVMIFGSM, APGD, OrthoAPGD, AutoAttack]
 
 
 @pytest.fixture(scope="module")
