@@ -19,7 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -206,6 +206,17 @@ class _Patience:
             self._is_said = True
 
 
+def glimpse(units: Sequence[Unit], plan: Plan, watch: Watch) -> None:
+    """Tell how far units at work are, by what their workers keep in the run's folder; attacks of one come in order."""
+    at = {plan.shard(unit, k): (unit, n) for unit in units if unit.stage == "attack" for n, k in enumerate(unit.wanted)}
+    with suppress(EvaluationError):  # a store may fail for a moment
+        for shard, rows in plan.folder.kept_counts(at).items():
+            unit, place = at[shard]
+            for before in unit.wanted[:place]:
+                watch.done(unit, before, Done(len(plan.positions(unit)), 0, 0))
+            watch.done(unit, unit.wanted[place], Done(rows, 0, 0))
+
+
 class Crew:
     """The workers of a run in a Ray cluster; an `Engine`.
 
@@ -233,7 +244,7 @@ class Crew:
         tasks: dict[Any, _Task] = {}
         deaths: Counter[Unit] = Counter()
         lost: list[Unit] = []
-        failures, patience = 0, _Patience(self._size, self._lacking, say)
+        failures, patience, looked = 0, _Patience(self._size, self._lacking, say), time.monotonic()
         while len(queue) or any(task.unit for task in tasks.values()):
             self._idle = [actor for actor in self._idle if not self._give(actor, queue, tasks)]
             wanted = min(self._size, len(queue) + sum(task.unit is not None for task in tasks.values()))
@@ -245,6 +256,9 @@ class Crew:
                 patience.renew()
             else:
                 patience.spend()
+            if time.monotonic() - looked > _TICK:
+                glimpse([task.unit for task in tasks.values() if task.unit], plan, watch)
+                looked = time.monotonic()
             for ref in ready:
                 actor, unit, host = tasks.pop(ref)
                 answer, death = self._answer(ref, host)
