@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -177,7 +178,16 @@ def test_targets_are_drawn_or_found_among_the_other_classes():
     model, (images, labels) = small_model(), drawn(n=12)
     seen: list[torch.Tensor] = []
     attack = ours.PGD(model, eps=0.05, steps=1, random_start=False)
-    attack._made = lambda *_: lambda images, goal: seen.append(goal) or images  # what an attack of ours is given
+
+    class Looking:
+        """In the place of an attack of ours, it notes the goal that it is given."""
+
+        def run(self, images, goal, start):
+            assert start is None
+            seen.append(goal)
+            return SimpleNamespace(adversarials=images)
+
+    attack._made = lambda *_: Looking()
     attack.set_mode_targeted_random()
     assert attack.get_mode() == "targeted(random)"
     torch.manual_seed(0)
