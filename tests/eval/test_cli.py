@@ -364,6 +364,6 @@ def test_clean_only_tells_the_accuracy_of_each_model_and_writes_nothing(tmp_path
     assert done.returncode == 0, done.stderr
     assert "cifar10-standard: clean accuracy 100.0 % [83.9, 100.0] of 20 images" in done.stdout
     assert "cifar10-robust: clean accuracy 85.0 % [64.0, 94.8] of 20 images" in done.stdout
-    assert "automobile  truck      2     50.0 % [9.5, 90.5]" in done.stdout
+    assert "automobile  truck  2     50.0 % [9.5, 90.5]" in done.stdout
     assert not [*tmp_path.iterdir()]
     assert "leave out --out" in refused(capsys, "eval", "--clean-only", "--out", "run")
