@@ -62,6 +62,7 @@ NAVIGATION: dict[str, dict[str, list[str]]] = {
                 "apgd",
                 "fab",
                 "square",
+                "nes",
                 "autoattack",
                 "minimum-norm",
                 "detector",

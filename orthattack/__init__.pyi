@@ -3,6 +3,7 @@ from orthattack.attacks import DIFGSM as DIFGSM
 from orthattack.attacks import FAB as FAB
 from orthattack.attacks import FGSM as FGSM
 from orthattack.attacks import MIFGSM as MIFGSM
+from orthattack.attacks import NES as NES
 from orthattack.attacks import NIFGSM as NIFGSM
 from orthattack.attacks import PGD as PGD
 from orthattack.attacks import SINIFGSM as SINIFGSM
@@ -21,6 +22,7 @@ from orthattack.attacks import OrthoFAB as OrthoFAB
 from orthattack.attacks import OrthoFGSM as OrthoFGSM
 from orthattack.attacks import OrthoMIFGSM as OrthoMIFGSM
 from orthattack.attacks import OrthoMinimumNorm as OrthoMinimumNorm
+from orthattack.attacks import OrthoNES as OrthoNES
 from orthattack.attacks import OrthoNIFGSM as OrthoNIFGSM
 from orthattack.attacks import OrthoPGD as OrthoPGD
 from orthattack.attacks import OrthoSINIFGSM as OrthoSINIFGSM

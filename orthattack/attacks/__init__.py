@@ -17,6 +17,8 @@ from orthattack.attacks.mifgsm import MIFGSM as MIFGSM
 from orthattack.attacks.mifgsm import OrthoMIFGSM as OrthoMIFGSM
 from orthattack.attacks.minimum import MinimumNorm as MinimumNorm
 from orthattack.attacks.minimum import OrthoMinimumNorm as OrthoMinimumNorm
+from orthattack.attacks.nes import NES as NES
+from orthattack.attacks.nes import OrthoNES as OrthoNES
 from orthattack.attacks.nifgsm import NIFGSM as NIFGSM
 from orthattack.attacks.nifgsm import OrthoNIFGSM as OrthoNIFGSM
 from orthattack.attacks.pgd import PGD as PGD

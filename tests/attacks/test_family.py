@@ -51,12 +51,14 @@ PLAIN = {
     "APGD": {"steps": 8},
     "FAB": {"steps": 6},
     "Square": {"queries": 25},
+    "NES": {"queries": 40, "pairs": 4},
     "AutoAttack": {"steps": 4, "targets": 2, "queries": 8},
     "MinimumNorm": {"gradients": 24},
 }
 DRAWING = [
     "APGD",
     "AutoAttack",
+    "NES",
     "DIFGSM",
     "VMIFGSM",
     "VNIFGSM",
@@ -251,7 +253,7 @@ def test_targets_are_reached_or_reported_as_not(name, norm):
     with torch.no_grad():
         assert torch.equal(result.success, model(result.adversarials).argmax(1) == targets)
     # A few steps of one pixel each (L1), or a few random squares, reach some.
-    assert result.success.float().mean() >= (0.05 if "Square" in name or norm == "l1" else 0.8)
+    assert result.success.float().mean() >= (0.05 if "Square" in name or "NES" in name or norm == "l1" else 0.8)
 
 
 @norms

@@ -37,6 +37,7 @@ def make(name: str, **options: object) -> object:
     if name == "DetectorEvasion":
         return DetectorEvasion(classifier(), classifier(1), **{"steps": 3, "random_start": True, **options})
     quick = {"FGSM": {}, "Square": {"queries": 5}, "AutoAttack": {"steps": 2, "queries": 5}}
+    quick["NES"] = {"queries": 12, "pairs": 1}
     quick["MinimumNorm"] = {"gradients": 6}
     return getattr(orthattack, name)(classifier(), **{**quick.get(name.removeprefix("Ortho"), {"steps": 2}), **options})
 
