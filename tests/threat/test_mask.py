@@ -155,8 +155,15 @@ def test_with_levels_it_is_exact_and_what_may_not_move_stays(norm, form):
     assert moved >= 8  # of few pixels, now and then nothing is found, as without a mask
 
 
-@pytest.mark.parametrize("norm", RADII)
-@pytest.mark.parametrize("name", FAMILY)
+# Each attack in all norms in the slow lane, in one in the fast one.
+EVERY = [
+    pytest.param(name, norm, marks=[] if (k + n) % 3 == 0 else pytest.mark.slow)
+    for k, name in enumerate(FAMILY)
+    for n, norm in enumerate(RADII)
+]
+
+
+@pytest.mark.parametrize(("name", "norm"), EVERY)
 def test_every_attack_moves_nothing_else(name, norm):
     model, (images, labels) = small_model(), drawn(n=6)
     mask = torch.zeros(6, 6, dtype=torch.bool)
