@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 _INTERVALS = "intervals: 95 %, Wilson"
 _LEFT = (
-    "robust accuracy: right on the clean and on the adversarial image, over all images scored",
+    "robust accuracy: classified correctly, clean and adversarial, over all images scored",
     "success: newly fooled, over the images that were initially correct and scored",
 )
 _REACHED = (
-    "robust accuracy: right on the clean image, and not the target on the adversarial one, over all images scored",
+    "robust accuracy: clean classified correctly, adversarial not as the target, over all images scored",
     "success: predicted as the target, over the images that were initially correct and scored",
 )
 
