@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from orthattack import OrthoPGD, alignment
-from orthattack.eval.data.load import load_dataset
+from orthattack.eval import load
 from orthattack.eval.models.load import load_classifier
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,16 +32,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures" / "examples.webp")
     out: Path = parser.parse_args().out
     classifier = load_classifier("efficientnet-lite0")
-    (batch,) = load_dataset("imagenet-samples", classifier).batches(20, classifier.preprocessing)
-    attack = OrthoPGD(classifier.model, eps=EPS, generator=torch.Generator().manual_seed(0))
-    result = attack.run(batch.images, batch.labels)
+    model, images, labels = load(classifier, "imagenet-samples")
+    attack = OrthoPGD(model, eps=EPS, generator=torch.Generator().manual_seed(0))
+    result = attack.run(images, labels)
     chosen = result.success.nonzero().flatten()[:COLUMNS]
-    x, y = batch.images[chosen], result.adversarials[chosen]
+    x, y = images[chosen], result.adversarials[chosen]
     cosine = alignment(y.double() - x.double(), x.double()).abs().max().item()
     with torch.no_grad():
-        before, after = classifier.model(x).argmax(1), classifier.model(y).argmax(1)
+        before, after = model(x).argmax(1), model(y).argmax(1)
     assert len(chosen) == COLUMNS
-    assert (before == batch.labels[chosen]).all()
+    assert (before == labels[chosen]).all()
     assert (after != before).all()
     assert cosine < COSINE
     assert (y - x).abs().max() <= EPS * (1 + 1e-6)
