@@ -15,8 +15,7 @@ from torch.nn import functional
 
 from orthattack.attacks import MIFGSM, Attack, Climb
 from orthattack.attacks.rules import chain, momentum, normalize, smooth, variance
-from orthattack.eval.data import load_dataset
-from orthattack.eval.models import load_classifier
+from orthattack.eval import load
 from orthattack.threat import perturbation_norm
 
 
@@ -82,9 +81,7 @@ class FMN(Attack, loss="margin"):
 
 
 def main() -> None:
-    classifier = load_classifier("cifar10-robust")
-    (batch,) = load_dataset("cifar10-samples", classifier).batches(20, classifier.preprocessing)
-    images, labels = batch.images[4:8], batch.labels[4:8]
+    model, images, labels = load("cifar10-robust", "cifar10-samples")
     for kind, options in [
         (DIFGSM, {"eps": 8 / 255}),
         (TIFGSM, {"eps": 8 / 255}),
@@ -92,7 +89,7 @@ def main() -> None:
         (FMN, {"steps": 50}),
     ]:
         for scope in (None, "image"):
-            result = kind(classifier.model, scope=scope, **options).run(images, labels)
+            result = kind(model, scope=scope, **options).run(images[4:8], labels[4:8])
             found = f"{int(result.success.sum())} of 4 fooled, median norm {255 * float(result.norm.median()):.2f}/255"
             print(f"{kind.__name__:<8} scope={scope!s:<6} {found}, |cos| at most {float(result.cosine.max()):.0e}")
 
