@@ -22,7 +22,6 @@ from orthattack.eval.models import load_classifier
 from orthattack.eval.models.classifier import Classifier
 
 PAIRS = {
-    "resnet18-tiny20-standard": ("resnet18-tiny20-robust", 8 / 255),
     "cifar10-standard": ("cifar10-robust", 8 / 255),
     "cifar10-robust": ("cifar10-standard", 8 / 255),
 }
@@ -30,7 +29,7 @@ PAIRS = {
 
 
 def attacks(others: Tensor) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """The attacks by name, for images of 32 or 64 pixels; `others` are what Admix draws from."""
+    """The attacks by name, for images of 32 pixels; `others` are what Admix draws from."""
     kernel = smooth(gaussian(5))
     return {
         "MI": (MIFGSM, {}),
