@@ -62,6 +62,6 @@ $(VENV)/%.installed: pyproject.toml | $(VENV)/bin/python
 
 # torchattacks by itself, as it asks for a release of requests that Sphinx refuses.
 $(VENV)/all.installed: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable ".[dev,docs,ray,timm,study,imagenet,hf,robustbench]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev,docs,ray,timm,study,imagenet,hf,robustbench,tensorboard]"
 	$(BIN)/python -m pip install --quiet --no-deps "torchattacks>=3.5"
 	@touch $@

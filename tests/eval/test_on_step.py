@@ -32,7 +32,7 @@ def test_every_step_of_every_image_is_told_and_no_result_changes(tmp_path):
 
 
 def test_tensorboard_has_the_means_over_all_batches_and_the_rates(tmp_path):
-    pytest.importorskip("tensorboard")
+    pytest.importorskip("tensorboard", reason="needs the extra tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     told = []
