@@ -43,6 +43,7 @@ NAVIGATION: dict[str, dict[str, list[str]]] = {
             "docs/reliability",
             "docs/strength",
             "docs/minimal-norm",
+            "docs/peers",
             "docs/performance",
             "docs/study",
         ],
