@@ -105,7 +105,7 @@ def cases(draw: Any, name: str) -> tuple[Any, ...]:
         options.setdefault("steps", 2)
     if "queries" in known:
         options.setdefault("queries", 4)
-    if "pairs" in known:
+    if "pairs" in _accepted(kind):
         options |= {"pairs": 1, "queries": 3 + options["queries"]}  # one step at least
     shape = tuple(draw(st.integers(1, high)) for high in (3, 4, 7, 7))
     halves = [] if options.get("scope") == "pixel" else [torch.float16, torch.bfloat16]  # which is refused

@@ -175,7 +175,7 @@ def test_reports_say_what_is_kept(run):
     assert "promised by luma: luma of each pixel kept" in told
     assert "promised by detector, loss: orthogonal to the image\n" in told
     assert "- promised by means of blocks: 4×4 block means kept" in table
-    assert "<dt>promised by luma</dt><dd> luma of each pixel kept</dd>" in page
+    assert "<dt>promised by luma</dt><dd>luma of each pixel kept</dd>" in page
 
 
 def test_a_run_whose_attacks_are_all_in_another_norm_is_reported(tmp_path):

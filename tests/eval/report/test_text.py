@@ -118,7 +118,8 @@ def test_a_run_in_two_norms_has_one_legend(tmp_path):
 
 
 @pytest.mark.parametrize(("status", "limit", "share"), [("interrupted", 25, 42), ("running", 0, 0)])
-def test_an_unfinished_run_says_how_much_is_done(tmp_path, status, limit, share):
+def test_an_unfinished_run_says_how_much_is_done(tmp_path, monkeypatch, status, limit, share):
+    monkeypatch.setenv("COLUMNS", "132")
     make_run(tmp_path / "run", status=status, limit=limit, models=("m",))
     run = Run.open(tmp_path / "run")
     expected = 60 * (5 * len(EPS) + 1)
