@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,7 @@ from scipy.stats import binomtest
 
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.results.comparison import CLEAN, compared, differences, opened
-from orthattack.eval.results.outcomes import by_cause, cause
+from orthattack.eval.results.outcomes import FOOLED, ROBUST, UNSCORED, WRONG, by_cause, cause, confusion
 from orthattack.eval.results.stored_run import COSINE_EDGES, WORST, Run
 from tests.eval.synthetic import ATTACKS, EPS, make_run
 
@@ -387,3 +388,23 @@ def test_reasons_are_counted_by_their_cause():
     assert by_cause(found.items()) == found
     assert cause("unreadable: KeyError: 'x1'") == cause("for example, unreadable: KeyError: 'y22'")
     assert cause("error: 0x7f3a") != cause("error: none")
+
+
+@pytest.mark.parametrize("minimal", [False, True])
+def test_what_images_are_taken_for_is_counted_and_no_more_told_than_asked_for(minimal):
+    rng = np.random.default_rng(0)
+    label, taken = rng.integers(0, 30, (2, 3000))
+    outcome = rng.choice([UNSCORED, WRONG, ROBUST, FOOLED], 3000).astype(np.int8)
+    table = pd.DataFrame({"label": label, "adversarial_prediction": taken})
+    found = confusion("PGD", table, minimal, outcome)
+    wanted, won = Counter(), Counter()
+    for pair in zip(label.tolist(), taken.tolist(), outcome.tolist(), strict=True):
+        if pair[2] == FOOLED or (pair[2] == ROBUST and pair[0] != pair[1] and not minimal):
+            wanted[pair[:2]] += 1
+            won[pair[:2]] += pair[2] == FOOLED
+    assert {(row["label"], row["prediction"]): (row["images"], row["success"]) for row in found} == {
+        pair: (count, won[pair]) for pair, count in wanted.items()
+    }
+    assert [row["images"] for row in found] == sorted(wanted.values(), reverse=True)
+    assert confusion("PGD", table, minimal, outcome, most=100) == found[:100]
+    assert confusion("PGD", table[:0], minimal, outcome[:0]) == []

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby, islice
+from operator import itemgetter
 from typing import Any
 
 from orthattack.eval.results.comparison import CLEAN
@@ -138,15 +140,15 @@ def optimality_rows(run: Run) -> list[dict[str, Any]]:
     return [{**row, "model": row["model"] or "global"} for row in records(run.optimality())]
 
 
-def taken_rows(run: Run, most: int | None = None) -> list[dict[str, Any]]:
-    """What attacked images are taken for, see `Run.confusion`, by model, radius and attack, or the `most` frequent."""
+def taken_rows(run: Run, most: int) -> list[dict[str, Any]]:
+    """What attacked images are taken for, see `Run.confusion`, by model, radius and attack: the `most` frequent."""
     return [
         {"model": model, "eps": eps, "shown_eps": shown_eps(eps, run.norm), **row,
          "class": run.class_name(model, row["label"]), "taken_for": run.class_name(model, row["prediction"])}
         for model in run.models
         for eps in run.radii
-        for _, rows in run.confusion(model, eps).groupby("attack", sort=False)
-        for row in records(rows[:most])
+        for _, rows in groupby(run.cell(model, eps).confusion, itemgetter("attack"))
+        for row in islice(rows, most)
     ]  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from orthattack.eval.report.table import NORMS, OPTIMALITY, Column, Row, grid
 from orthattack.eval.results.comparison import CLEAN, compared, differences
 from orthattack.eval.results.outcomes import by_cause, cause, records
 from orthattack.eval.results.rates import Rate, defined
-from orthattack.eval.results.stored_run import WORST, Run
+from orthattack.eval.results.stored_run import FREQUENT, WORST, Run
 from orthattack.eval.storage.run_folder import RunFolder, shown_eps
 
 if TYPE_CHECKING:  # or `orthattack compare` would load torch
@@ -77,7 +77,7 @@ def write_report(run: Run, folder: RunFolder | None = None) -> list[Path | str]:
         for stem, ending, text in (
             ("results", "json", json.dumps(as_json(view), indent=1, allow_nan=False) + "\n"),
             ("classes", "json", _lines(by_class(view))),
-            ("confusion", "json", _lines(tables.taken_rows(view))),
+            ("confusion", "json", _lines(tables.taken_rows(view, FREQUENT))),
             ("results", "csv", _for_spreadsheets(view.table()).to_csv(index=False, lineterminator="\n")),
             ("results", "md", markdown(view)),
             ("report", "html", page(view)),

@@ -131,16 +131,23 @@ def per_class(attack: str, labels: NDArray[np.int32], outcome: NDArray[np.int8])
     ]
 
 
-def confusion(attack: str, table: pd.DataFrame, minimal: bool, outcome: NDArray[np.int8]) -> list[dict[str, Any]]:
+def confusion(
+    attack: str, table: pd.DataFrame, minimal: bool, outcome: NDArray[np.int8], most: int | None = None
+) -> list[dict[str, Any]]:
     """What attacked images are taken for, where that is not their class: how many, and how many of them are successes,
-    the most frequent first. Of an attack that minimises the norm only successes count: the rest is of larger norm."""
+    the most frequent first, or only the `most` frequent. Of an attack that minimises the norm only successes count: the
+    rest is of larger norm."""
     label, taken, fooled = ints(table["label"]), ints(table["adversarial_prediction"]), outcome == FOOLED
     other = fooled | ((outcome > WRONG) & (taken != label) & (not minimal))
-    pairs, won = (Counter(zip(label[at].tolist(), taken[at].tolist(), strict=True)) for at in (other, fooled))
+    pairs, place, counts = np.unique(
+        np.stack([label[other], taken[other]], 1), axis=0, return_inverse=True, return_counts=True
+    )
+    won = np.bincount(place.reshape(-1), fooled[other], len(pairs)).astype(int)
     return [
-        {"attack": attack, "label": pair[0], "prediction": pair[1], "images": count, "success": won[pair]}
-        for pair, count in sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
-    ]
+        {"attack": attack, "label": int(pairs[k, 0]), "prediction": int(pairs[k, 1]), "images": int(counts[k]),
+         "success": int(won[k])}
+        for k in np.argsort(-counts, kind="stable")[:most]
+    ]  # fmt: skip
 
 
 def compare(first: NDArray[np.int8], second: NDArray[np.int8]) -> Paired:

@@ -49,6 +49,9 @@ COSINE_EDGES = np.linspace(-10, 0, 51)
 TARGETS = "transfer.json"
 """The file that says which models have judged the adversarial images of others."""
 
+FREQUENT = 100
+"""How many pairs of a class and what its images are taken for are told of an attack: there may be a million."""
+
 _COLUMNS = ["position", "label", "status", "message", "success", "cosine", "forward_calls", "gradient_calls"]
 _COLUMNS += ["rounded_success", "seconds", "adversarial_prediction"]
 
@@ -231,8 +234,12 @@ class Run:
     def confusion(self, model: str, eps: float | None) -> pd.DataFrame:
         """What attacked images are taken for, by attack: columns attack, label, prediction, images, and, how many of
         these are successes, success. Without those that are taken for what they are."""
-        columns = ["attack", "label", "prediction", "images", "success"]
-        return pd.DataFrame(self.cell(model, eps).confusion, columns=columns)
+        found = []
+        for attack in self.attacks_at(eps):
+            table = self.rows(model, attack, eps, [*_COLUMNS, self.norm])
+            minimal, outcome = bool(self.attacks[attack].get("minimal")), self.outcomes_of(table, attack, eps).outcome
+            found += confusion(attack, table, minimal, outcome)
+        return pd.DataFrame(found, columns=["attack", "label", "prediction", "images", "success"])
 
     @property
     def targets(self) -> str | None:
@@ -380,7 +387,7 @@ class Run:
                 self._row(model, attack, eps, found.outcome) | measures(table, self.norm, minimal, found.outcome)
             )
             classes += per_class(attack, found.label, found.outcome)
-            taken += confusion(attack, table, minimal, found.outcome)
+            taken += confusion(attack, table, minimal, found.outcome, FREQUENT)
             cosine = np.abs(floats(table["cosine"])[found.outcome > WRONG])
             logs = np.log10(np.maximum(cosine[np.isfinite(cosine)], 10.0 ** COSINE_EDGES[0]))
             cosines[attack] = np.histogram(np.minimum(logs, 0.0), COSINE_EDGES)[0]
