@@ -64,6 +64,21 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(count, 8)
 
 
+# What is another attack with other defaults, or the plain form of one: in the fast lane OrthoDIFGSM, OrthoVMIFGSM and
+# OrthoNES stand for these, but in their own files.
+RELATIVES = {
+    "DIFGSM",
+    "VMIFGSM",
+    "TIFGSM",
+    "SINIFGSM",
+    "VNIFGSM",
+    "OrthoTIFGSM",
+    "OrthoSINIFGSM",
+    "OrthoVNIFGSM",
+    "NES",
+}
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     cases: dict[Any, list[pytest.Item]] = defaultdict(list)
@@ -74,6 +89,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.path.is_relative_to(here) and item.path.relative_to(here).as_posix() in SLOW_FILES:
             item.add_marker("slow")
         if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+        named = {
+            value for value in getattr(getattr(item, "callspec", None), "params", {}).values() if type(value) is str
+        }
+        if named & RELATIVES and item.path.name not in ("test_transfer.py", "test_nes.py", "test_torchattacks.py"):
             item.add_marker("slow")
         if hasattr(item, "callspec") and not item.get_closest_marker("slow"):
             cases[item.parent, getattr(item, "originalname", item.name)].append(item)

@@ -114,7 +114,10 @@ def parses(command: str) -> bool:
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, marks=[pytest.mark.slow] * (path.stem in ("cluster", "tutorial", "invariants")))
+        pytest.param(
+            path,
+            marks=[pytest.mark.slow] * (path.stem in ("cluster", "tutorial", "invariants", "foolbox", "my-own-attack")),
+        )
         for path in STORIES
     ],
     ids=name,

@@ -53,7 +53,8 @@ def test_foolbox_users_says_how_many_lines_are_new():
     assert text.count("# new\n") == 5
 
 
-@pytest.mark.parametrize("epochs", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("epochs", [1, 3])
 def test_adversarial_training_makes_a_model_robust(capsys, monkeypatch, epochs):
     pytest.importorskip("sklearn", reason="needs scikit-learn, for its digits")
     out = printed("adversarial_training.py", capsys, monkeypatch, "--epochs", str(epochs))
@@ -105,6 +106,7 @@ def test_the_notebook_runs_and_shows_what_is_stored(tmp_path):
     assert kinds(path) == kinds(out), "jupyter execute --inplace examples/pictures.ipynb"
 
 
+@pytest.mark.slow
 def test_own_attacks(capsys, monkeypatch):
     rows = re.findall(
         r"(\w+) +scope=(\w+) +(\d) of 4 fooled, median norm ([\d.]+)/255, .* most (\S+)$",

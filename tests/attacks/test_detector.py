@@ -123,6 +123,7 @@ def test_evasion_reaches_what_plain_pgd_does_not(guarded, options):
         assert result.cosine.max() <= 1e-6
 
 
+@pytest.mark.slow
 def test_targets_are_reached_unseen(guarded):
     """Class 0 among them."""
     model, detector, threshold, images, labels = guarded

@@ -105,6 +105,7 @@ KEPT = {"8×8 block means kept": ("block8", "constant"), "luma of each pixel kep
         for words in KEPT
     ],
 )
+@pytest.mark.slow
 def test_every_attack_keeps_block_means_and_luma(trained, name, words):
     """As pooling and a grey image have them, for each norm in turn."""
     model, images, labels = (part[:6] if isinstance(part, Tensor) else part for part in trained)

@@ -152,6 +152,7 @@ def test_wrong_arguments_are_told(tmp_path, capsys):
     assert "--model and --data go together" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_page_says_what_the_stored_results_say():
     assert (ROOT / "docs" / "study.md").read_text(encoding="utf-8") == render(Store(PUBLISHED))
 

@@ -84,6 +84,7 @@ def test_with_no_arguments_it_attacks_the_bundled_models_offline(tmp_path):
     assert sorted(path.suffix for path in (run / "sessions").iterdir()) == [".json", ".lock"]
 
 
+@pytest.mark.slow
 def test_what_is_not_said_is_the_bundled_models_and_every_attack(tmp_path, monkeypatch):
     """The test above in small."""
     monkeypatch.chdir(tmp_path)

@@ -296,6 +296,7 @@ def test_the_model_keeps_its_gradients_and_buffers(standard):
 # --- the smallest perturbation ---
 
 
+@pytest.mark.slow
 def test_the_smallest_perturbations(standard):
     model, images, labels = standard
     fmodel, images, labels = foolboxed(model), images[:10], labels[:10]

@@ -160,7 +160,7 @@ def test_attributes_are_set_and_used_or_refused():
         attack.set_mode_targeted_by_function(3)
 
 
-@names
+@on_a_trained_model
 def test_attacks_pickle_in_the_mode_they_are_in(name):
     model, (images, labels) = small_model(), drawn(n=4)
     attack = getattr(ours, name)(model, **({"n_queries": 20} if name == "Square" else {}))
