@@ -60,8 +60,8 @@ $(VENV)/%.installed: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable ".[$*]"
 	@touch $@
 
-# torchattacks by itself, as it asks for a release of requests that Sphinx refuses.
+# torchattacks by itself, as it asks for a release of requests that Sphinx refuses; not robustbench, which asks for timm 1.0.9.
 $(VENV)/all.installed: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable ".[dev,docs,ray,timm,study,imagenet,hf,robustbench,tensorboard]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev,docs,ray,timm,study,imagenet,hf,tensorboard]"
 	$(BIN)/python -m pip install --quiet --no-deps "torchattacks>=3.5"
 	@touch $@

@@ -262,7 +262,7 @@ class momentum:  # noqa: N801
         return {"velocity": torch.zeros_like(points)}
 
     def update(self, state: State, direction: Tensor, at: Iterate) -> tuple[Tensor, State]:  # noqa: ARG002
-        velocity = self.decay * state["velocity"] + direction
+        velocity = float(self.decay) * state["velocity"] + direction
         return velocity, {"velocity": velocity}
 
 

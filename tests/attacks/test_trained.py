@@ -24,7 +24,6 @@ from orthattack import (
     Square,
     alignment,
 )
-from orthattack.attacks.rules import variance
 from orthattack.eval.data.load import load_dataset
 from orthattack.eval.models.load import load_classifier
 from scripts.measure_levels import measured
@@ -256,7 +255,6 @@ RULES = [
     ("PGD", {"steps": 10, "schedule": "cosine"}),
     ("PGD", {"steps": 10, "momentum": 0.75}),
     ("DIFGSM", {"steps": 10}),
-    ("VMIFGSM", {"steps": 10, "links": [variance(3)]}),
 ]
 
 
