@@ -32,6 +32,11 @@ def turns(targeted: Targeted) -> int | None:
     return found and int(found[1] or 2**31)
 
 
+def least_likely(logits: Tensor, labels: Tensor) -> Tensor:
+    """(N,) the class with the smallest logit of (N, K), the label left out."""
+    return logits.scatter(1, labels.unsqueeze(1), torch.inf).argmin(1)
+
+
 def aimed(task: Task, targeted: Targeted, known: Tensor | None, samples: int) -> Task:
     """The task, whose goal is to leave the labels, with the goal that `targeted` makes of them.
 
@@ -56,6 +61,6 @@ def aimed(task: Task, targeted: Targeted, known: Tensor | None, samples: int) ->
             targets = uploaded(torch.cat(drawn), labels.device)
             targets = targets + (targets >= labels)
         else:
-            targets = logits.scatter(1, labels.unsqueeze(1), torch.inf).argmin(1)
+            targets = least_likely(logits, labels)
     task.best.targets[task.index] = targets
     return replace(task, goal=replace(task.goal, labels=None, targets=targets))

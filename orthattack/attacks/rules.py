@@ -336,7 +336,7 @@ class variance:  # noqa: N801
         if at.step + 1 == at.ascent.steps:  # nothing comes after
             return tuned, state
         task, points, mean = at.ascent.task, at.base, torch.zeros_like(direction)
-        reach = (self.reach * task.region.eps).to(points.dtype)
+        reach = (float(self.reach) * task.region.eps).to(points.dtype)
         for _ in range(self.samples):
             offset = (2 * task.draws.uniform(*points.shape[1:]) - 1).to(points.dtype)
             mean += task.gradient(points + reach * offset) / self.samples

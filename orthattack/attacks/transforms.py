@@ -80,7 +80,7 @@ class scaled:  # noqa: N801
         check_real("factor", self.factor, "a finite number")
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:  # noqa: ARG002
-        return images * self.factor
+        return images * float(self.factor)
 
 
 def scales(copies: int = 5) -> tuple[Transform, ...]:
@@ -109,7 +109,7 @@ class mixed:  # noqa: N801
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
         count = len(self.others)
         drawn = (draws.uniform(1).squeeze(1) * count).long().clamp(max=count - 1)  # rounding may reach it
-        return images + self.share * self.others[drawn.to(self.others.device)].to(images)
+        return images + float(self.share) * self.others[drawn.to(self.others.device)].to(images)
 
 
 def admix(others: Tensor, samples: int = 3, share: float = 0.2, copies: int = 5) -> tuple[Transform, ...]:

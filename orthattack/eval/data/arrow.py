@@ -13,7 +13,7 @@ import pyarrow as pa
 from PIL import Image
 
 from orthattack.eval.data import parquet
-from orthattack.eval.data.readers import MAX_BYTES, holds_bytes, huggingface_classes, the_column
+from orthattack.eval.data.readers import MAX_BYTES, holds_bytes, huggingface_classes, stems, the_column
 from orthattack.eval.errors import EvaluationError, first_line
 from orthattack.eval.models.preprocessing import DecodeError, decode
 
@@ -31,9 +31,9 @@ class Arrows:
         self._batches: list[tuple[int, int]] = []  # of each, its file and where there it begins
         self._schemas: list[pa.Schema] = []
         self._columns: list[str] = []  # of images, of each file
-        stems = [path.stem for path in paths]
+        called = stems(paths)
         for shard, path in enumerate(paths):
-            stem = path.stem if stems.count(path.stem) == 1 else path.with_suffix("").as_posix()
+            stem = called[shard]
             try:
                 self._read_labels(shard, stem)
             except (pa.ArrowException, OSError, ValueError, struct.error) as error:

@@ -14,7 +14,7 @@ import re
 import stat
 import threading
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -252,9 +252,9 @@ class Shards:
         self._cache: OrderedDict[int, bytes | None] = OrderedDict()
         self._reader: tuple[int, Iterator[bytes | None]] | None = None  # of a row group, at `_next`
         self._next = self._kept = 0  # the latter in bytes
-        stems = [path.stem for path in paths]
+        called = stems(paths)
         for shard, path in enumerate(paths):
-            stem = path.stem if stems.count(path.stem) == 1 else path.with_suffix("").as_posix()
+            stem = called[shard]
             try:
                 self._read_labels(shard, stem)
             except (pa.ArrowException, OSError, ValueError) as error:
@@ -336,6 +336,12 @@ class Shards:
 
     def _group_of(self, position: int) -> int:
         return bisect_right(self._starts, position) - 1
+
+
+def stems(paths: Sequence[Path]) -> list[str]:
+    """What files are called in the names of their images: without folder and ending, if no two are called so."""
+    counts = Counter(path.stem for path in paths)
+    return [path.stem if counts[path.stem] == 1 else path.with_suffix("").as_posix() for path in paths]
 
 
 def the_column(schema: pa.Schema, names: Sequence[str], path: Path, fits: Any, what: str) -> str:

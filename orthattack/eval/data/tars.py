@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from orthattack.eval.data.readers import MAX_BYTES, SUFFIXES
+from orthattack.eval.data.readers import MAX_BYTES, SUFFIXES, stems
 from orthattack.eval.errors import EvaluationError, first_line
 from orthattack.eval.models.preprocessing import DecodeError, decode
 
@@ -41,9 +41,9 @@ class Tars:
         self._places: list[tuple[int, int, int]] = []  # of each image, its file, and where there it begins and its size
         self.names: list[str] = []
         self.labels: list[int] = []
-        stems = [path.stem for path in paths]
+        called = stems(paths)
         for shard, path in enumerate(paths):
-            stem = path.stem if stems.count(path.stem) == 1 else path.with_suffix("").as_posix()
+            stem = called[shard]
             try:
                 self._read_headers(shard, stem)
             except (tarfile.TarError, OSError, ValueError, RecursionError) as error:

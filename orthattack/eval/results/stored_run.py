@@ -7,7 +7,7 @@ with how often they were attacked.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -330,26 +330,35 @@ class Run:
         A row per attack, radius, source and target: columns attack, eps, source, target, n (images that both classify
         correctly), fooled, success_rate with its interval (_low, _high). Without `orthattack transfer` it has no rows.
         """
-        places = [
-            (a, eps, s, t) for a in self.attacks for eps in self.radii_of(a) for s in self.models for t in self.judges()
+        judges = [*self.judges()]
+        found = [
+            row
+            for attack in (self.attacks if judges else ())
+            for eps in self.radii_of(attack)
+            for source in self.models
+            for row in self._transferred(attack, eps, source, judges)
         ]
         columns = ["attack", "eps", "source", "target", "n", "fooled", *rate_columns("success_rate", Rate(0, 0))]
-        return pd.DataFrame([self._transferred(*place) for place in places], columns=columns)
+        return pd.DataFrame(found, columns=columns)
 
-    def _transferred(self, attack: str, eps: float | None, source: str, target: str) -> dict[str, Any]:
+    def _transferred(
+        self, attack: str, eps: float | None, source: str, targets: Sequence[str]
+    ) -> Iterator[dict[str, Any]]:
         size = self.images(source)
         columns = ["position", "label", "status", "success", "adversarial_prediction"]
         rows = self.rows(source, attack, eps, columns)
         if self.targets is not None:
             rows = rows.assign(success=rows["adversarial_prediction"] != rows["label"])
-        own = theirs = Outcomes.of(rows, self.norm).dense(size)
-        if target != source:
-            rows = self.folder.read("transfer", target, attack, eps, columns, source)
-            theirs = Outcomes.of(rows, self.norm).dense(size)
-        both = (own > WRONG) & (theirs > WRONG)
-        n, fooled = int(both.sum()), int((both & (theirs == FOOLED)).sum())
-        place = {"attack": attack, "eps": eps, "source": source, "target": target}
-        return {**place, "n": n, "fooled": fooled, **rate_columns("success_rate", Rate(fooled, n))}
+        own = Outcomes.of(rows, self.norm).dense(size)
+        for target in targets:
+            theirs = own
+            if target != source:
+                rows = self.folder.read("transfer", target, attack, eps, columns, source)
+                theirs = Outcomes.of(rows, self.norm).dense(size)
+            both = (own > WRONG) & (theirs > WRONG)
+            n, fooled = int(both.sum()), int((both & (theirs == FOOLED)).sum())
+            place = {"attack": attack, "eps": eps, "source": source, "target": target}
+            yield {**place, "n": n, "fooled": fooled, **rate_columns("success_rate", Rate(fooled, n))}
 
     def progress(self) -> tuple[int, int]:
         """Rows that are there, and rows that there will be."""

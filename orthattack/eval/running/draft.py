@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
@@ -13,7 +13,6 @@ from orthattack.eval.storage.run_folder import RunFolder, Shard
 from orthattack.eval.storage.schema import SCHEMAS
 
 Row = dict[str, Any]
-Item = TypeVar("Item")
 
 EVERY, COST = 5.0, 25
 """Seconds between two times that what is finished is kept, and how many times as long as that takes at least."""

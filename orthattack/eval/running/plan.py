@@ -111,7 +111,7 @@ class Plan:
         first, step = (0, 1) if share is None else (share[0] - 1, share[1])
         units: list[Unit] = []
         total = done = number = 0
-        kept: dict[tuple[str, int, int], int] = {}
+        begun: dict[Shard, tuple[str, int, int]] = {}
         for model in self._counts:
             own = {chunk: len(self.positions(Unit(model, "attack", chunk, ()))) for chunk in self._chunks(model)}
             count = len(own)
@@ -124,13 +124,13 @@ class Plan:
                 unit = Unit(model, "attack", chunk, wanted)
                 if wanted or chunk not in clean:
                     units.append(unit)
-                begun = {self.shard(unit, k): (model, chunk, k) for k in wanted}
-                kept |= {begun[shard]: rows for shard, rows in self.folder.kept_counts(begun).items()}
+                begun |= {self.shard(unit, k): (model, chunk, k) for k in wanted}
             if self.suite.checks:
                 if (number + count) % step == first:
                     units += self._left(Unit(model, "probe", 0, tuple(range(len(self.probes[model])))))
                 count += 1
             number += count
+        kept = {begun[shard]: rows for shard, rows in self.folder.kept_counts(begun).items()}
         return Todo(units, total, done, kept)
 
     def last(self) -> list[Unit]:

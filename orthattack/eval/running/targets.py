@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from orthattack.attacks.goals import least_likely
 from orthattack.eval.data.classes import read_table
 from orthattack.eval.data.dataset import ImageDataset
 from orthattack.eval.errors import EvaluationError
@@ -63,8 +64,7 @@ class Targets:
         """(N,) the class to reach of the images at these positions, never their labels."""
         labels = torch.tensor([self._dataset.labels[k] for k in positions], device=images.device)
         if self.how == "least-likely":
-            logits = torch.stack(judge.logits(images)).mean(0).nan_to_num()
-            return logits.scatter(1, labels.unsqueeze(1), torch.inf).argmin(1)
+            return least_likely(torch.stack(judge.logits(images)).mean(0).nan_to_num(), labels)
         names = [self._dataset.names[k] for k in positions]
         if self.how == "random":
             drawn = torch.tensor([_drawn(seed, name, self._classes - 1) for name in names], device=images.device)
