@@ -9,7 +9,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist worksteal --duration
 
 demo: $(VENV)/imagenet.installed  ## attack two models on 20 images each, print the tables and write the reports to DEMO
 	$(BIN)/orthattack eval --model efficientnet-lite0 --data imagenet-samples --eps 0.25/255 4/255 \
-	  --attacks PGD OrthoPGD --steps 5 --no-checks --out $(DEMO)/imagenet $(ARGS)
+	  --attacks PGD OrthoPGD --steps 3 --no-checks --out $(DEMO)/imagenet $(ARGS)
 	$(BIN)/orthattack eval --model cifar10-robust --out $(DEMO)/cifar10 $(ARGS)
 
 test: $(VENV)/test.installed  ## the fast lane: every promise at least once, in at most five minutes on two cores

@@ -62,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         except Exception as error:
             if not out_of_memory(error):
                 raise
+            sys.unraisablehook = _unless_out_of_memory  # libraries' exit handlers run short too
             print(
                 f"orthattack: out of memory ({printable(told(error))}): what is finished is kept; give it more memory, "
                 "and start again with the same command",
@@ -74,6 +75,11 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads the table has seen enough; the results are in the folder
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _unless_out_of_memory(unraisable: sys.UnraisableHookArgs) -> None:
+    if not issubclass(unraisable.exc_type, MemoryError):
+        sys.__unraisablehook__(unraisable)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -353,6 +353,31 @@ def test_every_command_says_what_it_does(capsys):
         assert f"usage: orthattack {command}" in capsys.readouterr().out
 
 
+def test_out_of_memory_is_one_line_also_where_exit_handlers_run_short(capsys, monkeypatch):
+    def short(options):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(cli, "_models", short)
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    assert cli.main(["models"]) == 2
+    for raised in (MemoryError("as it ends"), ValueError("a fault")):
+        Falls(raised)
+    told = capsys.readouterr().err
+    assert told.startswith("orthattack: out of memory (MemoryError: no room): what is finished is kept")
+    assert "as it ends" not in told
+    assert "ValueError: a fault" in told
+
+
+class Falls:
+    """Raises as it is deleted, as an exit handler might: Python tells of it and goes on."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __del__(self) -> None:
+        raise self.error
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--version"])
