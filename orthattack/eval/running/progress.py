@@ -67,7 +67,11 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if not self._bar.disable:
-            self._clock.start()
+            try:
+                self._clock.start()
+            except RuntimeError:  # no memory for a thread: the bar goes before the reason is told
+                self._bar.close()
+                raise
         return self
 
     def __exit__(

@@ -284,6 +284,21 @@ def test_a_log_has_a_line_now_and_then_with_steps_and_the_sessions_rate(tmp_path
     assert lines[-1].endswith(", PGD at 8/255: 75.0 % robust, net")
 
 
+def test_without_memory_for_its_clock_the_bar_is_closed_before_the_reason_is_told(monkeypatch):
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
+
+    def no_thread():
+        raise RuntimeError("can't start new thread")
+
+    bar = progress.Progress(SimpleNamespace(entries=[]), Todo([], 40, 10, {}), True)
+    monkeypatch.setattr(bar._clock, "start", no_thread)
+    with pytest.raises(RuntimeError, match="can't start"), bar:
+        pass
+    assert log.getvalue().startswith("orthattack: 10 of 40 img, ")
+    assert bar._bar.disable  # closed: it says nothing more as Python ends
+
+
 def test_the_steps_of_our_attacks_and_the_calls_of_others_are_told(tmp_path, monkeypatch):
     told: list[str] = []
     monkeypatch.setattr(progress.Progress, "step", lambda _, step: told.append(step))
