@@ -174,6 +174,17 @@ def test_every_page_is_in_the_index():
     assert [page.name for page in PAGES if page.name != "README.md" and f"({page.name}" not in text] == []
 
 
+def test_the_tests_that_reliability_names_exist():
+    """Names may be cut short by an ellipsis; a file without a folder may be anywhere."""
+    files = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in (ROOT / "tests").rglob("*.py")}
+    known = re.findall(r"^ *def (test_\w+)", "\n".join(files.values()), re.MULTILINE)
+    known += [*files, *(Path(file).name for file in files)]
+    named = re.findall(r"`((?:tests/|test_)[^` ]+)`", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"))
+    assert len(named) > 100
+    patterns = {text: re.escape(text).replace("…", ".*") for text in named if not (ROOT / text).is_dir()}
+    assert [text for text, pattern in patterns.items() if not any(re.fullmatch(pattern, one) for one in known)] == []
+
+
 @pytest.mark.parametrize("path", LINKING, ids=name)
 def test_links_lead_somewhere(path):
     text = prose(path.read_text(encoding="utf-8"))
