@@ -31,6 +31,7 @@ def tables(folder: Path = RESULTS) -> dict[str, str]:
         "autoattack": _autoattack_table,
         "minimal": partial(_minimal_table, norms),
         "transfer": _transfer_table,
+        "growth": _growth_table,
     }
     found = {}
     for file in stored(folder):
@@ -76,7 +77,7 @@ def _steps_table(content: Table) -> str:
          f"{row['peak MB']:.0f}"]
         for row in rows
     ]  # fmt: skip
-    head = ["", "ms", "range", "of the bare step", "of torchattacks'", "of Foolbox's", "peak MB"]
+    head = ["", "ms", "range", "of the bare step", "of Foolbox's", "peak MB"]
     about = f"{rows[0]['model']}, batch {rows[0]['batch']}, {rows[0]['steps']} steps, rounds: {len(rows[0]['ms'])}"
     return f"{about} ({content.hardware}):\n\n{tabulate(table, head, 'github', disable_numparse=True)}"
 
@@ -171,6 +172,21 @@ def _minimal_table(known: Mapping[str, Sequence[Row]], content: Table) -> str:
     ]
     head = ["attack", "optimality", "norm / smallest", "gradients", "forwards"]
     return tabulate(table, head, "github", disable_numparse=True)
+
+
+def _growth_table(content: Table) -> str:
+    """A row for each size, a column for each candidate; then a row for each number of images."""
+    sizes = [row for row in content.rows if row["against"] == "size"]
+    names = list(dict.fromkeys(row["candidate"] for row in sizes))
+    ms = {(row["x"], row["candidate"]): f"{statistics.median(row['ms']):.1f}" for row in sizes}
+    by_size = [[x, *(ms[x, name] for name in names)] for x in dict.fromkeys(row["x"] for row in sizes)]
+    counts = [row for row in content.rows if row["against"] == "count"]
+    by_count = [[row["x"], f"{statistics.median(row['seconds']):.1f}", f"{row['peak MB']:.0f}"] for row in counts]
+    show = partial(tabulate, tablefmt="github", disable_numparse=True)
+    return (
+        f"Milliseconds per image and step by image side ({content.hardware}):\n\n{show(by_size, ['side', *names])}\n\n"
+        f"One call of {counts[0]['candidate']} by number of images:\n\n{show(by_count, ['images', 'seconds', 'peak MB'])}"
+    )
 
 
 def _transfer_table(content: Table) -> str:

@@ -17,7 +17,7 @@ from benchmarks.timing import DEVICE, peak_memory, side_by_side
 from orthattack import PGD, OrthoPGD
 
 EPS = 4 / 255
-PEERS = ("bare step", "torchattacks PGD", "Foolbox LinfPGD")
+PEERS = ("bare step", "Foolbox LinfPGD")
 
 
 def step_rows(
