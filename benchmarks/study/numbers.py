@@ -18,7 +18,7 @@ from orthattack.eval.results.outcomes import ROBUST
 from orthattack.eval.results.paired import Paired
 from orthattack.eval.results.rates import Rate
 
-__all__ = ["TABLES", "interval_of_mean", "over_seeds", "ratio_of_smallest"]
+__all__ = ["TABLES", "exact_cosines", "interval_of_mean", "over_seeds", "ratio_of_smallest"]
 
 Values = NDArray[np.float64]
 PER_SCOPE = [f"OrthoPGD, {scope}" for scope in SCOPES]
@@ -93,7 +93,10 @@ def _accuracy(rate: Rate) -> str:
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    return tabulate(rows, head, tablefmt="github", disable_numparse=True) if rows else ""
+    """A table whose first column names each model once, in the first of its rows."""
+    first = [row[0] for row in rows]
+    shown = [["" if k and name == first[k - 1] else name, *row[1:]] for k, (name, row) in enumerate(zip(first, rows, strict=True))]
+    return tabulate(shown, head, tablefmt="github", disable_numparse=True) if rows else ""
 
 
 def radius(eps: float, norm: str = "linf") -> str:
@@ -123,9 +126,13 @@ def alignment_table(read: Callable[[str], pd.DataFrame]) -> str:
 def share_table(read: Callable[[str], pd.DataFrame]) -> str:
     table = read("gradients")
     rows = []
+    noise: list[Any] = []
     for model, part in table.groupby("model", sort=False):
+        before, noise = noise, ["noise instead of g", *(f"{100 * part[f'{s}_share_noise'].mean():.3g}" for s in SCOPES)]
+        if rows and noise == before:  # of the same size, so of the same noise
+            rows.pop()
         rows.append([model, *(_show(interval_of_mean(part[f"{s}_share"]), ".3g", 100) for s in SCOPES)])
-        rows.append(["noise instead of g", *(f"{100 * part[f'{s}_share_noise'].mean():.3g}" for s in SCOPES)])
+        rows.append(noise)
     return _markdown(["model", *(f"{scope}, %" for scope in SCOPES)], rows)
 
 
@@ -144,9 +151,20 @@ def moments_table(read: Callable[[str], pd.DataFrame]) -> str:
     return _markdown(["training step", "test accuracy", "mean \\|cos(g, x)\\|"], rows)
 
 
+def exact_cosines(table: pd.DataFrame) -> dict[str, str]:
+    """By norm, the largest of the models' and scopes' mean |cos| after an exact step; nothing of nothing."""
+    if table.empty:
+        return {}
+    names = {"linf": "exact", "l2": "exact_l2"}
+    means = table.groupby("model")[[f"{scope}_{name}" for scope in SCOPES for name in names.values()]].mean()
+    return {
+        norm: f"{max(means[f'{scope}_{name}'].max() for scope in SCOPES):.1e}" for norm, name in names.items()
+    }
+
+
 def undone_table(read: Callable[[str], pd.DataFrame]) -> str:
     table = read("gradients")
-    names = ("plain_sign", "sign", "sign_clip", "exact", "l2_clip", "exact_l2")
+    names = ("plain_sign", "sign", "sign_clip", "l2_clip")
     rows = [
         [
             model,
@@ -157,17 +175,7 @@ def undone_table(read: Callable[[str], pd.DataFrame]) -> str:
         for model, part in table.groupby("model", sort=False)
         for scope in SCOPES
     ]
-    head = [
-        "model",
-        "scope",
-        "signs flipped, %",
-        "sign(g)",
-        "sign(g⊥)",
-        "sign(g⊥), clipped",
-        "exact",
-        "L2: g⊥, clipped",
-        "L2: exact",
-    ]
+    head = ["model", "scope", "signs flipped, %", "sign(g)", "sign(g⊥)", "sign(g⊥), clipped", "L2: g⊥, clipped"]
     return _markdown(head, rows)
 
 
@@ -188,14 +196,17 @@ def attack_cosine_table(read: Callable[[str], pd.DataFrame]) -> str:
 def cost_table(read: Callable[[str], pd.DataFrame], norm: str) -> str:
     table = read("cost")
     table = table[table["norm"] == norm] if len(table) else table
-    attacks = [a for a in (*PER_SCOPE, "OrthoPGD, gradient only", AGAIN) if len(table) and (table["attack"] == a).any()]
+    # The figure has the other start in L-infinity.
+    wanted = [*PER_SCOPE, "OrthoPGD, gradient only" if norm == "linf" else AGAIN]
+    attacks = [attack for attack in wanted if len(table) and (table["attack"] == attack).any()]
     rows = []
     for keys, part in table.groupby(["model", "eps"], sort=False) if len(table) else ():
         model, eps = str(keys[0]), float(str(keys[1]))
         plain = part.loc[part["attack"] == "PGD", "outcome"] == ROBUST
         cells = [_points(paired(table, model, norm, eps, attack)) for attack in attacks]
-        rows.append([model, radius(eps, norm), len(plain), f"{100 * plain.mean():.1f} %", *cells])
-    return _markdown(["model", "ε", "n", "PGD", *attacks], rows)
+        name = f"{model}, {len(plain)} images"
+        rows.append([name, radius(eps, norm), f"{100 * plain.mean():.1f} %", *cells])
+    return _markdown(["model", "ε", "PGD", *attacks], rows)
 
 
 def smallest_table(read: Callable[[str], pd.DataFrame]) -> str:
@@ -218,9 +229,8 @@ def likeness_table(read: Callable[[str], pd.DataFrame]) -> str:
         ssim = interval_of_mean((own["ssim"] - plain["ssim"]).dropna())
         rows.append(
             [
-                model,
+                f"{model}, {len(part)} images",
                 attack,
-                len(part),
                 f"{part['ssim'].mean():.4f}",
                 "" if attack == "PGD" else _show(ssim, "+.4f"),
                 *(f"{part[name].mean():.4f}" for name in ("fsim", "haarpsi", "gmsd")),
@@ -230,7 +240,7 @@ def likeness_table(read: Callable[[str], pd.DataFrame]) -> str:
                 f"{100 * part['contrast'].abs().mean():.2f}",
             ]
         )
-    head = ["source", "attack", "n", "SSIM", "less PGD's", "FSIM", "HaarPSI", "GMSD"]
+    head = ["source", "attack", "SSIM", "SSIM − PGD's", "FSIM", "HaarPSI", "GMSD"]
     head += ["‖δ‖₂", "along x, %", "brightness, grey levels", "contrast, %"]
     return _markdown(head, rows)
 
@@ -286,7 +296,7 @@ def tuning_difference_table(read: Callable[[str], pd.DataFrame]) -> str:
     for arm in (arm for arm in means.index.unique("arm") if arm.startswith("OrthoPGD")):
         apart = means.loc[arm] - means.loc["PGD"]
         cells = [_show(over_seeds(apart[name].tolist()), "+.1f", 100) for name in MEASURES]
-        rows.append([f"{arm}, less PGD", *cells, _show(over_seeds(apart["cosine"].tolist()), "+.3f")])
+        rows.append([f"{arm} − PGD", *cells, _show(over_seeds(apart["cosine"].tolist()), "+.3f")])
     return _markdown(["trained on", *MEASURES.values(), "\\|cos(g, x)\\|"], rows)
 
 

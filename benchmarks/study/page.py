@@ -53,6 +53,7 @@ def render(store: Store) -> str:
         "steps": budget["steps"],
         "eps": " and ".join(dict.fromkeys(numbers.radius(group["eps"]) for group in groups)),
         "minutes": round(sum(about["cpu_seconds"].values()) / 60),
+        "exact": numbers.exact_cosines(read("gradients")),
     }
     if values["published"]:
         values |= _facts(read)
