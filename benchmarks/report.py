@@ -183,10 +183,13 @@ def _growth_table(content: Table) -> str:
     counts = [row for row in content.rows if row["against"] == "count"]
     by_count = [[row["x"], f"{statistics.median(row['seconds']):.1f}", f"{row['peak MB']:.0f}"] for row in counts]
     show = partial(tabulate, tablefmt="github", disable_numparse=True)
-    return (
-        f"Milliseconds per image and step by image side ({content.hardware}):\n\n{show(by_size, ['side', *names])}\n\n"
-        f"One call of {counts[0]['candidate']} by number of images:\n\n{show(by_count, ['images', 'seconds', 'peak MB'])}"
-    )
+    parts = [
+        f"Milliseconds per image and step by image side ({content.hardware}):",
+        show(by_size, ["side", *names]),
+        f"One call of {counts[0]['candidate']} by number of images:",
+        show(by_count, ["images", "seconds", "peak MB"]),
+    ]
+    return "\n\n".join(parts)
 
 
 def _transfer_table(content: Table) -> str:

@@ -94,8 +94,8 @@ def _accuracy(rate: Rate) -> str:
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table whose first column names each model once, in the first of its rows."""
-    first = [row[0] for row in rows]
-    shown = [["" if k and name == first[k - 1] else name, *row[1:]] for k, (name, row) in enumerate(zip(first, rows, strict=True))]
+    names = [None, *(row[0] for row in rows)]
+    shown = [["" if row[0] == before else row[0], *row[1:]] for before, row in zip(names, rows, strict=False)]
     return tabulate(shown, head, tablefmt="github", disable_numparse=True) if rows else ""
 
 
@@ -125,7 +125,7 @@ def alignment_table(read: Callable[[str], pd.DataFrame]) -> str:
 
 def share_table(read: Callable[[str], pd.DataFrame]) -> str:
     table = read("gradients")
-    rows = []
+    rows: list[list[Any]] = []
     noise: list[Any] = []
     for model, part in table.groupby("model", sort=False):
         before, noise = noise, ["noise instead of g", *(f"{100 * part[f'{s}_share_noise'].mean():.3g}" for s in SCOPES)]
@@ -157,9 +157,7 @@ def exact_cosines(table: pd.DataFrame) -> dict[str, str]:
         return {}
     names = {"linf": "exact", "l2": "exact_l2"}
     means = table.groupby("model")[[f"{scope}_{name}" for scope in SCOPES for name in names.values()]].mean()
-    return {
-        norm: f"{max(means[f'{scope}_{name}'].max() for scope in SCOPES):.1e}" for norm, name in names.items()
-    }
+    return {norm: f"{max(means[f'{scope}_{name}'].max() for scope in SCOPES):.1e}" for norm, name in names.items()}
 
 
 def undone_table(read: Callable[[str], pd.DataFrame]) -> str:
