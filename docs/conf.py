@@ -6,6 +6,7 @@ in a file browser. Formulas become MathML, which browsers draw themselves: nothi
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -128,6 +129,13 @@ def formula(writer: Any, node: nodes.Element) -> None:
     raise nodes.SkipNode
 
 
+def numbers(_app: Sphinx, doctree: nodes.document) -> None:
+    """Mark the numbers in tables, with their ranges and intervals, which are to stay on one line."""
+    for entry in doctree.findall(nodes.entry):
+        if re.fullmatch(r"[-+]?\d[-+\d.,e/%×→\[\]()* ]*( to [\d.]+\)?)?", entry.astext()):
+            entry["classes"].append("number")
+
+
 def first_page(app: Sphinx, error: Exception | None) -> None:
     """Servers and people look for index.html."""
     if error is None and app.builder.name == "html":
@@ -136,5 +144,6 @@ def first_page(app: Sphinx, error: Exception | None) -> None:
 
 def setup(app: Sphinx) -> None:
     app.connect("source-read", navigation)
+    app.connect("doctree-read", numbers)
     app.connect("build-finished", first_page)
     app.add_html_math_renderer("mathml", (formula, None), (formula, None))

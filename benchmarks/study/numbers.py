@@ -168,7 +168,7 @@ def undone_table(read: Callable[[str], pd.DataFrame]) -> str:
             model,
             scope,
             _show(interval_of_mean(part[f"{scope}_flipped"]), ".1f", 100),
-            *(f"{part[f'{scope}_{name}'].mean():.2e}" for name in names),
+            *(f"{part[f'{scope}_{name}'].mean():.3g}" for name in names),
         ]
         for model, part in table.groupby("model", sort=False)
         for scope in SCOPES

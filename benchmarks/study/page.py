@@ -104,7 +104,7 @@ def _facts(read: Any) -> dict[str, Any]:
         "grey": _span(100 * found.groupby("model")["grey_share"].mean(), ".0f"),
         "other_share": _span(other / cosine, ".1f"),
         "sign_ratio": _span(signs, ".1f"),
-        "clip_l2": _span(clipped, ".0e"),
+        "clip_l2": _span(clipped, ".1g"),
         "pixel_ratio": _span(ratios, ".1f"),
         "moments": [f"{scratch[step]:.3f}" for step in (scratch.index[:1].union(scratch.index[-1:]))],
         "small_ratio": _span(others, ".2f"),
