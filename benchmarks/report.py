@@ -97,7 +97,8 @@ def _summary(machines: Iterable[Sequence[Table]]) -> str:
             theirs = middle["Foolbox LinfPGD"]
             ratios = (f"{middle[name] / theirs:.2f}" if name in middle else "–" for name in present)
             table.append([rows[0]["model"], rows[0]["batch"], rows[0]["steps"], f"{theirs:.1f}", *ratios])
-        head = ["model", "batch", "steps", "Foolbox, ms", *present]
+        short = [name.replace('optimize="none"', "no copy") for name in present]
+        head = ["model", "batch", "steps", "Foolbox, ms", *short]
         found.append(f"{contents[0].hardware}:\n\n{tabulate(table, head, 'github', disable_numparse=True)}")
     return "\n\n".join(found)
 

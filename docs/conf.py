@@ -130,9 +130,9 @@ def formula(writer: Any, node: nodes.Element) -> None:
 
 
 def numbers(_app: Sphinx, doctree: nodes.document) -> None:
-    """Mark the numbers in tables, with their ranges and intervals, which are to stay on one line."""
+    """Mark the numbers and ranges in tables, which are to stay on one line."""
     for entry in doctree.findall(nodes.entry):
-        if re.fullmatch(r"[-+]?\d[-+\d.,e/%×→\[\]()* ]*( to [\d.]+\)?)?", entry.astext()):
+        if re.fullmatch(r"[-+]?\d[-+\d.,e/%×→() ]*( to [\d.]+\)?)?", entry.astext()):
             entry["classes"].append("number")
 
 

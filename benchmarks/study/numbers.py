@@ -202,9 +202,9 @@ def cost_table(read: Callable[[str], pd.DataFrame], norm: str) -> str:
         model, eps = str(keys[0]), float(str(keys[1]))
         plain = part.loc[part["attack"] == "PGD", "outcome"] == ROBUST
         cells = [_points(paired(table, model, norm, eps, attack)) for attack in attacks]
-        name = f"{model}, {len(plain)} images"
+        name = f"{model} ({len(plain)})"
         rows.append([name, radius(eps, norm), f"{100 * plain.mean():.1f} %", *cells])
-    return _markdown(["model", "ε", "PGD", *attacks], rows)
+    return _markdown(["model (images)", "ε", "PGD", *attacks], rows)
 
 
 def smallest_table(read: Callable[[str], pd.DataFrame]) -> str:
@@ -227,7 +227,7 @@ def likeness_table(read: Callable[[str], pd.DataFrame]) -> str:
         ssim = interval_of_mean((own["ssim"] - plain["ssim"]).dropna())
         rows.append(
             [
-                f"{model}, {len(part)} images",
+                f"{model} ({len(part)})",
                 attack,
                 f"{part['ssim'].mean():.4f}",
                 "" if attack == "PGD" else _show(ssim, "+.4f"),
@@ -238,7 +238,7 @@ def likeness_table(read: Callable[[str], pd.DataFrame]) -> str:
                 f"{100 * part['contrast'].abs().mean():.2f}",
             ]
         )
-    head = ["source", "attack", "SSIM", "SSIM − PGD's", "FSIM", "HaarPSI", "GMSD"]
+    head = ["source (images)", "attack", "SSIM", "SSIM − PGD's", "FSIM", "HaarPSI", "GMSD"]
     head += ["‖δ‖₂", "along x, %", "brightness, grey levels", "contrast, %"]
     return _markdown(head, rows)
 
