@@ -13,7 +13,7 @@ from tabulate import tabulate
 from benchmarks import plots
 from benchmarks.minimal import optimality
 from benchmarks.steps import PEERS
-from benchmarks.stored import RESULTS, Row, Table, by_machine, medians, shown, stored
+from benchmarks.stored import RESULTS, Row, Table, by_machine, medians, stored
 from orthattack.eval.results.rates import Rate
 
 PAGES = ("performance.md", "strength.md", "minimal-norm.md", "attacks/transfer.md")
@@ -65,19 +65,23 @@ def filled(page: str, content: Mapping[str, str]) -> str:
 
 
 def _plain_table(content: Table) -> str:
-    return f"{content.hardware}:\n\n{tabulate(shown(content.rows), 'keys', 'github')}"
+    rows = [
+        {key: f"{statistics.median(value):.3g}" if isinstance(value, list) else value for key, value in row.items()}
+        for row in content.rows
+    ]
+    return f"{content.hardware}:\n\n{tabulate(rows, 'keys', 'github', disable_numparse=True)}"
 
 
 def _steps_table(content: Table) -> str:
     rows: list[Row] = list(content.rows)
     middle = medians(rows)
     table = [
-        [row["candidate"], f"{middle[row['candidate']]:.2f}", f"{min(row['ms']):.2f} to {max(row['ms']):.2f}",
+        [row["candidate"], f"{middle[row['candidate']]:.2f}",
          *(f"{middle[row['candidate']] / middle[of]:.2f}" for of in PEERS),
          f"{row['peak MB']:.0f}"]
         for row in rows
     ]  # fmt: skip
-    head = ["", "ms", "range", "of the bare step", "of Foolbox's", "peak MB"]
+    head = ["", "ms", "of the bare step", "of Foolbox's", "peak MB"]
     about = f"{rows[0]['model']}, batch {rows[0]['batch']}, {rows[0]['steps']} steps, rounds: {len(rows[0]['ms'])}"
     return f"{about} ({content.hardware}):\n\n{tabulate(table, head, 'github', disable_numparse=True)}"
 

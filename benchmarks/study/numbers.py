@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from tabulate import tabulate
 
-from benchmarks.study.cost import AGAIN, SCOPES
+from benchmarks.study.cost import SCOPES
 from benchmarks.study.gradients import random_cosine
 from orthattack.eval.results.outcomes import ROBUST
 from orthattack.eval.results.paired import Paired
@@ -180,23 +180,18 @@ def undone_table(read: Callable[[str], pd.DataFrame]) -> str:
 def attack_cosine_table(read: Callable[[str], pd.DataFrame]) -> str:
     table = read("cost")
     table = table[(table["norm"] == "linf") & (table["outcome"] > 0)]
-    attacks = ["PGD", "OrthoPGD, gradient only", *PER_SCOPE]
+    columns = {"PGD": ["PGD"], "gradient only": ["OrthoPGD, gradient only"], "OrthoPGD, all scopes": PER_SCOPE}
     rows = []
     for model, part in table.groupby("model", sort=False):
-        cells = []
-        for attack in attacks:
-            cosine = part.loc[part["attack"] == attack, "cosine"]
-            cells.append(f"{cosine.mean():.1e} / {cosine.max():.1e}")
-        rows.append([model, *cells])
-    return _markdown(["model", *attacks], rows)
+        cosines = [part.loc[part["attack"].isin(attacks), "cosine"] for attacks in columns.values()]
+        rows.append([model, *(f"{cosine.mean():.1e} / {cosine.max():.1e}" for cosine in cosines)])
+    return _markdown(["model", *columns], rows)
 
 
 def cost_table(read: Callable[[str], pd.DataFrame], norm: str) -> str:
     table = read("cost")
     table = table[table["norm"] == norm] if len(table) else table
-    # The figure has the other start in L-infinity.
-    wanted = [*PER_SCOPE, "OrthoPGD, gradient only" if norm == "linf" else AGAIN]
-    attacks = [attack for attack in wanted if len(table) and (table["attack"] == attack).any()]
+    attacks = [attack for attack in PER_SCOPE if len(table) and (table["attack"] == attack).any()]
     rows = []
     for keys, part in table.groupby(["model", "eps"], sort=False) if len(table) else ():
         model, eps = str(keys[0]), float(str(keys[1]))
@@ -228,7 +223,7 @@ def likeness_table(read: Callable[[str], pd.DataFrame]) -> str:
         rows.append(
             [
                 f"{model} ({len(part)})",
-                attack,
+                str(attack).removeprefix("OrthoPGD, "),
                 f"{part['ssim'].mean():.4f}",
                 "" if attack == "PGD" else _show(ssim, "+.4f"),
                 *(f"{part[name].mean():.4f}" for name in ("fsim", "haarpsi", "gmsd")),
@@ -238,7 +233,7 @@ def likeness_table(read: Callable[[str], pd.DataFrame]) -> str:
                 f"{100 * part['contrast'].abs().mean():.2f}",
             ]
         )
-    head = ["source (images)", "attack", "SSIM", "SSIM − PGD's", "FSIM", "HaarPSI", "GMSD"]
+    head = ["source (images)", "attack or scope", "SSIM", "SSIM − PGD's", "FSIM", "HaarPSI", "GMSD"]
     head += ["‖δ‖₂", "along x, %", "brightness, grey levels", "contrast, %"]
     return _markdown(head, rows)
 

@@ -110,6 +110,7 @@ def _facts(read: Any) -> dict[str, Any]:
         "small_ratio": _span(others, ".2f"),
         "significant": _significant(read("cost"), "OrthoPGD, image", "OrthoPGD, channel"),
         "significant_pixel": _significant(read("cost"), "OrthoPGD, pixel"),
+        "significant_gradient": _significant(read("cost"), "OrthoPGD, gradient only"),
         "significant_again": _significant(read("cost"), AGAIN),
     }
 
@@ -126,4 +127,4 @@ def _significant(table: pd.DataFrame, *attacks: str) -> str:
     """How many comparisons of these attacks with PGD have p < 0.05."""
     cells = table[table["attack"].isin(attacks)][["model", "norm", "eps", "attack"]].drop_duplicates()
     pairs = [numbers.paired(table, *cell) for cell in cells.itertuples(index=False, name=None)]
-    return f"{int(np.sum([(pair.p or 1) < 0.05 for pair in pairs]))} of {len(pairs)} comparisons"
+    return f"{int(np.sum([(pair.p or 1) < 0.05 for pair in pairs]))} of {len(pairs)}"
