@@ -135,7 +135,17 @@ class Bisection(Configured):
             middle = torch.where(high.isfinite(), (low + high) / 2, 2 * eps)
             eps = threat.on_grid(middle.clamp(max=self.max_eps)).clamp(min=step)
         attack._warn_of_gradients(result, stuck)
+        self._warn_of_cap(int(((low >= self.max_eps * (1 - 1e-6)) & ~result.success).sum()), images)
         return result
+
+    def _warn_of_cap(self, missed: int, images: Tensor) -> None:
+        """Warn once of so many images that the largest radius did not fool, if there are larger ones."""
+        if missed > 0 and self.max_eps * (1 + 1e-6) < self.attack.threat.diameter(images.shape[1:]):
+            self.attack._observer.say(
+                "max_eps",
+                f"{missed} of {len(images)} images were not fooled up to max_eps={self.max_eps:.6g}: that is no "
+                "smallest norm. Choose a larger max_eps",
+            )
 
 
 class _Look:

@@ -22,7 +22,7 @@ from foolbox.criteria import Misclassification, TargetedMisclassification
 from foolbox.distances import LpDistance
 from torch import Tensor, nn
 
-from orthattack.arguments import plain
+from orthattack.arguments import plain, warn
 from orthattack.attacks.base import UNLIMITED, Attack
 from orthattack.attacks.bisection import Bisection
 from orthattack.attacks.configured import Configured, options_of
@@ -40,6 +40,17 @@ T = TypeVar("T")
 
 class _Ours(Configured):
     """One of our attack classes with its options, to be made anew for each model, criterion and radius."""
+
+    value_and_grad = None  # what Foolbox's gradient estimators ask for before they make a subclass
+
+    def __init_subclass__(cls, **defaults: Any) -> None:
+        if "value_and_grad" in vars(cls):
+            raise ValueError(
+                f"{cls.__mro__[1].__name__} takes no gradient estimator: its attacks draw and count for each image by "
+                "itself. For a model that gives scores alone, FoolboxAttack(NES, queries=5000, pairs=samples // 2, "
+                "sigma=sigma) is PGD along such estimates"
+            )
+        super().__init_subclass__(**defaults)
 
     def __init__(self, attack: Any, options: dict[str, Any]) -> None:
         if not (isinstance(attack, type) and issubclass(attack, Attack)):
@@ -60,6 +71,7 @@ class _Ours(Configured):
         probe = attack(nn.Identity(), **options)  # refuses a wrong option now, not at the first call
         # The textbook form promises no orthogonality, so there is none to keep.
         self._threat = probe.threat if probe.enforce == "perturbation" else probe.threat.free()
+        self._is_minimal = probe.card.minimal
         # One stream for all calls, so that each repetition draws new numbers.
         self._generator = probe.generator
 
@@ -99,6 +111,17 @@ class _Ours(Configured):
             options["generator"] = self._generator
         return self._attack(model, **options), inputs.raw, labels.raw
 
+    @staticmethod
+    def _start(points: Any, inputs: Any) -> Tensor | None:
+        """Starting points for `inputs`, if any were given."""
+        found = points if points is None else ep.astensor(points)
+        if found is not None and (not isinstance(found, ep.PyTorchTensor) or found.shape != inputs.shape):
+            raise ValueError(
+                f"starting_points must be a PyTorch tensor of the shape of the images, {tuple(inputs.shape)}; got "
+                f"{type(points).__name__} {tuple(found.shape)}"
+            )
+        return None if found is None else found.raw
+
 
 def _short(value: object) -> str:
     """A value for a repr: numbers and names as they are, what is longer by its type."""
@@ -115,6 +138,7 @@ class FoolboxAttack(_Ours, FixedEpsilonAttack):  # type: ignore[misc]
 
     It goes wherever Foolbox takes an attack, ``repeat`` included. The raw images already lie in the ball and the
     bounds, so Foolbox's clipping leaves them as they are. Tensors come back as they came in: of PyTorch or of EagerPy.
+    ``starting_points`` are where the first restart begins, pulled into the ball and projected onto the region.
 
     As with any Foolbox attack, the model is used in the mode it is in, so put it in evaluation mode first.
 
@@ -155,30 +179,35 @@ class FoolboxAttack(_Ours, FixedEpsilonAttack):  # type: ignore[misc]
     def __repr__(self) -> str:
         return self._shown(**({} if self._rel_stepsize is None else {"rel_stepsize": self._rel_stepsize}))
 
-    def run(self, model: Any, inputs: T, criterion: Any, *, epsilon: float, **kwargs: Any) -> T:
+    def run(
+        self, model: Any, inputs: T, criterion: Any, *, epsilon: float, starting_points: Any = None, **kwargs: Any
+    ) -> T:
         """Foolbox's entry for one epsilon: adversarial images for `inputs`, of their type."""
         raise_if_kwargs(kwargs)
         x, restore_type = ep.astensor_(inputs)
         epsilon = plain(epsilon)
         step = {} if self._rel_stepsize is None else {"alpha": self._rel_stepsize * epsilon}
         attack, images, labels = self._made(model, x, get_criterion(criterion), eps=epsilon, **step)
-        found: T = restore_type(ep.astensor(attack(images, labels)))
+        result = attack.run(images, labels, start=self._start(starting_points, x))
+        found: T = restore_type(ep.astensor(result.adversarials))
         return found
 
 
 @final
 class FoolboxMinimum(_Ours, MinimizationAttack):  # type: ignore[misc]
-    """`orthattack.Bisection` as one of Foolbox's minimisation attacks.
+    """`orthattack.MinimumNorm`, or `orthattack.Bisection` of an attack that fills a ball, as one of Foolbox's
+    minimisation attacks.
 
     With ``epsilons=None`` the smallest perturbations found are judged as they are. With a number those that are larger
     are pulled into its ball first, which keeps them orthogonal where Foolbox's clipping would not. Foolbox's
     ``early_stop`` makes no difference.
 
     Args:
-        attack: a class such as `orthattack.OrthoPGD`.
-        eps: the first radius to try, in units of the model's bounds.
+        attack: a class such as `orthattack.OrthoPGD`, or one that minimises, such as `orthattack.OrthoMinimumNorm`,
+            which alone takes ``starting_points``.
+        eps: the first radius to try, in units of the model's bounds; None for one that minimises.
         max_eps: the largest radius to try; as for `Bisection`, like `trials`.
-        trials: how many radii to try.
+        trials: how many radii to try; makes no difference to one that minimises.
         **options: the class's, as for `FoolboxAttack`.
 
     Raises:
@@ -195,22 +224,62 @@ class FoolboxMinimum(_Ours, MinimizationAttack):  # type: ignore[misc]
     """
 
     def __init__(
-        self, attack: type[Attack], *, eps: float, max_eps: float | None = None, trials: int = 12, **options: Any
+        self,
+        attack: type[Attack],
+        *,
+        eps: float | None = None,
+        max_eps: float | None = None,
+        trials: int = 12,
+        **options: Any,
     ) -> None:
         super().__init__(attack, options)
+        if (eps is None) != self._is_minimal:
+            kinds = (
+                "fills a ball: give eps, the first radius to try",
+                "looks for the smallest norm itself: leave eps out",
+            )
+            raise ValueError(f"{attack.__name__} {kinds[self._is_minimal]}")
         self._eps, self._max_eps, self._trials = eps, max_eps, trials
-        Bisection(self._attack(nn.Identity(), **options, eps=eps), max_eps, trials)
+        self._search(attack(nn.Identity(), **options, eps=max_eps if eps is None else eps))
 
     def __repr__(self) -> str:
+        first = {} if self._is_minimal else {"eps": self._eps}
         limit = {} if self._max_eps is None else {"max_eps": self._max_eps}
-        return self._shown(eps=self._eps, **limit, trials=self._trials)
+        return self._shown(**first, **limit, **({} if self._is_minimal else {"trials": self._trials}))
 
-    def run(self, model: Any, inputs: T, criterion: Any, *, early_stop: float | None = None, **kwargs: Any) -> T:  # noqa: ARG002
+    def _search(self, attack: Attack) -> Attack | Bisection:
+        return attack if self._is_minimal else Bisection(attack, self._max_eps, self._trials)
+
+    def run(
+        self,
+        model: Any,
+        inputs: T,
+        criterion: Any,
+        *,
+        early_stop: float | None = None,  # noqa: ARG002
+        starting_points: Any = None,
+        **kwargs: Any,
+    ) -> T:
         """Foolbox's entry: adversarial images for `inputs`, of their type, as near as were found."""
         raise_if_kwargs(kwargs)
         x, restore_type = ep.astensor_(inputs)
-        attack, images, labels = self._made(model, x, get_criterion(criterion), eps=self._eps)
-        found: T = restore_type(ep.astensor(Bisection(attack, self._max_eps, self._trials)(images, labels)))
+        start = self._start(starting_points, x)
+        if start is not None and not self._is_minimal:
+            raise TypeError(
+                "a bisection begins at the images: starting_points are for FoolboxAttack, and for FoolboxMinimum of an "
+                "attack that minimises, such as MinimumNorm"
+            )
+        first = self._max_eps if self._is_minimal else self._eps
+        attack, images, labels = self._made(model, x, get_criterion(criterion), eps=first)
+        more: dict[str, Any] = {} if start is None else {"start": start}
+        result = self._search(attack).run(images, labels, **more)
+        missed = int((~result.success).sum()) if self._is_minimal and self._max_eps is not None else 0
+        if missed > 0:
+            warn(
+                f"{missed} of {len(images)} images were not fooled up to max_eps={self._max_eps:.6g}: that is no "
+                "smallest norm. Choose a larger max_eps"
+            )
+        found: T = restore_type(ep.astensor(result.adversarials))
         return found
 
 
@@ -225,7 +294,7 @@ class _PullingDistance(LpDistance):  # type: ignore[misc]
     def clip_perturbation(self, references: T, perturbed: T, epsilon: float) -> T:
         """`perturbed` within `epsilon` of the references."""
         (x, y), restore_type = ep.astensors_(references, perturbed)
-        x, y = x.raw, y.raw
+        x, y, epsilon = x.raw, y.raw, plain(epsilon)
         length = perturbation_norm(y.double() - x.double(), self._threat.norm)
         rows = (length > epsilon * (1 + 1e-6)).nonzero().squeeze(1)
         if len(rows) > 0:

@@ -509,7 +509,8 @@ def test_a_search_for_the_smallest_norm_ends_when_the_interval_is_narrow_or_the_
     assert torch.equal(some.adversarials, many.adversarials)
     assert torch.equal(some.forward_calls, many.forward_calls)
     assert some.success.any()
-    few, none = (Bisection(attack, max_eps=1e-4, trials=trials).run(images, labels) for trials in (1, 9))
+    with pytest.warns(UserWarning, match="12 of 12 images were not fooled up to max_eps=0.0001"):
+        few, none = (Bisection(attack, max_eps=1e-4, trials=trials).run(images, labels) for trials in (1, 9))
     assert not none.success.any()
     assert torch.equal(few.forward_calls, none.forward_calls)
 
@@ -517,7 +518,10 @@ def test_a_search_for_the_smallest_norm_ends_when_the_interval_is_narrow_or_the_
 def test_a_norm_that_is_out_of_reach_is_a_failure():
     model, (images, _) = linear_model(scale=1e-3), drawn()
     model[1].bias.data = torch.tensor([1e3, 0.0])
-    with pytest.warns(UserWarning, match="climbed the margin instead"):
+    with (
+        pytest.warns(UserWarning, match="climbed the margin instead"),
+        pytest.warns(UserWarning, match="6 of 6 images were not fooled up to max_eps=0.1"),
+    ):
         result = Bisection(OrthoFGSM(model, eps=1 / 255, loss="ce"), max_eps=0.1, trials=6).run(
             images, torch.zeros(6, dtype=int)
         )

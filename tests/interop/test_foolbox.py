@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from foolbox.criteria import Misclassification, TargetedMisclassification
+from foolbox.gradient_estimators import es_gradient_estimator
 from torch import nn
 
 from orthattack import (
@@ -22,15 +23,20 @@ from orthattack import (
     DetectorEvasion,
     OrthoAPGD,
     OrthoAutoAttack,
+    OrthoFAB,
     OrthoFGSM,
     OrthoMIFGSM,
+    OrthoMinimumNorm,
+    OrthoNES,
     OrthoNIFGSM,
     OrthoPGD,
     OrthoSquare,
+    ThreatModel,
     alignment,
 )
 from orthattack.attacks.task import AttackResult
 from orthattack.interop.foolbox import FoolboxAttack, FoolboxMinimum, FromFoolbox
+from tests.interop.conftest import loaded
 
 pytestmark = pytest.mark.heavy
 
@@ -277,10 +283,54 @@ def test_what_the_call_cannot_do_is_explained():
         attack(foolbox.models.TransformBoundsWrapper(numpy, (0, 1)), images, labels, epsilons=0.1)
     with pytest.raises(ValueError, match=r"labels must have shape \(6,\)"):
         attack(fmodel, images, labels[:3], epsilons=0.1)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'starting_points'"):
-        attack(fmodel, images, labels, epsilons=0.1, starting_points=images)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'starting_point'"):
+        attack(fmodel, images, labels, epsilons=0.1, starting_point=images)
+    for points, found in ((images[:3], r"Tensor \(3, 3, 2, 2\)"), (images.numpy(), r"ndarray \(6, 3, 2, 2\)")):
+        with pytest.raises(ValueError, match=f"starting_points must be a PyTorch tensor .* got {found}"):
+            attack(fmodel, images, labels, epsilons=0.1, starting_points=points)
+    with pytest.raises(ValueError, match=r"labels must be a tensor; got ndarray: convert it with torch\.as_tensor"):
+        attack(fmodel, images, labels.numpy(), epsilons=0.1)
     with pytest.raises(NotImplementedError, match="None in epsilons"):  # Foolbox's own
         attack(fmodel, images, labels, epsilons=None)
+
+
+def test_attacks_begin_at_starting_points_made_to_fit():
+    """Without steps to speak of, what comes back is the start: pulled into the ball, then the nearest point in it that
+    keeps the cosine."""
+    fmodel, images, labels = tiny()
+    points = images.flip(0)
+    attack = FoolboxAttack(OrthoPGD, norm="l2", steps=1, alpha=0.0, keep="last")
+    region = ThreatModel("l2", 0.2, scope="image").around(images)
+    for given in (points, ep.astensor(points)):
+        raw, clipped, _ = attack(fmodel, images, labels, epsilons=0.2, starting_points=given)
+        torch.testing.assert_close(raw, region.shrunk(points), rtol=0, atol=1e-7)
+        assert torch.equal(raw, clipped)
+        assert lengths(raw, images, "l2").min() > 0.01
+        assert lengths(raw, images, "l2").max() <= 0.2 * (1 + 1e-6)
+        assert cosines(raw, images).max() <= 1e-6
+    twice, _, _ = attack.repeat(2)(fmodel, images, labels, epsilons=0.2, starting_points=points)
+    assert torch.equal(twice, raw)
+
+
+def test_a_good_starting_point_is_kept():
+    fmodel, images, labels = tiny()
+    found, _, success = FoolboxAttack(OrthoPGD, norm="l2", steps=20)(fmodel, images, labels, epsilons=0.8)
+    assert success.sum() >= 4
+    weak = FoolboxAttack(OrthoSquare, norm="l2", queries=2)
+    assert not weak(fmodel, images, labels, epsilons=0.8)[2].all()
+    assert torch.equal(weak(fmodel, images, labels, epsilons=0.8, starting_points=found)[2], success)
+
+
+def test_gradient_estimators_are_refused_with_what_there_is_instead():
+    for kind in (FoolboxAttack, FoolboxMinimum):
+        with pytest.raises(ValueError, match=rf"{kind.__name__} takes no gradient estimator.*FoolboxAttack\(NES, "):
+            es_gradient_estimator(kind, samples=10, sigma=0.03, bounds=(0, 1), clip=True)
+    _, images, labels = tiny()
+    theirs = es_gradient_estimator(foolbox.attacks.LinfPGD, samples=10, sigma=0.03, bounds=(0, 1), clip=True)(steps=3)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    result = FromFoolbox(model, theirs, "linf", 0.1).run(images, labels)
+    assert (result.gradient_calls == 0).all()
+    assert (result.forward_calls == 3 * (1 + 10) + 1 + 1).all()  # each step's, its judgement, ours
 
 
 def test_the_model_keeps_its_gradients_and_buffers(standard):
@@ -291,6 +341,114 @@ def test_the_model_keeps_its_gradients_and_buffers(standard):
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     model.requires_grad_(False)
+
+
+# --- what Foolbox's own tests ask of its attacks ---
+
+
+class Mean(nn.Module):
+    """Foolbox's simple model: the mean of each channel is its logit."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((2, 3))
+
+
+def sampled(kind: str) -> tuple[foolbox.Model, ep.Tensor, ep.Tensor]:
+    """A model in bounds (0, 1), images that Foolbox ships, and the classes that the model sees there."""
+    if kind == "cifar10":
+        fmodel = foolboxed(loaded("cifar10-standard")[0])
+    else:
+        more = {"preprocessing": {"flip_axis": -3}} if kind == "flipped" else {}
+        fmodel = foolbox.PyTorchModel(Mean().eval(), bounds=(0, 1), device="cpu", **more)
+    images, _ = foolbox.samples(fmodel, dataset="cifar10", batchsize=8)
+    images = ep.astensor(images)
+    return fmodel, images, fmodel(images).argmax(axis=-1)
+
+
+RADII = {"linf": 1.0, "l2": 50.0, "l1": 5000.0}  # Foolbox's own, which allow every image
+DEMANDED = [
+    FoolboxAttack(OrthoFGSM),
+    FoolboxAttack(OrthoPGD, steps=5),
+    FoolboxMinimum(OrthoMinimumNorm, norm="l2", gradients=20),
+    FoolboxAttack(OrthoNES, queries=202, pairs=50, sigma=0.03),
+    *(FoolboxAttack(kind, norm=norm, steps=10) for kind in (PGD, OrthoPGD, OrthoAPGD) for norm in RADII),
+    *(FoolboxAttack(kind, norm=norm) for kind in (FGSM, OrthoFGSM) for norm in ("l2", "l1")),
+    *(FoolboxAttack(kind, steps=10) for kind in (OrthoMIFGSM, OrthoNIFGSM, OrthoFAB)),
+    *(FoolboxAttack(OrthoPGD, scope=scope, steps=10) for scope in ("channel", "pixel")),
+    FoolboxAttack(OrthoPGD, directions=["constant"], steps=2),
+    FoolboxAttack(OrthoSquare, queries=200),
+    FoolboxAttack(OrthoAutoAttack, steps=5, targets=1, queries=20),
+    FoolboxAttack(OrthoPGD, steps=5).repeat(3).repeat(2),
+    FoolboxMinimum(OrthoPGD, eps=0.01, steps=5),
+]
+
+
+def once(attack: foolbox.Attack) -> foolbox.Attack:
+    return attack.attack if isinstance(attack, foolbox.attacks.base.Repeated) else attack
+
+
+def titled(value: object) -> str:
+    return value if isinstance(value, str) else ("" if once(value) is value else "repeated ") + repr(once(value))
+
+
+@pytest.mark.parametrize(
+    ("kind", "attack"),
+    [
+        pytest.param(kind, attack, marks=() if kind == "mean" and number < 4 else pytest.mark.slow)
+        for kind in ("mean", "flipped", "cifar10")
+        for number, attack in enumerate(DEMANDED)
+    ],
+    ids=titled,
+)
+@pytest.mark.filterwarnings("ignore:.*allows every image", "ignore:the threat model leaves nothing")
+def test_ours_do_what_foolbox_asks_of_its_own(kind, attack):
+    """Its demands: fewer images are classified right afterwards and, towards the next class, more as that."""
+    fmodel, images, labels = sampled(kind)
+    is_minimum = isinstance(attack, FoolboxMinimum)
+    epsilon = None if is_minimum else RADII[dict(vars(once(attack))["_options"]).get("norm", "linf")]
+    found, _, success = attack(fmodel, images, labels, epsilons=epsilon)
+    assert foolbox.accuracy(fmodel, found, labels) < 1
+    assert (success == (fmodel(found).argmax(-1) != labels)).all()
+    goal = TargetedMisclassification((labels + 1) % fmodel(images).shape[-1])
+    reached, _, _ = attack(fmodel, images, goal, epsilons=epsilon)
+    assert goal(reached, fmodel(reached)).sum().item() > 0
+
+
+@pytest.mark.parametrize("attack", [FoolboxAttack(OrthoFGSM), FoolboxMinimum(OrthoPGD, eps=0.1)], ids=titled)
+def test_ours_refuse_what_foolbox_asks_its_own_to_refuse(attack):
+    fmodel, images, labels = sampled("mean")
+
+    class Other(foolbox.Criterion):
+        def __repr__(self) -> str:
+            return "Other()"
+
+        def __call__(self, perturbed, outputs):
+            return perturbed
+
+    twice = ep.concatenate((labels, labels), 0)
+    for criterion in (twice, TargetedMisclassification(twice), Other()):
+        with pytest.raises(ValueError, match=r"labels must have shape|criterion must be labels"):
+            attack(fmodel, images, criterion, epsilons=0.5)
+    for pixels in (-0.1, 1.1):
+        with pytest.raises(AssertionError):  # Foolbox's own
+            attack(fmodel, 0 * images + pixels, labels, epsilons=0.5)
+
+
+def test_a_black_and_white_digit_leaves_no_room_beside_the_constant():
+    """White pixels can only fall, and keep their sum; then black ones, which can only rise, have to keep theirs."""
+    torch.manual_seed(0)
+    fmodel = foolboxed(nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 10)).eval())
+    digits, _ = foolbox.samples(fmodel, dataset="mnist", batchsize=8)
+    grey, images = (digits > 0.1) & (digits < 0.9), digits.round()
+    labels = fmodel(images).argmax(1)
+    attack = FoolboxAttack(OrthoPGD, directions=["constant"], steps=5)
+    with pytest.warns(UserWarning, match="leaves nothing but the image itself for 8 of 8 images"):
+        raw, _, success = attack(fmodel, images, labels, epsilons=0.9)
+    assert lengths(raw, images).max() <= 1e-6
+    assert not success.any()
+    assert grey.any()
+    _, _, success = FoolboxAttack(OrthoPGD, steps=5)(fmodel, images, labels, epsilons=0.9)  # beside the image there is
+    assert success.all()
 
 
 # --- the smallest perturbation ---
@@ -339,11 +497,46 @@ def test_smallest_perturbations_towards_targets_repeat_and_come_back_as_they_cam
         ({"eps": 0.1, "trials": 0}, "trials must be an integer >= 1"),
         ({"eps": 0.1, "max_eps": -1.0}, "max_eps must be a finite radius > 0"),
         ({"eps": 0.1, "targeted": True}, "targeted cannot be an option"),
+        ({}, "OrthoPGD fills a ball: give eps, the first radius to try"),
     ],
 )
 def test_wrong_options_of_the_search_are_refused_at_once(options, message):
     with pytest.raises(ValueError, match=message):
         FoolboxMinimum(OrthoPGD, **options)
+
+
+def test_a_search_that_ends_at_its_limit_says_so():
+    fmodel, images, labels = tiny()
+    for options in ({"attack": OrthoPGD, "eps": 0.005}, {"attack": OrthoMinimumNorm, "gradients": 10}):
+        with pytest.warns(
+            UserWarning, match="6 of 6 images were not fooled up to max_eps=0.01: that is no smallest norm"
+        ):
+            _, _, success = FoolboxMinimum(**options, max_eps=0.01)(fmodel, images, labels, epsilons=None)
+        assert not success.any()
+    few = FoolboxMinimum(OrthoPGD, eps=0.005, trials=1, steps=2)
+    assert not few(fmodel, images, labels, epsilons=None)[2].any()  # no cap ended it: not said
+    certain = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).eval()
+    nn.init.constant_(certain[1].bias[:1], 100.0)
+    search = FoolboxMinimum(OrthoPGD, eps=0.5, steps=2)
+    assert not search(foolboxed(certain), images, 0 * labels, epsilons=None)[2].any()  # no radius is larger: not said
+
+
+def test_what_minimises_is_one_of_foolboxs_too():
+    fmodel, images, labels = tiny()
+    attack = FoolboxMinimum(OrthoMinimumNorm, norm="l2", gradients=30)
+    assert repr(attack) == "FoolboxMinimum(OrthoMinimumNorm, norm='l2', gradients=30)"
+    raw, clipped, success = attack(fmodel, images, labels, epsilons=[None, 0.1])
+    expected = OrthoMinimumNorm(fmodel, norm="l2", gradients=30).run(images, labels)
+    assert success[0].all()
+    torch.testing.assert_close(lengths(raw[0], images, "l2"), expected.norm, rtol=1e-4, atol=0)
+    assert lengths(clipped[1], images, "l2").max() <= 0.1 * (1 + 1e-6)
+    assert max(cosines(x, images).max() for x in (raw[0], clipped[1])) <= 1e-6
+    again, _, _ = attack(fmodel, images, labels, epsilons=None, starting_points=raw[0])
+    assert (lengths(again, images, "l2") <= lengths(raw[0], images, "l2") * (1 + 1e-5)).all()
+    with pytest.raises(ValueError, match="OrthoMinimumNorm looks for the smallest norm itself: leave eps out"):
+        FoolboxMinimum(OrthoMinimumNorm, eps=0.1)
+    with pytest.raises(TypeError, match="a bisection begins at the images: starting_points are for FoolboxAttack"):
+        FoolboxMinimum(OrthoPGD, eps=0.1)(fmodel, images, labels, epsilons=None, starting_points=images)
 
 
 # --- Foolbox's attacks as ours ---
@@ -533,15 +726,19 @@ def test_autoattack_takes_what_foolbox_gives(standard):
 # --- as objects ---
 
 
-def test_radii_may_come_from_numpy():
+def test_radii_and_labels_may_be_arrays_and_tensors():
     fmodel, images, labels = tiny()
 
     def attack() -> FoolboxAttack:
         return FoolboxAttack(OrthoPGD, steps=np.int64(3), rel_stepsize=np.float32(0.5), generator=seeded())
 
     raw, _, _ = attack()(fmodel, images, labels, epsilons=[float(np.float32(0.1)), 0.25])
-    found, _, _ = attack()(fmodel, images, labels, epsilons=np.array([0.1, 0.25], "float32"))
-    assert all(torch.equal(a, b) for a, b in zip(raw, found, strict=True))
+    numbers = np.array([0.1, 0.25], "float32")
+    for epsilons in (numbers, [*numbers], torch.tensor(numbers), ep.astensor(torch.tensor(numbers))):
+        found, _, _ = attack()(fmodel, images, labels.int(), epsilons=epsilons)
+        assert all(torch.equal(a, b) for a, b in zip(raw, found, strict=True))
+    alone, _, _ = attack()(fmodel, images, Misclassification(labels.byte()), epsilons=numbers[0])
+    assert torch.equal(alone, raw[0])
 
 
 @pytest.mark.parametrize(
