@@ -207,20 +207,24 @@ def test_one_l1_step_fools_more_than_foolboxs_on_digits():
 
 @pytest.mark.slow
 def test_apgd_in_l1_climbs_as_far_as_the_official_code():
-    """Both from random starts; docs/attacks/apgd.md has the figures of 100 images."""
+    """Both from random starts; on 98 images, docs/attacks/apgd.md, they differ by no more than chance."""
     theirs = pytest.importorskip("pyautoattack.autopgd_base", reason="needs pyautoattack, the official code")
     classifier = load_classifier("cifar10-robust")
     (batch,) = load_dataset("cifar10-samples", classifier).batches(20, classifier.preprocessing)
     model, images, labels = classifier.model, batch.images, batch.labels
-    official = theirs.APGDAttack(model, n_iter=60, norm="L1", eps=12.0, seed=0, loss="ce", device="cpu")
-    climbed = []
-    for found in (
-        official.perturb(images, labels, best_loss=True),
-        APGD(model, "l1", 12.0, 60, generator=seeded())(images, labels),
-    ):
+
+    def climbed(found: Tensor) -> float:
         with torch.no_grad():
-            climbed.append(float(nn.functional.cross_entropy(model(found), labels)))
-    assert climbed[1] >= climbed[0] - 0.03
+            return float(nn.functional.cross_entropy(model(found), labels)) / 3
+
+    here = there = 0.0
+    for seed in range(3):
+        official = theirs.APGDAttack(model, n_iter=60, norm="L1", eps=12.0, seed=seed, loss="ce", device="cpu")
+        torch.manual_seed(seed)
+        there += climbed(official.perturb(images, labels, best_loss=True))
+        generator = torch.Generator().manual_seed(seed)
+        here += climbed(APGD(model, "l1", 12.0, 60, loss="ce", generator=generator)(images, labels))
+    assert here >= there - 0.05  # one seed differs from another by as much
 
 
 def test_restarts_and_steps_never_help_the_model(trained):
