@@ -425,23 +425,31 @@ def _weights(model: dict[str, Any]) -> list[str]:
 def _attacks(options: argparse.Namespace) -> int:
     from tabulate import tabulate
 
+    from orthattack.attacks.base import GradientOptions
     from orthattack.eval.attacks.load import list_attacks
 
-    rows = [
-        [
-            attack["name"],
-            " ".join(attack["norms"]),
-            ", ".join(f"{key}={value}" for key, value in attack["parameters"].items()),
-        ]
-        for attack in list_attacks()
-        if options.pattern.casefold() in attack["name"].casefold()
-    ]
-    widths = [None, None, 80] if rows else None  # of no rows, tabulate 0.9 refuses any
-    print(tabulate(rows, ["attack", "norms", "parameters and defaults"], "simple", maxcolwidths=widths))
+    listed = {attack["name"]: attack for attack in list_attacks()}
+    shared = {k: v for k, v in listed["PGD"]["parameters"].items() if k in GradientOptions.__annotations__}
+    rows = []
+    for name, attack in listed.items():
+        if options.pattern.casefold() not in name.casefold():
+            continue
+        said = shared if ":" not in name else {}
+        own = [f"{k}={_short(v)}" for k, v in attack["parameters"].items() if k not in said or said[k] != v]
+        needs = f"(needs {attack['needs']}: pip install {attack['needs']}) " if attack["needs"] else ""
+        rows.append([name, " ".join(attack["norms"]), attack["goals"], needs + ", ".join(own)])
+    widths = [None, None, None, 80] if rows else None  # of no rows, tabulate 0.9 refuses any
+    print(tabulate(rows, ["attack", "norms", "goals", "parameters, as a run uses them"], "simple", maxcolwidths=widths))
+    if any(":" not in row[0] for row in rows):
+        print(f"\nOurs have in common: {', '.join(f'{key}={value}' for key, value in shared.items())}")
     if not rows and options.pattern.casefold().startswith("torchattacks") and not find_spec("torchattacks"):
         print("orthattack: torchattacks is not installed: pip install 'orthattack[torchattacks]'", file=sys.stderr)
         return 2
     return 0 if rows else _nothing(options.pattern)
+
+
+def _short(value: object) -> object:
+    return f"{value:.4g}" if isinstance(value, float) else value
 
 
 def _nothing(pattern: str) -> int:

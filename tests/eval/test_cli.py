@@ -341,6 +341,9 @@ def test_models_and_attacks_are_listed(capsys):
     for name in ("OrthoPGD", "MinimumNorm", "foolbox:LinfPGD", "foolbox:L2CarliniWagnerAttack"):
         assert f"\n{name} " in listed
     assert "random_start=True" in listed
+    assert "\nOurs have in common: scope=None, directions=(), " in listed
+    (row,) = (line for line in listed.splitlines() if line.startswith("OrthoAPGD "))
+    assert row.split("  ")[-1].strip() == "steps=10, restarts=1, rho=0.75, scope=image"
     assert cli.main(["attacks", "nothing of the kind"]) == 2
     assert "nothing has 'nothing of the kind' in its name" in capsys.readouterr().err
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import foolbox
 import torch
-from foolbox.attacks.base import FixedEpsilonAttack, MinimizationAttack
+from foolbox.attacks.base import FixedEpsilonAttack
 from foolbox.attacks.gradient_descent_base import BaseGradientDescent
 from foolbox.distances import LpDistance
 from torch import Tensor, nn
@@ -21,9 +21,11 @@ from orthattack.eval.attacks.kind import (
     AttackKind,
     Conditions,
     Found,
+    Goals,
     Runner,
     check_options,
     family,
+    listed,
     suggested,
 )
 from orthattack.eval.attacks.seeds import joint_seed
@@ -38,10 +40,21 @@ def foolbox_attacks() -> dict[str, Any]:
     kinds = {
         name: kind
         for name, kind in vars(foolbox.attacks).items()
-        if inspect.isclass(kind) and issubclass(kind, FixedEpsilonAttack | MinimizationAttack) and name not in _NOT_RUN
+        if inspect.isclass(kind) and issubclass(kind, foolbox.Attack) and name not in _NOT_RUN
     }
     # What people call it, as Foolbox's own short names are those of L-infinity.
     return kinds | {"BIM": foolbox.attacks.LinfBasicIterativeAttack}
+
+
+def list_foolbox() -> list[dict[str, Any]]:
+    """Foolbox's attacks, for a list."""
+    return [
+        listed(
+            f"foolbox:{name}", kind, foolbox_norms(kind), _in_force(kind, {}, Conditions().steps), _goals(kind),
+            needs="numba" if kind.__name__.endswith("BrendelBethgeAttack") else "",
+        )
+        for name, kind in sorted(foolbox_attacks().items())
+    ]  # fmt: skip
 
 
 def foolbox_attack(name: str, rest: str, options: dict[str, Any]) -> AttackKind:
@@ -53,17 +66,10 @@ def foolbox_attack(name: str, rest: str, options: dict[str, Any]) -> AttackKind:
     kind = known[rest]
     parameters = inspect.signature(kind).parameters
     check_options(name, options, [key for key in parameters if key not in {*GIVEN, "distance"}], foreign=True)
-    minimal = issubclass(kind, MinimizationAttack)
     takes_any = "distance" in parameters
 
     def make(model: nn.Module, conditions: Conditions) -> Runner:
-        more = dict(options)
-        if not minimal and "rel_stepsize" in parameters:
-            more.setdefault("steps", conditions.steps)
-            if "abs_stepsize" not in more:
-                more.setdefault("rel_stepsize", STEP / more["steps"])
-        if "steps" in parameters and parameters["steps"].default is inspect.Parameter.empty:
-            more.setdefault("steps", conditions.steps)
+        more = _in_force(kind, options, conditions.steps)
         if takes_any:
             more["distance"] = LpDistance(BALLS[conditions.norm].order)
         attack = kind(**more)
@@ -77,13 +83,30 @@ def foolbox_attack(name: str, rest: str, options: dict[str, Any]) -> AttackKind:
 
     norms = foolbox_norms(kind, options)
     is_descent = issubclass(kind, BaseGradientDescent)
+    minimal = not issubclass(kind, FixedEpsilonAttack)
     card = Card(family(kind.__name__), minimal=minimal, loss="ce" if is_descent else None)
-    return AttackKind(name, "foolbox", options, card, norms, make, aims=not issubclass(kind, _NOT_AIMED))
+    return AttackKind(name, "foolbox", options, card, norms, make, goals=_goals(kind))
+
+
+def _in_force(kind: Any, options: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """The options and, where they leave it open, the run's steps, of the size that ours take."""
+    parameters, more = inspect.signature(kind).parameters, dict(options)
+    if "rel_stepsize" in parameters or (
+        "steps" in parameters and parameters["steps"].default is inspect.Parameter.empty
+    ):
+        more.setdefault("steps", steps)
+    if "rel_stepsize" in parameters and "abs_stepsize" not in more:
+        more.setdefault("rel_stepsize", STEP / more["steps"])
+    return more
+
+
+def _goals(kind: Any) -> Goals:
+    return "targeted" if kind is foolbox.attacks.GenAttack else "untargeted" if kind in _NOT_AIMED else "any"
 
 
 def foolbox_norms(kind: Any, options: Mapping[str, Any] | None = None) -> tuple[Norm, ...]:
     """The norms that an attack can be run in."""
-    if "distance" in inspect.signature(kind).parameters:
+    if "distance" in inspect.signature(kind).parameters or kind is foolbox.attacks.SpatialAttack:
         return ("linf", "l2", "l1")
     constraint = (options or {}).get("constraint", "l2" if kind is foolbox.attacks.HopSkipJumpAttack else None)
     if constraint in ("linf", "l2"):
@@ -105,10 +128,8 @@ _BY_ORDER: dict[float, Norm] = {ball.order: norm for norm, ball in BALLS.items()
 _NOT_RUN = {
     "L0FMNAttack": L0, "L0BrendelBethgeAttack": L0,
     "PointwiseAttack": L0,
-    "GenAttack": "it only reaches a given class, and an evaluation gives none",
+    "Attack": "it is what the others are made of",
     "BinarizationRefinementAttack": "it only improves what another attack has found",
     "DatasetAttack": "it chooses among other images, which have to be fed to it first",
-    "SpatialAttack": "it is limited by an angle and a shift, not by a norm, so no radius says whether it succeeded; "
-    "run it in Python, or as a function of your own, whose images are then judged by their norm",
 }  # fmt: skip
 """Why some of Foolbox's classes are no attacks of an evaluation."""

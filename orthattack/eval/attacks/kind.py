@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import numpy as np
@@ -20,11 +21,9 @@ from orthattack.eval.errors import EvaluationError, nearest
 from orthattack.threat import Norm
 
 Origin = Literal["orthattack", "foolbox", "torchattacks", "user"]
+Goals = Literal["any", "untargeted", "targeted"]
 
 GIVEN = {"model", "norm", "eps", "bounds", "targeted", "generator", "detector"}  # by the evaluation, not the user
-
-
-NOT_AIMED = "{} cannot be given classes to reach, as the run's targets ask: "
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class AttackKind:
     packs: bool = False  # it takes several batches at once, drops what is fooled, and keeps the model's batches full
     # code that is not ours runs in it: another library's, a user's, or a user's loss or direction
     is_foreign: bool = True
-    aims: bool = True  # it can be given classes to reach
+    goals: Goals = "any"  # what it can be run for: targeted, it is given classes to reach
     aimed_card: Card | None = None  # what it then is, if that is something else
 
     def __post_init__(self) -> None:
@@ -117,9 +116,14 @@ class AttackKind:
                 f"{self.name} works in {' or '.join(self.norms)}, not in {norm}: choose --norm {self.norms[0]}, or "
                 "give it a norm and eps of its own in a suite"
             )
-        if targeted and not self.aims:
+        if self.goals == "targeted" and not targeted:
+            raise EvaluationError(f"{self.name} only reaches given classes: give the run targets, or leave it out")
+        if self.goals == "untargeted" and targeted:
             own = "let it take targeted, which is then true, as an argument"
-            raise EvaluationError(NOT_AIMED.format(self.name) + (own if self.source == "user" else "leave it out"))
+            raise EvaluationError(
+                f"{self.name} cannot be given classes to reach, as the run's targets ask: "
+                + (own if self.source == "user" else "leave it out")
+            )
         if self.source == "user":  # whose function may do anything with the model
             return
         try:
@@ -133,12 +137,19 @@ class AttackKind:
             raise EvaluationError(f"attack {self.name} cannot be made: {error}") from error
 
 
-def defaults(kind: Any, without: set[str]) -> dict[str, Any]:
-    return {
+def listed(
+    name: str, kind: Any, norms: Sequence[Norm], in_force: Mapping[str, Any], goals: Goals = "any", needs: str = ""
+) -> dict[str, Any]:
+    """An attack that can be named, for a list: what it can be run for, and its ``parameters``, as a run that says
+    nothing of them uses them; ``needs`` is a package that it needs and that is not installed."""
+    without = GIVEN | {"options", "distance", "max_epsilon"}
+    parameters = {
         parameter.name: None if parameter.default is parameter.empty else parameter.default
         for parameter in inspect.signature(kind).parameters.values()
         if parameter.name not in without
     }
+    missing = needs if needs and find_spec(needs) is None else ""
+    return {"name": name, "norms": [*norms], "goals": goals, "needs": missing, "parameters": {**parameters, **in_force}}
 
 
 def described(value: object, with_source: bool = False) -> object:

@@ -8,13 +8,11 @@ relative step size.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
-from orthattack import attacks
 from orthattack.eval import plugin
-from orthattack.eval.attacks.kind import GIVEN, AttackKind, defaults
-from orthattack.eval.attacks.ours import OURS, our_attack
-from orthattack.threat import Norm
+from orthattack.eval.attacks.kind import AttackKind
+from orthattack.eval.attacks.ours import list_ours, our_attack
 
 
 def attack_kind(name: str, parameters: Mapping[str, Any] | None = None) -> AttackKind:
@@ -48,13 +46,8 @@ def attack_kind(name: str, parameters: Mapping[str, Any] | None = None) -> Attac
 
 
 def list_attacks() -> list[dict[str, Any]]:
-    """Every attack that can be named, with its parameters and their defaults, and ``norms``, those it can be run in."""
-    from orthattack.eval.attacks.foolbox import foolbox_attacks, foolbox_norms
-    from orthattack.eval.attacks.torchattacks import torchattacks_attacks, torchattacks_norms
+    """Every attack that can be named, as `kind.listed` describes it."""
+    from orthattack.eval.attacks.foolbox import list_foolbox
+    from orthattack.eval.attacks.torchattacks import list_torchattacks
 
-    theirs = [(f"foolbox:{name}", kind, foolbox_norms(kind)) for name, kind in sorted(foolbox_attacks().items())]
-    listed = sorted(torchattacks_attacks().items())
-    theirs += [(f"torchattacks:{name}", kind, torchattacks_norms(name, kind)) for name, kind in listed]
-    every = [(name, getattr(attacks, name), get_args(Norm)) for name in OURS] + theirs
-    without = GIVEN | {"options", "distance", "max_epsilon"}
-    return [{"name": name, "parameters": defaults(kind, without), "norms": [*norms]} for name, kind, norms in every]
+    return [*list_ours(), *list_foolbox(), *list_torchattacks()]

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from orthattack.eval.attacks.kind import (
     Placeholder,
     Runner,
     check_options,
+    listed,
     suggested,
 )
 from orthattack.eval.errors import EvaluationError
@@ -41,6 +42,13 @@ def _accepted(kind: Any) -> list[str]:
     names = options_of(kind)
     given = GIVEN - {"detector"} if "detector" in names else GIVEN
     return [name for name in names if name not in given]
+
+
+def list_ours() -> list[dict[str, Any]]:
+    """`OURS`, for a list."""
+    steps = {"steps": Conditions().steps}
+    kinds = [(name, getattr(ours, name)) for name in OURS]
+    return [listed(name, kind, get_args(Norm), steps if "steps" in options_of(kind) else {}) for name, kind in kinds]
 
 
 def our_attack(name: str, options: dict[str, Any]) -> AttackKind:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -16,14 +16,15 @@ from orthattack.attacks.base import Card
 from orthattack.eval.attacks.kind import (
     GIVEN,
     L0,
-    NOT_AIMED,
     STEP,
     AttackKind,
     Conditions,
     Found,
+    Goals,
     Runner,
     check_options,
     family,
+    listed,
     suggested,
 )
 from orthattack.eval.attacks.seeds import drawing, joint_seed
@@ -46,27 +47,20 @@ def torchattacks_attack(name: str, rest: str, options: dict[str, Any]) -> Attack
     kind = known[rest]
     parameters = inspect.signature(kind).parameters
     check_options(name, options, [key for key in parameters if key not in GIVEN], foreign=True)
-    radius = next((key for key in ("eps", "max_epsilon") if key in parameters), None)
-    minimal = radius is None
+    radius = _radius(kind)
 
     def make(model: nn.Module, conditions: Conditions) -> Runner:
-        more = dict(options)
+        more = _in_force(kind, options, conditions.steps)
         if "norm" in parameters:
             more["norm"] = {"linf": "Linf", "l2": "L2", "l1": "L1"}[conditions.norm]
         if "n_classes" in parameters:
             more.setdefault("n_classes", conditions.classes)
         if radius is not None:
             more[radius] = conditions.eps
-            if "num_iter_set" in parameters:
-                more.setdefault("num_iter_set", conditions.steps)
-            if "steps" in parameters:
-                more.setdefault("steps", conditions.steps)
-                if "alpha" in parameters and conditions.eps is not None:
-                    more.setdefault("alpha", STEP * conditions.eps / more["steps"])
+            if _scales(kind) and conditions.eps is not None:
+                more.setdefault("alpha", STEP * conditions.eps / more["steps"])
         attack = kind(model, **more)
         if conditions.targeted:
-            if "targeted" not in attack.supported_mode:
-                raise EvaluationError(NOT_AIMED.format(name) + "leave it out")
             attack.set_mode_targeted_by_label(quiet=True)
         if rest == "FAB" and conditions.norm == "l1":
             if more.get("multi_targeted"):
@@ -79,9 +73,41 @@ def torchattacks_attack(name: str, rest: str, options: dict[str, Any]) -> Attack
 
         return run
 
-    card = Card(family(rest), minimal=minimal, loss=options.get("loss", "ce") if rest in _CROSS_ENTROPY else None)
+    card = Card(
+        family(rest), minimal=radius is None, loss=options.get("loss", "ce") if rest in _CROSS_ENTROPY else None
+    )
     norms = torchattacks_norms(rest, kind)
-    return AttackKind(name, "torchattacks", options, card, norms, make)
+    return AttackKind(name, "torchattacks", options, card, norms, make, goals=_goals(rest))
+
+
+def list_torchattacks() -> list[dict[str, Any]]:
+    """torchattacks' attacks, for a list."""
+    rows = []
+    for name, kind in sorted(torchattacks_attacks().items()):
+        used = _in_force(kind, {}, Conditions().steps) | ({"alpha": f"{STEP}*eps/steps"} if _scales(kind) else {})
+        used |= {"n_classes": "the model's"} if "n_classes" in inspect.signature(kind).parameters else {}
+        rows.append(listed(f"torchattacks:{name}", kind, torchattacks_norms(name, kind), used, _goals(name)))
+    return rows
+
+
+def _in_force(kind: Any, options: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """The options and, where they leave it open, the run's steps, of an attack with a radius."""
+    keys = inspect.signature(kind).parameters if _radius(kind) else ()
+    return {**{key: steps for key in ("steps", "num_iter_set") if key in keys}, **options}
+
+
+def _scales(kind: Any) -> bool:
+    """Whether it takes steps of a size that the evaluation chooses."""
+    return _radius(kind) is not None and {"steps", "alpha"} <= inspect.signature(kind).parameters.keys()
+
+
+def _radius(kind: Any) -> str | None:
+    """What an attack calls its radius; None if it minimises the norm."""
+    return next((key for key in ("eps", "max_epsilon") if key in inspect.signature(kind).parameters), None)
+
+
+def _goals(name: str) -> Goals:
+    return "untargeted" if name in _NOT_AIMED else "any"
 
 
 _CROSS_ENTROPY = {"FGSM", "FFGSM", "RFGSM", "BIM", "PGD", "PGDL2", "EOTPGD", "MIFGSM", "NIFGSM", "DIFGSM", "TIFGSM"} | {
@@ -137,6 +163,9 @@ _NORMS: dict[str, tuple[Norm, ...]] = {
     **dict.fromkeys(("CW", "DeepFool", "PGDL2", "PGDRSL2"), ("l2",)),
     "FAB": _ALL, "EADL1": ("l1",), "EADEN": ("l1", "l2"),
 }  # fmt: skip
+
+_NOT_AIMED = {"APGD", "APGDT", "AutoAttack", "DeepFool", "PIFGSM", "SparseFool", "TPGD"}
+"""What cannot be given classes to reach: torchattacks' ``supported_mode``."""
 
 _NOT_RUN = {
     "SparseFool": L0, "OnePixel": L0, "Pixle": L0, "JSMA": L0,

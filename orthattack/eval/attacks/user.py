@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from orthattack.attacks import Attack, Bisection, Card
-from orthattack.eval.attacks.kind import AttackKind, Conditions, Found, OwnRunner, Placeholder, Runner, check_options
+from orthattack.eval.attacks.kind import (
+    AttackKind,
+    Conditions,
+    Found,
+    Goals,
+    OwnRunner,
+    Placeholder,
+    Runner,
+    check_options,
+)
 from orthattack.eval.attacks.seeds import drawing, joint_seed
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.plugin import kept_process
@@ -61,8 +70,8 @@ def user_attack(name: str, factory: Any, given: Mapping[str, Any] | None = None)
 
         return run
 
-    aims = takes_any or "targeted" in parameters
-    return AttackKind(name, "user", options, said if card is None else card, ("linf", "l2", "l1"), make, aims=aims)
+    goals: Goals = "any" if takes_any or "targeted" in parameters else "untargeted"
+    return AttackKind(name, "user", options, said if card is None else card, ("linf", "l2", "l1"), make, goals=goals)
 
 
 def _card(made: Any) -> Card | None:

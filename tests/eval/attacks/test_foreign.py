@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 
-from orthattack.eval.attacks.kind import Conditions
+from orthattack.eval.attacks.kind import Conditions, Placeholder
 from orthattack.eval.attacks.load import attack_kind, list_attacks
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.suite import make_suite
 
-pytest.importorskip("torchattacks")
+torchattacks = pytest.importorskip("torchattacks")
 
 RADII = {"linf": 0.05, "l2": 1.0, "l1": 20.0}
 # So that an attack ends soon.
@@ -31,7 +33,10 @@ LISTED = {
     for norm in attack["norms"]
     if attack["name"].startswith(("foolbox:", "torchattacks:"))
 }
+ONLY_TARGETED = {attack["name"] for attack in list_attacks() if attack["goals"] == "targeted"}
 SAMPLE = [
+    ("foolbox:SpatialAttack", "l2"), ("foolbox:GenAttack", "linf"), ("foolbox:L2ContrastReductionAttack", "l2"),
+    ("foolbox:BinarySearchContrastReductionAttack", "linf"), ("foolbox:LinearSearchContrastReductionAttack", "l1"),
     ("foolbox:FGM", "l2"), ("foolbox:InversionAttack", "l1"), ("foolbox:VirtualAdversarialAttack", "l2"),
     ("foolbox:HopSkipJumpAttack", "l2"), ("foolbox:LInfFMNAttack", "linf"), ("torchattacks:EADL1", "l1"),
     ("torchattacks:FAB", "l1"), ("torchattacks:PIFGSM", "linf"), ("torchattacks:AutoAttack", "l2"),
@@ -42,16 +47,16 @@ def run(name, norm):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 5)).eval()
     images = torch.rand(3, 3, 16, 16)
-    kind = attack_kind(name, LISTED[name, norm])
+    kind, targeted = attack_kind(name, LISTED[name, norm]), name in ONLY_TARGETED
     with warnings.catch_warnings():  # others' own
         warnings.simplefilter("ignore")
         try:
-            kind.check(norm, 3)
+            kind.check(norm, 3, targeted=targeted)
         except EvaluationError as error:
             if "needs numba: pip install numba" in str(error):
                 pytest.skip(str(error))
             raise
-        runner = kind.bind(model, Conditions(norm, None if kind.card.minimal else RADII[norm], 3, 5))
+        runner = kind.bind(model, Conditions(norm, None if kind.card.minimal else RADII[norm], 3, 5, targeted=targeted))
         adversarials = runner(images, model(images).argmax(1), [0, 1, 2]).adversarials
     delta = (adversarials - images).flatten(1)
     length = {"linf": delta.abs().amax(1), "l2": delta.norm(dim=1), "l1": delta.abs().sum(1)}[norm]
@@ -115,10 +120,8 @@ def test_the_constraint_of_hopskipjump_is_its_norm():
         ("torchattacks:VANILA", "returns the images as they are"),
         ("torchattacks:GN", "adds noise of one size"),
         ("torchattacks:MultiAttack", "made of other attacks"),
-        ("foolbox:GenAttack", "only reaches a given class"),
         ("foolbox:DatasetAttack", "have to be fed to it first"),
         ("foolbox:BinarizationRefinementAttack", "only improves what another attack has found"),
-        ("foolbox:SpatialAttack", "limited by an angle and a shift, not by a norm"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_run_is_not_listed_and_refused_with_its_reason(name, reason):
@@ -126,3 +129,38 @@ def test_what_cannot_be_run_is_not_listed_and_refused_with_its_reason(name, reas
     suite = make_suite({"models": ["cifar10-robust"], "data": "cifar10-samples", "attacks": [name]}, "x")
     with pytest.raises(EvaluationError, match=f"{name} cannot be run here: .*{reason}"):
         suite.entries()
+
+
+def test_what_is_given_classes_to_reach_is_in_the_table():
+    """torchattacks' instances say it themselves; what Foolbox's raise is tested where it is run towards classes."""
+    goals = {attack["name"]: attack["goals"] for attack in list_attacks()}
+    for name, said in goals.items():
+        if name.startswith("torchattacks:"):
+            made = getattr(torchattacks, name.partition(":")[2])(Placeholder())
+            assert ("targeted" in made.supported_mode) == (said == "any"), name
+    assert {"foolbox:GenAttack"} == ONLY_TARGETED
+    with pytest.raises(EvaluationError, match="GenAttack only reaches given classes: give the run targets"):
+        attack_kind("foolbox:GenAttack").check("linf", 3)
+    for name in ("foolbox:FGSM", "torchattacks:APGD"):
+        assert goals[name] == "untargeted"
+        with pytest.raises(EvaluationError, match=f"{name} cannot be given classes to reach.*: leave it out"):
+            attack_kind(name).check("linf", 3, targeted=True)
+
+
+@pytest.mark.parametrize("prefix", ["foolbox:", "torchattacks:"])
+def test_the_options_that_are_listed_are_those_of_a_run(prefix):
+    """Of every attack, as it is made for a run that says nothing of its options."""
+    conditions, compared = Conditions(classes=5), set()
+    for attack in list_attacks():
+        if not attack["name"].startswith(prefix) or attack["needs"]:
+            continue
+        kind = attack_kind(attack["name"])
+        norm, targeted = attack["norms"][0], attack["goals"] == "targeted"
+        runner = kind.bind(Placeholder(), replace(conditions, norm=norm, targeted=targeted))
+        made = vars(inspect.getclosurevars(runner).nonlocals["attack"])
+        for key, value in attack["parameters"].items():
+            value = {"2.5*eps/steps": 2.5 * conditions.eps / 10, "the model's": 5}.get(value, value)
+            if value is not None and key in made:  # None: of the library's choice; some are kept under other names
+                assert made[key] == (pytest.approx(value) if isinstance(value, float) else value), (kind.name, key)
+                compared.add(key)
+    assert {"steps", "random_start", "rel_stepsize" if prefix == "foolbox:" else "alpha"} <= compared
