@@ -23,14 +23,15 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
-from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Any, Literal, NoReturn, final
+from typing import Any, ClassVar, Literal, NoReturn, final
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from typing_extensions import dataclass_transform
 
 from orthattack.arguments import check_choice, check_count, plain
 from orthattack.attacks.apgd import OrthoAPGD
@@ -360,21 +361,33 @@ def _least_likely(kth: int, model: Model, images: Tensor, labels: Tensor) -> Ten
     return others.kthvalue(kth, dim=1).indices
 
 
+@dataclass_transform(eq_default=False, field_specifiers=(field,))
+@dataclass(eq=False, repr=False)
 class _Compatible(_Base):
-    """An attack of ours by the arguments of torchattacks'. It is made anew for each call, so that attributes such as
-    ``eps`` can be set at any time; what the constructor refuses is refused there too."""
+    """An attack of ours by the arguments of torchattacks', which are its fields, in their order. It is made anew for
+    each call, so that attributes such as ``eps`` can be set at any time; what the constructor refuses is refused there
+    too."""
 
-    _draws = False  # random numbers, beside a random start
+    model: nn.Module
+    scope: Scope | None = field(default=None, kw_only=True)
+    _draws: ClassVar[bool] = False  # random numbers, beside a random start
+    _fixed: ClassVar[Mapping[str, Any]] = {}  # arguments for which there is one value here, as published
 
-    def __init__(self, model: nn.Module, scope: Scope | None) -> None:
-        self.scope = scope
-        super().__init__(model)
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        dataclass(eq=False, repr=False)(cls)
+
+    def __post_init__(self) -> None:
+        super().__init__(self.model)
 
     @abstractmethod
     def _made(self, model: Model, generator: torch.Generator | None) -> Attack:
         """Our attack, with the arguments translated."""
 
     def _check(self) -> None:
+        for name, value in self._fixed.items():
+            if plain(getattr(self, name)) != value:
+                raise ValueError(f"{name} is {value!r} here, as published; got {getattr(self, name)!r}")
         self._made(self.model, None)
 
     def _generator(self) -> torch.Generator | None:
@@ -454,49 +467,19 @@ class FGSM(_Compatible):
     True
     """
 
-    def __init__(self, model: nn.Module, eps: float = 8 / 255, *, scope: Scope | None = None) -> None:
-        self.eps = eps
-        super().__init__(model, scope)
+    eps: float = 8 / 255
 
     def _made(self, model: Model, generator: torch.Generator | None) -> Attack:  # noqa: ARG002
         return OrthoFGSM(model, "linf", self.eps, **self._shared)
 
 
-class _Spelled(_Compatible):
-    """What has the arguments and defaults that each class names in its first line, in torchattacks' order."""
-
-    _defaults: Mapping[str, Any] = {}
-    _fixed: Mapping[str, Any] = {}  # arguments for which there is one value here, as published
-
-    def __init_subclass__(cls, **defaults: Any) -> None:
-        super().__init_subclass__()
-        cls._defaults = {**cls._defaults, **defaults}
-        own = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=value) for name, value in cls._defaults.items()]
-        scope = Parameter("scope", Parameter.KEYWORD_ONLY, default=None)
-        known = Signature([Parameter("model", Parameter.POSITIONAL_OR_KEYWORD), *own, scope])
-        cls.__signature__ = known  # type: ignore[attr-defined]
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        given = signature(type(self)).bind(*args, **options)
-        given.apply_defaults()
-        model, scope = given.arguments.pop("model"), given.arguments.pop("scope")
-        vars(self).update(given.arguments)
-        super().__init__(model, scope)
-
-    def _check(self) -> None:
-        for name, value in self._fixed.items():
-            if plain(getattr(self, name)) != value:
-                raise ValueError(f"{name} is {value!r} here, as published; got {getattr(self, name)!r}")
-        super()._check()
-
-
-class _Iterated(_Spelled, eps=8 / 255, alpha=2 / 255, steps=10):
+class _Iterated(_Compatible):
     """What takes steps of one size: `orthattack.OrthoPGD`, unless a class says otherwise."""
 
-    eps: float
-    alpha: float
-    steps: int
-    _norm: Norm = "linf"
+    eps: float = 8 / 255
+    alpha: float = 2 / 255
+    steps: int = 10
+    _norm: ClassVar[Norm] = "linf"
 
     def _made(self, model: Model, generator: torch.Generator | None) -> Attack:
         known = vars(self)
@@ -506,7 +489,7 @@ class _Iterated(_Spelled, eps=8 / 255, alpha=2 / 255, steps=10):
 
 
 @final
-class PGD(_Iterated, random_start=True):
+class PGD(_Iterated):
     """`orthattack.OrthoPGD` by torchattacks' arguments.
 
     Args:
@@ -525,9 +508,11 @@ class PGD(_Iterated, random_start=True):
     True
     """
 
+    random_start: bool = True
+
 
 @final
-class PGDL2(_Iterated, eps=1.0, alpha=0.2, random_start=True, eps_for_division=1e-10):
+class PGDL2(_Iterated):
     """`orthattack.OrthoPGD` for L2 by torchattacks' arguments, which are those of `PGD` in L2.
 
     Args:
@@ -535,6 +520,10 @@ class PGDL2(_Iterated, eps=1.0, alpha=0.2, random_start=True, eps_for_division=1
         eps_for_division: makes no difference; nothing is divided by zero.
     """
 
+    eps: float = 1.0
+    alpha: float = 0.2
+    random_start: bool = True
+    eps_for_division: float = 1e-10
     _norm = "l2"
 
 
@@ -549,8 +538,11 @@ class BIM(_Iterated):
 
 
 @final
-class EOTPGD(_Iterated, eot_iter=2, random_start=True):
+class EOTPGD(_Iterated):
     """`PGD` for a model that draws at random, of which `eot_iter` gradients are averaged."""
+
+    eot_iter: int = 2
+    random_start: bool = True
 
 
 @final
@@ -574,11 +566,11 @@ class TPGD(_Iterated):
             return (images + 0.001 * torch.randn_like(images)).clamp(0, 1)
 
 
-class _Momentum(_Iterated, decay=1.0):
+class _Momentum(_Iterated):
     """What the attacks with momentum share."""
 
-    decay: float
-    _attack: Callable[..., Attack]
+    decay: float = 1.0
+    _attack: ClassVar[Callable[..., Attack]]
 
     def _made(self, model: Model, generator: torch.Generator | None) -> Attack:
         more = {"generator": generator, **self._more(), **self._shared}
@@ -608,19 +600,19 @@ class NIFGSM(_Momentum):
 
 
 @final
-class SINIFGSM(_Momentum, m=5):
+class SINIFGSM(_Momentum):
     """`orthattack.OrthoSINIFGSM` by torchattacks' arguments, which are those of `MIFGSM`, and `m`, how many scales."""
 
-    m: int
+    m: int = 5
     _attack = OrthoSINIFGSM
 
     def _more(self) -> dict[str, Any]:
         return {"transform": scales(self.m)}
 
 
-class _Tuned(_Momentum, N=5, beta=3 / 2):
-    N: int
-    beta: float
+class _Tuned(_Momentum):
+    N: int = 5
+    beta: float = 3 / 2
     _draws = True
 
     def _more(self) -> dict[str, Any]:
@@ -648,23 +640,21 @@ class VNIFGSM(_Tuned):
 
 
 class _Diverse(_Momentum):
-    resize_rate: float
-    diversity_prob: float
-    random_start: bool
     _draws = True
 
     def _start(self, images: Tensor) -> Tensor | None:
-        if not self.random_start:
+        if not vars(self)["random_start"]:
             return None
         with global_random_numbers:
             return (images + torch.empty_like(images).uniform_(-self.eps, self.eps)).clamp(0, 1)
 
     def _more(self) -> dict[str, Any]:
-        return {"transform": diversity(self.resize_rate, self.diversity_prob)}
+        known = vars(self)
+        return {"transform": diversity(known["resize_rate"], known["diversity_prob"])}
 
 
 @final
-class DIFGSM(_Diverse, decay=0.0, resize_rate=0.9, diversity_prob=0.5, random_start=False):
+class DIFGSM(_Diverse):
     """`orthattack.OrthoDIFGSM` by torchattacks' arguments, which are those of `MIFGSM`.
 
     Args:
@@ -674,14 +664,15 @@ class DIFGSM(_Diverse, decay=0.0, resize_rate=0.9, diversity_prob=0.5, random_st
         random_start: start at a random point of the ball.
     """
 
+    decay: float = 0.0
+    resize_rate: float = 0.9
+    diversity_prob: float = 0.5
+    random_start: bool = False
     _attack = OrthoDIFGSM
 
 
 @final
-class TIFGSM(
-    _Diverse, decay=0.0, kernel_name="gaussian", len_kernel=15, nsig=3, resize_rate=0.9, diversity_prob=0.5,
-    random_start=False,
-):  # fmt: skip
+class TIFGSM(_Diverse):
     """`orthattack.OrthoTIFGSM` with input diversity by torchattacks' arguments, which are those of `DIFGSM`.
 
     Args:
@@ -691,9 +682,13 @@ class TIFGSM(
         nsig: at how many standard deviations a Gaussian ends.
     """
 
-    kernel_name: str
-    len_kernel: int
-    nsig: float
+    decay: float = 0.0
+    kernel_name: Literal["gaussian", "linear", "uniform"] = "gaussian"
+    len_kernel: int = 15
+    nsig: float = 3
+    resize_rate: float = 0.9
+    diversity_prob: float = 0.5
+    random_start: bool = False
     _attack = OrthoTIFGSM
 
     def _more(self) -> dict[str, Any]:
@@ -705,17 +700,16 @@ class TIFGSM(
         return {**super()._more(), "links": [smooth(gaussian(size, self.nsig) if kernel is None else kernel)]}
 
 
-class _Seeded(_Spelled, norm="Linf", eps=8 / 255):
+class _Seeded(_Compatible):
     """What has a norm, and a seed of its own, the same at each call; torch's global random numbers stay as they are."""
 
-    norm: Literal["Linf", "L2", "L1"]
-    eps: float
-    seed: int | None
-    _norms: tuple[str, ...] = ("Linf", "L2", "L1")
-    _losses: tuple[str, ...] = ("ce", "dlr")
+    norm: Literal["Linf", "L2", "L1"] = "Linf"
+    eps: float = 8 / 255
+    _norms: ClassVar[tuple[str, ...]] = ("Linf", "L2", "L1")
+    _losses: ClassVar[tuple[str, ...]] = ("ce", "dlr")
 
     def _generator(self) -> torch.Generator | None:
-        if (seed := plain(self.seed)) is None:
+        if (seed := plain(vars(self)["seed"])) is None:
             return super()._generator()
         if not isinstance(seed, int) or isinstance(seed, bool) or abs(seed) >= 2**63:
             raise ValueError(f"seed must be an integer below 2**63 in size; got {seed!r}")
@@ -734,7 +728,7 @@ class _Seeded(_Spelled, norm="Linf", eps=8 / 255):
 
 
 @final
-class APGD(_Seeded, steps=10, n_restarts=1, seed=0, loss="ce", eot_iter=1, rho=0.75, verbose=False):
+class APGD(_Seeded):
     """`orthattack.OrthoAPGD` by torchattacks' arguments.
 
     Args:
@@ -752,10 +746,13 @@ class APGD(_Seeded, steps=10, n_restarts=1, seed=0, loss="ce", eot_iter=1, rho=0
         ValueError: an option out of its range.
     """
 
-    steps: int
-    n_restarts: int
-    eot_iter: int
-    rho: float
+    steps: int = 10
+    n_restarts: int = 1
+    seed: int | None = 0
+    loss: Literal["ce", "dlr"] = "ce"
+    eot_iter: int = 1
+    rho: float = 0.75
+    verbose: bool = False
     _norms = ("Linf", "L2")
 
     def _made(self, model: Model, generator: torch.Generator | None) -> Attack:
@@ -764,7 +761,7 @@ class APGD(_Seeded, steps=10, n_restarts=1, seed=0, loss="ce", eot_iter=1, rho=0
 
 
 @final
-class APGDT(_Seeded, steps=10, n_restarts=1, seed=0, eot_iter=1, rho=0.75, verbose=False, n_classes=10):
+class APGDT(_Seeded):
     """`APGD` with the targeted DLR loss, towards each of the `n_classes` - 1 likeliest other classes in turn.
 
     Args:
@@ -772,11 +769,13 @@ class APGDT(_Seeded, steps=10, n_restarts=1, seed=0, eot_iter=1, rho=0.75, verbo
         n_classes: of the model, at least 4.
     """
 
-    steps: int
-    n_restarts: int
-    eot_iter: int
-    rho: float
-    n_classes: int
+    steps: int = 10
+    n_restarts: int = 1
+    seed: int | None = 0
+    eot_iter: int = 1
+    rho: float = 0.75
+    verbose: bool = False
+    n_classes: int = 10
     supported_mode = ("default",)
     _norms = ("Linf", "L2")
 
@@ -793,10 +792,7 @@ class APGDT(_Seeded, steps=10, n_restarts=1, seed=0, eot_iter=1, rho=0.75, verbo
 
 
 @final
-class FAB(
-    _Seeded, steps=10, n_restarts=1, alpha_max=0.1, eta=1.05, beta=0.9, verbose=False, seed=0, multi_targeted=False,
-    n_classes=10,
-):  # fmt: skip
+class FAB(_Seeded):
     """`orthattack.OrthoFAB` by torchattacks' arguments.
 
     Args:
@@ -811,10 +807,15 @@ class FAB(
         n_classes: of the model.
     """
 
-    steps: int
-    n_restarts: int
-    multi_targeted: bool
-    n_classes: int
+    steps: int = 10
+    n_restarts: int = 1
+    alpha_max: float = 0.1
+    eta: float = 1.05
+    beta: float = 0.9
+    verbose: bool = False
+    seed: int | None = 0
+    multi_targeted: bool = False
+    n_classes: int = 10
     supported_mode = ("default",)
     _fixed = {"alpha_max": 0.1, "eta": 1.05, "beta": 0.9}  # noqa: RUF012
 
@@ -825,9 +826,7 @@ class FAB(
 
 
 @final
-class Square(
-    _Seeded, n_queries=5000, n_restarts=1, p_init=0.8, loss="margin", resc_schedule=True, seed=0, verbose=False
-):
+class Square(_Seeded):
     """`orthattack.OrthoSquare` by torchattacks' arguments.
 
     Args:
@@ -841,7 +840,13 @@ class Square(
         verbose: makes no difference.
     """
 
-    n_queries: int
+    n_queries: int = 5000
+    n_restarts: int = 1
+    p_init: float = 0.8
+    loss: Literal["margin", "ce"] = "margin"
+    resc_schedule: bool = True
+    seed: int | None = 0
+    verbose: bool = False
     _losses = ("margin", "ce")
     _fixed = {"n_restarts": 1, "p_init": 0.8, "resc_schedule": True}  # noqa: RUF012
 
@@ -850,7 +855,7 @@ class Square(
 
 
 @final
-class AutoAttack(_Seeded, version="standard", n_classes=10, seed=None, verbose=False):
+class AutoAttack(_Seeded):
     """`orthattack.OrthoAutoAttack`, of 100 iterations a part as published, not 10, by torchattacks' arguments.
 
     Args:
@@ -863,8 +868,10 @@ class AutoAttack(_Seeded, version="standard", n_classes=10, seed=None, verbose=F
         verbose: print robust accuracy after each part.
     """
 
-    version: Literal["standard", "plus", "rand"]
-    verbose: bool
+    version: Literal["standard", "plus", "rand"] = "standard"
+    n_classes: int = 10
+    seed: int | None = None
+    verbose: bool = False
     supported_mode = ("default",)
     _draws = True
 

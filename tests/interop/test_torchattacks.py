@@ -432,3 +432,37 @@ def test_iterates_are_torchattacks_own(monkeypatch, name, options, targeted):
     found = attack._made(model, attack._generator()).replace(keep="last").run(images, labels, start=start)
     torch.testing.assert_close(found.adversarials, expected, rtol=0, atol=2e-7)
     assert ((expected - images).abs().amax((1, 2, 3)) > 0.003).all()
+
+
+TYPED = """
+import torch
+from torch import nn
+from orthattack.interop import torchattacks
+
+model, images, labels = nn.Flatten(), torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
+atk = torchattacks.PGD(model, eps=8 / 255, alpha=2 / 255, steps=4)
+atk.set_normalization_used(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+atk.set_mode_targeted_by_function(lambda images, labels: (labels + 1) % 10)
+adv_images: torch.Tensor = atk(images, labels)
+other = torchattacks.TIFGSM(model, 8 / 255, 2 / 255, 4, 1.0, "linear", scope="image")
+multi = torchattacks.MultiAttack([torchattacks.FGSM(model, 8 / 255), other])
+"""
+MISTAKES = {
+    "PGD(model, epsilon=8 / 255)": 'Unexpected keyword argument "epsilon" for "PGD"',
+    'APGD(model, "L3")': 'Argument 2 to "APGD" has incompatible type',
+    'FGSM(model, 8 / 255, "image")': 'Too many positional arguments for "FGSM"',
+    "CW(model)": 'Module has no attribute "CW"',
+}
+
+
+@pytest.mark.slow
+def test_type_checkers_know_the_arguments(tmp_path):
+    """torchattacks' first lines are right, and each mistake after them is seen, on its line."""
+    api = pytest.importorskip("mypy.api", reason="needs mypy")
+    (tmp_path / "script.py").write_text(TYPED + "".join(f"torchattacks.{call}\n" for call in MISTAKES))
+    options = ["--strict", "--follow-imports=silent", f"--cache-dir={tmp_path / 'cache'}", "--config-file="]
+    said, _, _ = api.run([*options, str(tmp_path / "script.py")])
+    errors, first = [line for line in said.splitlines() if " error: " in line], TYPED.count("\n") + 1
+    assert len(errors) == len(MISTAKES), said
+    for number, (error, message) in enumerate(zip(errors, MISTAKES.values(), strict=True)):
+        assert f":{first + number}: error: {message}" in error
