@@ -64,6 +64,7 @@ NAVIGATION: dict[str, dict[str, list[str]]] = {
                 "apgd",
                 "fab",
                 "square",
+                "sparse",
                 "nes",
                 "autoattack",
                 "minimum-norm",

@@ -25,11 +25,15 @@ from orthattack.attacks import OrthoMinimumNorm as OrthoMinimumNorm
 from orthattack.attacks import OrthoNES as OrthoNES
 from orthattack.attacks import OrthoNIFGSM as OrthoNIFGSM
 from orthattack.attacks import OrthoPGD as OrthoPGD
+from orthattack.attacks import OrthoSigmaZero as OrthoSigmaZero
 from orthattack.attacks import OrthoSINIFGSM as OrthoSINIFGSM
+from orthattack.attacks import OrthoSparseRS as OrthoSparseRS
 from orthattack.attacks import OrthoSquare as OrthoSquare
 from orthattack.attacks import OrthoTIFGSM as OrthoTIFGSM
 from orthattack.attacks import OrthoVMIFGSM as OrthoVMIFGSM
 from orthattack.attacks import OrthoVNIFGSM as OrthoVNIFGSM
+from orthattack.attacks import SigmaZero as SigmaZero
+from orthattack.attacks import SparseRS as SparseRS
 from orthattack.attacks import Square as Square
 from orthattack.lending import ModelChangedError as ModelChangedError
 from orthattack.models import Ensemble as Ensemble

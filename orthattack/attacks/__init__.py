@@ -24,6 +24,10 @@ from orthattack.attacks.nifgsm import OrthoNIFGSM as OrthoNIFGSM
 from orthattack.attacks.pgd import PGD as PGD
 from orthattack.attacks.pgd import OrthoPGD as OrthoPGD
 from orthattack.attacks.scoring import Draws as Draws
+from orthattack.attacks.sigma_zero import OrthoSigmaZero as OrthoSigmaZero
+from orthattack.attacks.sigma_zero import SigmaZero as SigmaZero
+from orthattack.attacks.sparse_rs import OrthoSparseRS as OrthoSparseRS
+from orthattack.attacks.sparse_rs import SparseRS as SparseRS
 from orthattack.attacks.square import OrthoSquare as OrthoSquare
 from orthattack.attacks.square import Square as Square
 from orthattack.attacks.task import AttackResult as AttackResult

@@ -48,6 +48,13 @@ UNLIMITED = 1e30
 """Stands for no limit in a threat model, whose eps is finite."""
 
 
+def unlimited(task: Task) -> Task:
+    """The task without a radius, with points of any norm; only those within the task's own count."""
+    region = task.region
+    wide = replace(region.threat, eps=UNLIMITED).around(region.images.to(region.dtype))
+    return replace(task, region=wide, limit=region.eps)
+
+
 class Options(TypedDict, total=False):
     """What every attack accepts by keyword; see `orthattack.PGD` for what each means."""
 
@@ -126,6 +133,8 @@ class Attack(Configured):
     ``attack.replace(eps=8 / 255)`` makes a new attack that differs in that alone.
     """
 
+    norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2", "l1")
+    """The norms that it works in."""
     _family: ClassVar[str] = "Attack"
     _pulse: Callable[[int], object] | None = None  # see `Task.pulse`
 
@@ -204,6 +213,7 @@ class Attack(Configured):
             levels,
             mask,
         )
+        check_choice("norm", norm, self.norms)
         self.search = search
         self.enforce, self.reference = enforce, reference
         # Towards a class the margin sees one rival at a time, and is the weaker on standard models.

@@ -96,7 +96,7 @@ class Bisection(Configured):
             raise ValueError(
                 f"eps has {len(eps)} values for {len(images)} images: it must have one per sample or be one"
             )
-        threat, step = attack.threat, 0.0
+        threat, step = attack.threat, 1.0 if attack.threat.norm == "l0" else 0.0
         if threat.levels is not None and threat.norm == "linf":  # whole numbers of levels are all the radii there are
             step = (threat.bounds[1] - threat.bounds[0]) / (threat.levels - 1)
         eps = threat.on_grid(eps.expand(len(images)).clamp(max=self.max_eps)).clamp(min=step)

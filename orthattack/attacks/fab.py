@@ -10,7 +10,7 @@ from torch import Tensor
 
 from orthattack.arguments import check_count
 from orthattack.attacks.ascent import Climb
-from orthattack.attacks.base import UNLIMITED, Attack, GradientOptions
+from orthattack.attacks.base import Attack, GradientOptions, unlimited
 from orthattack.attacks.rules import Ascent, State
 from orthattack.attacks.scoring import Evaluation
 from orthattack.attacks.task import Merit, Task
@@ -137,10 +137,7 @@ class BoundarySearch:
         return {name: value for name, value in given.items() if name == "steps" or value not in (1, None)}
 
     def __call__(self, task: Task, start: Tensor | None = None) -> None:
-        region = task.region
-        images = region.images.to(region.dtype)
-        wide = replace(region.threat, eps=UNLIMITED).around(images)
-        task = replace(task, region=wide, limit=region.eps, loss=_lead)
+        task = replace(unlimited(task), loss=_lead)
         climb = Climb(Boundary(), self.steps, alpha=0.0)
         for goal in [task.goal] if self.targets is None else task.towards(self.targets):
             for attempt in range(self.restarts):

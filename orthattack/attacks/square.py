@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -50,29 +50,12 @@ class SquareSearch:
         return {"queries": self.queries}
 
     def __call__(self, task: Task, start: Tensor | None = None) -> None:
-        left = task.unsolved() if task.early_stop else task
-        if left is None:
-            return
-        if start is not None and left is not task:
-            start = start[~task.best.success[task.index]]
-        task = replace(left, loss=attack_loss("margin"))
-        is_linf = task.region.threat.norm == "linf"
-        propose = _stamped if is_linf else _moved
-        points = _stripes(task) if start is None else start
-        margin = torch.full((len(points),), -torch.inf, device=points.device)
-        tried = points
-        for query in range(self.queries):
-            evaluation = task.score(tried, query, with_gradient=False)
-            better = evaluation.loss > margin  # towards a class where there is one
-            margin = torch.where(better, evaluation.loss.to(margin.dtype), margin)
-            points = torch.where(better.view(-1, 1, 1, 1), tried, points)
-            if task.early_stop and bool(evaluation.success.any()):
-                rows = (~evaluation.success).nonzero().squeeze(1)
-                if len(rows) == 0:
-                    return
-                task, points, margin = task.select(rows), points[rows], margin[rows]
-            if query + 1 < self.queries:
-                tried = propose(task, points, self._side(query, [len(part) for part in _framed(task)]))
+        change = _stamped if task.region.threat.norm == "linf" else _moved
+
+        def propose(task: Task, points: Tensor, query: int) -> Tensor:
+            return change(task, points, self._side(query, [len(part) for part in _framed(task)]))
+
+        search_at_random(task, _stripes, start, self.queries, propose)
 
     def _side(self, query: int, size: Sequence[int]) -> int:
         """The side of the squares at a query."""
@@ -82,16 +65,55 @@ class SquareSearch:
         return min(max(side, 1), height, width)
 
 
-def _draw(task: Task, *shape: int) -> Tensor:
+def search_at_random(
+    task: Task,
+    begin: Callable[[Task], Tensor],
+    start: Tensor | None,
+    queries: int,
+    propose: Callable[[Task, Tensor, int], Tensor],
+) -> None:
+    """Score the start and so many proposals less one, made of the best points so far, and keep what raises the margin.
+
+    Args:
+        task: what to search.
+        begin: the points to start from, if there is no `start`.
+        start: these.
+        queries: evaluations of the model per sample.
+        propose: of the task, the best points and the number of queries so far less one, the points to try next.
+    """
+    left = task.unsolved() if task.early_stop else task
+    if left is None:
+        return
+    if start is not None and left is not task:
+        start = start[~task.best.success[task.index]]
+    task = replace(left, loss=attack_loss("margin"))
+    points = begin(task) if start is None else start
+    margin = torch.full((len(points),), -torch.inf, device=points.device)
+    tried = points
+    for query in range(queries):
+        evaluation = task.score(tried, query, with_gradient=False)
+        better = evaluation.loss > margin  # towards a class where there is one
+        margin = torch.where(better, evaluation.loss.to(margin.dtype), margin)
+        points = torch.where(better.view(-1, 1, 1, 1), tried, points)
+        if task.early_stop and bool(evaluation.success.any()):
+            rows = (~evaluation.success).nonzero().squeeze(1)
+            if len(rows) == 0:
+                return
+            task, points, margin = task.select(rows), points[rows], margin[rows]
+        if query + 1 < queries:
+            tried = propose(task, points, query)
+
+
+def drawn(task: Task, *shape: int) -> Tensor:
     """Uniform numbers in [0, 1), drawn where the generator is, so that they are the same on every device."""
     images = task.region.images
     generator = task.generator
-    drawn = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
-    return uploaded(drawn.to(images.dtype), images.device)
+    numbers = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
+    return uploaded(numbers.to(images.dtype), images.device)
 
 
 def _signs(task: Task, *shape: int) -> Tensor:
-    return torch.where(_draw(task, *shape) < 0.5, -1.0, 1.0).to(task.region.images)
+    return torch.where(drawn(task, *shape) < 0.5, -1.0, 1.0).to(task.region.images)
 
 
 def _framed(task: Task) -> tuple[range, range]:

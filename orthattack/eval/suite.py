@@ -56,7 +56,7 @@ def _radius(value: float) -> float:
     return value
 
 
-Norm = Literal["linf", "l2", "l1"]  # `orthattack.threat.Norm`, which would bring torch
+Norm = Literal["linf", "l2", "l1", "l0"]  # `orthattack.threat.Norm`, which would bring torch
 Radius = Annotated[float, BeforeValidator(_number), AfterValidator(_radius)]
 Whole = Annotated[int, Field(strict=True, gt=-(2**63), lt=2**63)]
 Count = Annotated[int, Field(strict=True, ge=1)]
@@ -166,7 +166,7 @@ class AttackSpec(BaseModel):
 
     name: str = _key(..., "see `orthattack attacks`", _NAME)
     label: str = _key(..., "what the results call it; unique", "text")
-    norm: Norm | None = _key(None, "another norm than the suite's, with radii of its own", "linf, l2 or l1")
+    norm: Norm | None = _key(None, "another norm than the suite's, with radii of its own", "linf, l2, l1 or l0")
     eps: tuple[Radius, ...] | None = _key(None, "those radii", _EPS, min_length=1)
     levels: Literal[256] | None = _key(None, "256: exact in 8 bits, if the suite is not", "256")
     baselines: tuple[str, ...] | None = _key(
@@ -236,9 +236,15 @@ class Suite(_Strict):
         "a list of one attack or more, each a name or a table with a name: leave it out for the default ones",
         "--attacks NAME", nargs="+", min_length=1,
     )  # fmt: skip
-    norm: Norm = _key("linf", "norm of the perturbation", "linf, l2 or l1", "--norm", Norm)
+    norm: Norm = _key("linf", "norm of the perturbation", "linf, l2, l1 or l0", "--norm", Norm)
     eps: tuple[Radius, ...] = _key(
-        ..., "radii in [0, 1] pixels (default: 4/255, l2: 0.5)", _EPS, "--eps E", Radius, nargs="+", min_length=1
+        ...,
+        "radii in [0, 1] pixels (default: 4/255, l2: 0.5); l0: numbers of pixels",
+        _EPS,
+        "--eps E",
+        Radius,
+        nargs="+",
+        min_length=1,
     )
     levels: Literal[256] | None = _key(
         None, "256: adversarials that 8 bits hold exactly, judged as stored; others' are rounded first", "256",
@@ -285,7 +291,7 @@ class Suite(_Strict):
         if "eps" not in value:
             models = value.get("models")
             bundled = isinstance(models, Sequence) and all(_name(model) in [*BUNDLED] for model in models)
-            value["eps"] = {"linf": [8 / 255 if bundled else 4 / 255], "l2": [0.5], "l1": [12.0]}.get(
+            value["eps"] = {"linf": [8 / 255 if bundled else 4 / 255], "l2": [0.5], "l1": [12.0], "l0": [24]}.get(
                 str(value.get("norm", "linf")), []
             )
         return value

@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar, final
+from typing import Any, TypeVar, final, get_args
 
 import eagerpy as ep
 import foolbox
@@ -317,7 +317,7 @@ class FromFoolbox(Attack):
     Args:
         model: an nn.Module that takes images (N, C, H, W) in `bounds` and returns logits (N, K).
         attack: of Foolbox, such as ``foolbox.attacks.LinfPGD(steps=10)``, also repeated.
-        norm: "linf", "l2" or "l1": that of the attack, if it has an `eps`.
+        norm: "linf", "l2", "l1" or "l0": that of the attack, if it has an `eps`.
         eps: radius in pixel units, one for all images; None for no limit, with attacks that minimise.
         bounds: smallest and largest pixel value.
         generator: source of Foolbox's random numbers, on the CPU; by default one of the attack's own, seeded from
@@ -337,6 +337,8 @@ class FromFoolbox(Attack):
     >>> result.gradient_calls
     tensor([5, 5, 5, 5])
     """
+
+    norms = get_args(Norm)
 
     def __init__(
         self,

@@ -73,8 +73,9 @@ class ThreatModel:
           ⟨δ, b_j⟩ = 0 for each direction b_j }
 
     Args:
-        norm: "linf", "l2" or "l1".
-        eps: radius in pixel units, e.g. ``8 / 255``, at least 0; one number, or a tensor (N,) with one per sample.
+        norm: "linf", "l2", "l1" or "l0", the number of pixels that move, in whichever of their channels.
+        eps: radius in pixel units, e.g. ``8 / 255``, at least 0; one number, or a tensor (N,) with one per sample. For
+            L0 the number of pixels.
         bounds: the smallest and largest pixel value.
         scope: which vectors must stay orthogonal to those of the `normal`: "image", "channel", "pixel", or blocks of
             pixels of a channel, "block8" (see `orthattack.projection`). None for none.
@@ -233,6 +234,8 @@ class ThreatModel:
 
     def diameter(self, shape: Sequence[int]) -> float:
         """The norm of the largest difference of two images of `shape` (C, H, W) in the bounds."""
+        if self.norm == "l0":
+            return float(math.prod(shape[1:]))
         return (self.bounds[1] - self.bounds[0]) * BALLS[self.norm].of_ones(math.prod(shape))
 
     def allows_everything(self, shape: Sequence[int]) -> bool:
@@ -240,14 +243,17 @@ class ThreatModel:
         in the bounds: the norm then limits nothing. With a mask that is what it is for."""
         eps = self.eps
         largest = eps if not isinstance(eps, Tensor) else float(eps.max()) if len(eps) > 0 else 0.0
-        return self.mask is None and largest >= self.diameter(shape) * (1 - 1e-6)
+        return self.mask is None and math.prod(shape) > 0 and largest >= self.diameter(shape) * (1 - 1e-6)
 
     def around(self, images: Tensor) -> Region:
         """The allowed images around each of `images`, (N, C, H, W), floating point, inside the bounds."""
         return Region(self, images)
 
     def on_grid(self, eps: Tensor) -> Tensor:
-        """Radii, float64, as large as they are on the grid of `levels`: whole levels for L-infinity."""
+        """Radii, float64, as large as they are on the grid of `levels`: whole levels for L-infinity; whole pixels for
+        L0."""
+        if self.norm == "l0":
+            return eps.floor()
         if self.levels is None or self.norm != "linf":
             return eps
         unit = (self.bounds[1] - self.bounds[0]) / (self.levels - 1)
@@ -269,7 +275,7 @@ class ThreatModel:
         of = self
         if self.normal == "luma":  # in thousandths, whole numbers too
             of, x = replace(self, normal="image", levels=None), (1000 * self.normals(x)).round()
-        return perturbation_norm(d, self.norm) * unit, of.cosine(d, x)
+        return perturbation_norm(d, self.norm) * (1 if self.norm == "l0" else unit), of.cosine(d, x)
 
     def tangent(self, gradient: Tensor, images: Tensor) -> Tensor:
         """`gradient` without its components along the normals and the directions, (N, C, H, W), and with zeros where

@@ -133,8 +133,11 @@ class Grid:
         # Where it gives the same, as in (0, 1) and (0, 255), dividing is faster than looking up.
         self._divides = dtype == images.dtype and torch.equal(numbers / self._per_unit, self._values)
         self._k = levels_of(images, threat.levels, threat.bounds).to(images.dtype)
+        self._is_box = threat.norm in ("linf", "l0")
+        if threat.norm == "l0":
+            eps = torch.full_like(eps, high - self._low)
         self._radius = radius_in_levels(threat.norm, eps, self._per_unit).clamp(max=1e9).to(images.dtype)
-        self._mask = mask
+        self._given = self._mask = mask
         self._ends: Ends | None = None  # the least and the largest d, once they are wanted
         self._reach = min(float(self._radius.max()), self._top) if len(images) > 0 else 0.0
         self._shift, self._scale, self._scope = 0, 1, threat.scope
@@ -155,7 +158,7 @@ class Grid:
         grid = object.__new__(Grid)
         vars(grid).update(vars(self))
         grid._k, grid._radius, grid._ends = self._k[index], self._radius[index], None
-        grid._mask = None if self._mask is None else self._mask[index]
+        grid._given = grid._mask = None if self._given is None else self._given[index]
         return grid
 
     def nearest(self, points: Tensor) -> Tensor:
@@ -169,9 +172,11 @@ class Grid:
         if self._low:  # what is on the grid is so but for round-off
             whole = target.round()
             target = torch.where((target - whole).abs() < 1e-3, whole, target)
-        if self._mask is not None:
-            target = torch.where(self._mask, target, k)
-        if self._norm == "linf":
+        if self._given is not None:
+            target = torch.where(self._given, target, k)
+        if self._norm == "l0":  # no other pixels may move for the repair
+            self._mask = ((target - k).abs() >= 1e-3).any(1, keepdim=True).expand_as(k)
+        if self._is_box:
             d = target.clamp_(0, self._top).round().sub_(k).clamp_(-self._radius, self._radius)
         else:
             d = self._in_ball(target.sub_(k))
@@ -294,7 +299,7 @@ class Grid:
             kept = kept & self._repaired(d, target, torch.ones_like(d), self._sums, None)
         if self._normal is not None and self._scope is not None:
             kept = kept & self._repaired(d, target, self._normals(), self._scope, self._sums)
-        if self._norm != "linf":
+        if not self._is_box:
             kept = kept & (length(d, BALLS[self._norm].order) <= self._radius)
         if not asks(d) or not bool(kept.all()):
             together = "image" in (self._scope if self._normal else None, self._sums)
@@ -309,7 +314,7 @@ class Grid:
             part = slice(c, c + 1) if apart else slice(None)
             rows, goal, normal, k = (_rows(t[:, part], inner) for t in (d, target, n, self._k))
             radius = self._radius.view(-1, 1).repeat_interleave(len(rows) // len(d), 0)
-            wide = 1 if self._norm == "linf" else 4  # few may be moved towards 0 where most are there
+            wide = 1 if self._is_box else 4  # few may be moved towards 0 where most are there
             if self._mask is not None:
                 radius = radius * _rows(self._mask[:, part], inner)
             limits = self._limits(k, radius)
@@ -338,7 +343,7 @@ class Grid:
             at, most = k[:, columns][rows], (radius if self._mask is None else radius[:, columns])[rows]
             box = torch.maximum(-most, -at), torch.minimum(most, self._top - at)
             # Towards 0 no ball is left; of that for the last few something was left over.
-            return (box if self._norm == "linf" else (d.clamp(max=0), d.clamp(min=0))), box, at
+            return (box if self._is_box else (d.clamp(max=0), d.clamp(min=0))), box, at
 
         return within
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BALLS", "Ball", "Norm", "perturbation_norm"]
 
-Norm = Literal["linf", "l2", "l1"]
+Norm = Literal["linf", "l2", "l1", "l0"]
+"""L0 is the number of pixels that move, in whichever of their channels."""
 
 _IMAGE = scope_dims("image")
 
@@ -30,8 +31,8 @@ class Ball:
     """What a norm is to a region.
 
     Attributes:
-        order: of `torch.linalg.vector_norm`.
-        dual: the norm whose value at g is the most that ⟨g, δ⟩ is where this one of δ is 1.
+        order: of `torch.linalg.vector_norm`; 0 for L0, of pixels.
+        dual: the norm whose value at g is the most that ⟨g, δ⟩ is where this one of δ is 1, and its entries at most 1.
         is_box: whether its ball is a box; the set of allowed points then lies in it.
         step: the best step (allowed, start, gradient, alpha, count), which may leave the ball unless that is a box.
         project: the nearest allowed point in the ball (allowed, points, radius), but for round-off.
@@ -47,7 +48,7 @@ class Ball:
 
     def of_ones(self, count: int) -> float:
         """The norm of `count` ones, and so of what is nowhere larger, at most."""
-        return float(count ** (1 / self.order))
+        return float(count ** (1 / self.order)) if self.order > 0 else float(count)
 
 
 def _laplace(draw: Callable[..., Tensor], shape: Sequence[int]) -> Tensor:
@@ -81,11 +82,21 @@ BALLS: dict[Norm, Ball] = {
         project=lambda allowed, points, radius: allowed.nearest_in_l1_ball(points, radius),
         direction=_laplace,
     ),
+    "l0": Ball(
+        order=0,
+        dual="linf",
+        is_box=False,
+        step=lambda allowed, start, g, alpha, _: allowed.step(start, g, alpha),
+        project=lambda allowed, points, radius: by_support(allowed, points, radius),
+        direction=lambda draw, shape: 2 * draw(shape) - 1,
+    ),
 }
 
 
 def perturbation_norm(delta: Tensor, norm: Norm) -> Tensor:
     """The norm of each perturbation (N, C, H, W): (N,), the dtype of `delta`."""
+    if norm == "l0":
+        return (delta != 0).any(1).sum((1, 2)).to(delta.dtype)
     order = BALLS[norm].order
     size: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(delta, order, dim=-1), order, dim=(-2, -1))
     return size
@@ -160,6 +171,31 @@ def by_threshold(allowed: Allowed, points: Tensor, radius: Tensor) -> Tensor:
         high = torch.where(under, mu, high)
         done = done | near | (high - low <= 1e-9 * high)
     return inside
+
+
+def by_support(allowed: Allowed, points: Tensor, radius: Tensor) -> Tensor:
+    """The projection onto a set of which `radius` pixels move, those by which the box's nearest point comes nearer.
+
+    Without planes it is the nearest point of the L0 ball in the box. With them that would be one among all supports;
+    this is the nearest one on the support chosen.
+    """
+    x = allowed.images
+    beyond = points - points.clamp(allowed.lower, allowed.upper)
+    gain = ((points - x).square_() - beyond.square_()).sum(1, keepdim=True)
+    pixels = largest(gain, radius)
+    return among(allowed, pixels).nearest(torch.where(pixels, points, x))
+
+
+def among(allowed: Allowed, pixels: Tensor) -> Allowed:
+    """The set in which only these pixels, (N, 1, H, W), move."""
+    x = allowed.images
+    return allowed.boxed(torch.where(pixels, allowed.lower, x), torch.where(pixels, allowed.upper, x))
+
+
+def largest(values: Tensor, count: Tensor) -> Tensor:
+    """(N, 1, H, W) bool, of each sample the `count` (N, 1, 1, 1), rounded down, largest, of equal ones the first."""
+    ranks = values.flatten(1).argsort(stable=True, dim=1, descending=True).argsort(1)
+    return (ranks < count.floor().view(-1, 1)).view_as(values)
 
 
 def sparsity(points: Tensor) -> int:

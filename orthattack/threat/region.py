@@ -18,7 +18,7 @@ from orthattack.arguments import uploaded
 from orthattack.projection import block_size, cut, is_fine, joined, reciprocal, scope_dims
 from orthattack.threat.blocks import Blocks
 from orthattack.threat.levels import Grid, snapped
-from orthattack.threat.norms import BALLS, length, unit
+from orthattack.threat.norms import BALLS, among, length, unit
 from orthattack.threat.plane import Plane
 from orthattack.threat.sets import Allowed, Free
 from orthattack.threat.subspace import Subspace
@@ -117,6 +117,16 @@ class Region:
             region._allowed = self._allowed.boxed(*region._box(self.images))
         return region
 
+    def nearest(self, points: Tensor, pixels: Tensor) -> Tensor:
+        """The point of bounds and planes nearest to `points` in which these pixels, (N, 1, H, W) bool, move alone."""
+        points = torch.where(pixels, points.to(self.images.dtype), self.images)
+        return self._stored(among(self._allowed, pixels).nearest(points))
+
+    def vertex(self, gradient: Tensor, pixels: Tensor) -> Tensor:
+        """Of the same points, the one that gains the most along a gradient: without planes, a corner of the bounds."""
+        alpha = torch.full_like(self.images[:, :1, :1, :1], self.threat.bounds[1] - self.threat.bounds[0])
+        return self._stored(among(self._allowed, pixels).step(self.images, gradient, alpha))
+
     def release(self) -> None:
         """Give back the working memory of the steps, four image batches, which the next one takes again."""
         self._allowed.release()
@@ -190,14 +200,15 @@ class Region:
 
         On the box and the plane it is ``clip(p - λ x)``. The L2 ball adds a second multiplier, a factor s <= 1 on the
         perturbation: ``clip(x + s (p - x) - λ x)`` with the s at which the ball's surface is reached; the L1 ball a
-        threshold μ >= 0: ``clip(x + soft(p - x - λ x, μ))``.
+        threshold μ >= 0: ``clip(x + soft(p - x - λ x, μ))``. L0: on the pixels that come nearest without the plane.
 
         Source: docs/method.md, "The nearest point".
         """
         points = points.to(self.images.dtype).contiguous()
         points = points if self._mask is None else torch.where(self._mask, points, self.images)
         points = self._ball.project(self._allowed, points, self.eps)
-        return self._stored(points) if self._ball.is_box else self._stored_in_ball(points)
+        in_ball = self._ball.is_box or self._ball.order == 0  # which rounding does not lead out of
+        return self._stored(points) if in_ball else self._stored_in_ball(points)
 
     def stored(self, points: Tensor) -> Tensor:
         """`points` of the region as they are judged: with `levels`, the nearest ones that can be stored and keep what
@@ -213,6 +224,8 @@ class Region:
         A good start after the ball became smaller: unlike `project` it keeps the perturbation's direction, for pulling
         leaves neither box nor plane.
         """
+        if self._ball.order == 0:
+            return self.project(points)
         points = points.to(self.images.dtype)
         size = length((points - self.images).double(), self._ball.order)
         factor = (self.eps * reciprocal(size)).clamp(max=1).to(points.dtype)
@@ -221,9 +234,9 @@ class Region:
     def random_start(self, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
         """A random point of the region.
 
-        Uniform in the ball (for L2 and L1 within the plane), then projected onto the region. The numbers are drawn on
-        the generator's device, so a CPU generator gives the same start on every device. With a generator for each
-        sample, a sample's start does not depend on the others.
+        Uniform in the ball (for L2 and L1 within the plane; for L0 in the bounds), then projected onto the region. The
+        numbers are drawn on the generator's device, so a CPU generator gives the same start on every device. With a
+        generator for each sample, a sample's start does not depend on the others.
         """
         x, eps = self.images, self.eps.to(self.images.dtype)
 
@@ -235,7 +248,9 @@ class Region:
             return uploaded(torch.stack(rows), x.device)
 
         offset = self.masked(self._ball.direction(draw, x.shape))
-        if not self._ball.is_box:  # the volume within a radius grows as its n-th power
+        if self._ball.order == 0:
+            eps = torch.full_like(eps, self.threat.bounds[1] - self.threat.bounds[0])
+        elif not self._ball.is_box:  # the volume within a radius grows as its n-th power
             count = x[0].numel() if self._mask is None else self._mask.sum((1, 2, 3)).view(-1, 1, 1, 1).clamp(min=1)
             radius = draw((len(x), 1, 1, 1)) ** (1 / (count if isinstance(count, Tensor) else max(1, count)))
             offset = radius * unit(self._allowed.tangent(offset), self._ball.order)

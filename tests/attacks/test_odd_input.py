@@ -112,8 +112,8 @@ def cases(draw: Any, name: str) -> tuple[Any, ...]:
     dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.float64, *halves]))
     images = make_images(draw(st.sampled_from(IMAGE_KINDS)), shape, draw(st.integers(0, 99)), dtype)
     labels = torch.tensor(draw(st.lists(st.integers(0, CLASSES - 1), min_size=shape[0], max_size=shape[0])))
-    norm = draw(st.sampled_from(["linf", "l2", "l1"]))
-    eps = draw(st.sampled_from([0.0, 1e-6, 1 / 255, 8 / 255, 0.5, 1.0, 3.0, 1e6]))
+    norm = draw(st.sampled_from(kind.norms))
+    eps = draw(st.sampled_from([0.0, 1e-6, 1 / 255, 8 / 255, 0.5, 1.0, 3.0, 1e6, *[5.0, 12.0] * (norm == "l0")]))
     return norm, eps, options, images, labels, draw(st.sampled_from(LAYOUTS))
 
 

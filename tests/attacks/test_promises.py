@@ -20,18 +20,20 @@ from tests.attacks.test_family import FAMILY, Alone, sizes
 
 pytestmark = pytest.mark.heavy
 
-RADII = {"linf": 8 / 255, "l2": 1.5, "l1": 40.0}
+RADII = {"linf": 8 / 255, "l2": 1.5, "l1": 40.0, "l0": 24.0}
 SETTINGS: dict[str, dict[str, Any]] = {
     **FAMILY,
-    **{name: {"queries": 60} for name in ("Square", "OrthoSquare")},
+    **{name: {"queries": 60} for name in ("Square", "OrthoSquare", "SparseRS", "OrthoSparseRS")},
     **{name: {"queries": 90, "pairs": 14} for name in ("NES", "OrthoNES")},
+    **{name: {"steps": 60} for name in ("SigmaZero", "OrthoSigmaZero")},
     "DetectorEvasion": {"steps": 6, "scope": "image"},
     "Bisection": {},
 }
 COUNT = 4
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+NORMS = {name: getattr(getattr(orthattack, name), "norms", ("linf", "l2", "l1")) for name in SETTINGS}
 names = pytest.mark.parametrize("name", SETTINGS)
-norms = pytest.mark.parametrize("norm", RADII)
+in_each_norm = pytest.mark.parametrize(("name", "norm"), [(name, norm) for name in SETTINGS for norm in NORMS[name]])
 
 
 @functools.cache
@@ -51,7 +53,8 @@ def roughness(images: Tensor) -> Tensor:
 THRESHOLD = 1.0  # no image is that rough: that evasion evades is tested on a trained detector, in test_detector.py
 
 
-def make(name: str, model: nn.Module, norm: str = "linf") -> Any:
+def make(name: str, model: nn.Module, norm: str | None = None) -> Any:
+    norm = norm or NORMS[name][0]
     options = {"norm": norm, "eps": RADII[norm], **SETTINGS[name]}
     if name == "Bisection":
         inner = OrthoAPGD(model, norm=norm, eps=RADII[norm] / 4, steps=5, generator=torch.Generator().manual_seed(0))
@@ -81,8 +84,7 @@ def assert_feasible(name: str, norm: str, images: Tensor, found: Tensor, cosine:
 
 
 @pytest.mark.heavy
-@norms
-@names
+@in_each_norm
 def test_it_fools_the_model_and_says_so(name, norm):
     model, images, labels = trained()
     result = outcome(name, norm)
@@ -90,13 +92,12 @@ def test_it_fools_the_model_and_says_so(name, norm):
         assert (model(images).argmax(1) == labels).all()
         assert torch.equal(result.success, model(result.adversarials).argmax(1) != labels)
     # Sixty squares, three estimates, or one step or few of a hundredth of the pixels each, fool some.
-    few = "Square" in name or "NES" in name or norm == "l1" or name.endswith("FGSM")
+    few = "Square" in name or "NES" in name or "SparseRS" in name or norm == "l1" or name.endswith("FGSM")
     assert int(result.success.sum()) >= (1 if few else COUNT - 1)
 
 
 @pytest.mark.heavy
-@norms
-@names
+@in_each_norm
 def test_it_stays_inside_the_threat_model(name, norm):
     _, images, _ = trained()
     result = outcome(name, norm)
@@ -108,7 +109,7 @@ def test_it_stays_inside_the_threat_model(name, norm):
 def test_the_same_seed_gives_the_same_bits(name):
     model, images, labels = trained()
     again = make(name, model).run(images, labels)
-    for field, value in vars(outcome(name, "linf")).items():
+    for field, value in vars(outcome(name, NORMS[name][0])).items():
         assert torch.equal(value, getattr(again, field)), field
 
 
@@ -133,7 +134,7 @@ def test_other_dtypes_and_devices(name, dtype, cosine, device):
     result = make(name, model).run(images, labels)
     found = result.adversarials
     assert (found.dtype, found.device) == (dtype, images.device)
-    assert_feasible(name, "linf", images, found, cosine)
+    assert_feasible(name, NORMS[name][0], images, found, cosine)
     assert {value.device for value in vars(result).values()} == {images.device}
     with torch.no_grad():
         assert torch.equal(result.success, model(found).argmax(1) != labels)

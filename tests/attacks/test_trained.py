@@ -28,7 +28,8 @@ from orthattack.eval.data.load import load_dataset
 from orthattack.eval.models.load import load_classifier
 from scripts.measure_levels import measured
 from scripts.measure_rounding import measure
-from tests.attacks.test_family import FAMILY, RADII, make
+from tests.attacks.test_family import EPS as RADII
+from tests.attacks.test_family import FAMILY, make
 
 EPS = 8 / 255
 LUMA = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
@@ -109,7 +110,8 @@ def test_every_attack_keeps_block_means_and_luma(trained, name, words):
     """As pooling and a grey image have them, for each norm in turn."""
     model, images, labels = (part[:6] if isinstance(part, Tensor) else part for part in trained)
     scope, normal = KEPT[words]
-    norm = list(RADII)[2 * len(name) % 3]
+    norms = getattr(getattr(orthattack, name), "norms", PGD.norms)
+    norm = norms[2 * len(name) % len(norms)]
     options = {"scope": scope, "normal": normal}
     attack = (
         Bisection(OrthoPGD(model, norm, RADII[norm], steps=3, generator=seeded(), **options), trials=4)

@@ -172,7 +172,7 @@ def make_run(
                             cosine = rng.normal() * (1e-9 if orthogonal else 0.08)
                             row |= {
                                 "margin": 1.0 if fooled else -1.0,
-                                "l0": 3 * size * size,
+                                "l0": size * size,
                                 "l1": length * 100,
                                 "l2": length * 10,
                                 "linf": length,

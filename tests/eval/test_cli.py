@@ -250,7 +250,7 @@ def test_what_cannot_work_is_refused_in_one_line(capsys, tmp_path, arguments, me
     ("name", "message"),
     [
         ("EADL1", "torchattacks:EADL1 works in l1, not in linf: choose --norm l1"),
-        ("JSMA", "torchattacks:JSMA cannot be run here: it changes few pixels by any amount"),
+        ("JSMA", "torchattacks:JSMA works in l0, not in linf: choose --norm l0"),
     ],
 )
 def test_what_of_torchattacks_cannot_work_is_refused_in_one_line(capsys, tmp_path, name, message):

@@ -26,7 +26,7 @@ def test_norms_of_known_perturbations():
     assert perturbation_norm(delta, "l1").tolist() == [7, 6]
 
 
-@pytest.mark.parametrize("norm", get_args(Norm))
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_lengths_are_norms_in_float64_and_units_have_length_1_at_any_scale(norm):
     delta = make_gradient("heavy", make_images("uniform", (3, 3, 5, 7), 0), 0)
     delta[1] = 0

@@ -692,7 +692,7 @@ def test_memory_layout_does_not_matter():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"norm": "l0"}, "norm must be one of 'linf', 'l2', 'l1'; got 'l0'"),
+        ({"norm": "l3"}, "norm must be one of 'linf', 'l2', 'l1', 'l0'; got 'l3'"),
         ({"eps": -0.1}, "eps must be a finite number >= 0, in pixel units such as 8/255; got -0.1"),
         ({"eps": float("nan")}, "eps must be a finite number"),
         ({"bounds": (1, 0)}, r"bounds must be two finite numbers \(low, high\) with low < high; got \(1, 0\)"),

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from orthattack.attacks.base import Card
 from orthattack.eval.attacks.kind import (
     GIVEN,
-    L0,
     STEP,
     AttackKind,
     Conditions,
@@ -114,6 +113,8 @@ def foolbox_norms(kind: Any, options: Mapping[str, Any] | None = None) -> tuple[
     distance = inspect.getattr_static(kind, "distance", None)
     if isinstance(distance, LpDistance):
         return (_BY_ORDER[distance.p],)
+    if kind is foolbox.attacks.PointwiseAttack:  # which takes back as many numbers as it can
+        return ("l0",)
     return ("linf",) if kind.__name__.startswith("Linf") else ("l2",)
 
 
@@ -126,8 +127,6 @@ _NOT_AIMED = (
 _BY_ORDER: dict[float, Norm] = {ball.order: norm for norm, ball in BALLS.items()}
 
 _NOT_RUN = {
-    "L0FMNAttack": L0, "L0BrendelBethgeAttack": L0,
-    "PointwiseAttack": L0,
     "Attack": "it is what the others are made of",
     "BinarizationRefinementAttack": "it only improves what another attack has found",
     "DatasetAttack": "it chooses among other images, which have to be fed to it first",

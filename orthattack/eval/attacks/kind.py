@@ -30,7 +30,7 @@ GIVEN = {"model", "norm", "eps", "bounds", "targeted", "generator", "detector"} 
 class Conditions:
     """What all attacks of an evaluation share."""
 
-    norm: Norm = "linf"  # "linf", "l2" or "l1"
+    norm: Norm = "linf"
     eps: float | None = 4 / 255  # radius in units of [0, 1] pixels; None for attacks that minimise the norm
     # gradient steps of the iterative attacks, with a step size of `2.5 * eps / steps` where the attack has none
     # of its own
@@ -142,7 +142,7 @@ def listed(
 ) -> dict[str, Any]:
     """An attack that can be named, for a list: what it can be run for, and its ``parameters``, as a run that says
     nothing of them uses them; ``needs`` is a package that it needs and that is not installed."""
-    without = GIVEN | {"options", "distance", "max_epsilon"}
+    without = GIVEN | {"options", "distance", "max_epsilon", "pixels"}
     parameters = {
         parameter.name: None if parameter.default is parameter.empty else parameter.default
         for parameter in inspect.signature(kind).parameters.values()
@@ -206,7 +206,6 @@ class Placeholder(nn.Module):
         return images.flatten(1)[:, :2] * self.weight
 
 
-L0 = "it changes few pixels by any amount (L0), which is no norm of an evaluation: it would be ranked by another"
 STEP = 2.5  # steps times step size, in units of eps: enough to cross the ball from a random start
 
 _FAMILIES = {"FastGradientAttack": "FGSM", "ProjectedGradientDescentAttack": "PGD", "BasicIterativeAttack": "PGD",

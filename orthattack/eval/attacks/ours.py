@@ -48,7 +48,11 @@ def list_ours() -> list[dict[str, Any]]:
     """`OURS`, for a list."""
     steps = {"steps": Conditions().steps}
     kinds = [(name, getattr(ours, name)) for name in OURS]
-    return [listed(name, kind, get_args(Norm), steps if "steps" in options_of(kind) else {}) for name, kind in kinds]
+    norms = [getattr(kind, "norms", get_args(Norm)) for _, kind in kinds]  # a bisection's are its attack's
+    return [
+        listed(name, kind, own, steps if "steps" in options_of(kind) else {})
+        for (name, kind), own in zip(kinds, norms, strict=True)
+    ]
 
 
 def our_attack(name: str, options: dict[str, Any]) -> AttackKind:
@@ -75,7 +79,7 @@ def our_attack(name: str, options: dict[str, Any]) -> AttackKind:
         return OwnRunner(_own(kind, options, model, conditions), conditions.batch_size)
 
     packs = bool(options.get("early_stop"))
-    return _declared(name, options, partial(_own, kind, options), ("linf", "l2", "l1"), make, packs)
+    return _declared(name, options, partial(_own, kind, options), kind.norms, make, packs)
 
 
 def _declared(
@@ -88,7 +92,7 @@ def _declared(
 ) -> AttackKind:
     """An attack of ours, with what one of its kind says of itself; EvaluationError if an option is wrong."""
     try:
-        card, aimed = (attack(Placeholder(), Conditions(targeted=way)).card for way in (False, True))
+        card, aimed = (attack(Placeholder(), Conditions(norms[0], targeted=way)).card for way in (False, True))
     except (TypeError, ValueError) as error:
         raise EvaluationError(f"attack {name} cannot be made: {error}") from error
     is_foreign = any(map(_is_code, options.values()))
@@ -133,7 +137,8 @@ def _bisection(name: str, options: dict[str, Any]) -> AttackKind:
     if inner.card.minimal:
         raise EvaluationError(f"{name} needs attack = the name of an attack with an eps, such as OrthoPGD")
     kind = getattr(ours, inner.name)
-    first = {"linf": 4 / 255, "l2": 0.5, "l1": 8.0}  # where to begin; the radius is doubled until something falls
+    # Where to begin; the radius is doubled until something falls.
+    first: dict[Norm, float] = {"linf": 4 / 255, "l2": 0.5, "l1": 8.0, "l0": 8.0}
 
     def attack(model: nn.Module, conditions: Conditions) -> Any:
         start = replace(conditions, eps=first[conditions.norm])

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from orthattack.attacks.base import Card
 from orthattack.eval.attacks.kind import (
     GIVEN,
-    L0,
     STEP,
     AttackKind,
     Conditions,
@@ -56,7 +55,7 @@ def torchattacks_attack(name: str, rest: str, options: dict[str, Any]) -> Attack
         if "n_classes" in parameters:
             more.setdefault("n_classes", conditions.classes)
         if radius is not None:
-            more[radius] = conditions.eps
+            more[radius] = conditions.eps if radius != "pixels" else int(conditions.eps or 0)
             if _scales(kind) and conditions.eps is not None:
                 more.setdefault("alpha", STEP * conditions.eps / more["steps"])
         attack = kind(model, **more)
@@ -103,7 +102,7 @@ def _scales(kind: Any) -> bool:
 
 def _radius(kind: Any) -> str | None:
     """What an attack calls its radius; None if it minimises the norm."""
-    return next((key for key in ("eps", "max_epsilon") if key in inspect.signature(kind).parameters), None)
+    return next((key for key in ("eps", "max_epsilon", "pixels") if key in inspect.signature(kind).parameters), None)
 
 
 def _goals(name: str) -> Goals:
@@ -161,6 +160,7 @@ _ALL: tuple[Norm, ...] = ("linf", "l2", "l1")
 _NORMS: dict[str, tuple[Norm, ...]] = {
     **dict.fromkeys(("APGD", "APGDT", "AutoAttack", "Square"), ("linf", "l2")),
     **dict.fromkeys(("CW", "DeepFool", "PGDL2", "PGDRSL2"), ("l2",)),
+    **dict.fromkeys(("JSMA", "OnePixel", "Pixle", "SparseFool"), ("l0",)),
     "FAB": _ALL, "EADL1": ("l1",), "EADEN": ("l1", "l2"),
 }  # fmt: skip
 
@@ -168,7 +168,6 @@ _NOT_AIMED = {"APGD", "APGDT", "AutoAttack", "DeepFool", "PIFGSM", "SparseFool",
 """What cannot be given classes to reach: torchattacks' ``supported_mode``."""
 
 _NOT_RUN = {
-    "SparseFool": L0, "OnePixel": L0, "Pixle": L0, "JSMA": L0,
     "GN": "it adds noise of one size (std) whatever the radius",
     "VANILA": "it returns the images as they are",
     "LGV": "it trains models first, on a training set",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from orthattack.eval.attacks.kind import (
 from orthattack.eval.attacks.seeds import drawing, joint_seed
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.plugin import kept_process
-from orthattack.threat import ThreatModel
+from orthattack.threat import Norm, ThreatModel
 
 
 def user_attack(name: str, factory: Any, given: Mapping[str, Any] | None = None) -> AttackKind:
@@ -53,7 +53,8 @@ def user_attack(name: str, factory: Any, given: Mapping[str, Any] | None = None)
         more = {key: value for key, value in shared.items() if key in parameters}
         return factory(model, **{**more, **options})
 
-    card, said = _card(made), getattr(factory, "card", None)
+    norms = factory.norms if isinstance(factory, type) and issubclass(factory, Attack) else get_args(Norm)
+    card, said = _card(made, norms[0]), getattr(factory, "card", None)
     said = said if isinstance(said, Card) else Card(name)  # of a class of ours it is a property
 
     def make(model: nn.Module, conditions: Conditions) -> Runner:
@@ -71,15 +72,15 @@ def user_attack(name: str, factory: Any, given: Mapping[str, Any] | None = None)
         return run
 
     goals: Goals = "any" if takes_any or "targeted" in parameters else "untargeted"
-    return AttackKind(name, "user", options, said if card is None else card, ("linf", "l2", "l1"), make, goals=goals)
+    return AttackKind(name, "user", options, said if card is None else card, norms, make, goals=goals)
 
 
-def _card(made: Any) -> Card | None:
+def _card(made: Any, norm: Norm) -> Card | None:
     """What an attack of ours says of itself; None of what is none, or cannot be made for any model but the real one."""
     try:
         with drawing(0), kept_process():
             warnings.simplefilter("ignore")
-            return _told(made(Placeholder(), Conditions()))
+            return _told(made(Placeholder(), Conditions(norm)))
     except (Exception, SystemExit):  # a user's function may raise anything
         return None
 

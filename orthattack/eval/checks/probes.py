@@ -31,7 +31,8 @@ class Probe:
 
 
 def probes(norm: Norm, eps: Sequence[float], steps: int, size: int) -> list[Probe]:
-    """The attacks of the checks, at the middle one of the radii, for a model whose square input has `size` pixels."""
+    """The attacks of the checks, at the middle one of the radii, for a model whose square input has `size` pixels; none
+    in L0, where PGD has no step."""
     radius = sorted(eps)[len(eps) // 2]
     everything = 0.5 * BALLS[norm].of_ones(3 * size * size)
 
@@ -47,7 +48,7 @@ def probes(norm: Norm, eps: Sequence[float], steps: int, size: int) -> list[Prob
         Probe("PGD, any image", pgd(), everything),
         Probe("queries only", attack_kind("Square", {"queries": QUERIES, "early_stop": True}), radius),
     ]
-    return [probe for probe in found if radius > 0]
+    return [probe for probe in found if radius > 0 and norm in probe.kind.norms]
 
 
 def planned_probes(

@@ -17,7 +17,7 @@ from orthattack.eval.results.stored_run import WORST, Run
 from orthattack.eval.storage.run_folder import shown_eps
 
 UNDEFINED = "–"
-NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1"}
+NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1", "l0": "L0"}
 Row = Mapping[str, Any]
 
 

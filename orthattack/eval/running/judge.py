@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -222,7 +222,7 @@ def row_columns(
     adversarials: Tensor = found.adversarials
     x = images.double()
     delta = adversarials.double() - x
-    sizes: dict[Norm, Tensor] = {name: perturbation_norm(delta, name) for name in ("l1", "l2", "linf")}
+    sizes: dict[Norm, Tensor] = {name: perturbation_norm(delta, name) for name in get_args(Norm)}
     right = torch.tensor(clean_right, device=images.device)
     predictions, margins, wrong, reached = _verdict(judge.logits(adversarials.nan_to_num(0)), labels, targets)
     before = torch.tensor(clean, device=images.device)
@@ -247,7 +247,6 @@ def row_columns(
         "adversarial_prediction": predictions.tolist(),
         "success": [fooled[k] if state == "ok" else None for k, state in enumerate(status)],
         "margin": margins.tolist(),
-        "l0": (delta != 0).flatten(1).sum(1).tolist(),
         **{name: size.tolist() for name, size in sizes.items()},
         "cosine": alignment(delta, x).tolist(),
         **{f"cosine_{name}": per_channel[:, c].tolist() for c, name in enumerate(("red", "green", "blue"))},

@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, RootModel, ValidationError, model_validator
 
-Norm = Literal["linf", "l2", "l1"]  # `orthattack.threat.Norm`, which would bring torch
+Norm = Literal["linf", "l2", "l1", "l0"]  # `orthattack.threat.Norm`, which would bring torch
 Kind = Literal["clean", "shards", "checks", "transfer"]
 STATUSES = ("ok", "misclassified", "unreadable", "error", "invalid")
 
@@ -44,7 +44,7 @@ ROW_SCHEMA = pa.schema(
         ("adversarial_prediction", pa.int32()),
         ("success", pa.bool_()),  # newly fooled: clean correctly classified, adversarial not
         ("margin", pa.float32()),  # at the adversarial image: largest other logit minus the label's
-        ("l0", pa.int32()),  # numbers changed, of the 3 H W
+        ("l0", pa.int32()),  # pixels changed, of the H W
         ("l1", pa.float64()),
         ("l2", pa.float64()),
         ("linf", pa.float64()),

@@ -16,7 +16,7 @@ from orthattack.eval.suite import make_suite
 
 torchattacks = pytest.importorskip("torchattacks")
 
-RADII = {"linf": 0.05, "l2": 1.0, "l1": 20.0}
+RADII = {"linf": 0.05, "l2": 1.0, "l1": 20.0, "l0": 3}
 # So that an attack ends soon.
 SHORT = {
     "steps": 3, "max_iterations": 10, "n_queries": 20, "binary_search_steps": 2, "initial_gradient_eval_steps": 4,
@@ -39,7 +39,9 @@ SAMPLE = [
     ("foolbox:BinarySearchContrastReductionAttack", "linf"), ("foolbox:LinearSearchContrastReductionAttack", "l1"),
     ("foolbox:FGM", "l2"), ("foolbox:InversionAttack", "l1"), ("foolbox:VirtualAdversarialAttack", "l2"),
     ("foolbox:HopSkipJumpAttack", "l2"), ("foolbox:LInfFMNAttack", "linf"), ("torchattacks:EADL1", "l1"),
-    ("torchattacks:FAB", "l1"), ("torchattacks:PIFGSM", "linf"), ("torchattacks:AutoAttack", "l2"),
+    ("foolbox:L0FMNAttack", "l0"), ("foolbox:PointwiseAttack", "l0"), ("torchattacks:OnePixel", "l0"),
+    ("torchattacks:SparseFool", "l0"), ("torchattacks:FAB", "l1"), ("torchattacks:PIFGSM", "linf"),
+    ("torchattacks:AutoAttack", "l2"),
 ]  # fmt: skip
 
 
@@ -59,7 +61,8 @@ def run(name, norm):
         runner = kind.bind(model, Conditions(norm, None if kind.card.minimal else RADII[norm], 3, 5, targeted=targeted))
         adversarials = runner(images, model(images).argmax(1), [0, 1, 2]).adversarials
     delta = (adversarials - images).flatten(1)
-    length = {"linf": delta.abs().amax(1), "l2": delta.norm(dim=1), "l1": delta.abs().sum(1)}[norm]
+    pixels = (adversarials != images).any(1).flatten(1).sum(1)
+    length = {"l0": pixels, "linf": delta.abs().amax(1), "l2": delta.norm(dim=1), "l1": delta.abs().sum(1)}[norm]
     assert adversarials.shape == images.shape
     if "torchattacks:EAD" not in name:  # which lets pixels leave [0, 1]; an evaluation calls such images invalid
         assert adversarials.min() >= 0
@@ -93,6 +96,8 @@ def test_every_listed_attack_runs_in_every_norm_that_it_names(name, norm):
         ("foolbox:SaltAndPepperNoiseAttack", ("l2",)),
         ("foolbox:FGM", ("l2",)),
         ("foolbox:EADAttack", ("l1",)),
+        *((f"torchattacks:{name}", ("l0",)) for name in ("SparseFool", "OnePixel", "Pixle", "JSMA")),
+        *((f"foolbox:{name}", ("l0",)) for name in ("L0FMNAttack", "L0BrendelBethgeAttack", "PointwiseAttack")),
         ("foolbox:LinfinityBrendelBethgeAttack", ("linf",)),
         ("foolbox:InversionAttack", ("linf", "l2", "l1")),
     ],
@@ -100,7 +105,7 @@ def test_every_listed_attack_runs_in_every_norm_that_it_names(name, norm):
 def test_an_attack_is_accepted_in_its_norms_and_refused_in_others(name, norms):
     kind = attack_kind(name)
     assert kind.norms == norms
-    for norm in {"linf", "l2", "l1"} - set(norms):
+    for norm in {"linf", "l2", "l1", "l0"} - set(norms):
         with pytest.raises(
             EvaluationError, match=f"{name} works in {' or '.join(norms)}, not in {norm}: choose --norm"
         ):
@@ -114,8 +119,6 @@ def test_the_constraint_of_hopskipjump_is_its_norm():
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        *((f"torchattacks:{name}", "few pixels by any") for name in ("SparseFool", "OnePixel", "Pixle", "JSMA")),
-        *((f"foolbox:{name}", "few pixels by any") for name in ("L0FMNAttack", "L0BrendelBethgeAttack")),
         ("torchattacks:LGV", "trains models first"),
         ("torchattacks:VANILA", "returns the images as they are"),
         ("torchattacks:GN", "adds noise of one size"),
