@@ -46,13 +46,19 @@ def _accepted(kind: Any) -> list[str]:
 
 def list_ours() -> list[dict[str, Any]]:
     """`OURS`, for a list."""
-    steps = {"steps": Conditions().steps}
     kinds = [(name, getattr(ours, name)) for name in OURS]
-    norms = [getattr(kind, "norms", get_args(Norm)) for _, kind in kinds]  # a bisection's are its attack's
-    return [
-        listed(name, kind, own, steps if "steps" in options_of(kind) else {})
-        for (name, kind), own in zip(kinds, norms, strict=True)
-    ]
+    # A bisection's norms are its attack's.
+    return [listed(name, kind, getattr(kind, "norms", get_args(Norm)), _in_force(kind)) for name, kind in kinds]
+
+
+def _in_force(kind: Any) -> dict[str, Any]:
+    """The number of steps and their size in a run that says nothing of them."""
+    options = options_of(kind)
+    used: dict[str, Any] = {"steps": Conditions().steps} if "steps" in options else {}
+    if "alpha" in options:
+        made = kind(Placeholder(), eps=1.0)
+        used["alpha"] = f"{made.alpha * made.steps:g}*eps/steps".removeprefix("1*")
+    return used
 
 
 def our_attack(name: str, options: dict[str, Any]) -> AttackKind:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from orthattack import attacks
 from orthattack.eval.attacks.kind import Conditions, Placeholder
 from orthattack.eval.attacks.load import attack_kind, list_attacks
 from orthattack.eval.errors import EvaluationError
@@ -148,6 +149,23 @@ def test_what_is_given_classes_to_reach_is_in_the_table():
         assert goals[name] == "untargeted"
         with pytest.raises(EvaluationError, match=f"{name} cannot be given classes to reach.*: leave it out"):
             attack_kind(name).check("linf", 3, targeted=True)
+
+
+def test_the_options_that_are_listed_of_ours_are_those_of_a_run():
+    ours = {attack["name"]: attack["parameters"] for attack in list_attacks() if ":" not in attack["name"]}
+    assert ours["PGD"]["alpha"] == "2.5*eps/steps"
+    assert ours["MIFGSM"]["alpha"] == "eps/steps"
+    for name, parameters in ours.items():
+        made = (
+            attack_kind(name)
+            .bind(Placeholder(), Conditions(getattr(getattr(attacks, name), "norms", ["linf"])[0], 0.1))
+            ._attack
+        )
+        for key in {"steps", "restarts", "queries"} & parameters.keys():
+            assert getattr(made, key) == parameters[key] or parameters[key] is None, (name, key)
+        if "alpha" in parameters:
+            scale = float(parameters["alpha"].removesuffix("eps/steps").removesuffix("*") or 1)
+            assert made.alpha == pytest.approx(scale * 0.1 / made.steps), name
 
 
 @pytest.mark.parametrize("prefix", ["foolbox:", "torchattacks:"])
