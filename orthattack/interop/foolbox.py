@@ -291,6 +291,15 @@ class _PullingDistance(LpDistance):  # type: ignore[misc]
         super().__init__(BALLS[threat.norm].order)
         self._threat = threat
 
+    def __call__(self, references: T, perturbed: T) -> T:
+        """As Foolbox measures, but in L0 pixels are counted, not the numbers in them."""
+        if self._threat.norm != "l0":
+            measured: T = super().__call__(references, perturbed)
+            return measured
+        (x, y), restore_type = ep.astensors_(references, perturbed)
+        counted: T = restore_type(ep.astensor(perturbation_norm(y.raw.double() - x.raw.double(), "l0").to(x.raw)))
+        return counted
+
     def clip_perturbation(self, references: T, perturbed: T, epsilon: float) -> T:
         """`perturbed` within `epsilon` of the references."""
         (x, y), restore_type = ep.astensors_(references, perturbed)

@@ -30,6 +30,8 @@ from orthattack import (
     OrthoNES,
     OrthoNIFGSM,
     OrthoPGD,
+    OrthoSigmaZero,
+    OrthoSparseRS,
     OrthoSquare,
     ThreatModel,
     alignment,
@@ -125,6 +127,20 @@ def test_the_other_norms_stay_in_their_balls(trained, norm, epsilons):
     assert torch.allclose(
         attack.distance(images, clipped[1]).double(), lengths(clipped[1], images, norm), rtol=1e-4, atol=1e-6
     )
+
+
+def test_l0_counts_pixels():
+    fmodel, images, labels = tiny()
+    smallest = FoolboxMinimum(OrthoSigmaZero, steps=20)
+    raw, clipped, success = smallest(fmodel, images, labels, epsilons=[None, 1])
+    pixels = [(found != images).any(1).flatten(1).sum(1) for found in (raw[0], clipped[1])]
+    assert success[0].all()
+    assert torch.equal(smallest.distance(images, raw[0]), pixels[0].float())
+    assert pixels[0].max() > 1 == pixels[1].max()
+    assert max(cosines(found, images).max() for found in (raw[0], clipped[1])) <= 1e-6
+    _, clipped, success = FoolboxAttack(OrthoSparseRS, queries=50)(fmodel, images, labels, epsilons=[1, 2])
+    assert [int((found != images).any(1).flatten(1).sum(1).max()) for found in clipped] == [1, 2]
+    assert success[1].sum() >= success[0].sum() > 0
 
 
 def test_it_is_the_attack_itself(standard):
