@@ -66,6 +66,7 @@ NAVIGATION: dict[str, dict[str, list[str]]] = {
                 "square",
                 "sparse",
                 "nes",
+                "hop-skip-jump",
                 "autoattack",
                 "minimum-norm",
                 "detector",

@@ -14,12 +14,14 @@ from orthattack.attacks import AttackResult as AttackResult
 from orthattack.attacks import AutoAttack as AutoAttack
 from orthattack.attacks import Bisection as Bisection
 from orthattack.attacks import DetectorEvasion as DetectorEvasion
+from orthattack.attacks import HopSkipJump as HopSkipJump
 from orthattack.attacks import MinimumNorm as MinimumNorm
 from orthattack.attacks import OrthoAPGD as OrthoAPGD
 from orthattack.attacks import OrthoAutoAttack as OrthoAutoAttack
 from orthattack.attacks import OrthoDIFGSM as OrthoDIFGSM
 from orthattack.attacks import OrthoFAB as OrthoFAB
 from orthattack.attacks import OrthoFGSM as OrthoFGSM
+from orthattack.attacks import OrthoHopSkipJump as OrthoHopSkipJump
 from orthattack.attacks import OrthoMIFGSM as OrthoMIFGSM
 from orthattack.attacks import OrthoMinimumNorm as OrthoMinimumNorm
 from orthattack.attacks import OrthoNES as OrthoNES

@@ -167,12 +167,12 @@ def observe(lent: Model, images: Tensor, bounds: tuple[float, float] = (0, 1), m
 
 
 class Observer:
-    """Looks at a model once for each of its states, and warns once of each thing found."""
+    """Looks at a model once for each of its states, and warns once of each thing found, but of what is to go unsaid."""
 
-    def __init__(self) -> None:
+    def __init__(self, unsaid: Iterable[str] = ()) -> None:
         self._state: tuple[object, ...] | None = None
         self._behaviour = Behaviour()
-        self._said: set[str] = set()
+        self._said = set(unsaid)
 
     def of(self, model: Model, lent: Model, images: Tensor, bounds: tuple[float, float]) -> Behaviour:
         """The behaviour of the borrowed model `lent`, asked for only if `model` has changed since the last time."""

@@ -65,7 +65,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 # What is another attack with other defaults, or the plain form of one: in the fast lane OrthoDIFGSM, OrthoVMIFGSM and
-# OrthoNES stand for these, but in their own files.
+# OrthoNES stand for these, but in their own files. HopSkipJump asks so often that it is tested there alone.
 RELATIVES = {
     "DIFGSM",
     "VMIFGSM",
@@ -76,6 +76,8 @@ RELATIVES = {
     "OrthoSINIFGSM",
     "OrthoVNIFGSM",
     "NES",
+    "HopSkipJump",
+    "OrthoHopSkipJump",
 }
 
 

@@ -13,6 +13,8 @@ from orthattack.attacks.fab import FAB as FAB
 from orthattack.attacks.fab import OrthoFAB as OrthoFAB
 from orthattack.attacks.fgsm import FGSM as FGSM
 from orthattack.attacks.fgsm import OrthoFGSM as OrthoFGSM
+from orthattack.attacks.hop_skip_jump import HopSkipJump as HopSkipJump
+from orthattack.attacks.hop_skip_jump import OrthoHopSkipJump as OrthoHopSkipJump
 from orthattack.attacks.mifgsm import MIFGSM as MIFGSM
 from orthattack.attacks.mifgsm import OrthoMIFGSM as OrthoMIFGSM
 from orthattack.attacks.minimum import MinimumNorm as MinimumNorm

@@ -18,7 +18,8 @@ from orthattack import PGD, Bisection, DetectorEvasion, OrthoPGD, ThreatModel
 from orthattack.attacks.configured import options_of
 from orthattack.eval.attacks.ours import OURS
 
-pytestmark = pytest.mark.heavy
+# HopSkipJump says so where its few queries find nothing to begin with.
+pytestmark = [pytest.mark.heavy, pytest.mark.filterwarnings("ignore:no random point fools the model")]
 
 NAMES = [name for name in OURS if name != "Bisection"]
 IMAGES = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -38,6 +39,7 @@ def make(name: str, **options: object) -> object:
         return DetectorEvasion(classifier(), classifier(1), **{"steps": 3, "random_start": True, **options})
     quick = {"FGSM": {}, "Square": {"queries": 5}, "AutoAttack": {"steps": 2, "queries": 5}}
     quick["NES"] = {"queries": 12, "pairs": 1}
+    quick["HopSkipJump"] = {"queries": 40, "probes": 5}
     quick["MinimumNorm"] = {"gradients": 6}
     return getattr(orthattack, name)(classifier(), **{**quick.get(name.removeprefix("Ortho"), {"steps": 2}), **options})
 
