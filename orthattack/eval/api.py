@@ -82,6 +82,8 @@ def evaluate(
     wanted = attacks.items() if isinstance(attacks, Mapping) else [(None, attack) for attack in attacks or ()]
     at_hand, tables = _attacks(wanted)
     dataset = data if isinstance(data, ImageDataset) else None
+    if on_step is not None:  # which is told of all steps, unless that is not wanted
+        options.setdefault("early_stop", False)
     content: dict[str, Any] = {"models": listed, "data": {"source": dataset.name} if dataset else data, **options}
     suite = make_suite(content if attacks is None else {**content, "attacks": tables}, "evaluate")
     kinds = {spec.label: _kind(spec, at_hand.get(spec.label, {})) for spec in suite.attacks}

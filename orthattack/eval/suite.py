@@ -217,6 +217,7 @@ class Entry:
     label: str
     levels: int | None = None
     targets: str | None = None
+    early_stop: bool = False  # whether it leaves an image once it is fooled
 
 
 class Suite(_Strict):
@@ -271,6 +272,11 @@ class Suite(_Strict):
         False, "attack what is initially misclassified too; no rate changes, for it is not robust either way",
         "true or false", "--attack-misclassified", action="store_const", const=True,
     )  # fmt: skip
+    early_stop: bool = _key(
+        True, "leave an image at its first success, in our attacks; no rate changes (default: unless all images are kept)",
+        "true or false", "--no-early-stop", help="take every step, also of images that are fooled already",
+        action="store_const", const=False,
+    )  # fmt: skip
     checks: bool = _key(
         True, "run the trust checks", "true or false", "--no-checks", help="leave out the trust checks",
         action="store_const", const=False,
@@ -285,6 +291,8 @@ class Suite(_Strict):
         value = dict(value)
         if "seed" in value and "seeds" not in value:
             value["seeds"] = [value.pop("seed")]
+        # The best adversarial is asked for where it is kept, for transfer, say, or where a first success says nothing.
+        value.setdefault("early_stop", value.get("save_images") != "all" and not value.get("attack_misclassified"))
         for key in ("eps", "models", "attacks", "seeds"):
             if isinstance(value.get(key), str | int | float):
                 value[key] = [value[key]]
@@ -349,7 +357,8 @@ class Suite(_Strict):
                 label = attack.label if len(self.seeds) == 1 else f"{attack.label} (seed {seed})"
                 radii = (None,) if kind.card.minimal else attack.eps or self.eps
                 levels = attack.levels or self.levels
-                found += [Entry(attack, kind, norm, eps, seed, label, levels, self.targets) for eps in radii]
+                early = self.early_stop if kind.early_stop is None else kind.early_stop
+                found += [Entry(attack, kind, norm, eps, seed, label, levels, self.targets, early) for eps in radii]
         return found
 
     def baselines(self, kinds: Mapping[str, AttackKind] | None = None) -> dict[str, list[str]]:

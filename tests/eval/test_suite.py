@@ -246,7 +246,7 @@ def test_flags_are_the_keys_of_a_suite_with_their_help_and_their_defaults():
     for model in MODELS:
         for name, field in model.model_fields.items():
             assert (name in flags) == (name not in without), name
-            if name in flags and name != "checks":  # the flag is --no-checks
+            if name in flags and name not in ("checks", "early_stop"):  # the flags are --no-checks, --no-early-stop
                 assert flags[name].help.startswith(field.description)
     assert flags["steps"].help.endswith("(default: 10)")
     assert flags["norm"].choices == get_args(Norm)

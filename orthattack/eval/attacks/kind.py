@@ -40,6 +40,7 @@ class Conditions:
     levels: int | None = None  # what the images are stored with, if adversarials are to be exact there
     targeted: bool = False  # the labels are the classes to reach
     on_step: OnStep | None = None  # is told of each batch of points that an attack with our interface scores
+    early_stop: bool = False  # whether ours leave an image once it is fooled, where they do not say themselves
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class AttackKind:
     card: Card  # what it is; attacks of a family are each other's baselines, whoever wrote them
     norms: tuple[Norm, ...]  # the norms it can be run in
     bind: Callable[[nn.Module, Conditions], Runner] = field(repr=False)  # makes the attack on a model
-    packs: bool = False  # it takes several batches at once, drops what is fooled, and keeps the model's batches full
+    early_stop: bool | None = False  # whether it leaves an image once it is fooled; None: as the run has it
     # code that is not ours runs in it: another library's, a user's, or a user's loss or direction
     is_foreign: bool = True
     goals: Goals = "any"  # what it can be run for: targeted, it is given classes to reach

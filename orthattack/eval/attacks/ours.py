@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import orthattack.attacks as ours
+from orthattack.attacks.ascent import Climb
 from orthattack.attacks.base import Attack
 from orthattack.attacks.configured import options_of
+from orthattack.attacks.sparse_rs import PixelSearch
+from orthattack.attacks.square import SquareSearch
 from orthattack.eval.attacks.kind import (
     GIVEN,
     AttackKind,
@@ -84,8 +87,19 @@ def our_attack(name: str, options: dict[str, Any]) -> AttackKind:
     def make(model: nn.Module, conditions: Conditions) -> Runner:
         return OwnRunner(_own(kind, options, model, conditions), conditions.batch_size)
 
-    packs = bool(options.get("early_stop"))
-    return _declared(name, options, partial(_own, kind, options), kind.norms, make, packs)
+    declared = _declared(name, options, partial(_own, kind, options), kind.norms, make)
+    if "early_stop" in options:
+        return replace(declared, early_stop=bool(options["early_stop"]))
+    # Not one that evades a detector: how well it is hidden is asked of it too.
+    can_stop = "detector" not in accepted and _goes_on(_own(kind, options, Placeholder(), Conditions(kind.norms[0])))
+    return replace(declared, early_stop=None if can_stop else False)
+
+
+def _goes_on(attack: Attack) -> bool:
+    """Whether an attack takes more steps when an image is fooled, which change no verdict."""
+    search = attack.search
+    several = search.steps > 1 if isinstance(search, Climb) else isinstance(search, SquareSearch | PixelSearch)
+    return several and attack.keep == "best"
 
 
 def _declared(
@@ -94,7 +108,6 @@ def _declared(
     attack: Callable[[nn.Module, Conditions], Any],
     norms: tuple[Norm, ...],
     make: Callable[[nn.Module, Conditions], Runner],
-    packs: bool = False,
 ) -> AttackKind:
     """An attack of ours, with what one of its kind says of itself; EvaluationError if an option is wrong."""
     try:
@@ -102,7 +115,7 @@ def _declared(
     except (TypeError, ValueError) as error:
         raise EvaluationError(f"attack {name} cannot be made: {error}") from error
     is_foreign = any(map(_is_code, options.values()))
-    return AttackKind(name, "orthattack", options, card, norms, make, packs, is_foreign, aimed_card=aimed)
+    return AttackKind(name, "orthattack", options, card, norms, make, is_foreign=is_foreign, aimed_card=aimed)
 
 
 def _is_code(option: object) -> bool:
@@ -124,6 +137,8 @@ def _own(kind: Any, options: Mapping[str, Any], model: nn.Module, conditions: Co
         more["targeted"] = True
     if conditions.on_step is not None:
         more.setdefault("on_step", conditions.on_step)
+    if conditions.early_stop:
+        more.setdefault("early_stop", True)
     attack: Attack = kind(model, norm=conditions.norm, eps=conditions.eps, **more)
     return attack
 

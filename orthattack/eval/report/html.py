@@ -113,6 +113,7 @@ def _context(run: Run) -> dict[str, Any]:
         "taken": [] if run.targets is None else tables.taken_rows(run, 5),
         "taken_columns": tables.TAKEN,
         "transfer": _matrices(run),
+        "transferred": tables.transferred(run)[1:],
         "success": tables.SUCCESS,
         "judges": list(run.judges()),
         "optimality": tables.optimality_rows(run),

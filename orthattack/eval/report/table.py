@@ -157,6 +157,16 @@ def transfer_rows(run: Run) -> list[dict[str, Any]]:
     return [{**row, "shown_eps": shown_eps(row["eps"], run.norm)} for row in records(run.transfer())]
 
 
+def transferred(run: Run) -> list[str]:
+    """What the numbers of transfer are."""
+    stopped = any(about.get("early_stop") for about in run.manifest["attacks"])
+    return [
+        "n: images that source and target both classify correctly; success: of these, where the source's adversarial "
+        "image fools the target",
+        *["early stop: what was left at its first success transfers worse than after all steps"] * stopped,
+    ]
+
+
 def compared_rows(table: Any, norm: str) -> list[dict[str, Any]]:
     """The rows of `comparison.compared`, with their radii as text, which the clean images have none of."""
     rows = records(table)
@@ -167,7 +177,8 @@ _LOSSES = {"ce": "the cross-entropy", "margin": "the margin", "dlr": "DLR"}
 
 
 def promised(run: Run) -> list[str]:
-    """What attacks promise to leave as it is, and the losses that they climb, a line for those that do the same."""
+    """What attacks promise to leave as it is, and the losses that they climb, a line for those that do the same; and
+    which left each image at its first success."""
     kept = {label: "; ".join(about.get("keeps") or ()) for label, about in run.attacks.items()}
     losses = {label: str(about.get("loss") or "") for label, about in run.attacks.items()}
     climbed = {label: _LOSSES.get(loss, loss) for label, loss in losses.items()}
@@ -176,6 +187,8 @@ def promised(run: Run) -> list[str]:
         for what in dict.fromkeys(filter(None, each.values())):
             labels = ", ".join(label for label, own in each.items() if own == what)
             lines.append(f"{verb} by {labels}: {what}")
+    if stopped := [label for label, about in run.attacks.items() if about.get("early_stop")]:
+        lines.append(f"early stop: of {', '.join(stopped)}, norm, cos, grads and s are of each image's first success")
     return lines
 
 

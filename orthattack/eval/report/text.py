@@ -36,10 +36,6 @@ NOTES = (
 _COLUMNS, _WIDEST, _NARROWEST = 100, 132, 60  # of a terminal that does not say, and of what is written to any
 _LABEL = 24  # columns that a label may take before others go
 _CLASSES = 50  # of which the accuracy is printed
-TRANSFERRED = (
-    "n: images that source and target both classify correctly; success: of these, where the source's adversarial image "
-    "fools the target"
-)
 _MEASURED = ["mean_norm", "mean_abs_cosine", "max_abs_cosine", "gradient_calls"]
 _SPARE = ["seconds", "mean_abs_cosine", "gradient_calls", "mean_norm", "max_abs_cosine"]
 """Which columns a narrow terminal goes without, the first first."""
@@ -305,7 +301,7 @@ def markdown(run: Run) -> str:
     if optimal := tables.optimality_rows(run):
         lines += ["## Optimality (arXiv:2404.19460)", "", _pipes(OPTIMALITY, optimal), ""]
     if moved := tables.transfer_rows(run):
-        lines += ["## Transfer", "", f"{TRANSFERRED}.", "", _pipes(tables.TRANSFER, moved), ""]
+        lines += ["## Transfer", "", f"{'; '.join(tables.transferred(run))}.", "", _pipes(tables.TRANSFER, moved), ""]
     lines += [f"- {_md(note)}" for note in [*_notes(run), *tables.promised(run), *_beware(run, rows)]]
     return "\n".join(lines) + "\n"
 
@@ -316,7 +312,7 @@ def transfer_table(run: Run) -> str:
     for view in (run, *map(run.in_norm, run.other_norms)):
         if rows := tables.transfer_rows(view):
             parts += [f"norm {view.norm}", _laid_out(*_fitted(tables.TRANSFER, rows), rows), ""]
-    return "\n".join([*parts, *_wrapped(TRANSFERRED)])
+    return "\n".join([*parts, *(line for text in tables.transferred(run) for line in _wrapped(text))])
 
 
 def compare(first: Run, second: Run, *, as_markdown: bool = False) -> str:

@@ -64,6 +64,7 @@ class Bound:
     entry: Entry  # which
     runner: Runner | BaseException  # the attack
     calls: Calls  # how often it has asked the model
+    packs: bool = False  # it takes several batches at once, drops what is fooled, and keeps the model's batches full
 
 
 @dataclass
@@ -109,7 +110,9 @@ class Job:
                 runner = entry.kind.bind(counter, conditions)
             if isinstance(runner, OwnRunner):
                 runner.tell(self.step)
-            return Bound(entry, runner, calls)
+            # On a CPU it saves nothing, and a stop would lose several batches.
+            packs = conditions.early_stop and (bool(entry.kind.early_stop) or self.device.type == "cuda")
+            return Bound(entry, runner, calls, packs)
         except KeyboardInterrupt:
             raise
         except BaseException as error:
@@ -212,7 +215,7 @@ class Part:
         chosen = set(attacked)
         draft.begin({k: self._complete(k, rest.get(k, {})) for k in self.positions if k not in chosen})
         tell(self._tally(draft.rows))
-        pool = POOL if entry.kind.packs and not self.job.was_halved else 1
+        pool = POOL if bound.packs and not self.job.was_halved else 1
         with draft.kept():
             for found in self._batches(draft.todo, partial(self._measured, entry, bound), pool, foreign):
                 rows = {

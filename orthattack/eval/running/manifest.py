@@ -51,6 +51,7 @@ def describe_attacks(entries: Sequence[Entry], baselines: Mapping[str, Sequence[
             "levels": first.levels,
             "loss": first.kind.climbs,
             "minimal": first.kind.card.minimal,
+            "early_stop": first.early_stop,
         }
         for label, of_label in by_label.items()
         for first in of_label[:1]
@@ -83,8 +84,8 @@ def to_go_on(
         if (why := unfit(ManifestRecord, old)) is not None:
             raise ValueError(why)
         found = differences(
-            _with_losses(old["config"], old["attacks"], new["attacks"]),
-            _with_losses(new["config"], new["attacks"], new["attacks"]),
+            _with_defaults(old["config"], old["attacks"], new["attacks"]),
+            _with_defaults(new["config"], new["attacks"], new["attacks"]),
         )
         for before, after in zip(old["models"], new["models"], strict=False):
             for key in ("label", "sha256", "preprocessing", "data"):
@@ -118,10 +119,11 @@ def to_go_on(
     return old
 
 
-def _with_losses(
+def _with_defaults(
     config: Mapping[str, Any], old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """A configuration with the losses that its attacks, `old`, climbed by default: before 0.2.0 the cross-entropy.
+    """A configuration with what its attacks, `old`, did by default: before 0.2.0 they climbed the cross-entropy, and took
+    all steps.
 
     What has a loss, the attacks of `new` say."""
     has = {_unseeded(one["label"]) for one in new if one.get("source") == "orthattack" and one.get("loss") is not None}
@@ -130,7 +132,7 @@ def _with_losses(
         {"loss": climbed[attack["label"]], **attack} if attack["label"] in has & climbed.keys() else attack
         for attack in config.get("attacks", [])
     ]
-    return {**config, "attacks": attacks}
+    return {"early_stop": False, **config, "attacks": attacks}
 
 
 def _unseeded(label: str) -> str:

@@ -333,8 +333,8 @@ def test_attacks_that_pack_are_given_several_batches_until_memory_runs_out(job):
 
         return run
 
-    kind = AttackKind("packs", "user", {}, user_attack("a", still).card, ("linf",), bind, packs=True)
-    conditions = Conditions("linf", EPS, 3, CLASSES, 4)
+    kind = AttackKind("packs", "user", {}, user_attack("a", still).card, ("linf",), bind, early_stop=True)
+    conditions = Conditions("linf", EPS, 3, CLASSES, 4, early_stop=True)
     assert chunk.POOL == 4
     job.batch_size = 2
     part.attack(job.bound(entry_of(kind), conditions), False)

@@ -217,6 +217,23 @@ def test_a_run_that_was_begun_with_another_default_loss_goes_on_with_that_loss_a
     going_on(folder, made({"name": "PGD", "loss": "ce"}, minimum, "Square", "foolbox:LinfPGD"), session_of())
 
 
+def test_a_run_that_was_begun_before_there_was_an_early_stop_goes_on_without_it(folder):
+    def made(**more):
+        suite = make_suite({**CONTENT, **more}, "test")
+        attacks = describe_attacks(suite.entries(), suite.baselines())
+        return {"config": suite.config(), "models": [], "attacks": attacks}
+
+    old = made()
+    del old["config"]["early_stop"]
+    for attack in old["attacks"]:
+        del attack["early_stop"]
+    folder.write_manifest(old)
+    folder.write_session({**session_of(), "outcome": "killed"})
+    with pytest.raises(EvaluationError, match=r"make these the same:\n  early_stop: False there, True now$"):
+        going_on(folder, made(), session_of())
+    going_on(folder, made(early_stop=False), session_of())
+
+
 def test_other_versions_and_hardware_are_said_and_noted(folder, begun):
     session = session_of(versions={"torch": "2.1", "numpy": "1", "new": "3"})
     assert going_on(folder, begun, session)[1] == [
