@@ -141,6 +141,7 @@ class Study:
             out=self.work / "runs" / name,
             report=False,
             progress=False,
+            early_stop=False,
             **{"steps": self.budget.steps, "checks": False, "save_images": "none", "batch_size": 64, **options},
         )
         if run.status != "complete":

@@ -69,8 +69,8 @@ def evaluate(
             `orthattack.attacks.ScoredStep`: it is told of each batch of points that an attack of this package, or a
             function that takes ``on_step``, has scored. `orthattack.eval.tensorboard.TensorBoard` is one.
         **options: `eps` (a radius or several, in pixel units), `norm`, `steps`, `seeds`, `batch_size`, `shard_size`,
-            `save_images`, `attack_misclassified`, `checks`, `check_images`, `targets`: see
-            `orthattack.eval.suite.Suite`.
+            `save_images`, `attack_misclassified`, `early_stop` (by default not with `on_step`), `checks`,
+            `check_images`, `targets`: see `orthattack.eval.suite.Suite`.
 
     Returns:
         The run, complete or, if it was interrupted from the keyboard, not.

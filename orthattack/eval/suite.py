@@ -273,7 +273,7 @@ class Suite(_Strict):
         "true or false", "--attack-misclassified", action="store_const", const=True,
     )  # fmt: skip
     early_stop: bool = _key(
-        True, "leave an image at its first success, in our attacks; no rate changes (default: unless all images are kept)",
+        True, "our attacks leave an image at its first success: no rate changes; by default unless all images are kept",
         "true or false", "--no-early-stop", help="take every step, also of images that are fooled already",
         action="store_const", const=False,
     )  # fmt: skip

@@ -122,8 +122,8 @@ def to_go_on(
 def _with_defaults(
     config: Mapping[str, Any], old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """A configuration with what its attacks, `old`, did by default: before 0.2.0 they climbed the cross-entropy, and took
-    all steps.
+    """A configuration with what its attacks, `old`, did by default: before 0.2.0 they climbed the cross-entropy, and
+    took all steps.
 
     What has a loss, the attacks of `new` say."""
     has = {_unseeded(one["label"]) for one in new if one.get("source") == "orthattack" and one.get("loss") is not None}

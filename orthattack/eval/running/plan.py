@@ -78,9 +78,14 @@ class Plan:
             return []
         return [
             Entry(
-                AttackSpec(name=probe.kind.name, label=probe.label), probe.kind, suite.norm, probe.eps, 0, probe.label,
+                AttackSpec(name=probe.kind.name, label=probe.label),
+                probe.kind,
+                suite.norm,
+                probe.eps,
+                0,
+                probe.label,
                 early_stop=bool(probe.kind.early_stop),
-            )  # fmt: skip
+            )
             for probe in probes(suite.norm, suite.eps, suite.steps, model["preprocessing"]["crop"])
         ]
 

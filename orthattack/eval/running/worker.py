@@ -123,7 +123,7 @@ class Worker:
         suite, classes = self._plan.suite, job.classifier.num_classes
         shared = suite.steps, classes, suite.batch_size
         told = None if on_step is None else partial(on_step, job.label, entry.label, entry.eps)
-        # Of a model that draws, the first success is a weaker adversarial than the best: only who asks for it stops there.
+        # Of a model that draws, the first success is a weaker adversarial than the best: only who asks stops there.
         early = entry.early_stop and not (entry.kind.early_stop is None and job.judge.is_random)
         conditions = Conditions(entry.norm, entry.eps, *shared, entry.levels, entry.targets is not None, told, early)
         return job.bound(entry, conditions)

@@ -57,8 +57,8 @@ def test_which_attacks_can_stop_and_when_they_do():
     assert attack_kind("DetectorEvasion", {"detector": len, "early_stop": True}).early_stop is True
     content = {"models": ["cifar10-robust"], "data": "cifar10-samples", "attacks": ["PGD"]}
     for more, stops in (
-        ({}, True), ({"early_stop": False}, False), ({"save_images": "all"}, False), ({"attack_misclassified": True}, False),
-        ({"save_images": "all", "early_stop": True}, True),
+        ({}, True), ({"early_stop": False}, False), ({"save_images": "all"}, False),
+        ({"attack_misclassified": True}, False), ({"save_images": "all", "early_stop": True}, True),
     ):  # fmt: skip
         (entry,) = make_suite({**content, **more}, "test").entries()
         assert entry.early_stop is stops
@@ -82,22 +82,20 @@ def test_of_a_model_that_draws_the_best_adversarial_is_kept(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["cifar10-robust", "cifar10-standard"])
-def test_on_a_trained_model_no_attack_of_ours_has_another_verdict(tmp_path, model):
+@pytest.mark.parametrize(("model", "eps"), [("cifar10-robust", 8 / 255), ("cifar10-standard", 1 / 255)])
+def test_on_a_trained_model_no_attack_of_ours_has_another_verdict(tmp_path, model, eps):
     from orthattack.eval import evaluate
 
     attacks = [{"name": name, "label": name, **FEW.get(name, {})} for name in STOPS]
     attacks += [{"name": "OrthoPGD", "label": "restarts", "restarts": 3}, {"name": "PGD", "label": "ce", "loss": "ce"}]
-    options = {"eps": [2 / 255, 8 / 255], "steps": 5, "checks": False, "progress": False, "report": False}
+    options = {"eps": eps, "steps": 5, "checks": False, "progress": False, "report": False}
     runs = [
         evaluate(model, "cifar10-samples", attacks, early_stop=early, out=tmp_path / f"{early}", **options)
         for early in (True, False)
     ]
+    assert 0 < runs[0].rows(model, "OrthoPGD", eps)["success"].mean() < 1
     for label in runs[0].attacks:
-        for eps in options["eps"]:
-            early, late = (run.rows(model, label, eps) for run in runs)
-            assert early[VERDICT].equals(late[VERDICT]), label
-            calls = "forward_calls" if "NES" in label or "Square" in label else "gradient_calls"
-            assert early[calls].sum() <= late[calls].sum()
-            if early["success"].any():
-                assert early[calls].sum() < late[calls].sum(), label
+        early, late = (run.rows(model, label, eps) for run in runs)
+        assert early[VERDICT].equals(late[VERDICT]), label
+        few, many = early["forward_calls"].sum(), late["forward_calls"].sum()
+        assert few < many if early["success"].any() else few == many, label
