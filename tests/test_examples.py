@@ -36,6 +36,16 @@ def test_quickstart(capsys, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_detector_is_evaded_by_the_attack_that_knows_it(capsys, monkeypatch):
+    out = printed("detector.py", capsys, monkeypatch, "--steps", "4")
+    found = re.findall(r"^(\S+) +cifar10-robust +8/255 +5\.0 % +17 +(\d+) +(\S+) %.*? {2}([\d.]+) %", out, re.M)
+    assert [row[0] for row in found] == ["PGD", "OrthoPGD", "evasion"]
+    assert all(int(fooled) > 0 and float(evaded) > 0 for _, fooled, _, evaded in found)
+    assert float(found[2][2]) == 0  # of what it fools nothing is detected
+    assert "as are 1 of 20 clean images" in out
+
+
+@pytest.mark.slow
 def test_foolbox_users(capsys, monkeypatch):
     rows = re.findall(
         r"(\S+) +eps (\d)/255 .*? (\d+)% .*? (\S+)$", printed("foolbox_users.py", capsys, monkeypatch), re.M

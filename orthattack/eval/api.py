@@ -25,6 +25,7 @@ from orthattack.eval.models.classifier import Classifier, checked
 from orthattack.eval.models.load import load_classifier
 from orthattack.eval.report.text import reported
 from orthattack.eval.results.stored_run import Run
+from orthattack.eval.running.detector import DetectorMaker
 from orthattack.eval.running.run import run_suite, suite_inputs
 from orthattack.eval.running.transfer import check_transfer, judge
 from orthattack.eval.running.worker import OnStep
@@ -45,6 +46,7 @@ def evaluate(
     progress: bool = True,
     report: bool = True,
     on_step: OnStep | None = None,
+    detector: DetectorMaker | str | None = None,
     **options: Any,
 ) -> Run:
     """Run attacks on models and measure what they return: `orthattack eval` as a function.
@@ -68,6 +70,9 @@ def evaluate(
         on_step: a function of (model, attack, eps, step), labels, a radius, or None of what minimises, and an
             `orthattack.attacks.ScoredStep`: it is told of each batch of points that an attack of this package, or a
             function that takes ``on_step``, has scored. `orthattack.eval.tensorboard.TensorBoard` is one.
+        detector: makes of a model a detector, a function of images (N, 3, H, W) to scores (N,), larger is more
+            suspicious; or its name, ``package.module:function``. `Run.detection` has how many images evade it, at
+            ``false_positive_rates`` on the clean ones.
         **options: `eps` (a radius or several, in pixel units), `norm`, `steps`, `seeds`, `batch_size`, `shard_size`,
             `save_images`, `attack_misclassified`, `early_stop` (by default not with `on_step`), `checks`,
             `check_images`, `targets`: see `orthattack.eval.suite.Suite`.
@@ -82,12 +87,15 @@ def evaluate(
     wanted = attacks.items() if isinstance(attacks, Mapping) else [(None, attack) for attack in attacks or ()]
     at_hand, tables = _attacks(wanted)
     dataset = data if isinstance(data, ImageDataset) else None
+    maker = None if isinstance(detector, str) else detector
+    if detector is not None:
+        options["detector"] = detector if maker is None else f"function:{described(maker, with_source=True)}"
     if on_step is not None:  # which is told of all steps, unless that is not wanted
         options.setdefault("early_stop", False)
     content: dict[str, Any] = {"models": listed, "data": {"source": dataset.name} if dataset else data, **options}
     suite = make_suite(content if attacks is None else {**content, "attacks": tables}, "evaluate")
     kinds = {spec.label: _kind(spec, at_hand.get(spec.label, {})) for spec in suite.attacks}
-    inputs = suite_inputs(suite, kinds, classifiers, dataset)
+    inputs = suite_inputs(suite, kinds, classifiers, dataset, maker)
     if shard is not None and out is None:
         raise EvaluationError("shard needs out, the folder that all shards share")
     folder = run_folder(out, say=say)

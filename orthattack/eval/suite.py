@@ -60,9 +60,11 @@ Norm = Literal["linf", "l2", "l1", "l0"]  # `orthattack.threat.Norm`, which woul
 Radius = Annotated[float, BeforeValidator(_number), AfterValidator(_radius)]
 Whole = Annotated[int, Field(strict=True, gt=-(2**63), lt=2**63)]
 Count = Annotated[int, Field(strict=True, ge=1)]
+Share = Annotated[float, BeforeValidator(_number), Field(gt=0, lt=1)]
 Kept = Literal["gallery", "all", "none"]
 
 _NAME = "text: see orthattack models and orthattack attacks"
+_SHARES = "one share or more, each between 0 and 1, such as 0.05"
 _IMAGES = "a whole number of images, at least 1"
 _EPS = "one radius or more, each a number >= 0 or a fraction such as 4/255: leave it out for the default one"
 
@@ -277,6 +279,14 @@ class Suite(_Strict):
         "true or false", "--no-early-stop", help="take every step, also of images that are fooled already",
         action="store_const", const=False,
     )  # fmt: skip
+    detector: str | None = _key(
+        None, "module:function that makes of each model a detector, which scores images: how many evade it is told",
+        "text: module:function", "--detector NAME", pattern=r"^[^:]+:[^:]+$",
+    )  # fmt: skip
+    false_positive_rates: tuple[Share, ...] | None = _key(
+        None, "shares of clean images that the detector may flag (default: 0.01 0.05)", _SHARES,
+        "--false-positive-rates P", Share, nargs="+", min_length=1,
+    )  # fmt: skip
     checks: bool = _key(
         True, "run the trust checks", "true or false", "--no-checks", help="leave out the trust checks",
         action="store_const", const=False,
@@ -291,9 +301,11 @@ class Suite(_Strict):
         value = dict(value)
         if "seed" in value and "seeds" not in value:
             value["seeds"] = [value.pop("seed")]
-        # The best adversarial is asked for where it is kept, for transfer, say, or where a first success says nothing.
-        value.setdefault("early_stop", value.get("save_images") != "all" and not value.get("attack_misclassified"))
-        for key in ("eps", "models", "attacks", "seeds"):
+        # Where it is kept, for transfer, say, where a detector scores it, or where a first success says nothing, the
+        # best adversarial is asked for.
+        best = value.get("save_images") == "all" or value.get("attack_misclassified") or value.get("detector")
+        value.setdefault("early_stop", not best)
+        for key in ("eps", "models", "attacks", "seeds", "false_positive_rates"):
             if isinstance(value.get(key), str | int | float):
                 value[key] = [value[key]]
         if "eps" not in value:

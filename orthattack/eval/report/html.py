@@ -92,7 +92,9 @@ def _context(run: Run) -> dict[str, Any]:
     data |= {"images": images, "classes": _classes(run), "worst": WORST}
     data["targeted"] = run.targets is not None
     data["families"] = list(plots.families(run.attacks).values())
-    columns = tables.leaderboard(run.norm)
+    columns, seen = tables.leaderboard(run.norm), tables.detection_rows(run)
+    for row in seen:
+        row |= {"model_index": models.index(row["model"]), "eps_index": run.radii.index(row["eps"])}
     return {
         "run": run,
         "shown": len(cards),
@@ -116,6 +118,9 @@ def _context(run: Run) -> dict[str, Any]:
         "transferred": tables.transferred(run)[1:],
         "success": tables.SUCCESS,
         "judges": list(run.judges()),
+        "detection": seen,
+        "detection_columns": tables.DETECTION,
+        "detected": tables.detected(run, seen),
         "optimality": tables.optimality_rows(run),
         "optimality_columns": tables.OPTIMALITY,
         "by_eps": {model: _by_eps(run, model, look, unit) for model in models},

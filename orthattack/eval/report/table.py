@@ -118,6 +118,12 @@ TAKEN = [
     *(Column(head, key, _count, first="descending") for head, key in (("images", "images"), ("successes", "success"))),
 ]  # fmt: skip
 TRANSFER = [ATTACK, Column("eps", "shown_eps"), Column("source", "source"), Column("target", "target"), N, SUCCESS]
+DETECTION = [
+    ATTACK, MODEL, Column("eps", "shown_eps"), Column("FPR", "false_positive_rate", percent), N,
+    Column("fooled", "fooled", _count, first="descending"),
+    *(Column(f"{what} [95 %]", f"{what}_share", percent, (f"{what}_share_low", f"{what}_share_high"))
+      for what in ("detected", "evaded")),
+]  # fmt: skip
 OPTIMALITY = [ATTACK, MODEL, Column("n", "images", _count), Column("optimality", "local", percent)]
 
 
@@ -155,6 +161,26 @@ def taken_rows(run: Run, most: int) -> list[dict[str, Any]]:
 def transfer_rows(run: Run) -> list[dict[str, Any]]:
     """The rows of `Run.transfer`, with their radii as text."""
     return [{**row, "shown_eps": shown_eps(row["eps"], run.norm)} for row in records(run.transfer())]
+
+
+def detection_rows(run: Run) -> list[dict[str, Any]]:
+    """The rows of `Run.detection`, with their radii as text."""
+    return [{**row, "shown_eps": shown_eps(row["eps"], run.norm)} for row in records(run.detection())]
+
+
+def detected(run: Run, rows: Iterable[Row]) -> list[str]:
+    """What the numbers of detection are, and the thresholds."""
+    places = {
+        f"{row['model']} at FPR {percent(row['false_positive_rate'])}: above {row['threshold']:.4g}, as are "
+        f"{row['flagged']} of {row['clean']} clean images"
+        for row in rows
+    }
+    name = str(run.detector).removeprefix("function:").partition(", source")[0]
+    return [
+        f"detector: {name} flags what scores above a threshold; FPR: at most that share of the clean images is flagged",
+        "detected: flagged, of the fooled; evaded: fooled and not flagged, of n, images initially correct and scored",
+        *sorted(places),
+    ]
 
 
 def transferred(run: Run) -> list[str]:

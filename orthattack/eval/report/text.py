@@ -118,6 +118,9 @@ def leaderboard_table(*views: Run) -> str:
                 _laid_out(columns, widths, own),
             ]
         legend |= dict.fromkeys([*_notes(run), *tables.promised(run)])
+        if seen := tables.detection_rows(run):
+            parts += ["", _laid_out(*_fitted(tables.DETECTION, seen), seen)]
+            legend |= dict.fromkeys(tables.detected(run, seen))
         beware |= dict.fromkeys(_beware(run, rows))
     narrow = [f"too narrow here for {', '.join(gone)}: see report.html"] if gone else []
     return "\n".join([*parts, "", *(line for text in [*legend, *narrow, *beware] for line in _wrapped(text))])
@@ -262,6 +265,7 @@ def as_json(run: Run) -> dict[str, Any]:
         "paired": records(run.paired()),
         "optimality": records(run.optimality()),
         "transfer": records(run.transfer()),
+        "detection": records(run.detection()),
         "checks": run.checks(),
         "manifest": dict(run.manifest),
     }
@@ -298,6 +302,9 @@ def markdown(run: Run) -> str:
         lines += ["## Beside the baselines", "", _pipes([pairs[key] for key in keys], beside), ""]
     if run.targets is not None:
         lines += ["## Taken for", "", _pipes(tables.TAKEN, tables.taken_rows(run, 5)), ""]
+    if seen := tables.detection_rows(run):
+        notes = "; ".join(map(_md, tables.detected(run, seen)))
+        lines += ["## Detection", "", f"{notes}.", "", _pipes(tables.DETECTION, seen), ""]
     if optimal := tables.optimality_rows(run):
         lines += ["## Optimality (arXiv:2404.19460)", "", _pipes(OPTIMALITY, optimal), ""]
     if moved := tables.transfer_rows(run):

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from orthattack.eval.errors import EvaluationError, told
+from orthattack.eval.results.detection import detection
 from orthattack.eval.results.outcomes import (
     FOOLED,
     ROBUST,
@@ -359,6 +360,23 @@ class Run:
             n, fooled = int(both.sum()), int((both & (theirs == FOOLED)).sum())
             place = {"attack": attack, "eps": eps, "source": source, "target": target}
             yield {**place, "n": n, "fooled": fooled, **rate_columns("success_rate", Rate(fooled, n))}
+
+    @property
+    def detector(self) -> str | None:
+        """The run's detector, if it has one."""
+        name = self.manifest["config"].get("detector")
+        return None if name is None else str(name)
+
+    def detection(self) -> pd.DataFrame:
+        """What the run's detector sees, a row per model, false-positive rate, radius and attack, and the worst case.
+
+        Columns model, false_positive_rate, threshold (the smallest clean score that at most that share of the clean
+        images exceed), clean and flagged (how many clean images there are, and exceed it), eps, attack, n (initially
+        correct, scored by attack and detector), fooled, detected (of these, above the threshold), evaded (of these,
+        not), detected_share, of the fooled, and evaded_share, of n, with intervals (_low, _high). In the worst case an
+        image evades if it does under any attack. Without a detector it has no rows.
+        """
+        return pd.DataFrame(detection(self, WORST))
 
     def progress(self) -> tuple[int, int]:
         """Rows that are there, and rows that there will be."""

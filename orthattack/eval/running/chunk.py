@@ -21,6 +21,7 @@ from orthattack.eval.data.dataset import ImageDataset, Unreadable
 from orthattack.eval.errors import out_of_memory, told
 from orthattack.eval.models.classifier import Classifier
 from orthattack.eval.plugin import kept_process
+from orthattack.eval.running.detector import Detector
 from orthattack.eval.running.draft import Draft, Row
 from orthattack.eval.running.judge import (
     Columns,
@@ -33,7 +34,7 @@ from orthattack.eval.running.judge import (
 )
 from orthattack.eval.running.targets import Targets
 from orthattack.eval.storage.run_folder import RunFolder, Shard
-from orthattack.eval.storage.schema import CLEAN_SCHEMA, ROW_SCHEMA, Kind
+from orthattack.eval.storage.schema import SCORE, Kind, schema_of
 from orthattack.eval.suite import Entry
 from orthattack.lending import guarded
 from orthattack.threat import Norm
@@ -80,6 +81,7 @@ class Job:
     say: Callable[[str], None]
     is_exact: bool = False  # whether images are stored in 8 bits
     targets: Targets | None = None  # the classes to reach, of a targeted run
+    detector: Detector | None = None  # scores the clean images and what attacks make of them
     step: Callable[[str], object] = lambda _: None  # is told how far an attack is with a batch
     was_halved: bool = field(init=False, default=False)
     sizes: dict[str, int] = field(init=False, default_factory=dict)  # of attacks that are not ours, by label
@@ -160,6 +162,9 @@ class Part:
         self.images = {k: image for k, image in images.items() if isinstance(image, Tensor)}
         labels = job.dataset.labels
         self._key = {k: {"position": k, "name": job.dataset.names[k], "label": int(labels[k])} for k in self.positions}
+        self._detector = job.detector if kind == "shards" else None
+        for key in self._key.values() if self._detector else ():
+            key[SCORE.name] = None
         self._failed = {
             k: {"status": "unreadable", "message": error.reason if isinstance(error, Unreadable) else told(error)}
             for k, error in images.items()
@@ -188,13 +193,19 @@ class Part:
         for position in sorted(draft.rows, key=self.positions.index):  # as they are when they are recalled, so that
             self._recall(position, draft.rows[position])  # the attacks' batches are the same
         if self.kind == "shards":
-            self._store(shard, CLEAN_SCHEMA.names, draft.rows, self.images)
+            self._store(shard, draft.rows, self.images)
             draft.done()
 
     def _looked(self, batch: list[int], with_gradient: bool) -> tuple[Columns, None]:
         images, labels = self._tensors(batch)
         with drawing(joint_seed(batch)):
-            return clean_columns(self.job.judge, images, labels, with_gradient), None
+            return clean_columns(self.job.judge, images, labels, with_gradient) | self._scored(images), None
+
+    def _scored(self, images: Tensor) -> Columns:
+        """What the detector says of images, if there is one."""
+        if self._detector is None:
+            return {}
+        return {SCORE.name: self._detector.scores(images.nan_to_num(0), self.job.batch_size)}
 
     def _recall(self, position: int, row: Mapping[str, Any]) -> None:
         if row["status"] == "ok":
@@ -225,7 +236,7 @@ class Part:
                 images = {k: image for k, (_, image) in found.items() if image is not None and k in self.keep}
                 draft.add(rows, images, self._size(foreign))
                 tell(self._tally(draft.rows))
-        self._store(shard, ROW_SCHEMA.names, draft.rows, draft.images)
+        self._store(shard, draft.rows, draft.images)
         draft.done()
         return self._tally(draft.rows)
 
@@ -243,7 +254,7 @@ class Part:
         rows: dict[int, Row] = {k: {"status": "misclassified"} for k in self.right}
         for found in self._batches(todo, judged):
             rows |= {position: row for position, (row, _) in found.items()}
-        self._store(shard, ROW_SCHEMA.names, rows, {})
+        self._store(shard, rows, {})
 
     def _batches(
         self, todo: Sequence[int], work: Work, pool: int = 1, foreign: str | None = None
@@ -311,7 +322,7 @@ class Part:
                 promised = promised_cosine(found.adversarials, images, entry.kind.card)
             right, clean = [self.right[k] for k in batch], [self.predictions[k] for k in batch]
             columns = row_columns(self.job.judge, images, found, labels, right, clean, entry.norm, entry.eps, targets)
-            columns["promised_cosine"] = promised
+            columns |= {"promised_cosine": promised, **self._scored(found.adversarials)}
         given = found.forward_calls, found.gradient_calls
         for name, own, total in zip(("forward_calls", "gradient_calls"), given, calls, strict=True):
             columns[name] = [total / n] * n if own is None else own.tolist()
@@ -355,11 +366,9 @@ class Part:
             return Done(len(rows), 0, 0)  # it failed on all that it could have scored
         return Done(len(rows), sum(row["status"] == "ok" and not row["success"] for row in scored), len(scored))
 
-    def _store(
-        self, shard: Shard, names: list[str], rows: Mapping[int, Mapping[str, Any]], images: Mapping[int, Tensor]
-    ) -> None:
+    def _store(self, shard: Shard, rows: Mapping[int, Mapping[str, Any]], images: Mapping[int, Tensor]) -> None:
         complete = [self._complete(k, rows.get(k, {})) for k in self.positions]
-        columns = {name: [row.get(name) for row in complete] for name in names}
+        columns = {name: [row.get(name) for row in complete] for name in schema_of(shard.kind, complete[0]).names}
         kept = {k: images[k] for k in images if k in self.keep}
         self.job.folder.write(shard, columns, kept, self.job.is_exact and self.kind == "shards")
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from orthattack.eval.storage.run_folder import RunFolder, Shard
-from orthattack.eval.storage.schema import SCHEMAS
+from orthattack.eval.storage.schema import schema_of
 
 Row = dict[str, Any]
 
@@ -65,7 +65,7 @@ class Draft:
             return
         start = time.monotonic()
         rows = [self.rows[position] for position in new]
-        columns = {name: [row.get(name) for row in rows] for name in SCHEMAS[self._shard.kind].names}
+        columns = {name: [row.get(name) for row in rows] for name in schema_of(self._shard.kind, rows[0]).names}
         images = {position: self.images[position] for position in new if position in self.images}
         self._folder.keep(self._shard, self._stored, columns, images, self.batch_size)
         self._stored += len(new)

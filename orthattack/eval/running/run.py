@@ -24,6 +24,8 @@ from orthattack.eval.data.load import check_data, load_dataset
 from orthattack.eval.errors import EvaluationError, first_line
 from orthattack.eval.models.classifier import Classifier, checked
 from orthattack.eval.models.load import check_name, load_classifier
+from orthattack.eval.plugin import find
+from orthattack.eval.running.detector import Detector, DetectorMaker
 from orthattack.eval.running.judge import check_batches
 from orthattack.eval.running.manifest import bury, describe_attacks, describe_model, new_session, now, to_go_on
 from orthattack.eval.running.plan import Plan, Unit, boundless
@@ -40,6 +42,7 @@ def suite_inputs(
     kinds: Mapping[str, AttackKind] | None = None,
     classifiers: Mapping[str, Classifier] | None = None,
     dataset: ImageDataset | None = None,
+    detector: DetectorMaker | None = None,
 ) -> Inputs:
     """Where a suite's models, data and attacks come from: by their names, but for those that are at hand."""
     for spec in suite.models:  # before any model is loaded
@@ -47,6 +50,8 @@ def suite_inputs(
             check_name(spec.name)
     if dataset is None:
         check_data(suite.data.source)
+    if detector is None and suite.detector is not None:
+        detector = find(suite.detector)
     specs = {spec.label: spec for spec in suite.models}
     # One model at a time is kept, or many would fill the memory.
     last: dict[str, Classifier] = {}
@@ -77,7 +82,7 @@ def suite_inputs(
             listed[classes] = found.limited(data.limit)
         return listed[classes]
 
-    return Inputs(classifier, opened, suite.kinds() if kinds is None else kinds)
+    return Inputs(classifier, opened, suite.kinds() if kinds is None else kinds, detector)
 
 
 def _path(name: str | None) -> Path | None:
@@ -185,6 +190,8 @@ def _manifest(
     for spec in suite.models:  # all are tried before the first is attacked, but only one at a time is kept
         classifier = inputs.classifier(spec.label)
         check_batches(classifier, suite.batch_size)
+        if inputs.detector is not None:
+            Detector(inputs.detector, classifier)
         dataset = inputs.dataset(classifier)
         if dataset not in described:
             described[dataset] = dataset.describe()

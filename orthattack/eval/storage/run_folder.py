@@ -42,7 +42,7 @@ from safetensors import SafetensorError, safe_open
 from orthattack.eval.data import parquet
 from orthattack.eval.errors import EvaluationError, first_line, out_of_memory
 from orthattack.eval.storage.files import Disk, Store, open_files
-from orthattack.eval.storage.schema import NULLABLE, SCHEMAS, STATUSES, Kind, SessionRecord, from_json, unfit
+from orthattack.eval.storage.schema import NULLABLE, SCHEMAS, STATUSES, Kind, SessionRecord, from_json, schema_of, unfit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -257,7 +257,7 @@ class RunFolder:
         try:
             (path,) = self._files.fetch([name])
             table = _table(path, None)
-            if rows in (None, table.num_rows) and table.schema.equals(SCHEMAS[kind]):
+            if rows in (None, table.num_rows) and table.schema.equals(schema_of(kind, table.column_names)):
                 if "-" in PurePosixPath(name).stem:  # of many chunks, which may ask one by one
                     self._whole.add(name)
                 return True
@@ -360,7 +360,7 @@ class RunFolder:
         import torch
         from safetensors.torch import save
 
-        schema = SCHEMAS[kind].with_metadata(about)
+        schema = schema_of(kind, columns).with_metadata(about)
         table = pa.table(
             {field.name: pa.array(map(_text, columns[field.name]), field.type) for field in schema}, schema
         )
@@ -435,7 +435,7 @@ class RunFolder:
         images: dict[int, Tensor] = {}
         try:
             table = _table(rows, None)
-            if table.num_rows != count or not table.schema.equals(SCHEMAS[kind]):
+            if table.num_rows != count or not table.schema.equals(schema_of(kind, table.column_names)):
                 raise ValueError(_OTHER)
             frame = table.sort_by("position").to_pandas(types_mapper=NULLABLE.get, use_threads=False)
             if (why := _unsound(frame, kind)) is not None:
@@ -463,7 +463,7 @@ class RunFolder:
     ) -> pd.DataFrame:
         """The rows of one model and, but for clean, one attack at one radius, in the order of the images; for transfer,
         with the model that was attacked. With those of `unfinished` chunks, if asked."""
-        schema, example = SCHEMAS[kind], Shard(model, attack, eps, 0, kind, source)
+        schema, example = schema_of(kind, columns or ()), Shard(model, attack, eps, 0, kind, source)
         more = self._begun(example) if unfinished else []
         parts = self._tables(self._chunks(example.path), schema, None if more else columns)
         if more:
@@ -479,12 +479,12 @@ class RunFolder:
         parts = [part for part in self._parts() if part.rpartition(",")[0] == begins]
         missing = {chunk for part in parts if (chunk := int(part.rpartition(",")[2])) not in there}
         rows = [row for chunk in sorted(missing) for row in self.kept(replace(example, chunk=chunk))[0]]
-        return [pa.Table.from_pylist(rows, SCHEMAS[example.kind])] if rows else []
+        return [pa.Table.from_pylist(rows, schema_of(example.kind, rows[0]))] if rows else []
 
     def read_shard(self, shard: Shard, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """The rows of one shard."""
         name = shard.path.as_posix()
-        return _frame(self._tables([name], SCHEMAS[shard.kind], columns), shard.kind, f"{self}/{name}")
+        return _frame(self._tables([name], schema_of(shard.kind, columns or ()), columns), shard.kind, f"{self}/{name}")
 
     def images(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Container
 from typing import Annotated, Any, Literal
 
 import pandas as pd
@@ -72,6 +73,15 @@ SCHEMAS: dict[Kind, pa.Schema] = {
     "checks": ROW_SCHEMA,
     "transfer": ROW_SCHEMA,
 }
+
+SCORE = pa.field("detector_score", pa.float64())
+"""The last column of clean/ and shards/ in a run with a detector, and in no other."""
+
+
+def schema_of(kind: Kind, names: Container[str]) -> pa.Schema:
+    """The columns of a file, with the detector's score if that is among `names`."""
+    return SCHEMAS[kind].append(SCORE) if SCORE.name in names else SCHEMAS[kind]
+
 
 NULLABLE = {
     pa.int32(): pd.Int32Dtype(),
