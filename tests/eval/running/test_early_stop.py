@@ -12,7 +12,7 @@ from orthattack.eval.results.stored_run import Run
 from orthattack.eval.suite import make_suite
 from tests.eval.tiny import EPS, Net, evaluated
 
-FEW = {"Square": {"queries": 40}, "NES": {"queries": 200, "pairs": 5}}
+FEW = {"Square": {"queries": 40}, "NES": {"queries": 200, "pairs": 5}, "SparseRS": {"queries": 40}}
 FEW |= {f"Ortho{name}": options for name, options in FEW.items()}
 STOPS = [name for name in OURS if attack_kind(name, dict(FEW.get(name, {}))).early_stop is None]
 VERDICT = ["position", "status", "success", "clean_prediction"]
@@ -51,7 +51,7 @@ def test_verdicts_are_those_of_all_steps_and_the_calls_are_fewer(tmp_path):
 
 def test_which_attacks_can_stop_and_when_they_do():
     assert not {"FGSM", "OrthoFGSM", "AutoAttack", "FAB", "MinimumNorm", "Bisection"} & {*STOPS}
-    assert {"PGD", "OrthoPGD", "APGD", "MIFGSM", "NIFGSM", "VMIFGSM", "Square", "NES"} <= {*STOPS}
+    assert {"PGD", "OrthoPGD", "APGD", "MIFGSM", "NIFGSM", "VMIFGSM", "Square", "NES", "SparseRS"} <= {*STOPS}
     evasion = attack_kind("DetectorEvasion", {"detector": len})
     assert evasion.early_stop is False
     assert attack_kind("DetectorEvasion", {"detector": len, "early_stop": True}).early_stop is True
@@ -87,15 +87,18 @@ def test_on_a_trained_model_no_attack_of_ours_has_another_verdict(tmp_path, mode
     from orthattack.eval import evaluate
 
     attacks = [{"name": name, "label": name, **FEW.get(name, {})} for name in STOPS]
+    for attack in attacks:
+        attack |= {"norm": "l0", "eps": [24]} if "SparseRS" in attack["name"] else {}
     attacks += [{"name": "OrthoPGD", "label": "restarts", "restarts": 3}, {"name": "PGD", "label": "ce", "loss": "ce"}]
-    options = {"eps": eps, "steps": 5, "checks": False, "progress": False, "report": False}
+    options = {"eps": eps, "steps": 4, "checks": False, "progress": False, "report": False}
     runs = [
         evaluate(model, "cifar10-samples", attacks, early_stop=early, out=tmp_path / f"{early}", **options)
         for early in (True, False)
     ]
     assert 0 < runs[0].rows(model, "OrthoPGD", eps)["success"].mean() < 1
-    for label in runs[0].attacks:
-        early, late = (run.rows(model, label, eps) for run in runs)
+    for about in runs[0].manifest["attacks"]:
+        label, (radius,) = about["label"], about["eps"]
+        early, late = (run.folder.read("shards", model, label, radius) for run in runs)
         assert early[VERDICT].equals(late[VERDICT]), label
         few, many = early["forward_calls"].sum(), late["forward_calls"].sum()
         assert few < many if early["success"].any() else few == many, label
