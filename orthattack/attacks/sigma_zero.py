@@ -28,17 +28,12 @@ _SIGMA, _FIRST, _RATE, _DECAYS = 1e-3, 0.3, 0.01, (0.9, 0.999)
 
 @dataclass(frozen=True)
 class Threshold:
-    """A step rule: Adam along the margin, where it is not reached yet, and away from a count of pixels; then pixels
-    that have moved by less than a threshold go back to the image, and the others onto the region.
-    """
+    """A step rule: Adam along the margin, until it is reached, and against a count of pixels; then those that have gone
+    less far than a threshold go back to the image, and the others onto the region."""
 
     def init(self, ascent: Ascent, points: Tensor) -> State:  # noqa: ARG002
-        x = ascent.region.images
-        return {
-            "mean": torch.zeros_like(x),
-            "square": torch.zeros_like(x),
-            "tau": torch.full_like(x[:, :1, :1, :1], _FIRST),
-        }
+        none = torch.zeros_like(ascent.region.images)
+        return {"mean": none, "square": none, "tau": torch.full_like(none[:, :1, :1, :1], _FIRST)}
 
     def update(
         self, ascent: Ascent, state: State, points: Tensor, evaluation: Evaluation, step: int
@@ -66,11 +61,7 @@ class Threshold:
 
 @dataclass(frozen=True)
 class FewestPixels:
-    """One ascent by `Threshold`, with points of any number of pixels; only those within the radius count.
-
-    Args:
-        steps: gradient steps, at least 1.
-    """
+    """One ascent by `Threshold`, of so many steps; of its points, with any number of pixels, those within eps count."""
 
     steps: int = 100
     merit: Merit = "norm"
@@ -104,13 +95,9 @@ class SigmaZero(Attack, loss="margin"):
     norms: ClassVar[tuple[Norm, ...]] = ("l0",)
 
     def __init__(
-        self,
-        model: Model,
-        norm: Norm = "l0",
-        eps: float | Tensor | None = None,
-        steps: int = 100,
+        self, model: Model, norm: Norm = "l0", eps: float | Tensor | None = None, steps: int = 100,
         **options: Unpack[GradientOptions],
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(model, norm, eps, FewestPixels(steps), **options)
 
 

@@ -26,11 +26,8 @@ _DIVISORS = ((0, 2), (50, 4), (200, 5), (500, 6), (1000, 8), (2000, 10), (4000, 
 
 @dataclass(frozen=True)
 class PixelSearch:
-    """Random pixels at the ends of what they may reach, exchanged for others where that raises the margin.
-
-    Args:
-        queries: evaluations of the model per sample, the first point included, at least 1.
-    """
+    """Random pixels at the ends of what they may reach, exchanged for others where that raises the margin; in so many
+    queries, the first point's included."""
 
     queries: int = 5000
     merit: Merit = "margin"
@@ -42,15 +39,11 @@ class PixelSearch:
         return {"queries": self.queries}
 
     def __call__(self, task: Task, start: Tensor | None = None) -> None:
-        def begin(task: Task) -> Tensor:
-            return _exchanged(task, task.region.images, 1.0)
-
         def propose(task: Task, points: Tensor, query: int) -> Tensor:
-            at = query / self.queries * 10_000
-            divisor = next((d for after, d in reversed(_DIVISORS) if at > after), 1)
+            divisor = next((d for after, d in reversed(_DIVISORS) if query / self.queries > after / 10_000), 1)
             return _exchanged(task, points, _SHARE / divisor)
 
-        search_at_random(task, begin, start, self.queries, propose)
+        search_at_random(task, lambda t: _exchanged(t, t.region.images, 1), start, self.queries, propose)
 
 
 def _exchanged(task: Task, points: Tensor, share: float) -> Tensor:
@@ -72,7 +65,7 @@ class SparseRS(Attack):
 
         δ' = δ with some of its pixels back at the image, as many others at random corners;  δ = δ' if the margin rises
 
-    A corner has each channel at one of the bounds. The share of pixels that are exchanged falls from 15 % to one.
+    A corner has each channel at one of the bounds. The share of pixels that are exchanged falls from 30 % to one.
 
     Args:
         model: as for `PGD`; it need not be differentiable.
@@ -85,12 +78,7 @@ class SparseRS(Attack):
     norms: ClassVar[tuple[Norm, ...]] = ("l0",)
 
     def __init__(
-        self,
-        model: Model,
-        norm: Norm = "l0",
-        eps: float | Tensor = 24,
-        queries: int = 5000,
-        **options: Unpack[Options],
+        self, model: Model, norm: Norm = "l0", eps: float | Tensor = 24, queries: int = 5000, **options: Unpack[Options]
     ) -> None:
         super().__init__(model, norm, eps, PixelSearch(queries), **options)
 

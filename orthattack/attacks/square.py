@@ -66,21 +66,11 @@ class SquareSearch:
 
 
 def search_at_random(
-    task: Task,
-    begin: Callable[[Task], Tensor],
-    start: Tensor | None,
-    queries: int,
+    task: Task, begin: Callable[[Task], Tensor], start: Tensor | None, queries: int,
     propose: Callable[[Task, Tensor, int], Tensor],
-) -> None:
-    """Score the start and so many proposals less one, made of the best points so far, and keep what raises the margin.
-
-    Args:
-        task: what to search.
-        begin: the points to start from, if there is no `start`.
-        start: these.
-        queries: evaluations of the model per sample.
-        propose: of the task, the best points and the number of queries so far less one, the points to try next.
-    """
+) -> None:  # fmt: skip
+    """Score the start, or what `begin` makes, and then what `propose` makes of the best points and the number of the
+    last query; keep what raises the margin."""
     left = task.unsolved() if task.early_stop else task
     if left is None:
         return
