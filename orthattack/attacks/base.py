@@ -314,7 +314,7 @@ class Attack(Configured):
             return
         self._knows_radius = True
         largest, (low, high) = float(torch.as_tensor(threat.eps).max()), threat.bounds
-        is_byte = largest > 1 and max(abs(low), abs(high)) <= 1 and largest / 255 < threat.diameter(shape)
+        is_byte = 1 < largest < 255 * threat.diameter(shape) and max(abs(low), abs(high)) <= 1 and threat.norm != "l0"
         hint = f"did you mean {name}={largest:g}/255?" if is_byte else "choose a smaller radius"
         warn(
             f"{name}={largest:g} allows every image: in {threat.norm}, images of shape {tuple(shape)} in bounds "

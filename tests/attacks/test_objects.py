@@ -38,6 +38,7 @@ def make(name: str, **options: object) -> object:
     if name == "DetectorEvasion":
         return DetectorEvasion(classifier(), classifier(1), **{"steps": 3, "random_start": True, **options})
     quick = {"FGSM": {}, "Square": {"queries": 5}, "AutoAttack": {"steps": 2, "queries": 5}}
+    quick["SparseRS"] = {"eps": 5.0, "queries": 5}
     quick["NES"] = {"queries": 12, "pairs": 1}
     quick["HopSkipJump"] = {"queries": 40, "probes": 5}
     quick["MinimumNorm"] = {"gradients": 6}
@@ -208,12 +209,13 @@ NUMBERS = {
 def test_numbers_of_numpy_and_torch_are_numbers(name):
     for option in set(NUMBERS) & set(signature_of(name)):
         more = {"random_start": True} if option == "restarts" and name in ("PGD", "OrthoPGD") else {}
-        expected = make(name, **{option: NUMBERS[option]}, **more)
+        number = 4.0 if option == "eps" and make(name).norm == "l0" else NUMBERS[option]  # of pixels
+        expected = make(name, **{option: number}, **more)
         found = expected.run(IMAGES, LABELS)
-        for number in numbers(NUMBERS[option]):
-            attack = make(name, **{option: number}, **more)
+        for kind in numbers(number):
+            attack = make(name, **{option: kind}, **more)
             assert repr(attack) == repr(expected)
-            assert type(getattr(attack, option)) is type(NUMBERS[option])
+            assert type(getattr(attack, option)) is type(number)
         assert same(attack.run(IMAGES, LABELS), found)  # of a tensor; the others are the same number by now
 
 

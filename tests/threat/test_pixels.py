@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from orthattack import PGD, ThreatModel
+from orthattack import PGD, SparseRS, ThreatModel
 from orthattack.threat import perturbation_norm
 from orthattack.threat.norms import largest
 from tests.conftest import IMAGE_KINDS, examples, make_images, seeds
@@ -139,3 +139,9 @@ def test_in_8_bits_the_integers_are_orthogonal_on_as_many_pixels(scope):
     if scope is not None:
         products = ((moved - k) * k).sum((1, 2, 3) if scope == "image" else (2, 3))
         assert (products == 0).all()
+
+
+def test_a_number_of_pixels_that_allows_every_image_is_no_number_of_bytes():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 2))
+    with pytest.warns(UserWarning, match=r"eps=24 allows every image: in l0, .* 16 apart; choose a smaller radius$"):
+        SparseRS(model, queries=2)(torch.rand(1, 3, 4, 4), torch.tensor([0]))
