@@ -75,7 +75,7 @@ def evaluate(
             ``false_positive_rates`` on the clean ones.
         **options: `eps` (a radius or several, in pixel units), `norm`, `steps`, `seeds`, `batch_size`, `shard_size`,
             `save_images`, `attack_misclassified`, `early_stop` (by default not with `on_step`), `checks`,
-            `check_images`, `targets`: see `orthattack.eval.suite.Suite`.
+            `check_images`, `targets`, `queries`: see `orthattack.eval.suite.Suite`.
 
     Returns:
         The run, complete or, if it was interrupted from the keyboard, not.

@@ -220,6 +220,7 @@ class Entry:
     levels: int | None = None
     targets: str | None = None
     early_stop: bool = False  # whether it leaves an image once it is fooled
+    queries: int | None = None
 
 
 class Suite(_Strict):
@@ -256,6 +257,10 @@ class Suite(_Strict):
     targets: str | None = _key(
         None, "classes to reach: random, least-likely, or a CSV file with columns file and target",
         "random, least-likely, or a CSV file with columns file and target", "--targets HOW",
+    )  # fmt: skip
+    queries: Count | None = _key(
+        None, "evaluations of the model per image; what needs more of them counts as not fooled",
+        "a whole number, at least 1", "--queries N", Count,
     )  # fmt: skip
     steps: Count = _key(
         10, "steps of the iterative attacks, where they do not say themselves", "a whole number, at least 1",
@@ -364,13 +369,14 @@ class Suite(_Strict):
         found: list[Entry] = []
         for attack in self.attacks:
             kind, norm = kinds[attack.label], attack.norm or self.norm
-            kind.check(norm, self.steps, attack.levels or self.levels, self.targets is not None)
+            kind.check(norm, self.steps, attack.levels or self.levels, self.targets is not None, self.queries)
             for seed in self.seeds:
                 label = attack.label if len(self.seeds) == 1 else f"{attack.label} (seed {seed})"
                 radii = (None,) if kind.card.minimal else attack.eps or self.eps
                 levels = attack.levels or self.levels
                 early = self.early_stop if kind.early_stop is None else kind.early_stop
-                found += [Entry(attack, kind, norm, eps, seed, label, levels, self.targets, early) for eps in radii]
+                shared = (seed, label, levels, self.targets, early, self.queries)
+                found += [Entry(attack, kind, norm, eps, *shared) for eps in radii]
         return found
 
     def baselines(self, kinds: Mapping[str, AttackKind] | None = None) -> dict[str, list[str]]:

@@ -18,6 +18,11 @@ class Calls:
     forward: int = 0  # evaluations, per sample
     gradient: int = 0  # differentiations, per sample
     batches: int = 0  # evaluations of batches
+    most: int | None = None  # evaluations that there may be
+
+
+class BudgetSpentError(Exception):
+    """A model is to be evaluated more often than may be."""
 
 
 class CallCounter(nn.Module):
@@ -39,6 +44,8 @@ class CallCounter(nn.Module):
         self._last: tuple[Tensor, Tensor] | None = None
 
     def forward(self, images: Tensor) -> Tensor:
+        if self._calls.most is not None and self._calls.forward + len(images) > self._calls.most:
+            raise BudgetSpentError
         self._calls.forward += len(images)
         self._calls.batches += 1  # not an attribute of the module, whose state would be another each time
         self._tell(self._calls.batches)

@@ -41,6 +41,7 @@ class Conditions:
     targeted: bool = False  # the labels are the classes to reach
     on_step: OnStep | None = None  # is told of each batch of points that an attack with our interface scores
     early_stop: bool = False  # whether ours leave an image once it is fooled, where they do not say themselves
+    queries: int | None = None  # evaluations of the model per image, at most, for attacks that can be told
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class OwnRunner:
     def tell(self, step: Callable[[str], object]) -> None:
         """Have each step told, and of how many."""
         attack = getattr(self._attack, "attack", self._attack)  # of a bisection
-        counts = (getattr(attack, name, None) for name in ("steps", "queries", "gradients"))
+        names = ("steps", "gradients") if attack.card.minimal else ("steps", "queries")  # what steps are numbered by
+        counts = (getattr(attack, name, None) for name in names)
         last = next((f"/{count}" for count in counts if isinstance(count, int)), "")
         attack._pulse = lambda number: step(f"step {number}{last}")
 
@@ -110,7 +112,9 @@ class AttackKind:
         """What its random numbers are derived from: the same attack under another label draws the same."""
         return json.dumps([self.name, dict(self.parameters)], sort_keys=True)
 
-    def check(self, norm: Norm, steps: int, levels: int | None = None, targeted: bool = False) -> None:
+    def check(
+        self, norm: Norm, steps: int, levels: int | None = None, targeted: bool = False, queries: int | None = None
+    ) -> None:
         """Raise EvaluationError if the attack cannot be run in a norm, or towards classes, or refuses a parameter."""
         if norm not in self.norms:
             raise EvaluationError(
@@ -129,7 +133,7 @@ class AttackKind:
             return
         try:
             eps = None if self.card.minimal else 0.01
-            self.bind(Placeholder(), Conditions(norm, eps, steps, levels=levels, targeted=targeted))
+            self.bind(Placeholder(), Conditions(norm, eps, steps, levels=levels, targeted=targeted, queries=queries))
         except EvaluationError:
             raise
         except ModuleNotFoundError as error:

@@ -129,6 +129,8 @@ def _own(kind: Any, options: Mapping[str, Any], model: nn.Module, conditions: Co
     more = dict(options)
     if "steps" in inspect.signature(kind).parameters:
         more.setdefault("steps", conditions.steps)
+    if conditions.queries is not None and "queries" in inspect.signature(kind).parameters:
+        more.setdefault("queries", conditions.queries)
     if conditions.levels is not None:
         more["levels"] = conditions.levels
     if _takes_generator(kind):

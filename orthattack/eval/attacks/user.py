@@ -29,8 +29,8 @@ from orthattack.threat import Norm, ThreatModel
 
 def user_attack(name: str, factory: Any, given: Mapping[str, Any] | None = None) -> AttackKind:
     """A user's own attack: `factory` takes the model, what it has of ``norm``, ``eps``, ``steps``, ``levels``,
-    ``targeted`` and ``on_step``, and `given`, and returns a callable (images, labels) -> adversarial images. One that
-    does not take ``targeted`` cannot be given classes to reach.
+    ``targeted``, ``on_step`` and ``queries``, and `given`, and returns a callable (images, labels) -> adversarial
+    images. One that does not take ``targeted`` cannot be given classes to reach.
 
     What it says of itself is its attribute ``card``, an `orthattack.attacks.Card`: ``Card("mine", minimal=True)`` says
     that it looks for the smallest norm, so that it is run once, with ``eps=None``, and counts at each radius. A
@@ -48,6 +48,7 @@ def user_attack(name: str, factory: Any, given: Mapping[str, Any] | None = None)
     def made(model: nn.Module, conditions: Conditions) -> Any:
         shared: dict[str, Any] = {"norm": conditions.norm, "eps": conditions.eps, "steps": conditions.steps}
         shared |= {"levels": conditions.levels, "targeted": conditions.targeted, "on_step": conditions.on_step}
+        shared |= {} if conditions.queries is None else {"queries": conditions.queries}
         if isinstance(factory, type) and issubclass(factory, Attack):
             shared["generator"] = torch.Generator().manual_seed(0)
         more = {key: value for key, value in shared.items() if key in parameters}

@@ -134,7 +134,7 @@ def _told(run: Run) -> list[dict[str, Any]]:
 
 def _notes(run: Run) -> list[str]:
     notes = [note for note in NOTES if len(run.attacks) > 1 or not note.startswith(WORST)]
-    return [*defined(run.targets), *notes]
+    return [*defined(run.targets, run.queries), *notes]
 
 
 def _clean(run: Run, model: str) -> str:
@@ -260,7 +260,7 @@ def as_json(run: Run) -> dict[str, Any]:
         "status": run.status,
         "results": done,
         "expected": expected,
-        "definitions": [*defined(run.targets), *NOTES],
+        "definitions": [*defined(run.targets, run.queries), *NOTES],
         "table": [{k: v for k, v in row.items() if k != "left_out"} for row in tables.leaderboard_rows(run)],
         "paired": records(run.paired()),
         "optimality": records(run.optimality()),

@@ -16,9 +16,15 @@ _REACHED = (
 )
 
 
-def defined(targets: str | None = None) -> list[str]:
-    """What the rates are, of a run with classes to reach too: how these were chosen."""
-    return [*_LEFT, _INTERVALS] if targets is None else [f"targets: {targets}", *_REACHED, _INTERVALS]
+def defined(targets: str | None = None, queries: int | None = None) -> list[str]:
+    """What the rates are, of a run with classes to reach too: how these were chosen; and of one with a query budget."""
+    what = [*_LEFT, _INTERVALS] if targets is None else [f"targets: {targets}", *_REACHED, _INTERVALS]
+    if queries is not None:
+        what.append(
+            f"queries: at most {queries:,} evaluations of the model per image; what took more counts as not fooled. "
+            "Attacks with code that is not ours are counted by the batch, and stopped there"
+        )
+    return what
 
 
 @dataclass(frozen=True)

@@ -248,6 +248,12 @@ class Run:
         how = self.manifest["config"].get("targets")
         return None if how is None else str(how)
 
+    @property
+    def queries(self) -> int | None:
+        """How many evaluations of the model per image there may be, of a run with a query budget."""
+        most = self.manifest["config"].get("queries")
+        return None if most is None else int(most)
+
     def cosine_histograms(self, model: str, eps: float | None) -> dict[str, NDArray[np.int64]]:
         """How many attacked images have log10 ``|cos(perturbation, image)|`` per bin of `COSINE_EDGES`, by attack."""
         return self.cell(model, eps).cosines

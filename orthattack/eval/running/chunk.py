@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from orthattack.eval.attacks.counter import CallCounter, Calls
+from orthattack.eval.attacks.counter import BudgetSpentError, CallCounter, Calls
 from orthattack.eval.attacks.kind import Conditions, Found, OwnRunner, Runner
 from orthattack.eval.attacks.seeds import drawing, image_seed, joint_seed
 from orthattack.eval.checks.clean import differentiated
@@ -312,7 +312,7 @@ class Part:
             handed = images.clone(), (labels if targets is None else targets).clone(), list(seeds)
             with self.job.at_work(entry, images, quiet=self.kind == "checks"):
                 before, start = replace(counted), _clock(self.job.device)
-                found = runner(*handed)
+                found = self._within_budget(entry, bound, n, partial(runner, *handed), images)
                 seconds = _clock(self.job.device) - start
                 calls = counted.forward - before.forward, counted.gradient - before.gradient
                 found = replace(found, adversarials=plain_copy(found.adversarials, images))
@@ -327,7 +327,30 @@ class Part:
         for name, own, total in zip(("forward_calls", "gradient_calls"), given, calls, strict=True):
             columns[name] = [total / n] * n if own is None else own.tolist()
         columns["seconds"] = [seconds / n] * n
+        if entry.queries is not None:
+            asked = zip(columns["success"], columns["forward_calls"], strict=True)
+            columns["success"] = [won and calls <= entry.queries for won, calls in asked]
         return columns, found.adversarials
+
+    def _within_budget(
+        self, entry: Entry, bound: Bound, count: int, attack: Callable[[], Found], images: Tensor
+    ) -> Found:
+        """What an attack finds for so many images; one that is not ours is stopped where the run's queries are spent,
+        with nothing found."""
+        if entry.queries is None or not entry.kind.is_foreign:
+            return attack()
+        bound.calls.most = bound.calls.forward + count * entry.queries
+        try:
+            return attack()
+        except BudgetSpentError:
+            warnings.warn(
+                f"it asked for more than {entry.queries:,} evaluations per image and was stopped there: these images "
+                "count as not fooled. Give it fewer steps",
+                stacklevel=2,
+            )
+            return Found(images.clone())
+        finally:
+            bound.calls.most = None
 
     def _size(self, foreign: str | None) -> int:
         """How many images at a time."""

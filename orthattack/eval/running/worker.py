@@ -129,7 +129,8 @@ class Worker:
         told = None if on_step is None else partial(on_step, job.label, entry.label, entry.eps)
         # Of a model that draws, the first success is a weaker adversarial than the best: only who asks stops there.
         early = entry.early_stop and not (entry.kind.early_stop is None and job.judge.is_random)
-        conditions = Conditions(entry.norm, entry.eps, *shared, entry.levels, entry.targets is not None, told, early)
+        targeted = entry.targets is not None
+        conditions = Conditions(entry.norm, entry.eps, *shared, entry.levels, targeted, told, early, entry.queries)
         return job.bound(entry, conditions)
 
     def _doubt(self, job: Job) -> None:
