@@ -68,13 +68,12 @@ def main() -> None:
     print("| model | queries | Foolbox | HopSkipJump | OrthoHopSkipJump |\n|---|---|---|---|---|")
     for name in options.models:
         classifier = load_classifier(name)
-        batch = next(
-            iter(load_dataset("cifar10-samples", classifier).batches(4 * options.limit, classifier.preprocessing))
-        )
-        model = classifier.model.eval()
+        dataset, model = load_dataset("cifar10-samples", classifier), classifier.model.eval()
+        every = torch.stack([dataset.load(k, classifier.preprocessing) for k in range(4 * options.limit)])
+        classes = torch.tensor(dataset.labels[: 4 * options.limit])
         with torch.no_grad():
-            right = model(batch.images).argmax(1) == batch.labels
-        images, labels = batch.images[right][: options.limit], batch.labels[right][: options.limit]
+            right = model(every).argmax(1) == classes
+        images, labels = every[right][: options.limit], classes[right][: options.limit]
         others = [int((labels != label).nonzero()[0]) for label in labels]
         shared = (model, images, labels, images[others])
         found = [theirs(*shared, options.queries)]
