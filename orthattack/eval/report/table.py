@@ -177,8 +177,10 @@ def detected(run: Run, rows: Iterable[Row]) -> list[str]:
     }
     name = str(run.detector).removeprefix("function:").partition(", source")[0]
     return [
-        f"detector: {name} flags what scores above a threshold; FPR: at most that share of the clean images is flagged",
-        "detected: flagged, of the fooled; evaded: fooled and not flagged, of n, images initially correct and scored",
+        f"detector: {name}, which flags what scores above a threshold",
+        "FPR: at most that share of the clean images is flagged",
+        "detected: flagged, of the fooled",
+        "evaded: fooled and not flagged, of n, the images initially correct and scored",
         *sorted(places),
     ]
 

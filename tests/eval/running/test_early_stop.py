@@ -92,7 +92,14 @@ def test_on_a_trained_model_no_attack_of_ours_has_another_verdict(tmp_path, mode
     attacks += [{"name": "OrthoPGD", "label": "restarts", "restarts": 3}, {"name": "PGD", "label": "ce", "loss": "ce"}]
     options = {"eps": eps, "steps": 4, "checks": False, "progress": False, "report": False}
     runs = [
-        evaluate(model, "cifar10-samples", attacks, early_stop=early, out=tmp_path / f"{early}", **options)
+        evaluate(
+            model,
+            {"source": "cifar10-samples", "limit": 10},
+            attacks,
+            early_stop=early,
+            out=tmp_path / f"{early}",
+            **options,
+        )
         for early in (True, False)
     ]
     assert 0 < runs[0].rows(model, "OrthoPGD", eps)["success"].mean() < 1
