@@ -103,9 +103,13 @@ def test_on_a_trained_model_no_attack_of_ours_has_another_verdict(tmp_path, mode
         for early in (True, False)
     ]
     assert 0 < runs[0].rows(model, "OrthoPGD", eps)["success"].mean() < 1
+    spent: list[list[float]] = []
     for about in runs[0].manifest["attacks"]:
         label, (radius,) = about["label"], about["eps"]
         early, late = (run.folder.read("shards", model, label, radius) for run in runs)
         assert early[VERDICT].equals(late[VERDICT]), label
-        few, many = early["forward_calls"].sum(), late["forward_calls"].sum()
-        assert few < many if early["success"].any() else few == many, label
+        # Forward calls may be more: under a transform each claim is confirmed where it is found.
+        calls = "gradient_calls" if late["gradient_calls"].any() else "forward_calls"
+        spent.append([early[calls].sum(), late[calls].sum()])
+        assert spent[-1][0] <= spent[-1][1], label
+    assert sum(few < many for few, many in spent) > len(spent) / 2
