@@ -69,8 +69,8 @@ def main() -> None:
     for name in options.models:
         classifier = load_classifier(name)
         dataset, model = load_dataset("cifar10-samples", classifier), classifier.model.eval()
-        every = torch.stack([dataset.load(k, classifier.preprocessing) for k in range(4 * options.limit)])
-        classes = torch.tensor(dataset.labels[: 4 * options.limit])
+        every = torch.stack([dataset.load(k, classifier.preprocessing) for k in range(len(dataset))])
+        classes = torch.tensor(dataset.labels)
         with torch.no_grad():
             right = model(every).argmax(1) == classes
         images, labels = every[right][: options.limit], classes[right][: options.limit]
