@@ -64,8 +64,9 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(count, 8)
 
 
-# What is another attack with other defaults, or the plain form of one: in the fast lane OrthoDIFGSM, OrthoVMIFGSM and
-# OrthoNES stand for these, but in their own files. HopSkipJump asks so often that it is tested there alone.
+# What is another attack with other defaults, or the plain form of one: in the fast lane OrthoDIFGSM, OrthoVMIFGSM,
+# OrthoNES, OrthoSigmaZero and OrthoSparseRS stand for these, but in their own files. HopSkipJump asks so often that it
+# is tested there alone.
 RELATIVES = {
     "DIFGSM",
     "VMIFGSM",
@@ -76,9 +77,12 @@ RELATIVES = {
     "OrthoSINIFGSM",
     "OrthoVNIFGSM",
     "NES",
+    "SigmaZero",
+    "SparseRS",
     "HopSkipJump",
     "OrthoHopSkipJump",
 }
+OWN_FILES = ("test_transfer.py", "test_nes.py", "test_sparse.py", "test_hop_skip_jump.py", "test_torchattacks.py")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -95,7 +99,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         named = {
             value for value in getattr(getattr(item, "callspec", None), "params", {}).values() if type(value) is str
         }
-        if named & RELATIVES and item.path.name not in ("test_transfer.py", "test_nes.py", "test_torchattacks.py"):
+        if named & RELATIVES and item.path.name not in OWN_FILES:
             item.add_marker("slow")
         if hasattr(item, "callspec") and not item.get_closest_marker("slow"):
             cases[item.parent, getattr(item, "originalname", item.name)].append(item)

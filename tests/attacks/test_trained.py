@@ -237,6 +237,7 @@ def test_restarts_and_steps_never_help_the_model(trained):
     assert (five.loss >= one.loss - 1e-6)[five.success == one.success].all()
 
 
+@pytest.mark.slow
 def test_targeted_attacks_reach_targets_on_the_standard_model():
     classifier = load_classifier("cifar10-standard")
     (batch,) = load_dataset("cifar10-samples", classifier).batches(20, classifier.preprocessing)

@@ -115,6 +115,7 @@ def test_every_attack_is_one_of_foolboxs(standard, attack):
     assert success[-1].sum() > success[0].sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("norm", "epsilons"), [("l2", [0.1, 0.5]), ("l1", [2.0, 10.0])])
 def test_the_other_norms_stay_in_their_balls(trained, norm, epsilons):
     model, images, labels = trained
@@ -161,6 +162,7 @@ def test_targets_come_from_the_criterion(standard):
         assert torch.equal(success, model(clipped).argmax(1) == targets)
 
 
+@pytest.mark.slow
 def test_repeating_is_no_worse_and_draws_anew(trained):
     model, images, labels = trained
     fmodel = foolboxed(model)
@@ -729,6 +731,7 @@ def test_bad_images_are_explained():
         baseline.run(images, labels, eps=torch.full((6,), 0.1))
 
 
+@pytest.mark.slow
 def test_autoattack_takes_what_foolbox_gives(standard):
     """At the same radius our strongest leaves nothing that Foolbox's PGD finds."""
     model, images, labels = standard

@@ -216,7 +216,9 @@ def promised(run: Run) -> list[str]:
             labels = ", ".join(label for label, own in each.items() if own == what)
             lines.append(f"{verb} by {labels}: {what}")
     if stopped := [label for label, about in run.attacks.items() if about.get("early_stop")]:
-        lines.append(f"early stop: of {', '.join(stopped)}, norm, cos, grads and s are of each image's first success")
+        lines.append(
+            f"early stop: norm, cos, grads and s of {', '.join(stopped)} are those of each image's first success"
+        )
     return lines
 
 

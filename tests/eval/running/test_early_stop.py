@@ -41,7 +41,7 @@ def test_verdicts_are_those_of_all_steps_and_the_calls_are_fewer(tmp_path):
             assert early[label].drop(columns="seconds").equals(late[label].drop(columns="seconds"))
     fooled = early["restarts"]["success"].sum()
     assert 0 < fooled < early["restarts"]["success"].count()
-    said = "early stop: of PGD, restarts, Square, norm, cos, grads and s are of each image's first success"
+    said = "early stop: norm, cos, grads and s of PGD, restarts, Square are those of each image's first success"
     assert said in " ".join(leaderboard_table(run).split())
     assert said in markdown(run)
     assert "early stop" not in leaderboard_table(Run.open(tmp_path / "False"))
