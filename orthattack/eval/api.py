@@ -81,7 +81,7 @@ def evaluate(
         The run, complete or, if it was interrupted from the keyboard, not.
 
     Raises:
-        EvaluationError: something to put right; the message says what.
+        EvaluationError: something to fix; the message says what.
     """
     classifiers, listed = _models(models)
     wanted = attacks.items() if isinstance(attacks, Mapping) else [(None, attack) for attack in attacks or ()]
@@ -128,7 +128,7 @@ def load(
         model expects; labels (B,) as int64.
 
     Raises:
-        EvaluationError: something to put right, an image that cannot be read among it; the message says what.
+        EvaluationError: something to fix, such as an image that cannot be read; the message says what.
 
     >>> from orthattack.eval import load
     >>> model, images, labels = load("cifar10-robust", "cifar10-samples")
@@ -168,7 +168,7 @@ def transfer(
         The run, whose `Run.transfer` has the rates with intervals.
 
     Raises:
-        EvaluationError: something to put right; the message says what.
+        EvaluationError: something to fix; the message says what.
     """
     found = Run.open(run)
     check_transfer(found)

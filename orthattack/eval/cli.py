@@ -39,8 +39,8 @@ examples:
 The same command, with a suite or --out, resumes an earlier one. Several processes share the work with
 --shard 1/2, --shard 2/2, or with --engine ray: see docs/how-to/cluster.md.
 
-exit codes: 0 done; 1 done, but nothing could be scored; 2 something to put right first; 130 interrupted: what is
-finished is kept
+exit codes: 0 done; 1 done, but nothing could be scored; 2 something to fix first; 130 interrupted: finished
+work is kept
 """
 
 

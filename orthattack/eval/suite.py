@@ -251,7 +251,7 @@ class Suite(_Strict):
         min_length=1,
     )
     levels: Literal[256] | None = _key(
-        None, "256: adversarials that 8 bits hold exactly, judged as stored; others' are rounded first", "256",
+        None, "256: adversarials that 8 bits hold exactly, judged as stored; other attacks' are rounded first", "256",
         "--levels 256", int,
     )  # fmt: skip
     targets: str | None = _key(
@@ -259,15 +259,15 @@ class Suite(_Strict):
         "random, least-likely, or a CSV file with columns file and target", "--targets HOW",
     )  # fmt: skip
     queries: Count | None = _key(
-        None, "evaluations of the model per image; what needs more of them counts as not fooled",
+        None, "evaluations of the model per image; an image fooled with more counts as not fooled",
         "a whole number, at least 1", "--queries N", Count,
     )  # fmt: skip
     steps: Count = _key(
-        10, "steps of the iterative attacks, where they do not say themselves", "a whole number, at least 1",
+        10, "steps of iterative attacks that do not set their own", "a whole number, at least 1",
         "--steps N", Count,
     )  # fmt: skip
     seeds: tuple[Whole, ...] = _key(
-        (0,), "seeds of the random numbers; with several, each attack is run once with each",
+        (0,), "seeds of the random numbers; each attack runs once with each seed",
         "one whole number or more, below 2**63: leave it out for 0", "--seed N", Whole, nargs="+", min_length=1,
     )  # fmt: skip
     batch_size: Count = _key(32, "images at a time", _IMAGES, "--batch-size N", Count)
@@ -276,16 +276,16 @@ class Suite(_Strict):
     )
     save_images: Kept = _key("gallery", "adversarial images to keep", "gallery, all or none", "--save-images", Kept)
     attack_misclassified: bool = _key(
-        False, "attack what is initially misclassified too; no rate changes, for it is not robust either way",
+        False, "attack initially misclassified images too; no rate changes, since they are not robust anyway",
         "true or false", "--attack-misclassified", action="store_const", const=True,
     )  # fmt: skip
     early_stop: bool = _key(
         True, "our attacks leave an image at its first success: no rate changes; by default unless all images are kept",
-        "true or false", "--no-early-stop", help="take every step, also of images that are fooled already",
+        "true or false", "--no-early-stop", help="take every step, also on images that are already fooled",
         action="store_const", const=False,
     )  # fmt: skip
     detector: str | None = _key(
-        None, "module:function that makes of each model a detector, which scores images: how many evade it is told",
+        None, "module:function that makes a detector for each model; the report says how many images evade it",
         "text: module:function", "--detector NAME", pattern=r"^[^:]+:[^:]+$",
     )  # fmt: skip
     false_positive_rates: tuple[Share, ...] | None = _key(
