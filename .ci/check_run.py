@@ -56,7 +56,12 @@ def main() -> None:
         else:
             assert rows["cosine"].abs().max() > 1e-3, key
         attacked = rows[rows["status"] == "ok"]
-        assert (attacked["gradient_calls"] == (1 if "FGSM" in attack else manifest["config"]["steps"])).all(), key
+        steps = 1 if "FGSM" in attack else manifest["config"]["steps"]
+        calls, standing = attacked["gradient_calls"], attacked["adversarial_prediction"] == attacked["label"]
+        stops = steps > 1 and "foolbox" not in attack and manifest["config"]["early_stop"]
+        assert (calls[standing] == steps).all(), key
+        assert calls.max() <= steps, key
+        assert stops or (calls == steps).all(), key
         found += 1
     assert found == args.models * len(args.attacks) * len(radii)
     for (model, eps), rows in table.groupby(level=["model", "eps"]):
