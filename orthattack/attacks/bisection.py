@@ -141,11 +141,15 @@ class Bisection(Configured):
     def _warn_of_cap(self, missed: int, images: Tensor) -> None:
         """Warn once of so many images that the largest radius did not fool, if there are larger ones."""
         if missed > 0 and self.max_eps * (1 + 1e-6) < self.attack.threat.diameter(images.shape[1:]):
-            self.attack._observer.say(
-                "max_eps",
-                f"{missed} of {len(images)} images were not fooled up to max_eps={self.max_eps:.6g}: that is no "
-                "smallest norm. Choose a larger max_eps",
-            )
+            self.attack._observer.say("max_eps", cap_reached(missed, len(images), self.max_eps))
+
+
+def cap_reached(missed: int, count: int, max_eps: float) -> str:
+    """What is said of so many of `count` images that the largest radius did not fool."""
+    return (
+        f"{missed} of {count} images were not fooled up to max_eps={max_eps:.6g}: that is no smallest norm. Choose a "
+        "larger max_eps"
+    )
 
 
 class _Look:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from orthattack.arguments import check_count, warn
 from orthattack.assumptions import Observer
-from orthattack.attacks.base import UNLIMITED, Attack, Options
+from orthattack.attacks.base import Attack, Options, unlimited
 from orthattack.attacks.task import Merit, Task
 from orthattack.losses import Goal, attack_loss
 from orthattack.models import Model
@@ -81,10 +81,8 @@ class JumpSearch:
         return {"queries": self.queries, "probes": self.probes}
 
     def __call__(self, task: Task, start: Tensor | None = None) -> None:
-        region, images = task.region, task.region.images.to(task.region.dtype)
-        wide = replace(region.threat, eps=UNLIMITED).around(images)
-        goal, loss = _Decision(**vars(task.goal)), attack_loss("margin")
-        task = replace(task, goal=goal, region=wide, limit=region.eps, loss=loss)
+        task = replace(unlimited(task), goal=_Decision(**vars(task.goal)), loss=attack_loss("margin"))
+        images = task.region.images.to(task.region.dtype)
         left = torch.full_like(task.index, self.queries)
         walk, step = _begun(_Walk(task, images, left < 0, left), start), 1
         bisections = math.ceil(math.log2(math.sqrt(images[0].numel()) / _REACH))

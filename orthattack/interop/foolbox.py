@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from orthattack.arguments import plain, warn
 from orthattack.attacks.base import UNLIMITED, Attack
-from orthattack.attacks.bisection import Bisection
+from orthattack.attacks.bisection import Bisection, cap_reached
 from orthattack.attacks.configured import Configured, options_of
 from orthattack.attacks.scoring import Scorer
 from orthattack.attacks.task import Merit, Task
@@ -273,12 +273,8 @@ class FoolboxMinimum(_Ours, MinimizationAttack):  # type: ignore[misc]
         attack, images, labels = self._made(model, x, get_criterion(criterion), eps=first)
         more: dict[str, Any] = {} if start is None else {"start": start}
         result = self._search(attack).run(images, labels, **more)
-        missed = int((~result.success).sum()) if self._is_minimal and self._max_eps is not None else 0
-        if missed > 0:
-            warn(
-                f"{missed} of {len(images)} images were not fooled up to max_eps={self._max_eps:.6g}: that is no "
-                "smallest norm. Choose a larger max_eps"
-            )
+        if self._is_minimal and self._max_eps is not None and (missed := int((~result.success).sum())) > 0:
+            warn(cap_reached(missed, len(images), self._max_eps))
         found: T = restore_type(ep.astensor(result.adversarials))
         return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,31 +35,37 @@ def detection(run: Run, worst: str) -> Iterator[dict[str, Any]]:
         rows = run.clean(model, ["status", SCORE.name])
         clean = floats(rows[SCORE.name])[is_(rows["status"], "ok")]
         clean = clean[~np.isnan(clean)]
-        for rate in rates:
-            limit = threshold(clean, rate)
+        limits = [threshold(clean, rate) for rate in rates]
+        told: list[list[dict[str, Any]]] = [[] for _ in rates]
+        for eps in run.radii:
+            every = {attack: _states(run, model, attack, eps, limits) for attack in run.attacks_at(eps)}
+            if len(every) > 1:
+                every[worst] = [np.maximum.reduce(states) for states in zip(*every.values(), strict=True)]
+            for attack, found in every.items():
+                for rows_at, states in zip(told, found, strict=True):
+                    rows_at.append({"eps": eps, "attack": attack, **_shares(states)})
+        for rate, limit, rows_at in zip(rates, limits, told, strict=True):
             place = {"model": model, "false_positive_rate": float(rate), "threshold": limit}
             place |= {"clean": len(clean), "flagged": int((clean > limit).sum())}
-            for eps in run.radii:
-                found = {attack: _states(run, model, attack, eps, limit) for attack in run.attacks_at(eps)}
-                if len(found) > 1:
-                    found[worst] = np.maximum.reduce([*found.values()])
-                for attack, states in found.items():
-                    yield {**place, "eps": eps, "attack": attack, **_shares(states)}
+            yield from ({**place, **row} for row in rows_at)
 
 
 _LEFT, _SEEN, _EVADED = 1, 2, 3
 """Not fooled, fooled and flagged, fooled and not flagged, in this order: the largest of several is the worst case."""
 
 
-def _states(run: Run, model: str, attack: str, eps: float | None, limit: float) -> NDArray[np.int8]:
-    """What became of each image, by position; 0 where it was misclassified, or has no outcome or no score."""
+def _states(run: Run, model: str, attack: str, eps: float | None, limits: Sequence[float]) -> list[NDArray[np.int8]]:
+    """What became of each image, by position, at each threshold; 0 where it was misclassified, or has no outcome or no
+    score."""
     rows = run.rows(model, attack, eps, ["position", "label", "status", "success", run.norm, SCORE.name])
     outcomes, scores = run.outcomes_of(rows, attack, eps), floats(rows[SCORE.name])
-    fooled = np.where(scores > limit, _SEEN, _EVADED)
-    states = np.where(outcomes.outcome == FOOLED, fooled, _LEFT) * ((outcomes.outcome > WRONG) & ~np.isnan(scores))
-    full = np.zeros(run.images(model), np.int8)
-    full[outcomes.position] = states
-    return full
+    known, found = (outcomes.outcome > WRONG) & ~np.isnan(scores), []
+    for limit in limits:
+        fooled = np.where(scores > limit, _SEEN, _EVADED)
+        full = np.zeros(run.images(model), np.int8)
+        full[outcomes.position] = np.where(outcomes.outcome == FOOLED, fooled, _LEFT) * known
+        found.append(full)
+    return found
 
 
 def _shares(states: NDArray[np.int8]) -> dict[str, Any]:
