@@ -14,13 +14,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
 
+from orthattack.eval.running import ray as engine
+from orthattack.eval.running.chunk import Done
 from orthattack.eval.running.plan import Unit
-from orthattack.eval.running.ray import Queue, ray_crew
+from orthattack.eval.running.ray import Queue, Telling, mailbox, pass_on, ray_crew
 from tests.stored import assert_same, contents, seconds
 
 from .runs import (
@@ -104,6 +107,62 @@ def test_a_driver_that_is_killed_or_interrupted_leaves_no_worker_and_the_same_co
     assert before.items() <= seconds(place / "run").items()
     outcomes = [session["outcome"] for session in manifest(place)["sessions"]]
     assert outcomes == ["killed" if how == signal.SIGKILL else "interrupted", "complete"]
+
+
+GATED = """
+import time
+from pathlib import Path
+
+
+def attack(model):
+    def run(images, labels):
+        done = len(list(Path("done").glob("*")))
+        while not Path(f"go-{done}").exists():
+            model(images)
+            time.sleep(0.05)
+        Path("done", str(done)).touch()
+        return images
+
+    return run
+"""
+
+
+@needs_ray
+def test_the_bar_moves_with_every_batch_and_step_of_an_attack(tmp_path):
+    """Long before the worker keeps anything: each batch waits until the bar has shown the one before."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    place = workplace(tmp_path, SUITE.replace('["OrthoPGD", "slow:attack"]', '["gated:attack"]\nchecks = false'))
+    (place / "gated.py").write_text(GATED)
+    (place / "done").mkdir()
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 140, 0, 0))
+    command = [sys.executable, "-m", "orthattack", "eval", "suite.toml", "--out", "run", "--engine", "ray"]
+    driver = subprocess.Popen([*command, "--workers", "1"], cwd=place, stdout=subprocess.DEVNULL, stderr=its)
+    os.close(its)
+    seen: list[str] = []
+
+    def read():
+        with suppress(OSError):  # of a terminal that nobody writes to any more
+            while text := os.read(ours, 4096):
+                seen.append(text.decode(errors="replace"))
+
+    reader = Thread(target=read, daemon=True)
+    reader.start()
+    for batch in range(4):  # 2 images each, the third of a shard 1
+        of = f"{(0, 2, 3, 5)[batch]}/18"
+        shown = re.compile(rf" {of} .*call \d+ of gated:attack at 8/255")
+        wait_for(lambda shown=shown: any(map(shown.search, seen)), f"{of} in {''.join(seen)}", 120)
+        assert len(list((place / "done").glob("*"))) == batch
+        (place / f"go-{batch}").touch()
+    for batch in range(4, 12):
+        (place / f"go-{batch}").touch()
+    assert driver.wait(timeout=120) == 0, "".join(seen)
+    reader.join(10)
+    os.close(ours)
 
 
 CLUSTER = """
@@ -474,3 +533,44 @@ def test_nobody_idles_while_a_unit_is_only_promised():
     assert promised is not None
     assert queue.take("y") == (promised, None)
     assert queue.take("x") is None
+
+
+# What workers tell
+
+
+def test_news_is_told_now_and_then_and_all_of_it_arrives_at_the_watch(monkeypatch):
+    now, box, watched = [0.0], mailbox()(), []
+    monkeypatch.setattr(engine.time, "monotonic", lambda: now[0])
+    watch = SimpleNamespace(
+        begin=lambda *at: watched.append(at), step=watched.append, done=lambda *done: watched.append(done)
+    )
+    first, second = units(a=1, b=1)
+    one, other = (Telling(unit, box.tell) for unit in (first, second))
+
+    def arrived(*at_work):
+        watched.clear()
+        pass_on(box.take(), at_work, watch)
+        return watched
+
+    one.begin("a", "PGD")
+    one.step("step 1")  # within the same second
+    assert arrived(first, second) == [("a", "PGD"), ""]
+    assert arrived(first, second) == []
+    now[0] = 2.0
+    one.done(first, 0, Done(2, 1, 2))
+    one.done(first, 1, Done(1, 0, 1))
+    now[0] = 4.0
+    one.done(first, 1, Done(2, 0, 2))
+    now[0] = 6.0
+    one.step("step 3")
+    other.begin("b", "FGSM")
+    assert arrived(first, second) == [
+        (first, 0, Done(2, 1, 2)), (first, 1, Done(2, 0, 2)), "step 3", ("b", "FGSM"), "",
+    ]  # fmt: skip
+    assert one.found == {0: Done(2, 1, 2), 1: Done(2, 0, 2)}
+    now[0] = 7.0
+    one.step("step 4")  # of the result before, whatever another has told since
+    assert arrived(first, second) == [(first, 1, Done(2, 0, 2)), "step 4"]
+    now[0] = 8.0
+    one.done(first, 1, Done(3, 0, 3))
+    assert arrived(second) == []  # the first has ended meanwhile, and its results say more

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
@@ -31,7 +31,7 @@ from orthattack.eval.errors import EvaluationError, first_line, told
 from orthattack.eval.running.chunk import Done
 from orthattack.eval.running.manifest import hardware
 from orthattack.eval.running.plan import Plan, Unit
-from orthattack.eval.running.progress import Unwatched, Watch
+from orthattack.eval.running.progress import Watch
 from orthattack.eval.running.run import suite_inputs
 from orthattack.eval.running.worker import Worker
 from orthattack.eval.storage.run_folder import RunFolder
@@ -39,7 +39,7 @@ from orthattack.eval.suite import make_suite
 
 DEATHS = 3  # how many workers may die of one unit before it is left undone
 
-_TICK = 5.0  # seconds between two looks at whether there is any worker
+_TICK = 1.0  # seconds between two looks at whether there is any worker, and what they tell
 _PATIENCE = 20.0  # seconds without any worker before that is said
 _LIMIT = 50.0  # seconds without any, or without Ray itself, before the run ends
 
@@ -76,19 +76,45 @@ def seat(kind: type[Any]) -> type[Any]:
     return Seat
 
 
+News = dict[tuple[str, str, int], tuple[tuple[str, str] | None, str, dict[int, tuple[int, ...]]]]
+"""How far units are, by model, stage and chunk: what `Watch.begin` was told last, None if a result has come since; the
+step; and, of attacks that have got on, by their places in `Plan.entries`, what makes a `Done`."""
+
+
+def mailbox() -> type[Any]:
+    """The class of the actor that has what workers tell until the driver asks. Sent as code, as a `seat` is, and given
+    nothing but numbers and text, so that its process imports neither orthattack nor torch."""
+
+    class Mailbox:
+        def __init__(self) -> None:
+            self.news: News = {}
+
+        def tell(self, unit: tuple[str, str, int], at: tuple[str, str] | None, step: str, done: Any) -> None:
+            before = self.news.pop(unit)[2] if unit in self.news else {}
+            self.news[unit] = at, step, {**before, **done}
+
+        def take(self) -> News:
+            news, self.news = self.news, {}
+            return news
+
+    return Mailbox
+
+
 class RayWorker:
     """A worker in a process of its own, on any machine of the cluster."""
 
     def start(
-        self, config: Mapping[str, Any], manifest: Mapping[str, Any], place: str, device: str, directory: str
+        self, config: Mapping[str, Any], manifest: Mapping[str, Any], place: str, device: str, directory: str, news: Any
     ) -> dict[str, Any]:
-        """Get ready, in the directory that paths of the suite are relative to; returns what this process is."""
+        """Get ready, in the directory that paths of the suite are relative to, to work and tell a `mailbox` how far it
+        is; returns what this process is."""
         # Ray makes a SystemExit of it, which would be taken for the attack's own and kept as an error in its rows.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's, which ends its workers
         if Path(directory).is_dir():
             os.chdir(directory)
         self._said: list[str] = []
+        self._news = news
         folder = RunFolder(place, self._said.append)
         if not folder.exists:
             raise EvaluationError(
@@ -103,7 +129,7 @@ class RayWorker:
 
     def do(self, unit: Unit, following: Unit | None) -> tuple[dict[int, Done], list[str]]:
         """Do a unit; returns what became of its attacks, by their place in `Plan.entries`, and what there is to say."""
-        watch = _Noted()
+        watch = Telling(unit, self._news.tell.remote)
         with drawing(0):
             self._worker.do(unit, following, watch)
         said = self._said.copy()
@@ -111,14 +137,36 @@ class RayWorker:
         return watch.found, said
 
 
-class _Noted(Unwatched):
-    """A `Watch` that keeps what came last, for the driver."""
+class Telling:
+    """A `Watch` that keeps what came last, and tells how far its unit is, at most once in `_TICK`."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: Unit, tell: Callable[..., object]) -> None:
         self.found: dict[int, Done] = {}
+        self._tell, self._unit, self._due = tell, (unit.model, unit.stage, unit.chunk), 0.0
+        self._at: tuple[str, str] | None = None
+        self._step = ""
+        self._new: dict[int, tuple[int, ...]] = {}
+
+    def begin(self, model: str, what: str) -> None:
+        self._at, self._step = (model, what), ""
+        self._now_and_then()
+
+    def step(self, step: str) -> None:
+        self._step = step
+        self._now_and_then()
 
     def done(self, unit: Unit, which: int, done: Done) -> None:  # noqa: ARG002
         self.found[which] = done
+        self._new[which] = tuple(done)
+        self._at, self._step = None, ""
+        self._now_and_then()
+
+    def _now_and_then(self) -> None:
+        now = time.monotonic()
+        if now >= self._due:
+            self._tell(self._unit, self._at, self._step, self._new)
+            # A later step is of the last result, if nothing has begun since; another worker may be told of in between.
+            self._new, self._due = {} if self._at else dict([*self._new.items()][-1:]), now + _TICK
 
 
 class Queue:
@@ -206,15 +254,17 @@ class _Patience:
             self._is_said = True
 
 
-def glimpse(units: Sequence[Unit], plan: Plan, watch: Watch) -> None:
-    """Tell how far units at work are, by what their workers keep in the run's folder; attacks of one come in order."""
-    at = {plan.shard(unit, k): (unit, n) for unit in units if unit.stage == "attack" for n, k in enumerate(unit.wanted)}
-    with suppress(EvaluationError):  # a store may fail for a moment
-        for shard, rows in plan.folder.kept_counts(at).items():
-            unit, place = at[shard]
-            for before in unit.wanted[:place]:
-                watch.done(unit, before, Done(len(plan.positions(unit)), 0, 0))
-            watch.done(unit, unit.wanted[place], Done(rows, 0, 0))
+def pass_on(news: News, at_work: Iterable[Unit], watch: Watch) -> None:
+    """Tell a watch what workers have told of the units that are still at work; of others there are the results."""
+    units: dict[tuple[str, str, int], Unit] = {(unit.model, unit.stage, unit.chunk): unit for unit in at_work}
+    for place, (at, step, found) in news.items():
+        if (unit := units.get(place)) is None:
+            continue
+        for which, done in found.items():
+            watch.done(unit, which, Done(*done))
+        if at is not None:
+            watch.begin(*at)
+        watch.step(step)
 
 
 class Crew:
@@ -236,6 +286,9 @@ class Crew:
         self.workers: list[dict[str, Any]] = []
         self._ray, self._size, self._make, self._lacking = ray, size, make, lacking
         self._idle: list[Any] = []
+        self._mailbox: Any = None
+        self._news: Any = None  # what will have been in it
+        self._due = 0.0  # when it is asked again
 
     def __call__(self, units: Sequence[Unit], plan: Plan, watch: Watch, say: Callable[[str], None], /) -> None:
         """Do all units. EvaluationError: no worker can be started, something is to be put right, or a unit has killed
@@ -244,7 +297,7 @@ class Crew:
         tasks: dict[Any, _Task] = {}
         deaths: Counter[Unit] = Counter()
         lost: list[Unit] = []
-        failures, patience, looked = 0, _Patience(self._size, self._lacking, say), time.monotonic()
+        failures, patience = 0, _Patience(self._size, self._lacking, say)
         while len(queue) or any(task.unit for task in tasks.values()):
             self._idle = [actor for actor in self._idle if not self._give(actor, queue, tasks)]
             wanted = min(self._size, len(queue) + sum(task.unit is not None for task in tasks.values()))
@@ -256,9 +309,7 @@ class Crew:
                 patience.renew()
             else:
                 patience.spend()
-            if time.monotonic() - looked > _TICK:
-                glimpse([task.unit for task in tasks.values() if task.unit], plan, watch)
-                looked = time.monotonic()
+            pass_on(self._told(), [task.unit for task in tasks.values() if task.unit], watch)
             for ref in ready:
                 actor, unit, host = tasks.pop(ref)
                 answer, death = self._answer(ref, host)
@@ -291,6 +342,17 @@ class Crew:
                 f"{len(lost)} pieces of work killed {DEATHS} workers each ({names}): look for the reason on these "
                 "machines, memory most likely. Everything else is done and kept; the same command tries them again"
             )
+
+    def _told(self) -> News:
+        """What workers have told since. Nothing waits for the mailbox, nor ends with it."""
+        news: News = {}
+        if self._news is not None and self._ray.wait([self._news], timeout=0)[0]:
+            with suppress(self._ray.exceptions.RayError):  # its machine is lost, say: it is started again elsewhere
+                news = self._ray.get(self._news)
+            self._news = None
+        if self._mailbox is not None and self._news is None and time.monotonic() >= self._due:
+            self._news, self._due = self._mailbox.take.remote(), time.monotonic() + _TICK
+        return news
 
     def _answer(self, ref: Any, host: str | None) -> tuple[Any, str | None]:
         """What a worker returned, or what it died of; what is to be put right is raised, with the name of the machine
@@ -329,7 +391,9 @@ class Crew:
         folder = plan.folder
         place = str(folder) if folder.path is None else str(folder.path.resolve())
         manifest = {key: plan.manifest[key] for key in ("models", "probes")}
-        return actor.start.remote(plan.suite.config(), manifest, place, self.device, str(Path.cwd()))
+        if self._mailbox is None:
+            self._mailbox = self._ray.remote(mailbox()).options(num_cpus=0, max_restarts=-1).remote()
+        return actor.start.remote(plan.suite.config(), manifest, place, self.device, str(Path.cwd()), self._mailbox)
 
     def _bury(self, actor: Any) -> None:
         self._ray.kill(actor)

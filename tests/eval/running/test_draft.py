@@ -20,7 +20,6 @@ from orthattack.eval.results.stored_run import Run
 from orthattack.eval.running import draft, progress
 from orthattack.eval.running.chunk import Done
 from orthattack.eval.running.plan import Todo, Unit
-from orthattack.eval.running.ray import glimpse
 from orthattack.eval.storage.run_folder import RunFolder, Shard
 from tests.eval.tiny import EPS, classifier, dataset
 from tests.stored import assert_same, contents
@@ -332,17 +331,3 @@ def test_a_pulse_changes_nothing_and_is_not_part_of_an_attack():
     assert watched.run(images, labels) == plain_.run(images, labels)
     assert told == [0, 1, 2, 3, 4]
     assert repr(watched) == repr(plain_)
-
-
-def test_a_driver_sees_what_its_workers_keep(often, tmp_path):
-    """Of a unit of three attacks, in order: one that is done with, one at work, one to come."""
-    stopped = run(tmp_path / "run", Drawing(4))
-    labels = ["first", "mine", "last"]
-    plan = SimpleNamespace(
-        folder=stopped.folder, shard=lambda _, k: Shard("net", labels[k], EPS, 0), positions=lambda _: range(10)
-    )
-    told = []
-    watch = SimpleNamespace(done=lambda *found: told.append(found))
-    unit = Unit("net", "attack", 0, (0, 1, 2))
-    glimpse([unit, Unit("net", "probe", 0, (0,))], plan, watch)
-    assert told == [(unit, 0, Done(10, 0, 0)), (unit, 1, Done(7, 0, 0))]
