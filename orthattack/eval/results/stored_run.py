@@ -31,6 +31,7 @@ from orthattack.eval.results.outcomes import (
     floats,
     is_,
     measures,
+    median_queries,
     paired_row,
     per_class,
     rate_columns,
@@ -54,7 +55,7 @@ FREQUENT = 100
 """How many pairs of a class and what its images are taken for are told of an attack: there may be a million."""
 
 _COLUMNS = ["position", "label", "status", "message", "success", "cosine", "forward_calls", "gradient_calls"]
-_COLUMNS += ["rounded_success", "seconds", "adversarial_prediction"]
+_COLUMNS += ["rounded_success", "seconds", "adversarial_prediction", "evaluations"]
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ class Run:
         self.other_norms = sorted(set(norms) - {self.norm})
         self._checks = checks
         self._cells: dict[tuple[str, float | None], _Cell] = {}
+        self._views: dict[str, Run] = {self.norm: self}
 
     @classmethod
     def open(cls, place: Path | str) -> Run:
@@ -114,7 +116,9 @@ class Run:
 
     def in_norm(self, norm: str) -> Run:
         """The same run, its attacks in another norm."""
-        return Run(self.folder, self.manifest, norm, self._checks)
+        if norm not in self._views:
+            self._views[norm] = Run(self.folder, self.manifest, norm, self._checks)
+        return self._views[norm]
 
     def of_model(self, label: str) -> Run:
         """The same run, of one of its models alone; EvaluationError that says which it has, if not this one."""
@@ -219,7 +223,9 @@ class Run:
         intervals (robust_accuracy, success_rate, clean_accuracy; _low, _high), mean_norm and max_norm (of attacked
         images; of fooled ones where the attack minimises the norm), mean_abs_cosine and max_abs_cosine, forward_calls
         and gradient_calls per attacked image, seconds in all, rounded_success (share of the fooled that stay so in 8
-        bits), and reasons, why images were not scored, with counts, as JSON. NaN is undefined.
+        bits), median_queries (evaluations of the model until the first success, over the fooled; of attacks that stop
+        there and ask for no gradient, or of all that stop there in a run with a budget), and reasons, why images were
+        not scored, with counts, as JSON. NaN is undefined.
         """
         return pd.DataFrame([row for cell in self._all() for row in cell.rows])
 
@@ -337,6 +343,10 @@ class Run:
         A row per attack, radius, source and target: columns attack, eps, source, target, n (images that both classify
         correctly), fooled, success_rate with its interval (_low, _high). Without `orthattack transfer` it has no rows.
         """
+        return self._transfer.copy()
+
+    @functools.cached_property
+    def _transfer(self) -> pd.DataFrame:
         judges = [*self.judges()]
         found = [
             row
@@ -382,6 +392,10 @@ class Run:
         not), detected_share, of the fooled, and evaded_share, of n, with intervals (_low, _high). In the worst case an
         image evades if it does under any attack. Without a detector it has no rows.
         """
+        return self._detection.copy()
+
+    @functools.cached_property
+    def _detection(self) -> pd.DataFrame:
         return pd.DataFrame(detection(self, WORST))
 
     def progress(self) -> tuple[int, int]:
@@ -411,14 +425,15 @@ class Run:
         labels = np.full(size, -1, np.int32)
         attacks = self.attacks_at(eps)
         for attack in attacks:
-            minimal = bool(self.attacks[attack].get("minimal"))
+            about = self.attacks[attack]
+            minimal = bool(about.get("minimal"))
             table = self.rows(model, attack, eps, [*_COLUMNS, self.norm])
             found = self.outcomes_of(table, attack, eps)
             by_position[attack] = found.dense(size)
             labels[found.position] = found.label
-            rows.append(
-                self._row(model, attack, eps, found.outcome) | measures(table, self.norm, minimal, found.outcome)
-            )
+            row = self._row(model, attack, eps, found.outcome) | measures(table, self.norm, minimal, found.outcome)
+            row["median_queries"] = median_queries(table, about, self.queries is not None, found.outcome)
+            rows.append(row)
             classes += per_class(attack, found.label, found.outcome)
             taken += confusion(attack, table, minimal, found.outcome, FREQUENT)
             cosine = np.abs(floats(table["cosine"])[found.outcome > WRONG])

@@ -20,23 +20,22 @@ DetectorMaker = Callable[[nn.Module], Any]
 
 
 class Detector:
-    """A detector on the model's device, which is handed copies of the images, a batch at a time, and the model in
-    evaluation mode.
+    """A detector on a device, to which its model goes, in evaluation mode. It is handed copies of the images, a batch
+    at a time.
 
     Raises:
         EvaluationError: it cannot be made, or does not score two grey images.
     """
 
-    def __init__(self, make: DetectorMaker, classifier: Classifier, device: torch.device | str = "cpu") -> None:
-        self._model, size = classifier.model.eval(), classifier.preprocessing.crop
+    def __init__(self, make: DetectorMaker, classifier: Classifier, device: torch.device) -> None:
+        self._model, size, self.device = classifier.model.eval().to(device), classifier.preprocessing.crop, device
         try:
             with self._at_work(), drawing(0):
                 self._score = make(self._model)
                 if isinstance(self._score, nn.Module):
                     self._score = self._score.eval().to(device)
-            first = next((tensor.device for tensor in self._model.state_dict().values()), torch.device("cpu"))
             with drawing(0):
-                self.scores(torch.full((2, 3, size, size), 0.5, device=first), 2)
+                self.scores(torch.full((2, 3, size, size), 0.5, device=device), 2)
         except FAILURES as error:
             why = f"the detector fails on {classifier.name}, given a grey image: {told(error)}"
             raise EvaluationError(why) from error

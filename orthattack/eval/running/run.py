@@ -10,9 +10,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -50,8 +52,7 @@ def suite_inputs(
             check_name(spec.name)
     if dataset is None:
         check_data(suite.data.source)
-    if detector is None and suite.detector is not None:
-        detector = find(suite.detector)
+    make = find(suite.detector) if detector is None and suite.detector is not None else detector
     specs = {spec.label: spec for spec in suite.models}
     # One model at a time is kept, or many would fill the memory.
     last: dict[str, Classifier] = {}
@@ -82,7 +83,16 @@ def suite_inputs(
             listed[classes] = found.limited(data.limit)
         return listed[classes]
 
-    return Inputs(classifier, opened, suite.kinds() if kinds is None else kinds, detector)
+    # One that is tried before the run is the one that its worker uses, and goes when its model does.
+    made: WeakKeyDictionary[Classifier, Detector] = WeakKeyDictionary()
+
+    def detecting(make: DetectorMaker, model: Classifier, device: torch.device) -> Detector:
+        if model not in made or made[model].device != device:
+            made[model] = Detector(make, model, device)
+        return made[model]
+
+    kinds = suite.kinds() if kinds is None else kinds
+    return Inputs(classifier, opened, kinds, None if make is None else partial(detecting, make))
 
 
 def _path(name: str | None) -> Path | None:
@@ -143,10 +153,11 @@ def run_suite(
         entries, device = suite.entries(inputs.kinds), torch.device(device)
         folder.create()
         # An engine's workers compute elsewhere, and are listed on their own.
-        session = new_session(folder, entries, torch.device("cpu") if engine else device, command, share)
+        here = torch.device("cpu") if engine else device
+        session = new_session(folder, entries, here, command, share)
         session["engine"] = None if engine is None else engine.name
         with _working_in(folder, share, session, say):
-            manifest = _manifest(suite, inputs, folder, session, say)
+            manifest = _manifest(suite, inputs, here, folder, session, say)
             plan = Plan(suite, entries, manifest, folder)
             _say_what_images_take(plan, say)
             if engine is None:
@@ -182,16 +193,22 @@ def _working_in(
 
 
 def _manifest(
-    suite: Suite, inputs: Inputs, folder: RunFolder, session: dict[str, Any], say: Callable[[str], None]
+    suite: Suite,
+    inputs: Inputs,
+    device: torch.device,
+    folder: RunFolder,
+    session: dict[str, Any],
+    say: Callable[[str], None],
 ) -> Mapping[str, Any]:
-    """The manifest of the run, new or as it was begun, and beside it the record of this session."""
+    """The manifest of the run, new or as it was begun, and beside it the record of this session; its detector is tried
+    on that device."""
     models = []
     described: dict[ImageDataset, dict[str, Any]] = {}  # once, for it looks at every file
     for spec in suite.models:  # all are tried before the first is attacked, but only one at a time is kept
         classifier = inputs.classifier(spec.label)
         check_batches(classifier, suite.batch_size)
         if inputs.detector is not None:
-            Detector(inputs.detector, classifier)
+            inputs.detector(classifier, device)
         dataset = inputs.dataset(classifier)
         if dataset not in described:
             described[dataset] = dataset.describe()

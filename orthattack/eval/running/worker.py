@@ -18,7 +18,7 @@ from orthattack.eval.data.prefetch import Decoder
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models.classifier import Classifier
 from orthattack.eval.running.chunk import Bound, Job, Part
-from orthattack.eval.running.detector import Detector, DetectorMaker
+from orthattack.eval.running.detector import Detector
 from orthattack.eval.running.plan import Plan, Unit
 from orthattack.eval.running.progress import Unwatched, Watch, shown
 from orthattack.eval.running.targets import Targets
@@ -37,7 +37,7 @@ class Inputs:
     classifier: Callable[[str], Classifier]  # the model of a label
     dataset: Callable[[Classifier], ImageDataset]  # the data as a model needs it
     kinds: Mapping[str, AttackKind]  # the attacks by label
-    detector: DetectorMaker | None = None  # makes the run's detector, if it has one
+    detector: Callable[[Classifier, torch.device], Detector] | None = None  # the run's for a model, if it has one
 
 
 class Worker:
@@ -104,7 +104,7 @@ class Worker:
             self._job = Job(label, classifier, dataset, self._device, folder, suite.batch_size, self._say)
             self._job.is_exact = any(entry.levels for entry in self._plan.entries)
             if self._inputs.detector is not None:
-                self._job.detector = Detector(self._inputs.detector, classifier, self._device)
+                self._job.detector = self._inputs.detector(classifier, self._device)
             if suite.targets is not None:
                 self._job.targets = Targets(suite.targets, dataset, classifier.num_classes)
             self._decoder = Decoder(self._job.load, ahead=not dataset.is_foreign)

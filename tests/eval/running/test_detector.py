@@ -108,14 +108,14 @@ def test_a_stop_loses_no_score(tmp_path, run):
     def stopping(model):
         def score(images):
             calls.append(len(images))
-            if len(calls) == 6:  # the grey images twice, the clean ones in three batches or more
+            if len(calls) == 5:  # the grey images, the clean ones in three batches or more
                 raise KeyboardInterrupt
             return roughness(model)(images)
 
         return score
 
     def made(model):
-        return stopping(model) if len(calls) < 6 else roughness(model)
+        return stopping(model) if len(calls) < 5 else roughness(model)
 
     begun = detected(tmp_path / "stopped", ["PGD"], made)
     assert begun.status == "interrupted"
@@ -126,6 +126,20 @@ def test_a_stop_loses_no_score(tmp_path, run):
     assert again.detection().equals(whole.detection())
     with pytest.raises(EvaluationError, match=rf"detector: {NAME} there, not set now"):
         evaluated(run.folder.path, ATTACKS, eps=[EPS, 2 * EPS])
+
+
+def test_it_is_made_once_for_a_model_and_goes_with_it(tmp_path):
+    made = []
+
+    def making(model):
+        made.append(model)
+        return roughness(model)
+
+    model = Net()
+    found = detected(tmp_path / "run", ["PGD"], making, model=model)
+    assert len(made) == 1
+    assert made[0] is model
+    assert len(found.detection())
 
 
 def test_without_a_detector_nothing_has_a_score(tmp_path):
