@@ -92,7 +92,7 @@ def _context(run: Run) -> dict[str, Any]:
     data |= {"images": images, "classes": _classes(run), "worst": WORST}
     data["targeted"] = run.targets is not None
     data["families"] = list(plots.families(run.attacks).values())
-    columns, seen = tables.leaderboard(run.norm), tables.detection_rows(run)
+    columns, seen = tables.leaderboard(run.norm, rows), tables.detection_rows(run)
     for row in seen:
         row |= {"model_index": models.index(row["model"]), "eps_index": run.radii.index(row["eps"])}
     return {

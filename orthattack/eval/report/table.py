@@ -57,6 +57,7 @@ class Column:
     ends: tuple[str, str] = ("", "")  # keys of the interval
     title: str = ""  # what the page adds to its head
     first: str = "ascending"  # how the page sorts by it at first
+    of: str = ""  # key of a count that stands behind the number, in brackets
 
     @property
     def is_name(self) -> bool:
@@ -68,9 +69,14 @@ class Column:
         low, high = (row.get(end) for end in self.ends)
         return "" if low is None else "[{}, {}]".format(*(self.show(end).removesuffix(" %") for end in (low, high)))
 
+    def text(self, row: Row) -> str:
+        """Without the interval."""
+        value = row[self.key]
+        return self.show(value) + (f" ({row[self.of]:,.0f})" if self.of and value is not None else "")
+
     def cell(self, row: Row) -> str:
         """All of it as text."""
-        return f"{self.show(row[self.key])} {self.interval(row)}".rstrip()
+        return f"{self.text(row)} {self.interval(row)}".rstrip()
 
 
 MODEL, ATTACK, N = Column("model", "model"), Column("attack", "attack"), Column("n", "n", _count, first="descending")
@@ -79,8 +85,8 @@ DIFFERENCE = Column("difference [95 %]", "difference", points, ("low", "high"))
 SUCCESS = Column("success [95 %]", "success_rate", percent, ("success_rate_low", "success_rate_high"))
 
 
-def leaderboard(norm: str) -> dict[str, Column]:
-    """The columns of the leaderboard, by key."""
+def leaderboard(norm: str, rows: Iterable[Row]) -> dict[str, Column]:
+    """The columns of the leaderboard, by key; that of queries where a row has any."""
     small = partial(number, ".1e")
     columns = [
         ATTACK, MODEL,
@@ -92,8 +98,11 @@ def leaderboard(norm: str) -> dict[str, Column]:
         Column("mean |cos|", "mean_abs_cosine", small), Column("max |cos|", "max_abs_cosine", small),
         Column("grads", "gradient_calls", partial(number, ".4g"), title="gradient calls per image"),
         Column("s", "seconds", partial(number, ".3g"), title="seconds, in all"),
+        Column("queries (n)", "median_queries", partial(number, ".5g"), of="fooled",
+               title="evaluations of the model until the first success, median of the n fooled images"),
     ]  # fmt: skip
-    return {column.key: column for column in columns}
+    have_queries = any(row.get("median_queries") is not None for row in rows)
+    return {column.key: column for column in columns if have_queries or column.key != "median_queries"}
 
 
 def paired(norm: str) -> dict[str, Column]:
@@ -201,6 +210,7 @@ def compared_rows(table: Any, norm: str) -> list[dict[str, Any]]:
     return [{**row, "shown_eps": "" if row["attack"] == CLEAN else shown_eps(row["eps"], norm)} for row in rows]
 
 
+_QUERIES = ("queries (n): evaluations of the model until an image's first success, median of the n fooled images",)
 _LOSSES = {"ce": "the cross-entropy", "margin": "the margin", "dlr": "DLR"}
 
 
@@ -210,7 +220,7 @@ def promised(run: Run) -> list[str]:
     kept = {label: "; ".join(about.get("keeps") or ()) for label, about in run.attacks.items()}
     losses = {label: str(about.get("loss") or "") for label, about in run.attacks.items()}
     climbed = {label: _LOSSES.get(loss, loss) for label, loss in losses.items()}
-    lines = []
+    lines = list(_QUERIES) if "median_queries" in leaderboard(run.norm, leaderboard_rows(run)) else []
     for verb, each in (("promised", kept), ("climbed", climbed)):
         for what in dict.fromkeys(filter(None, each.values())):
             labels = ", ".join(label for label, own in each.items() if own == what)

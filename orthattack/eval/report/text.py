@@ -37,7 +37,7 @@ _COLUMNS, _WIDEST, _NARROWEST = 100, 132, 60  # of a terminal that does not say,
 _LABEL = 24  # columns that a label may take before others go
 _CLASSES = 50  # of which the accuracy is printed
 _MEASURED = ["mean_norm", "mean_abs_cosine", "max_abs_cosine", "gradient_calls"]
-_SPARE = ["seconds", "mean_abs_cosine", "gradient_calls", "mean_norm", "max_abs_cosine"]
+_SPARE = ["seconds", "mean_abs_cosine", "gradient_calls", "mean_norm", "median_queries", "max_abs_cosine"]
 """Which columns a narrow terminal goes without, the first first."""
 
 
@@ -104,10 +104,12 @@ def leaderboard_table(*views: Run) -> str:
     beware: dict[str, None] = {}
     gone: dict[str, None] = {}
     for run in views:
-        known, rows = tables.leaderboard(run.norm), _told(run)
+        rows = _told(run)
+        known = tables.leaderboard(run.norm, rows)
         parts += [*[""] * bool(parts), *_wrapped(_state(run))]
         keys = ["eps", "attack", "scored", "robust_accuracy", "success_rate", *_MEASURED, "seconds"]
         keys += ["left_out"] * any(row["left_out"] for row in rows)
+        keys[5:5] = ["median_queries"] * ("median_queries" in known)
         columns, widths = _fitted([known[key] for key in keys], rows, _SPARE)
         gone |= {known[key].head: None for key in keys if known[key] not in columns}
         for model in run.models:
@@ -288,11 +290,13 @@ def _lines(rows: Sequence[Row]) -> str:
 
 def markdown(run: Run) -> str:
     """The tables for a paper or an issue. Names are escaped: they are shown, whatever they are."""
-    known, rows = tables.leaderboard(run.norm), _told(run)
+    rows = _told(run)
+    known = tables.leaderboard(run.norm, rows)
     lines = [f"# {_md(', '.join(run.models) or 'no model')}: adversarial robustness, {NORMS.get(run.norm, run.norm)}"]
     lines += ["", _md(_state(run)), ""]
     columns = [known[k] for k in ("eps", "attack", "scored", "robust_accuracy")]
-    columns += [tables.SUCCESS, *(known[k] for k in _MEASURED), known["left_out"]]
+    keys = ["median_queries"] * ("median_queries" in known)
+    columns += [tables.SUCCESS, *(known[k] for k in (*keys, *_MEASURED, "left_out"))]
     for model in run.models:
         own = [row for row in rows if row["model"] == model]
         lines += [f"## {_md(model)}", "", f"{_clean(run, model).capitalize()}.", "", _pipes(columns, own), ""]

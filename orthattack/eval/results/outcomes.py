@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +92,21 @@ def measures(table: pd.DataFrame, norm_name: str, minimal: bool, outcome: NDArra
         "rounded_success": float(rounded.mean()) if len(rounded) else None,
         "reasons": json.dumps(reasons),
     }
+
+
+def median_queries(
+    table: pd.DataFrame, about: Mapping[str, Any], has_budget: bool, outcome: NDArray[np.int8]
+) -> float | None:
+    """How often an image's model was evaluated until its first success, the median over the fooled images.
+
+    The calls that are stored are those only of an attack that left each image there, as it does by default where the
+    model answers the same question alike. None of others, and, unless the run has a budget, of those with gradients.
+    """
+    stopped = "early_stop" in (about.get("parameters") or {}) or not (table["evaluations"] > 1).any()
+    attacked = table[outcome > WRONG]
+    if not (about.get("early_stop") and stopped and (has_budget or not attacked["gradient_calls"].any())):
+        return None
+    return _of(np.median, floats(table["forward_calls"])[outcome == FOOLED])
 
 
 def cause(text: str) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
+import torch
 
 from orthattack import PGD
 from orthattack.eval.errors import EvaluationError
@@ -57,6 +60,11 @@ def test_every_attack_of_a_run_keeps_the_budget_or_counts_as_not_fooled(tmp_path
     assert (rows(run, "long")["linf"] == 0).all()
     assert rows(run, "mine")["success"].any()
     assert given == {100, 8}  # the first, to see what it is
+    median = run.table().set_index("attack")["median_queries"]
+    quick = rows(run, "stopping")  # alone stops at a success
+    assert median["stopping"] == np.median(quick["forward_calls"][quick["success"]])
+    assert median.drop("stopping").isna().all()
+    assert free.table()["median_queries"].isna().all()  # it asks for gradients
     assert "queries: at most 8 evaluations of the model per image" in leaderboard_table(run)
     assert "queries: at most" not in leaderboard_table(free)
 
@@ -74,3 +82,37 @@ def test_what_is_stopped_asks_no_more_and_says_so(tmp_path, capsys):
 def test_a_budget_is_a_number(tmp_path, queries):
     with pytest.raises(EvaluationError, match="queries: must be a whole number, at least 1"):
         evaluated(tmp_path, ["PGD"], queries=queries)
+
+
+class Noisy(Net):
+    def forward(self, images):
+        logits = super().forward(images)
+        return logits + 0.1 * torch.rand_like(logits)
+
+
+def test_queries_to_success_are_a_column_of_100_where_they_were_counted(tmp_path, monkeypatch):
+    """Against the calls of single images; not of gradients, of one that goes on, nor of a model that draws."""
+    monkeypatch.setenv("COLUMNS", "100")
+    square = {"name": "Square", "queries": 100}
+    attacks = [square, {**square, "label": "on", "early_stop": False}, "PGD"]
+    run = evaluated(tmp_path / "run", attacks, eps=2 * EPS, save_images="none", report=True)
+    won = rows(run, "Square", 2 * EPS)
+    won = won["forward_calls"][won["success"]].to_numpy(float)
+    expected = np.median(won)
+    assert 1 <= expected <= 100
+    median = run.table().set_index("attack")["median_queries"]
+    assert median["Square"] == expected
+    assert median.drop("Square").isna().all()
+    text, cell = leaderboard_table(run), f"{expected:.5g} ({len(won)})"
+    assert max(map(len, text.splitlines())) <= 100
+    assert "queries" in text
+    assert cell in next(line for line in text.splitlines() if " Square " in line)
+    assert "queries (n): evaluations of the model until an image's first success" in text
+    assert f"| {cell} |" in run.folder.read_text("results.md")
+    assert f"{cell} </td>" in run.folder.read_text("report.html").replace("\n", "")
+    stored = {row["attack"]: row["median_queries"] for row in json.loads(run.folder.read_text("results.json"))["table"]}
+    assert stored == {"Square": expected, "on": None, "PGD": None, "worst case of all": None}
+
+    noisy = evaluated(tmp_path / "noisy", [square], Noisy(), eps=2 * EPS, save_images="none")
+    assert noisy.table()["median_queries"].isna().all()
+    assert "queries" not in leaderboard_table(noisy)
