@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
+from typing_extensions import Unpack
 
 from orthattack.attacks.ascent import Climb
 from orthattack.attacks.base import Attack, GradientOptions
 from orthattack.attacks.rules import AutoSparse, AutoStep
 from orthattack.models import Model
 from orthattack.threat import Norm
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 def climb_of(norm: Norm, steps: int, restarts: int = 1, rho: float = 0.75) -> Climb:
@@ -58,7 +54,5 @@ class OrthoAPGD(APGD, scope="image"):
     """`APGD` whose perturbation stays orthogonal to the image, exactly and at every step.
 
     z is OrthoPGD's best step, and the mixture with the momentum lies on the plane, so only the box needs projecting.
-
-    Args:
-        model: arguments as for `APGD`.
+    Arguments as for `APGD`.
     """

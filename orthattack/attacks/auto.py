@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from orthattack.arguments import check_choice, check_count, check_flag
 from orthattack.attacks.apgd import climb_of
@@ -19,9 +20,6 @@ from orthattack.attacks.task import AttackResult, Merit, Task
 from orthattack.losses import LossName, attack_loss
 from orthattack.models import Model
 from orthattack.threat import Norm
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 __all__ = ["AutoAttack", "OrthoAutoAttack", "Part", "Version"]
 
@@ -177,8 +175,4 @@ def checked_parts(parts: object) -> tuple[Part, ...]:
 
 
 class OrthoAutoAttack(AutoAttack, scope="image"):
-    """`AutoAttack` with every part orthogonal to the image.
-
-    Args:
-        model: arguments as for `AutoAttack`.
-    """
+    """`AutoAttack` with every part orthogonal to the image. Arguments as for `AutoAttack`."""

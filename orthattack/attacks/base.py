@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypedDict, TypeGuard, get_args
 
 import torch
@@ -535,7 +535,7 @@ class Attack(Configured):
                 more, _ = self._run(
                     images[rows], labels[rows], radius, start, self.search, self.early_stop, targets=last.targets[rows]
                 )
-                last = _merged(last, more, rows)
+                last = updated(last, more, rows, torch.ones_like(rows, dtype=torch.bool), adds=False)
             found[radius] = last
         return [found[radius] for radius in radii]
 
@@ -620,13 +620,16 @@ def _radii(eps: object) -> list[float]:
     return numbers
 
 
-def _merged(before: AttackResult, more: AttackResult, rows: Tensor) -> AttackResult:
-    """`before` with its samples at `rows` replaced by `more`; the others made no calls this time."""
+def updated(before: AttackResult, found: AttackResult, rows: Tensor, better: Tensor, adds: bool) -> AttackResult:
+    """`before` with what was `found` for the samples at `rows`, where it is better; with the calls of all of these,
+    added to those before if asked."""
     values = {}
-    for field in fields(AttackResult):
-        old = getattr(before, field.name)
-        counts = field.name in ("zero_gradients", "forward_calls", "gradient_calls")
-        values[field.name] = (torch.zeros_like(old) if counts else old).index_copy(0, rows, getattr(more, field.name))
+    for name, new in vars(found).items():
+        old = getattr(before, name)
+        if name in ("zero_gradients", "forward_calls", "gradient_calls"):
+            values[name] = (old if adds else torch.zeros_like(old)).index_add(0, rows, new)
+        else:
+            values[name] = old.index_copy(0, rows[better], new[better])
     return AttackResult(**values)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from orthattack.arguments import check_count, check_real, warn
-from orthattack.attacks.base import Attack, Card, checked_seeds
+from orthattack.attacks.base import Attack, Card, checked_seeds, updated
 from orthattack.attacks.configured import Configured
 from orthattack.attacks.task import AttackResult, Merit, Task
 
@@ -131,7 +131,7 @@ class Bisection(Configured):
             fooling = found.success & (found.norm < high[rows])
             low[rows] = torch.where(found.success, low[rows], eps[rows])
             high[rows] = torch.where(fooling, found.norm.double(), high[rows])
-            result = _updated(result, found, rows, fooling | ~result.success[rows])
+            result = updated(result, found, rows, fooling | ~result.success[rows], adds=True)
             middle = torch.where(high.isfinite(), (low + high) / 2, 2 * eps)
             eps = threat.on_grid(middle.clamp(max=self.max_eps)).clamp(min=step)
         attack._warn_of_gradients(result, stuck)
@@ -162,16 +162,3 @@ class _Look:
 
     def __call__(self, task: Task, start: Tensor | None) -> None:  # noqa: ARG002
         task.score(task.region.images.to(task.region.dtype).clone(), 0, with_gradient=False)
-
-
-def _updated(result: AttackResult, found: AttackResult, rows: Tensor, better: Tensor) -> AttackResult:
-    """`result` with what was found for the samples at `rows`, where it is better, and all calls counted."""
-    values = {}
-    for name, new in vars(found).items():
-        old = getattr(result, name).clone()
-        if name in ("zero_gradients", "forward_calls", "gradient_calls"):
-            old[rows] += new
-        else:
-            old[rows[better]] = new[better]
-        values[name] = old
-    return AttackResult(**values)

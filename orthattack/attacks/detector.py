@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from orthattack.arguments import check_choice, check_count, check_model, check_real
 from orthattack.assumptions import DRAWS, NEEDED, Observer
@@ -20,9 +21,6 @@ from orthattack.losses import Goal
 from orthattack.models import Model
 from orthattack.projection import Scope, is_fine, orthogonalize
 from orthattack.threat import Norm
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 Mode = Literal["orthogonal", "selective"]
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from orthattack.arguments import check_count
 from orthattack.attacks.ascent import Climb
@@ -19,9 +19,6 @@ from orthattack.models import Model
 from orthattack.projection import dot, reciprocal, scope_dims
 from orthattack.threat import Norm, Region, perturbation_norm
 from orthattack.threat.norms import BALLS
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 _IMAGE = scope_dims("image")
 # How often a step's size is corrected, and how close to the boundary, relative to the way, is close enough.
@@ -196,8 +193,5 @@ class FAB(Attack):
 
 class OrthoFAB(FAB, scope="image"):
     """`FAB` whose perturbation stays orthogonal to the image: its nearest points are those of bounds, plane and
-    boundary.
-
-    Args:
-        model: arguments as for `FAB`.
+    boundary. Arguments as for `FAB`.
     """

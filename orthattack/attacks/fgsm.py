@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
+from typing_extensions import Unpack
 
 from orthattack.attacks.ascent import Climb
 from orthattack.attacks.base import Attack, GradientOptions
 from orthattack.attacks.rules import chain
 from orthattack.models import Model
 from orthattack.threat import Norm
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class FGSM(Attack):

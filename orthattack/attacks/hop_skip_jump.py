@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from orthattack.arguments import check_count, warn
+from orthattack.arguments import warn
 from orthattack.assumptions import Observer
 from orthattack.attacks.base import Attack, Options, unlimited
-from orthattack.attacks.task import Merit, Task
+from orthattack.attacks.task import Counts, Merit, Task
 from orthattack.losses import Goal, attack_loss
 from orthattack.models import Model
 from orthattack.threat import Norm, perturbation_norm
 from orthattack.threat.norms import unit
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 # How far from the boundary the directions are probed, in L2 and relative to the perturbation; how many sizes of a step,
 # and how many random points to begin with, are tried; the size of the coarse ones.
@@ -66,19 +63,12 @@ class _Walk:
 
 
 @dataclass(frozen=True)
-class JumpSearch:
+class JumpSearch(Counts):
     """Walks along the boundary, see `HopSkipJump`."""
 
     queries: int = 5000
     probes: int = 100
     merit: Merit = "norm"
-
-    def __post_init__(self) -> None:
-        check_count("queries", self.queries)
-        check_count("probes", self.probes)
-
-    def options(self, eps: float | Tensor) -> dict[str, object]:  # noqa: ARG002
-        return {"queries": self.queries, "probes": self.probes}
 
     def __call__(self, task: Task, start: Tensor | None = None) -> None:
         task = replace(unlimited(task), goal=_Decision(**vars(task.goal)), loss=attack_loss("margin"))
@@ -219,7 +209,5 @@ class HopSkipJump(Attack):
 
 class OrthoHopSkipJump(HopSkipJump, scope="image"):
     """`HopSkipJump` whose perturbation stays orthogonal to the image: all points that the model is asked about are.
-
-    Args:
-        model: arguments as for `HopSkipJump`.
+    Arguments as for `HopSkipJump`.
     """

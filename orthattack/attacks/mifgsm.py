@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from orthattack.attacks.ascent import Climb, rate
 from orthattack.attacks.base import Attack, GradientOptions
 from orthattack.attacks.rules import Link, accumulated
 from orthattack.models import Model
 from orthattack.threat import Norm
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class MIFGSM(Attack):
@@ -33,6 +31,8 @@ class MIFGSM(Attack):
         **options: as for `PGD`.
     """
 
+    _looks_ahead: ClassVar[bool] = False
+
     def __init__(
         self,
         model: Model,
@@ -44,7 +44,7 @@ class MIFGSM(Attack):
         links: Sequence[Link] = (),
         **options: Unpack[GradientOptions],
     ) -> None:
-        rule = accumulated("fixed", decay, False, links)
+        rule = accumulated("fixed", decay, self._looks_ahead, links)
         super().__init__(model, norm, eps, Climb(rule, steps, rate(1.0, steps), alpha), **options)
 
 
@@ -52,7 +52,5 @@ class OrthoMIFGSM(MIFGSM, scope="image"):
     """`MIFGSM` whose perturbation stays orthogonal to the image: each step is OrthoPGD's best one along v.
 
     The momentum itself is not projected, the step is, so nothing of the image's direction is left to accumulate.
-
-    Args:
-        model: arguments as for `MIFGSM`.
+    Arguments as for `MIFGSM`.
     """

@@ -5,22 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from orthattack.arguments import check_count
 from orthattack.attacks.base import Attack, GradientOptions
 from orthattack.attacks.bisection import Bisection
-from orthattack.attacks.task import Merit, Task
+from orthattack.attacks.task import Counts, Merit, Task
 from orthattack.losses import Goal
 from orthattack.models import Model
 from orthattack.threat import Norm, perturbation_norm
 from orthattack.threat.norms import BALLS, unit
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 # Of the gradients the share that ascents towards single classes take, how many each takes at least, and how many
 # classes there are usually: many gradients are for more. Measured on the models of docs/minimal-norm.md.
@@ -40,7 +36,7 @@ class _Best:
 
 
 @dataclass(frozen=True)
-class Shrinking:
+class Shrinking(Counts):
     """A short ascent towards each of the likeliest other classes, a long one from the smallest point that fooled, and
     in the end a few evaluations between this and the image.
 
@@ -51,12 +47,6 @@ class Shrinking:
 
     gradients: int
     merit: Merit = "norm"
-
-    def __post_init__(self) -> None:
-        check_count("gradients", self.gradients)
-
-    def options(self, eps: float | Tensor) -> dict[str, object]:  # noqa: ARG002
-        return {"gradients": self.gradients}
 
     def __call__(self, task: Task, start: Tensor | None = None) -> None:
         images = task.region.images.to(task.region.dtype)
@@ -194,8 +184,6 @@ class MinimumNorm(Attack, loss="margin"):
 
 
 class OrthoMinimumNorm(MinimumNorm, scope="image"):
-    """`MinimumNorm` whose perturbation stays orthogonal to the image, exactly and at every step.
-
-    Args:
-        model: arguments as for `MinimumNorm`.
+    """`MinimumNorm` whose perturbation stays orthogonal to the image, exactly and at every step. Arguments as for
+    `MinimumNorm`.
     """

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from orthattack.arguments import check_count, check_real
 from orthattack.attacks.ascent import Climb, rate
@@ -17,9 +17,6 @@ from orthattack.attacks.scoring import Draws, Evaluation, LossFunction, Scorer
 from orthattack.losses import Goal
 from orthattack.models import Model
 from orthattack.threat import Norm
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,5 @@ class NES(Attack, optimize="none"):
 
 class OrthoNES(NES, scope="image"):
     """`NES` whose perturbation stays orthogonal to the image: its steps are the best ones along the estimate.
-
-    Args:
-        model: arguments as for `NES`.
+    Arguments as for `NES`.
     """

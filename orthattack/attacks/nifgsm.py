@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-from torch import Tensor
-
-from orthattack.attacks.ascent import Climb, rate
-from orthattack.attacks.base import Attack, GradientOptions
-from orthattack.attacks.rules import Link, accumulated
-from orthattack.models import Model
-from orthattack.threat import Norm
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from orthattack.attacks.mifgsm import MIFGSM
 
 
-class NIFGSM(Attack):
+class NIFGSM(MIFGSM, family="NIFGSM"):
     """Iterated FGSM with Nesterov's momentum (Lin et al. 2020, arXiv:1908.06281)::
 
         v_{t+1} = decay · v_t + ∇L(y_t) / mean|∇L(y_t)|,   y_t = project(x_t + alpha · decay · v_t)
@@ -29,19 +17,7 @@ class NIFGSM(Attack):
     Arguments as for `MIFGSM`. The points y_t are candidates too.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        norm: Norm = "linf",
-        eps: float | Tensor = 4 / 255,
-        alpha: float | None = None,
-        steps: int = 10,
-        decay: float = 1.0,
-        links: Sequence[Link] = (),
-        **options: Unpack[GradientOptions],
-    ) -> None:
-        rule = accumulated("fixed", decay, True, links)
-        super().__init__(model, norm, eps, Climb(rule, steps, rate(1.0, steps), alpha), **options)
+    _looks_ahead = True
 
 
 class OrthoNIFGSM(NIFGSM, scope="image"):

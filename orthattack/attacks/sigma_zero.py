@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from orthattack.arguments import check_count
 from orthattack.attacks.ascent import Climb
 from orthattack.attacks.base import Attack, GradientOptions, unlimited
 from orthattack.attacks.rules import Ascent, State
 from orthattack.attacks.scoring import Evaluation
-from orthattack.attacks.task import Merit, Task
+from orthattack.attacks.task import Counts, Merit, Task
 from orthattack.models import Model
 from orthattack.threat import Norm
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 # As published, relative to the bounds' distance: how smooth the count is, the first threshold, how fast it changes in
 # units of the step size, which falls from 1 to 0.1; and Adam's two decays.
@@ -60,17 +57,11 @@ class Threshold:
 
 
 @dataclass(frozen=True)
-class FewestPixels:
+class FewestPixels(Counts):
     """One ascent by `Threshold`, of so many steps; of its points, with any number of pixels, those within eps count."""
 
     steps: int = 100
     merit: Merit = "norm"
-
-    def __post_init__(self) -> None:
-        check_count("steps", self.steps)
-
-    def options(self, eps: float | Tensor) -> dict[str, object]:  # noqa: ARG002
-        return {"steps": self.steps}
 
     def __call__(self, task: Task, start: Tensor | None = None) -> None:
         Climb(Threshold(), self.steps, alpha=0.0)(unlimited(task), start)
@@ -103,8 +94,5 @@ class SigmaZero(Attack, loss="margin"):
 
 class OrthoSigmaZero(SigmaZero, scope="image"):
     """`SigmaZero` whose perturbation stays orthogonal to the image: after the threshold, each point goes to the nearest
-    one of bounds and plane in which the same pixels move.
-
-    Args:
-        model: arguments as for `SigmaZero`.
+    one of bounds and plane in which the same pixels move. Arguments as for `SigmaZero`.
     """

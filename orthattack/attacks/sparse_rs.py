@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from orthattack.arguments import check_count
 from orthattack.attacks.base import Attack, Options
 from orthattack.attacks.square import drawn, search_at_random
-from orthattack.attacks.task import Merit, Task
+from orthattack.attacks.task import Counts, Merit, Task
 from orthattack.models import Model
 from orthattack.threat import Norm
 from orthattack.threat.norms import largest
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 # The share of the pixels that are exchanged at first, and what divides it from which query on, of 10,000.
 _SHARE = 0.3
@@ -25,18 +22,12 @@ _DIVISORS = ((0, 2), (50, 4), (200, 5), (500, 6), (1000, 8), (2000, 10), (4000, 
 
 
 @dataclass(frozen=True)
-class PixelSearch:
+class PixelSearch(Counts):
     """Random pixels at the ends of what they may reach, exchanged for others where that raises the margin; in so many
     queries, the first point's included."""
 
     queries: int = 5000
     merit: Merit = "margin"
-
-    def __post_init__(self) -> None:
-        check_count("queries", self.queries)
-
-    def options(self, eps: float | Tensor) -> dict[str, object]:  # noqa: ARG002
-        return {"queries": self.queries}
 
     def __call__(self, task: Task, start: Tensor | None = None) -> None:
         def propose(task: Task, points: Tensor, query: int) -> Tensor:
@@ -85,8 +76,5 @@ class SparseRS(Attack):
 
 class OrthoSparseRS(SparseRS, scope="image"):
     """`SparseRS` whose perturbation stays orthogonal to the image: in place of corners of the bounds it tries vertices
-    of bounds and plane together, on the pixels chosen.
-
-    Args:
-        model: arguments as for `SparseRS`.
+    of bounds and plane together, on the pixels chosen. Arguments as for `SparseRS`.
     """

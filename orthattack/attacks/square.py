@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from orthattack.arguments import check_count, is_number, uploaded
 from orthattack.attacks.base import Attack, Options
@@ -17,9 +17,6 @@ from orthattack.losses import attack_loss
 from orthattack.models import Model
 from orthattack.projection import reciprocal
 from orthattack.threat import Norm, Region, perturbation_norm
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 # After which share of the queries the squares' area is halved (Andriushchenko et al. 2020, for 10,000 queries).
 _HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
@@ -210,7 +207,5 @@ class Square(Attack):
 
 class OrthoSquare(Square, scope="image"):
     """`Square` whose perturbation stays orthogonal to the image: each proposal is projected before it is tried.
-
-    Args:
-        model: arguments as for `Square`.
+    Arguments as for `Square`.
     """

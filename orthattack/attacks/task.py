@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from orthattack.arguments import check_count
 from orthattack.attacks.gradient_form import GradientForm
 from orthattack.attacks.scoring import Draws, Evaluation, LossFunction, Scorer
 from orthattack.losses import Goal
@@ -323,6 +324,17 @@ class Task:
         if len(rows) == len(self.index):
             return self
         return self.select(rows) if len(rows) > 0 else None
+
+
+class Counts:
+    """A search whose options are counts, at least 1: the fields of its dataclass but for `merit`."""
+
+    def __post_init__(self) -> None:
+        for name, count in self.options(0.0).items():
+            check_count(name, count)
+
+    def options(self, eps: float | Tensor) -> dict[str, Any]:  # noqa: ARG002
+        return {name: count for name, count in vars(self).items() if name != "merit"}
 
 
 class Search(Protocol):

@@ -781,14 +781,8 @@ class APGDT(_Seeded):
 
     def _made(self, model: Model, generator: torch.Generator | None) -> Attack:
         check_count("n_classes", classes := plain(self.n_classes))
-        more: dict[str, Any] = {
-            "eot_samples": self.eot_iter,
-            "generator": generator,
-            "scope": self.scope,
-            "loss": "dlr",
-        }
-        ball, targeted = self._ball, f"each{max(1, classes - 1)}"
-        return OrthoAPGD(model, *ball, self.steps, self.n_restarts, self.rho, targeted=targeted, **more)
+        more = {**self._shared, "loss": "dlr", "targeted": f"each{max(1, classes - 1)}", "eot_samples": self.eot_iter}
+        return OrthoAPGD(model, *self._ball, self.steps, self.n_restarts, self.rho, generator=generator, **more)
 
 
 @final
@@ -876,10 +870,6 @@ class AutoAttack(_Seeded):
     _draws = True
 
     def _made(self, model: Model, generator: torch.Generator | None) -> Attack:
-        more: dict[str, Any] = {
-            "version": self.version,
-            "verbose": self.verbose,
-            "generator": generator,
-            "scope": self.scope,
-        }
-        return OrthoAutoAttack(model, *self._ball, **more)
+        return OrthoAutoAttack(
+            model, *self._ball, version=self.version, verbose=self.verbose, generator=generator, scope=self.scope
+        )

@@ -207,7 +207,7 @@ class Region:
         points = points.to(self.images.dtype).contiguous()
         points = points if self._mask is None else torch.where(self._mask, points, self.images)
         points = self._ball.project(self._allowed, points, self.eps)
-        in_ball = self._ball.is_box or self._ball.order == 0  # which rounding does not lead out of
+        in_ball = self._ball.is_box or self._ball.counts  # which rounding does not lead out of
         return self._stored(points) if in_ball else self._stored_in_ball(points)
 
     def stored(self, points: Tensor) -> Tensor:
@@ -224,7 +224,7 @@ class Region:
         A good start after the ball became smaller: unlike `project` it keeps the perturbation's direction, for pulling
         leaves neither box nor plane.
         """
-        if self._ball.order == 0:
+        if self._ball.counts:
             return self.project(points)
         points = points.to(self.images.dtype)
         size = length((points - self.images).double(), self._ball.order)
@@ -248,7 +248,7 @@ class Region:
             return uploaded(torch.stack(rows), x.device)
 
         offset = self.masked(self._ball.direction(draw, x.shape))
-        if self._ball.order == 0:
+        if self._ball.counts:
             eps = torch.full_like(eps, self.threat.bounds[1] - self.threat.bounds[0])
         elif not self._ball.is_box:  # the volume within a radius grows as its n-th power
             count = x[0].numel() if self._mask is None else self._mask.sum((1, 2, 3)).view(-1, 1, 1, 1).clamp(min=1)
