@@ -135,7 +135,8 @@ def test_the_bar_moves_with_every_batch_and_step_of_an_attack(tmp_path):
     import struct
     import termios
 
-    place = workplace(tmp_path, SUITE.replace('["OrthoPGD", "slow:attack"]', '["gated:attack"]\nchecks = false'))
+    attacks = '["gated:attack"]\nchecks = false\nattack_misclassified = true'
+    place = workplace(tmp_path, SUITE.replace('["OrthoPGD", "slow:attack"]', attacks))
     (place / "gated.py").write_text(GATED)
     (place / "done").mkdir()
     ours, its = pty.openpty()
@@ -152,17 +153,22 @@ def test_the_bar_moves_with_every_batch_and_step_of_an_attack(tmp_path):
 
     reader = Thread(target=read, daemon=True)
     reader.start()
-    for batch in range(4):  # 2 images each, the third of a shard 1
-        of = f"{(0, 2, 3, 5)[batch]}/18"
-        shown = re.compile(rf" {of} .*call \d+ of gated:attack at 8/255")
-        wait_for(lambda shown=shown: any(map(shown.search, seen)), f"{of} in {''.join(seen)}", 120)
-        assert len(list((place / "done").glob("*"))) == batch
-        (place / f"go-{batch}").touch()
-    for batch in range(4, 12):
-        (place / f"go-{batch}").touch()
-    assert driver.wait(timeout=120) == 0, "".join(seen)
-    reader.join(10)
-    os.close(ours)
+    try:
+        for batch, images in enumerate((0, 2, 3, 5)):  # of 2 images each, the last of a shard of 1
+            shown = re.compile(rf" {images}/18 .*call \d+ of gated:attack at 8/255")
+            wait_for(lambda shown=shown: any(map(shown.search, seen)), f"{images} images", 60)
+            assert len(list((place / "done").glob("*"))) == batch
+            (place / f"go-{batch}").touch()
+        for batch in range(4, 12):
+            (place / f"go-{batch}").touch()
+        assert driver.wait(timeout=120) == 0
+    except AssertionError:
+        pytest.fail("".join(seen))
+    finally:
+        driver.kill()
+        driver.wait()
+        reader.join(10)
+        os.close(ours)
 
 
 CLUSTER = """
