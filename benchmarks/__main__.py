@@ -5,6 +5,7 @@
     python -m benchmarks minimal --weights FILE --data FOLDER [--limit 30] [--gradients 100 300] [--only ATTACK ...]
     python -m benchmarks accuracy --weights FILE ... --data FOLDER [--limit 300]
     python -m benchmarks autoattack --name TABLE --model NAME [--weights FILE] --data FOLDER [--norm l2 --eps 0.5]
+    python -m benchmarks strength --shared FOLDER [--limit 100] [--models NAME ...] [--norms linf] [--gradients 10 100]
     python -m benchmarks defaults --shared FOLDER [--limit 200] [--models NAME ...]
     python -m benchmarks transfer --shared FOLDER [--limit 100] [--models NAME ...]
     python -m benchmarks gpu
@@ -20,15 +21,15 @@
 `arithmetic`: the attack's own step beside the model's. `accuracy`: seconds and gradient calls to the robust accuracy
 that Foolbox's LinfPGD reaches. `autoattack`: robust accuracy and CPU time beside the official code, which is
 `pip install pyautoattack --no-deps`. `minimal`: the norms that attacks find which minimise them, by AttackBench;
-without weights, of the bundled robust model. `defaults`: robust accuracy by loss, schedule, start and steps, of several
-models. `transfer`: on how many images attacks fool a model that was not asked. `gpu`: steps and arithmetic of several
-models in large batches, for a GPU, in five minutes, after the attacks' tests on it. `growth`: time against image size
-and number of images. `start`: of the import and of --help. `throughput`: how much of an evaluation's time is the
-attack. `workers`, `driver`: what Ray costs, and how many workers its driver can feed. `report` writes the stored
-tables into docs/performance.md, docs/strength.md, docs/minimal-norm.md and docs/attacks/transfer.md, and draws the
-plots. `study` is docs/study.md's; it has options of its own. The device is the GPU if there is one.
-
-How strong the attacks are is a suite of the evaluation: orthattack eval benchmarks/strength.toml
+without weights, of the bundled robust model. `strength`: robust accuracy that PGD leaves beside Foolbox's and
+torchattacks', of several models; what is stored, on whatever machine, is not measured again. `defaults`: robust
+accuracy by loss, schedule, start and steps, of several models. `transfer`: on how many images attacks fool a model
+that was not asked. `gpu`: steps and arithmetic of several models in large batches, for a GPU, in five minutes, after
+the attacks' tests on it. `growth`: time against image size and number of images. `start`: of the import and of
+--help. `throughput`: how much of an evaluation's time is the attack. `workers`, `driver`: what Ray costs, and how
+many workers its driver can feed. `report` writes the stored tables into docs/performance.md, docs/strength.md,
+docs/minimal-norm.md and docs/attacks/transfer.md, and draws the plots. `study` is docs/study.md's; it has options of
+its own. The device is the GPU if there is one.
 
 torchattacks is needed beside the package, and for `minimal` two more:
 pip install --no-deps torchattacks attackbenchlib adv-lib
@@ -91,6 +92,13 @@ def main(argv: list[str] | None = None) -> int:
     minimal.add_argument("--norms", nargs="+", default=["linf", "l2", "l1"])
     minimal.add_argument("--gradients", type=int, nargs="+", default=[100, 300, 1000])
     minimal.add_argument("--only", nargs="+", metavar="ATTACK", help="attacks to measure")
+    strength = what.add_parser("strength", parents=[timed])
+    strength.add_argument("--shared", type=Path, required=True, help="the folder with data and weights")
+    strength.add_argument("--build", type=Path, default=ROOT / "build" / "defaults", help="the runs, which resume")
+    strength.add_argument("--limit", type=int, default=100, help="images")
+    strength.add_argument("--models", nargs="+", metavar="NAME")
+    strength.add_argument("--norms", nargs="+", choices=["linf", "l2", "l1"], default=["linf", "l2", "l1"])
+    strength.add_argument("--gradients", type=int, nargs="+", default=[10, 20, 50, 100])
     defaults = what.add_parser("defaults", parents=[timed])
     defaults.add_argument("--shared", type=Path, required=True, help="the folder with data and weights")
     defaults.add_argument("--build", type=Path, default=ROOT / "build" / "defaults", help="the runs, which resume")
@@ -151,13 +159,20 @@ def _run(args: argparse.Namespace) -> int:
             keep("accuracy", weights.stem, rows, args.threads, args.out)
     elif args.what == "autoattack":
         of = args.model, args.weights, args.image_size
-        rows = autoattack.rows(args.name, of, args.data, args.limit, args.norm, float(args.eps), args.only, args.out)
-        keep("autoattack", args.name, rows, args.threads, args.out)
+        where = args.data, args.limit, args.norm, float(args.eps), args.only, args.out
+        for rows in autoattack.rows(args.name, of, *where):
+            keep("autoattack", args.name, rows, args.threads, args.out, "pyautoattack")
     elif args.what == "minimal":
         from benchmarks import minimal
 
         loaded = minimal.loaded(args.weights, args.data, args.limit)
         minimal.measured(*loaded, args.norms, args.gradients, args.only, args.out)
+    elif args.what == "strength":
+        from benchmarks import strength
+
+        asked = args.limit, args.models, args.norms, args.gradients
+        for name, rows in strength.tables(args.shared, args.build, *asked, args.out):
+            keep("strength", name, rows, args.threads, args.out, "torchattacks")
     elif args.what == "defaults":
         for name, rows in defaults.tables(args.shared, args.build, args.limit, args.models):
             keep("defaults", name, rows, args.threads, args.out)

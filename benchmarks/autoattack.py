@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -76,8 +76,11 @@ CANDIDATES: dict[str, Callable[[nn.Module, Tensor, Tensor, Norm, float], Judged]
 def rows(
     name: str, model: tuple[str, Path | None, int | None], data: str, limit: int, norm: Norm, eps: float,
     only: list[str] | None, folder: Path,
-) -> list[Row]:  # fmt: skip
-    """A row per candidate. Those that are not asked for stay as they are stored, if they are of as many images."""
+) -> Iterator[list[Row]]:  # fmt: skip
+    """A row per candidate, all known ones after each that ends, for one may take an hour.
+
+    Candidates stored for as many images are not run again, unless `only` names them.
+    """
     classifier = load_classifier(*model)
     dataset = load_dataset(data, classifier).limited(limit)
     images = torch.stack([dataset.load(k, classifier.preprocessing) for k in range(len(dataset))]).to(DEVICE)
@@ -85,12 +88,12 @@ def rows(
     network = classifier.model.to(DEVICE)
     stored = [table.rows for table in by_machine(folder, "autoattack").get(machine()[0], []) if table.name == name]
     found = {str(row["attack"]): row for table in stored for row in table if row["images"] == len(images)}
-    for candidate in only or CANDIDATES:
+    for candidate in only or [each for each in CANDIDATES if each not in found]:
         start = time.process_time()
         adversarials, parts = CANDIDATES[candidate](network, images, labels, norm, eps)
         taken = time.process_time() - start
         found[candidate] = _row(candidate, network, images, labels, adversarials, parts) | {"seconds": round(taken, 1)}
-    return [found[candidate] for candidate in CANDIDATES if candidate in found]
+        yield [found[candidate] for candidate in CANDIDATES if candidate in found]
 
 
 @torch.no_grad()

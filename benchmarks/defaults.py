@@ -1,16 +1,16 @@
 """Which loss, schedule and start PGD should have by default: robust accuracy that each leaves, over several models.
 
-The evaluation runs them, in a folder that a second start resumes. Those of ImageNet are of the extra "imagenet".
+The evaluation runs them, in a folder that a second start resumes.
 """
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from benchmarks.networks import networks
 from benchmarks.stored import Row
 from orthattack.eval import evaluate
 
@@ -24,35 +24,12 @@ FORMS: dict[str, dict[str, Any]] = {
 BUDGETS = (5, 10, 20, 50)
 
 
-def models(shared: Path, build: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any], float]]:
-    """Each model with its images and a radius at which 10 to 70 % stay robust."""
-    cifar10 = build / "cifar10"
-    if not cifar10.exists():
-        with tarfile.open(shared / "data" / "cifar10" / "test.tar") as tar:
-            tar.extractall(cifar10, filter="data")
-    tiny = {"source": str(shared / "data" / "tiny-imagenet-20" / "val")}
-    photographs = shared / "data" / "imagenet-sample"
-    imagenet = {"source": str(photographs), "labels": str(photographs / "labels.csv")}
-    resnet = {"name": "resnet18", "image_size": 64}
-    return {
-        "cifar10-robust": ({"name": "cifar10-robust"}, {"source": str(cifar10 / "test")}, 8 / 255),
-        "cifar10-standard": ({"name": "cifar10-standard"}, {"source": str(cifar10 / "test")}, 1 / 255),
-        "resnet18-tiny20-robust": (
-            resnet | {"weights": str(shared / "weights" / "resnet18-tiny20-robust-linf-4.safetensors")}, tiny, 4 / 255,
-        ),
-        "resnet18-tiny20-standard": (
-            resnet | {"weights": str(shared / "weights" / "resnet18-tiny20-standard.safetensors")}, tiny, 1 / 255,
-        ),
-        "efficientnet-lite0": ({"name": "efficientnet-lite0"}, imagenet, 0.25 / 255),
-        "efficientnet-lite2": ({"name": "efficientnet-lite2", "image_size": 224}, imagenet, 0.25 / 255),
-    }  # fmt: skip
-
-
 def tables(shared: Path, build: Path, limit: int, names: list[str] | None) -> Iterator[tuple[str, list[Row]]]:
     """Of each model, what each choice leaves robust, in % of `limit` images."""
-    for name, (model, data, eps) in models(shared, build).items():
+    for name, network in networks(shared, build).items():
         if names and name not in names:
             continue
+        eps = network.radii["linf"]
         cells = list(product(LOSSES, FORMS, BUDGETS))
         attacks = {
             f"{loss}, {form}, {steps}": {
@@ -62,7 +39,7 @@ def tables(shared: Path, build: Path, limit: int, names: list[str] | None) -> It
             for loss, form, steps in cells
         }  # fmt: skip
         run = evaluate(
-            [model | {"label": name}], data | {"limit": limit}, [{"label": k, **v} for k, v in attacks.items()],
+            [network.model], network.data | {"limit": limit}, [{"label": k, **v} for k, v in attacks.items()],
             out=build / name, eps=eps, checks=False, report=False, save_images="none", batch_size=50,
         )  # fmt: skip
         found = run.table().set_index("attack")["robust_accuracy"]

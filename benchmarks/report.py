@@ -10,15 +10,13 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from benchmarks import plots
+from benchmarks import plots, strength
 from benchmarks.minimal import optimality
 from benchmarks.steps import PEERS
 from benchmarks.stored import RESULTS, Row, Table, by_machine, medians, stored
 from orthattack.eval.results.rates import Rate
 
 PAGES = ("performance.md", "strength.md", "minimal-norm.md", "attacks/transfer.md")
-STRENGTH_EPS = {"linf": 4 / 255, "l2": 0.5}
-CLEAN_OF_1000 = 703  # of the robust ResNet-18 of docs/strength.md
 
 
 def tables(folder: Path = RESULTS) -> dict[str, str]:
@@ -27,19 +25,23 @@ def tables(folder: Path = RESULTS) -> dict[str, str]:
     makers: dict[str, Callable[[Table], str]] = {
         "steps": _steps_table,
         "accuracy": _accuracy_table,
-        "strength": _strength_table,
         "autoattack": _autoattack_table,
         "minimal": partial(_minimal_table, norms),
         "transfer": _transfer_table,
         "growth": _growth_table,
     }
     found = {}
+    choices: dict[str, Table] = {}
     for file in stored(folder):
         if file.what == "defaults":  # one table of all
-            found[f"defaults/{file.machine}/all"] = _defaults_summary(file.tables)
+            choices |= {table.name: table for table in file.tables}
+        if file.what in ("defaults", "strength"):
             continue
         for table in file.tables:
             found[f"{file.what}/{file.machine}/{table.name}"] = makers.get(file.what, _plain_table)(table)
+    if choices:
+        found["defaults"] = _defaults_summary([*choices.values()])
+    found |= strength.pages(stored(folder))
     steps = by_machine(folder, "steps")
     return found | ({"summary": _summary(steps.values())} if steps else {})
 
@@ -213,16 +215,3 @@ def _transfer_table(content: Table) -> str:
     head = ["attack", "plain", "orthogonal", "source, plain", "source, orthogonal", "gradients"]
     about = f"{content.name.replace('-to-', ' → ')}, L∞, ε = {rows[0]['eps * 255']:g}/255, {rows[0]['images']} images"
     return f"{about}:\n\n{tabulate(table, head, 'github', disable_numparse=True)}"
-
-
-def _strength_table(content: Table) -> str:
-    """Robust accuracy over all images: `robust` has a digit for each that the model classifies correctly."""
-    clean = CLEAN_OF_1000 / 1000
-    table = [
-        [row["attack"], f"{100 * clean * row['robust'].count('1') / len(row['robust']):.1f} %",
-         f"{row['max |cos|']:.1e}", f"{row['max norm'] / STRENGTH_EPS[content.name]:.7f}",
-         f"{row['gradients']:.0f}", f"{row['forwards']:.0f}"]
-        for row in content.rows
-    ]  # fmt: skip
-    head = ["attack", "robust accuracy", "max \\|cos\\|", "max norm / eps", "gradients", "forwards"]
-    return tabulate(table, head, "github", disable_numparse=True)

@@ -71,13 +71,16 @@ def machine() -> tuple[str, str]:
     return capability.lower(), f"CPU with {capability}"
 
 
-def keep(what: str, name: str, rows: Iterable[Row], threads: int, folder: Path = RESULTS) -> Path:
-    """Store a table in place of the one of the same name, and show it."""
+def keep(
+    what: str, name: str, rows: Iterable[Row], threads: int, folder: Path = RESULTS, beside: str | None = None
+) -> Path:
+    """Store a table in place of the one of the same name, and show it. `beside`: a package that was measured too."""
     rows = list(rows)
     slug, hardware = machine()
     if not torch.cuda.is_available():
         hardware += f", {threads} threads"
-    versions = {package: version(package) for package in ("orthattack", "torch", "foolbox")}
+    packages = ("orthattack", "torch", "foolbox", *([beside] if beside else []))
+    versions = {package: version(package) for package in packages}
     new = Table(name=name, hardware=hardware, versions=versions, rows=rows)
     path = folder / what / f"{slug}.json"
     before = Stored.model_validate_json(path.read_text(encoding="utf-8")).tables if path.exists() else []

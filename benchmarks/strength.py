@@ -1,0 +1,199 @@
+"""How much PGD leaves robust, ours beside Foolbox's and torchattacks', by model, norm and number of gradients.
+
+The evaluation runs them on the same images, a folder per model, norm and number of gradients, each of which resumes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate
+
+from benchmarks.networks import Network, networks
+from benchmarks.stored import Row, Stored, Table, stored
+from orthattack.eval import evaluate
+from orthattack.eval.results.outcomes import FOOLED, ROBUST, UNSCORED, WRONG, floats
+from orthattack.eval.results.paired import Paired
+from orthattack.threat import Norm
+
+NORMS: tuple[Norm, ...] = ("linf", "l2", "l1")
+GRADIENTS = (10, 20, 50, 100)
+OTHERS = ("Foolbox PGD", "torchattacks PGD")
+OURS = ("PGD", "OrthoPGD")
+SAME_LOSS = tuple(f"{name}, ce" for name in OURS)
+SIGN = {"linf": "L∞", "l2": "L2", "l1": "L1"}
+_FOOLBOX = {"linf": "LinfPGD", "l2": "L2PGD", "l1": "L1PGD"}
+_TORCHATTACKS = {"linf": "PGD", "l2": "PGDL2"}  # it has none in L1
+
+
+def attacks(norm: Norm, gradients: int) -> dict[str, dict[str, Any]]:
+    """By label: the others' climb the cross-entropy, as ours do where their label says so; steps of 2.5 eps / steps."""
+    found: dict[str, dict[str, Any]] = {"Foolbox PGD": {"name": f"foolbox:{_FOOLBOX[norm]}"}}
+    if norm in _TORCHATTACKS:
+        found["torchattacks PGD"] = {"name": f"torchattacks:{_TORCHATTACKS[norm]}"}
+    for label in (*OURS, *SAME_LOSS):
+        loss = {"loss": "ce"} if label in SAME_LOSS else {}
+        found[label] = {"name": label.split(",")[0], "early_stop": True, **loss}
+    return {label: {"label": label, "steps": gradients, **attack} for label, attack in found.items()}
+
+
+def tables(
+    shared: Path, build: Path, limit: int, names: list[str] | None, norms: Sequence[Norm], budgets: Sequence[int],
+    folder: Path,
+) -> Iterator[tuple[str, list[Row]]]:  # fmt: skip
+    """Each table that is not stored yet for as many images, on whatever machine."""
+    known = networks(shared, build)
+    for gradients, norm, name in product(budgets, norms, names or known):
+        eps = known[name].radii[norm]
+        table = f"{name}-{norm}-{gradients}"
+        done = _merged(stored(folder)).get(table)
+        if done is None or done.rows[0]["limit"] < limit or done.rows[0]["eps"] != eps:
+            yield table, _rows(known[name], build / "strength" / f"{table}-{limit}", limit, norm, gradients)
+
+
+def _rows(network: Network, out: Path, limit: int, norm: Norm, gradients: int) -> list[Row]:
+    """A row per attack; `robust` has a digit for each image, 1 where it is right, clean and adversarial."""
+    eps = network.radii[norm]
+    run = evaluate(
+        [network.model], network.data | {"limit": limit}, [*attacks(norm, gradients).values()], out=out, norm=norm,
+        eps=eps, checks=False, report=False, save_images="none", batch_size=50,
+    )  # fmt: skip
+    (model,) = run.models
+    found = []
+    for attack in run.attacks:
+        outcome = run.outcomes(model, attack, eps).dense(run.images(model))
+        if (outcome == UNSCORED).any():
+            raise RuntimeError(f"{attack} on {model} left images unscored; the run in {out} says why")
+        measured = run.rows(model, attack, eps)
+        measured = measured[measured["status"] == "ok"]
+        found.append({
+            "attack": attack, "limit": limit, "images": len(outcome), "eps": eps,
+            "clean": round(float((outcome != WRONG).mean()), 4),
+            "robust": "".join(map(str, (outcome == ROBUST).astype(int))),
+            "max |cos|": float(np.nanmax(np.abs(floats(measured["cosine"])), initial=0.0)),
+            "max norm / eps": float(floats(measured[norm]).max(initial=0.0)) / eps,
+            "gradients": round(float(floats(measured["gradient_calls"]).mean()), 2),
+            "fooled": int((outcome == FOOLED).sum()),
+        })  # fmt: skip
+    return found
+
+
+def pages(files: Iterable[Stored]) -> dict[str, str]:
+    """The tables of docs/strength.md, of all machines together."""
+    known = _merged(files)
+    if not known:
+        return {}
+    cells = sorted(known.values(), key=_place)
+    found = {"strength/summary": _summary(cells), "strength/lost": _lost(cells), "strength/kept": _kept(cells)}
+    for norm in NORMS:
+        found[f"strength/{norm}"] = _details([table for table in cells if _place(table)[1] == NORMS.index(norm)])
+    return found
+
+
+def _merged(files: Iterable[Stored]) -> dict[str, Table]:
+    """Tables by name; of several machines' the one of the most images."""
+    found: dict[str, Table] = {}
+    for table in (table for file in files if file.what == "strength" for table in file.tables):
+        if table.name not in found or table.rows[0]["images"] > found[table.name].rows[0]["images"]:
+            found[table.name] = table
+    return found
+
+
+def _place(table: Table) -> tuple[str, int, int]:
+    """Model, number of the norm, gradients."""
+    model, norm, gradients = table.name.rsplit("-", 2)
+    return model, [*NORMS].index(norm), int(gradients)  # type: ignore[arg-type]
+
+
+def _robust(table: Table) -> dict[str, np.ndarray[Any, np.dtype[np.bool_]]]:
+    return {str(row["attack"]): np.array([digit == "1" for digit in row["robust"]]) for row in table.rows}
+
+
+def _radius(eps: float, norm: int) -> str:
+    return f"{255 * eps:.4g}/255" if NORMS[norm] == "linf" else f"{eps:g}"
+
+
+def _percent(column: Any) -> str:
+    return f"{100 * column.mean():.1f}"
+
+
+def _told(pair: Paired) -> str:
+    """A difference in points with its interval."""
+    low, high = pair.interval() or (-1.0, 1.0)
+    return f"{100 * (pair.difference or 0.0):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def _strongest(robust: dict[str, Any]) -> str:
+    return min((name for name in OTHERS if name in robust), key=lambda name: robust[name].sum())
+
+
+_show = partial(tabulate, tablefmt="github", disable_numparse=True)
+
+
+def _summary(cells: Sequence[Table]) -> str:
+    """A row per model and norm, at its fewest gradients."""
+    table = []
+    for place in dict.fromkeys(_place(cell)[:2] for cell in cells):
+        here = {_place(cell)[2]: cell for cell in cells if _place(cell)[:2] == place}
+        fewest, most = min(here), max(here)
+        robust, first = _robust(here[fewest]), here[fewest].rows[0]
+        theirs = robust[_strongest(robust)]
+        table.append([
+            place[0], f"{SIGN[NORMS[place[1]]]}, {_radius(first['eps'], place[1])}", first["images"],
+            f"{100 * first['clean']:.1f}", _percent(theirs), *(_percent(robust[name]) for name in OURS),
+            _told(Paired.of(robust["PGD"], theirs)), _told(Paired.of(robust["OrthoPGD"], robust["PGD"])),
+            "–" if most == fewest else f"{_percent(_robust(here[most])[_strongest(_robust(here[most]))])} ({most})",
+        ])  # fmt: skip
+    head = ["model", "norm, ε", "images", "clean", "others' PGD", *OURS, "PGD less others'", "OrthoPGD less PGD",
+            "others' with more (gradients)"]  # fmt: skip
+    hardware = ", ".join(sorted({cell.hardware for cell in cells}))
+    versions = ", ".join(sorted({f"{name} {at}" for cell in cells for name, at in cell.versions.items()}))
+    return f"{hardware}; {versions}:\n\n{_show(table, head)}"
+
+
+def _lost(cells: Sequence[Table]) -> str:
+    """Where others leave fewer images robust with as many gradients: under the default loss, and under the same."""
+    table = []
+    for cell in cells:
+        (model, norm, gradients), robust = _place(cell), _robust(cell)
+        other = _strongest(robust)
+        for name in (*OURS, *SAME_LOSS):
+            pair = Paired.of(robust[name], robust[other])
+            if pair.first_only > pair.second_only:
+                where = [model, SIGN[NORMS[norm]], gradients]
+                table.append([*where, name, other, pair.second_only, pair.first_only, _told(pair)])
+    if not table:
+        return "None."
+    head = ["model", "norm", "gradients", "ours", "theirs", "fooled by ours alone", "by theirs alone", "points"]
+    return _show(table, head)
+
+
+def _kept(cells: Sequence[Table]) -> str:
+    """What the returned images keep, and what part of the gradients was needed, over all that was attacked."""
+    table = []
+    for name in (*OTHERS, *OURS, *SAME_LOSS):
+        rows = [(cell, row) for cell in cells for row in cell.rows if row["attack"] == name]
+        if rows:
+            share = np.mean([row["gradients"] / _place(cell)[2] for cell, row in rows])
+            table.append([
+                name, sum(round(row["clean"] * row["images"]) for _, row in rows),
+                f"{max(row['max |cos|'] for _, row in rows):.1e}",
+                f"{max(row['max norm / eps'] for _, row in rows):.7f}", f"{100 * share:.0f} %",
+            ])  # fmt: skip
+    return _show(table, ["attack", "attacked images", "max \\|cos\\|", "max norm / ε", "gradients taken"])
+
+
+def _details(cells: Sequence[Table]) -> str:
+    """Robust accuracy in %, a row per model and number of gradients."""
+    names = [name for name in (*OTHERS, *OURS, *SAME_LOSS) if any(name in _robust(cell) for cell in cells)]
+    table = []
+    for cell in cells:
+        (model, _, gradients), robust = _place(cell), _robust(cell)
+        shown = (_percent(robust[name]) if name in robust else "–" for name in names)
+        table.append([model, cell.rows[0]["images"], gradients, *shown])
+    return _show(table, ["model", "images", "gradients", *names])

@@ -1,0 +1,87 @@
+"""The benchmark of strength: what a run leaves in the tables, and what the pages make of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from benchmarks import strength
+from benchmarks.networks import Network
+from benchmarks.stored import Row, Stored, Table, keep
+
+
+@pytest.fixture
+def one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single model, which the package brings."""
+    radii = {"linf": 1 / 255, "l2": 0.1, "l1": 1.0}
+    network = Network({"name": "cifar10-standard", "label": "one"}, {"source": "cifar10-samples"}, radii)
+    monkeypatch.setattr(strength, "networks", lambda *_: {"one": network})
+
+
+@pytest.mark.usefixtures("one")
+def test_a_table_of_a_run_is_not_measured_again(tmp_path):
+    def measured(limit: int) -> Iterator[tuple[str, list[Row]]]:
+        return strength.tables(tmp_path, tmp_path / "build", limit, None, ["l1"], [2], tmp_path / "results")
+
+    ((name, rows),) = measured(6)
+    assert name == "one-l1-2"
+    assert [row["attack"] for row in rows] == ["Foolbox PGD", "PGD", "OrthoPGD", "PGD, ce", "OrthoPGD, ce"]
+    for row in rows:
+        assert len(row["robust"]) == row["images"] == 6
+        assert row["robust"].count("1") + row["fooled"] == round(6 * row["clean"])
+        assert 0 < row["max norm / eps"] <= 1 + 1e-5
+        assert 0 < row["gradients"] <= 2
+    by_name = {row["attack"]: row for row in rows}
+    assert by_name["OrthoPGD"]["max |cos|"] <= 1e-6 < by_name["PGD"]["max |cos|"]
+    assert by_name["Foolbox PGD"]["gradients"] == 2
+    keep("strength", name, rows, 1, tmp_path / "results")
+    assert not list(measured(6))
+    assert not list(measured(5))
+    assert next(measured(7))[1][0]["images"] == 7
+
+
+def _table(name: str, digits: dict[str, str], eps: float = 0.5) -> Table:
+    rows = [
+        {"attack": attack, "limit": 4, "images": 4, "eps": eps, "clean": 1.0, "robust": robust, "max |cos|": 0.1,
+         "max norm / eps": 1.0, "gradients": 5.0, "fooled": robust.count("0")}
+        for attack, robust in digits.items()
+    ]  # fmt: skip
+    return Table(name=name, hardware="some", versions={}, rows=rows)
+
+
+def _cells(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text[text.index("|") :].splitlines()[2:]]
+
+
+def test_the_pages_pair_ours_with_the_stronger_of_the_others():
+    ten = {"Foolbox PGD": "1110", "torchattacks PGD": "1100", "PGD": "0010", "OrthoPGD": "0011", "PGD, ce": "1111",
+           "OrthoPGD, ce": "1100"}  # fmt: skip
+    hundred = {"Foolbox PGD": "1100", "torchattacks PGD": "1110", "PGD": "0000", "OrthoPGD": "0000"}
+    file = Stored(what="strength", machine="m", tables=[_table("a-b-l2-10", ten), _table("a-b-l2-100", hundred)])
+    found = strength.pages([file])
+    (row,) = _cells(found["strength/summary"])
+    assert row[:7] == ["a-b", "L2, 0.5", "4", "100.0", "50.0", "25.0", "50.0"]
+    assert row[7].startswith("-25.0 (")
+    assert row[8].startswith("+25.0 (")
+    assert row[9] == "50.0 (100)"
+    lost = _cells(found["strength/lost"])
+    assert [row[:7] for row in lost] == [["a-b", "L2", "10", "PGD, ce", "torchattacks PGD", "0", "2"]]
+    kept = {row[0]: row for row in _cells(found["strength/kept"])}
+    assert kept["PGD"][1:] == ["8", "1.0e-01", "1.0000000", "28 %"]
+    details = _cells(found["strength/l2"])
+    assert details[0] == ["a-b", "4", "10", "75.0", "50.0", "25.0", "50.0", "100.0", "50.0"]
+    assert details[1][-2:] == ["–", "–"]
+
+
+def test_of_two_machines_the_one_with_more_images_counts():
+    few, many = ({"Foolbox PGD": "11", "PGD": "11", "OrthoPGD": "11"}, {"Foolbox PGD": "0" * 4, "PGD": "0" * 4})
+    more = {**many, "OrthoPGD": "0" * 4}
+    small = [row | {"images": 2} for row in _table("a-linf-10", few).rows]
+    tables = {"m": Table(name="a-linf-10", hardware="", versions={}, rows=small), "n": _table("a-linf-10", more)}
+    files = [Stored(what="strength", machine=name, tables=[table]) for name, table in tables.items()]
+    for order in (files, files[::-1]):
+        (row,) = _cells(strength.pages(order)["strength/summary"])
+        assert row[2] == "4"
+    assert strength.pages(files)["strength/lost"] == "None."
+    assert strength.pages([]) == {}
