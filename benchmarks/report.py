@@ -123,19 +123,26 @@ def _accuracy_table(content: Table) -> str:
 
 
 def _autoattack_table(content: Table) -> str:
-    """Robust accuracy, CPU time, and on how many images the verdict differs from the official code's."""
-    theirs = next((row for row in content.rows if row["attack"] == "official"), None)
+    """Robust accuracy, CPU time, and on how many images the verdict differs from the other code's, which is the first
+    row if it was measured."""
+    first = content.rows[0]
+    theirs = first if first["attack"] in ("official", "torchattacks AutoAttack") else None
     table = []
     for row in content.rows:
-        pairs = [] if theirs is None else list(zip(row["robust"], theirs["robust"], strict=True))
-        alone = [str(pairs.count(pair)) if pairs else "–" for pair in (("0", "1"), ("1", "0"))]
-        robust = f"{100 * row['robust'].count('1') / row['images']:.1f} %"
-        ratio = "–" if theirs is None else f"{row['seconds'] / max(theirs['seconds'], 0.1):.2f}"
-        table.append([row["attack"], robust, row["parts"], *alone, f"{row['seconds']:.0f}", ratio])
-    head = ["", "robust accuracy", "after each part, %", "fooled here alone", "fooled there alone", "CPU seconds",
-            "of the official's"]  # fmt: skip
-    about = f"{content.rows[0]['images']} images, clean accuracy {100 * content.rows[0]['clean']:.1f} %"
-    return f"{about} ({content.hardware}):\n\n{tabulate(table, head, 'github', disable_numparse=True)}"
+        count = row["robust"].count("1")
+        low, high = Rate(count, row["images"]).interval() or (0.0, 1.0)
+        line = [row["attack"], f"{100 * count / row['images']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]", row["parts"]]
+        if theirs is not None:
+            pairs = list(zip(row["robust"], theirs["robust"], strict=True))
+            line += [str(pairs.count(("0", "1"))), str(pairs.count(("1", "0")))]
+        line.append(f"{row['seconds']:.0f}")
+        table.append(line if theirs is None else [*line, f"{row['seconds'] / max(theirs['seconds'], 0.1):.2f}"])
+    head = ["", "robust accuracy", "after each part, %", "CPU seconds"]
+    if theirs is not None:
+        head[3:] = ["fooled here alone", "fooled there alone", "CPU seconds", "of the first's"]
+    versions = ", ".join(f"{name} {at}" for name, at in content.versions.items())
+    about = f"{first['images']} images, clean accuracy {100 * first['clean']:.1f} % ({content.hardware}; {versions})"
+    return f"{about}:\n\n{tabulate(table, head, 'github', disable_numparse=True)}"
 
 
 def _defaults_summary(measured: Sequence[Table]) -> str:

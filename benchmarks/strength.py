@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from benchmarks.networks import Network, networks
+from benchmarks.defaults import models
 from benchmarks.stored import Row, Stored, Table, stored
 from orthattack.eval import evaluate
 from orthattack.eval.results.outcomes import FOOLED, ROBUST, UNSCORED, WRONG, floats
@@ -26,6 +26,16 @@ GRADIENTS = (10, 20, 50, 100)
 OTHERS = ("Foolbox PGD", "torchattacks PGD")
 OURS = ("PGD", "OrthoPGD")
 SAME_LOSS = tuple(f"{name}, ce" for name in OURS)
+RADII: dict[str, tuple[float, float]] = {
+    "cifar10-robust": (0.5, 12),
+    "cifar10-standard": (0.15, 2.5),
+    "resnet18-tiny20-robust": (1, 24),
+    "resnet18-tiny20-standard": (0.5, 12),
+    "efficientnet-lite0": (0.1, 8),
+    "efficientnet-lite2": (0.12, 8),
+    "pyautoattack-resnet18": (0.08, 1.2),
+}
+"""In L2 and in L1, at which some images stand and some fall; in L-infinity they are those of `defaults.models`."""
 SIGN = {"linf": "L∞", "l2": "L2", "l1": "L1"}
 _FOOLBOX = {"linf": "LinfPGD", "l2": "L2PGD", "l1": "L1PGD"}
 _TORCHATTACKS = {"linf": "PGD", "l2": "PGDL2"}  # it has none in L1
@@ -47,21 +57,24 @@ def tables(
     folder: Path,
 ) -> Iterator[tuple[str, list[Row]]]:  # fmt: skip
     """Each table that is not stored yet for as many images, on whatever machine."""
-    known = networks(shared, build)
+    known = models(shared, build)
     for gradients, norm, name in product(budgets, norms, names or known):
-        eps = known[name].radii[norm]
+        model, data, largest = known[name]
+        eps = float(dict(zip(NORMS, (largest, *RADII[name]), strict=True))[norm])
         table = f"{name}-{norm}-{gradients}"
         done = _merged(stored(folder)).get(table)
         if done is None or done.rows[0]["limit"] < limit or done.rows[0]["eps"] != eps:
-            yield table, _rows(known[name], build / "strength" / f"{table}-{limit}", limit, norm, gradients)
+            out = build / "strength" / f"{table}-{limit}"
+            yield table, _rows(model | {"label": name}, data | {"limit": limit}, out, norm, eps, gradients)
 
 
-def _rows(network: Network, out: Path, limit: int, norm: Norm, gradients: int) -> list[Row]:
+def _rows(
+    network: dict[str, Any], data: dict[str, Any], out: Path, norm: Norm, eps: float, gradients: int
+) -> list[Row]:
     """A row per attack; `robust` has a digit for each image, 1 where it is right, clean and adversarial."""
-    eps = network.radii[norm]
     run = evaluate(
-        [network.model], network.data | {"limit": limit}, [*attacks(norm, gradients).values()], out=out, norm=norm,
-        eps=eps, checks=False, report=False, save_images="none", batch_size=50,
+        [network], data, [*attacks(norm, gradients).values()], out=out, norm=norm, eps=eps, checks=False, report=False,
+        save_images="none", batch_size=50,
     )  # fmt: skip
     (model,) = run.models
     found = []
@@ -72,7 +85,7 @@ def _rows(network: Network, out: Path, limit: int, norm: Norm, gradients: int) -
         measured = run.rows(model, attack, eps)
         measured = measured[measured["status"] == "ok"]
         found.append({
-            "attack": attack, "limit": limit, "images": len(outcome), "eps": eps,
+            "attack": attack, "limit": data["limit"], "images": len(outcome), "eps": eps,
             "clean": round(float((outcome != WRONG).mean()), 4),
             "robust": "".join(map(str, (outcome == ROBUST).astype(int))),
             "max |cos|": float(np.nanmax(np.abs(floats(measured["cosine"])), initial=0.0)),
@@ -90,8 +103,9 @@ def pages(files: Iterable[Stored]) -> dict[str, str]:
         return {}
     cells = sorted(known.values(), key=_place)
     found = {"strength/summary": _summary(cells), "strength/lost": _lost(cells), "strength/kept": _kept(cells)}
-    for norm in NORMS:
-        found[f"strength/{norm}"] = _details([table for table in cells if _place(table)[1] == NORMS.index(norm)])
+    for norm, name in enumerate(NORMS):
+        if here := [cell for cell in cells if _place(cell)[1] == norm]:
+            found[f"strength/{name}"] = _details(here)
     return found
 
 
@@ -136,24 +150,32 @@ _show = partial(tabulate, tablefmt="github", disable_numparse=True)
 
 
 def _summary(cells: Sequence[Table]) -> str:
-    """A row per model and norm, at its fewest gradients."""
+    """A row per norm and model at its fewest gradients, and for each norm all images of all models."""
     table = []
-    for place in dict.fromkeys(_place(cell)[:2] for cell in cells):
-        here = {_place(cell)[2]: cell for cell in cells if _place(cell)[:2] == place}
-        fewest, most = min(here), max(here)
-        robust, first = _robust(here[fewest]), here[fewest].rows[0]
-        theirs = robust[_strongest(robust)]
-        table.append([
-            place[0], f"{SIGN[NORMS[place[1]]]}, {_radius(first['eps'], place[1])}", first["images"],
-            f"{100 * first['clean']:.1f}", _percent(theirs), *(_percent(robust[name]) for name in OURS),
-            _told(Paired.of(robust["PGD"], theirs)), _told(Paired.of(robust["OrthoPGD"], robust["PGD"])),
-            "–" if most == fewest else f"{_percent(_robust(here[most])[_strongest(_robust(here[most]))])} ({most})",
-        ])  # fmt: skip
-    head = ["model", "norm, ε", "images", "clean", "others' PGD", *OURS, "PGD less others'", "OrthoPGD less PGD",
-            "others' with more (gradients)"]  # fmt: skip
+    for norm, sign in enumerate(SIGN.values()):
+        pooled: dict[str, list[Any]] = {name: [] for name in ("theirs", *OURS)}
+        for model in dict.fromkeys(_place(cell)[0] for cell in cells if _place(cell)[1] == norm):
+            here = {_place(cell)[2]: cell for cell in cells if _place(cell)[:2] == (model, norm)}
+            first, robust = here[min(here)].rows[0], _robust(here[min(here)])
+            found = {"theirs": robust[_strongest(robust)], **{name: robust[name] for name in OURS}}
+            for name, column in found.items():
+                pooled[name].append(column)
+            more = {gradients: _robust(cell) for gradients, cell in here.items() if gradients > min(here)}
+            after = f"{_percent(more[max(more)][_strongest(more[max(more)])])} after {max(more)}" if more else "–"
+            table.append([f"{sign}, {_radius(first['eps'], norm)}", model, first["images"], *_compared(found), after])
+        if pooled["theirs"]:
+            every = {name: np.concatenate(columns) for name, columns in pooled.items()}
+            table.append([sign, "all", len(every["theirs"]), *_compared(every), ""])
+    head = ["norm, ε", "model", "images", "theirs", *OURS, "PGD less theirs", "OrthoPGD less PGD", "theirs with more"]
     hardware = ", ".join(sorted({cell.hardware for cell in cells}))
     versions = ", ".join(sorted({f"{name} {at}" for cell in cells for name, at in cell.versions.items()}))
     return f"{hardware}; {versions}:\n\n{_show(table, head)}"
+
+
+def _compared(robust: dict[str, Any]) -> list[str]:
+    theirs, plain, orthogonal = robust.values()
+    differences = Paired.of(plain, theirs), Paired.of(orthogonal, plain)
+    return [*map(_percent, (theirs, plain, orthogonal)), *map(_told, differences)]
 
 
 def _lost(cells: Sequence[Table]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.networks import networks
+from benchmarks import defaults
 from benchmarks.stored import Row
 from orthattack import DIFGSM, MIFGSM, SINIFGSM, TIFGSM, VMIFGSM, fooled
 from orthattack.attacks.rules import gaussian, smooth, variance
@@ -44,12 +44,12 @@ def attacks(others: Tensor) -> dict[str, tuple[Any, dict[str, Any]]]:
 
 def tables(shared: Path, build: Path, limit: int, names: list[str] | None) -> Iterator[tuple[str, list[Row]]]:
     """Of each pair, how many of at most `limit` images each attack fools the second model on."""
-    known = networks(shared, build)
+    known = defaults.models(shared, build)
     for name, (other, eps) in PAIRS.items():
         if names and name not in names:
             continue
-        source, target = (_loaded(known[model].model) for model in (name, other))
-        images, labels = _known_to_both(source, target, known[name].data, limit + 50)
+        source, target = (_loaded(known[model][0]) for model in (name, other))
+        images, labels = _known_to_both(source, target, known[name][1], limit + 50)
         count = min(limit, len(images) - 10)
         images, others, labels = images[:count], images[count:], labels[:count]
         rows: list[Row] = []

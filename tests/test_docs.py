@@ -31,7 +31,6 @@ EXCUSED = {
     r"python examples/": "run by test_examples.py",
     r"jupyter execute ": "run by test_examples.py, without writing to the checkout",
     r"python -m benchmarks (?!study)": "takes minutes on a quiet machine; parts of it run in tests/benchmarks",
-    r"orthattack eval benchmarks/strength": "takes hours, and needs data that is not in the package",
     r"python -m benchmarks study": "takes an hour, and needs data that is not in the package; see tests/benchmarks",
     r"orthattack eval benchmark\.toml --out .*--(engine|shard) ": "needs a cluster or a store; see tests/faults",
     r"orthattack report s3:": "needs a store; see tests/faults",

@@ -7,20 +7,19 @@ from collections.abc import Iterator
 import pytest
 
 from benchmarks import strength
-from benchmarks.networks import Network
 from benchmarks.stored import Row, Stored, Table, keep
 
 
 @pytest.fixture
 def one(monkeypatch: pytest.MonkeyPatch) -> None:
     """A single model, which the package brings."""
-    radii = {"linf": 1 / 255, "l2": 0.1, "l1": 1.0}
-    network = Network({"name": "cifar10-standard", "label": "one"}, {"source": "cifar10-samples"}, radii)
-    monkeypatch.setattr(strength, "networks", lambda *_: {"one": network})
+    network = {"name": "cifar10-standard"}, {"source": "cifar10-samples"}, 1 / 255
+    monkeypatch.setattr(strength, "models", lambda *_: {"one": network})
+    monkeypatch.setitem(strength.RADII, "one", (0.1, 1.0))
 
 
 @pytest.mark.usefixtures("one")
-def test_a_table_of_a_run_is_not_measured_again(tmp_path):
+def test_a_table_of_a_run_is_not_measured_again(tmp_path, monkeypatch):
     def measured(limit: int) -> Iterator[tuple[str, list[Row]]]:
         return strength.tables(tmp_path, tmp_path / "build", limit, None, ["l1"], [2], tmp_path / "results")
 
@@ -38,7 +37,8 @@ def test_a_table_of_a_run_is_not_measured_again(tmp_path):
     keep("strength", name, rows, 1, tmp_path / "results")
     assert not list(measured(6))
     assert not list(measured(5))
-    assert next(measured(7))[1][0]["images"] == 7
+    monkeypatch.setattr(strength, "_rows", lambda *_: ["more"])
+    assert list(measured(7)) == [(name, ["more"])]
 
 
 def _table(name: str, digits: dict[str, str], eps: float = 0.5) -> Table:
@@ -57,31 +57,32 @@ def _cells(text: str) -> list[list[str]]:
 def test_the_pages_pair_ours_with_the_stronger_of_the_others():
     ten = {"Foolbox PGD": "1110", "torchattacks PGD": "1100", "PGD": "0010", "OrthoPGD": "0011", "PGD, ce": "1111",
            "OrthoPGD, ce": "1100"}  # fmt: skip
-    hundred = {"Foolbox PGD": "1100", "torchattacks PGD": "1110", "PGD": "0000", "OrthoPGD": "0000"}
+    hundred = {"Foolbox PGD": "1100", **dict.fromkeys((*strength.OURS, *strength.SAME_LOSS), "0000")}
     file = Stored(what="strength", machine="m", tables=[_table("a-b-l2-10", ten), _table("a-b-l2-100", hundred)])
     found = strength.pages([file])
-    (row,) = _cells(found["strength/summary"])
-    assert row[:7] == ["a-b", "L2, 0.5", "4", "100.0", "50.0", "25.0", "50.0"]
-    assert row[7].startswith("-25.0 (")
-    assert row[8].startswith("+25.0 (")
-    assert row[9] == "50.0 (100)"
+    row, every = _cells(found["strength/summary"])
+    assert row[:6] == ["L2, 0.5", "a-b", "4", "50.0", "25.0", "50.0"]
+    assert row[6].startswith("-25.0 (")
+    assert row[7].startswith("+25.0 (")
+    assert row[8] == "50.0 after 100"
+    assert every == ["L2", "all", *row[2:8], ""]
     lost = _cells(found["strength/lost"])
     assert [row[:7] for row in lost] == [["a-b", "L2", "10", "PGD, ce", "torchattacks PGD", "0", "2"]]
     kept = {row[0]: row for row in _cells(found["strength/kept"])}
     assert kept["PGD"][1:] == ["8", "1.0e-01", "1.0000000", "28 %"]
     details = _cells(found["strength/l2"])
     assert details[0] == ["a-b", "4", "10", "75.0", "50.0", "25.0", "50.0", "100.0", "50.0"]
-    assert details[1][-2:] == ["–", "–"]
+    assert details[1][3:6] == ["50.0", "–", "0.0"]
 
 
 def test_of_two_machines_the_one_with_more_images_counts():
-    few, many = ({"Foolbox PGD": "11", "PGD": "11", "OrthoPGD": "11"}, {"Foolbox PGD": "0" * 4, "PGD": "0" * 4})
-    more = {**many, "OrthoPGD": "0" * 4}
+    names = ("Foolbox PGD", *strength.OURS, *strength.SAME_LOSS)
+    few, more = (dict.fromkeys(names, digits) for digits in ("11", "0000"))
     small = [row | {"images": 2} for row in _table("a-linf-10", few).rows]
     tables = {"m": Table(name="a-linf-10", hardware="", versions={}, rows=small), "n": _table("a-linf-10", more)}
     files = [Stored(what="strength", machine=name, tables=[table]) for name, table in tables.items()]
     for order in (files, files[::-1]):
-        (row,) = _cells(strength.pages(order)["strength/summary"])
+        row, _ = _cells(strength.pages(order)["strength/summary"])
         assert row[2] == "4"
     assert strength.pages(files)["strength/lost"] == "None."
     assert strength.pages([]) == {}
