@@ -73,7 +73,7 @@ class AttackResult:
 
     @property
     def samples_with_zero_gradient(self) -> int:
-        """How many samples met a zero gradient at least once: a sign of a masked gradient or a saturated loss."""
+        """How many samples met a zero gradient at least once, which a masked gradient or a saturated loss makes."""
         return int((self.zero_gradients > 0).sum())
 
 

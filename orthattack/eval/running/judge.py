@@ -266,7 +266,8 @@ def _faults(adversarials: Tensor, lengths: list[float], norm: Norm, eps: float |
         if not (-math.inf < low and high < math.inf):
             found.append("returned NaN or infinite pixels")
         elif low < 0 or high > 1:
-            found.append(f"left the bounds: pixels from {low:.6g} to {high:.6g}")
+            digits = 9 if 1 < high < 1.00001 else 6  # 1.00000012 is not 1
+            found.append(f"left the bounds: pixels from {low:.6g} to {high:.{digits}g}")
         else:
             found.append(None if length <= limit else f"left the ball: {norm} norm {length:.6g}, eps {eps:.6g}")
     return found

@@ -231,6 +231,7 @@ def test_a_success_that_8_bits_undo_is_said_to_be_undone():
         ((float("-inf"), 0.1), "returned NaN or infinite pixels"),
         ((-0.01, 0.1), "left the bounds: pixels from -0.01 to 0.5"),
         ((1.01, 0.1), "left the bounds: pixels from 0.1 to 1.01"),
+        ((1 + 2**-23, 0.1), "left the bounds: pixels from 0.1 to 1.00000012"),
         ((0.0, 1.0), "left the ball: l2 norm 1.27279, eps 1"),
     ],
 )
