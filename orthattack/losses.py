@@ -6,7 +6,7 @@ targeted attack is flipped here, and in `attacks.scoring` for the margin that re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -50,6 +50,19 @@ class Goal:
         known = (self.labels, self.targets, self.clean)
         labels, targets, clean = (None if value is None else value[index] for value in known)
         return replace(self, labels=labels, targets=targets, clean=clean)
+
+    @staticmethod
+    def joined(parts: Sequence[Goal]) -> Goal:
+        """The goals of consecutive samples as one."""
+
+        def cat(each: Sequence[Tensor | None]) -> Tensor | None:
+            known = [values for values in each if values is not None]
+            return torch.cat(known) if known else None
+
+        labels, targets, clean = (
+            cat(each) for each in zip(*((p.labels, p.targets, p.clean) for p in parts), strict=True)
+        )
+        return replace(parts[0], labels=labels, targets=targets, clean=clean)
 
     @property
     def rank(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ class Climb:
     random_start: bool = False
     restarts: int = 1
     merit: Merit = "loss"
+    is_apart: ClassVar[bool] = True
+    """Nothing but starting points is drawn for all samples, so some may be searched after others."""
 
     def __post_init__(self) -> None:
         plain_fields(self)

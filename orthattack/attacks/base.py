@@ -293,7 +293,8 @@ class Attack(Configured):
                 and do not depend on its batch or on earlier calls. What all samples share (the squares of `Square`)
                 starts anew from the seed of the attack's generator.
             batch_size: how many images the model is given at a time; by default all. With `early_stop`, the samples
-                that still stand are packed into full batches at each step.
+                that still stand are packed into full batches at each step. It bounds what gradient attacks need on a
+                CPU: they search a few batches at a time, with the random numbers of one search.
 
         Raises:
             ValueError: images or labels of the wrong kind (the message says what and where), or a model whose output
@@ -352,34 +353,49 @@ class Attack(Configured):
             several = turns(self.targeted) if search is self.search else None
             merit = search.merit if several is None else "margin"
             best = Best(x.clone() if strangers else x, merit, threat.norm, self.keep)
-            if len(x) > 0:
-                form, free = GradientForm.of(threat, self.enforce, self.reference)
-                region = free.around(x.clone() if strangers else x)
-                is_random = self._observed(lent, x)
-                oracle = self._scorer(lent, x, is_random, len(x) if is_first else 0)
-                if batch_size is not None and batch_size < len(x):
-                    oracle = InBatches(oracle, batch_size)
-                index = torch.arange(len(x), device=x.device)
-                goal = Goal(labels, None, self.top_k, self.confidence)
+            if len(x) == 0:
+                return best.result(x, threat), None
+            is_random = self._observed(lent, x)
+            asked = self._scorer(lent, x, is_random, len(x) if is_first else 0)
+            fits = batch_size is None or batch_size >= len(x)
+            oracle = asked if batch_size is None or fits else InBatches(asked, batch_size)
+            streams, index = self._streams(seeds, len(x)), torch.arange(len(x), device=x.device)
+            may = type(asked) is Oracle and not (is_random or strangers or several)
+            size = _piece(search, batch_size, x, streams, threat) if may else len(x)
+            regions, goals = list[Region](), list[Goal]()
+            for first in range(0, len(x), size):
+                rows = slice(first, first + size)
+                here = threat if size == len(x) else _of_rows(threat, rows)
+                form, free = GradientForm.of(here, self.enforce, self.reference)
+                region = free.around(x.clone() if strangers else x[rows])
+                if is_first and isinstance(asked, Oracle):
+                    asked.unchecked = len(index[rows])
+                goal = Goal(labels[rows], None, self.top_k, self.confidence)
                 if self.loss == "kl":
                     goal = replace(goal, clean=oracle.logits(region.images.to(region.dtype), goal))
-                    best.count(index, torch.full_like(index, self.eot_samples), torch.zeros_like(index))
+                    once = torch.full_like(index[rows], self.eot_samples)
+                    best.count(index[rows], once, torch.zeros_like(once))
                 task = Task(
-                    oracle, self._loss, goal, region, index, best, early_stop, self._streams(seeds, len(x)), form,
-                    is_random, self.on_step, self._pulse,
+                    oracle, self._loss, goal, region, index[rows], best, early_stop, streams, form, is_random,
+                    self.on_step, self._pulse, turn=None if size == len(x) else streams.turn(first, size),
                 )  # fmt: skip
-                task = aimed(task, self.targeted, targets, self.eot_samples)
-                goal = task.goal.select(index)
-                begin = None if start is None else region.shrunk(start.detach().to(x))
+                task = aimed(task, self.targeted, None if targets is None else targets[rows], self.eot_samples)
+                goals.append(task.goal.select(torch.arange(len(region.images), device=x.device)))
+                begin = None if start is None else region.shrunk(start[rows].detach().to(x))
                 for aim in [task.goal] if several is None else task.towards(several):
                     search(replace(task, goal=aim), begin)
-                if strangers and (not in_evaluation(list(self._models.values())) or is_foreign(search)):
-                    best.exact[:] = False
-                # The model itself judges what is returned, unless it has already.
-                if len(rows := (~best.exact).nonzero().squeeze(1)) > 0:
-                    best.judge(rows, oracle.judge(best.adversarials[rows], goal.select(rows), self._loss))
-            result = best.result(x, threat)
-            return self._told(best, result, x, threat, region) if len(x) > 0 else (result, None)
+                regions = [region] if size == len(x) else []
+            if strangers and (not in_evaluation(list(self._models.values())) or is_foreign(search)):
+                best.exact[:] = False
+            # The model itself judges what is returned, unless it has already.
+            if len(left := (~best.exact).nonzero().squeeze(1)) > 0:
+                best.judge(left, oracle.judge(best.adversarials[left], Goal.joined(goals).select(left), self._loss))
+            result = best.result(x, threat, size)
+
+            def around(rows: Tensor) -> Region:
+                return regions[0].select(rows) if regions else _of_rows(threat, rows).around(x[rows])
+
+            return self._told(best, result, x, threat, around)
 
     def _scorer(self, lent: Mapping[str, Model], images: Tensor, is_random: bool, unchecked: int) -> Scorer:
         """What the search asks: the borrowed model, and where its gradients come from."""
@@ -416,7 +432,12 @@ class Attack(Configured):
         return found.is_random
 
     def _told(
-        self, best: Best, result: AttackResult, images: Tensor, threat: ThreatModel, region: Region
+        self,
+        best: Best,
+        result: AttackResult,
+        images: Tensor,
+        threat: ThreatModel,
+        around: Callable[[Tensor], Region],
     ) -> tuple[AttackResult, Tensor | None]:
         """What `_run` returns, without the successes of what left the threat model's ball or bounds; warned of, as are
         NaN and images to which nothing may be done."""
@@ -438,7 +459,7 @@ class Attack(Configured):
                 "tried: no success, and no sign of robustness. Look for a division, a root or an overflow in the model",
             )
         if odd[1]:
-            self._warn_of_room(region, idle.nonzero().squeeze(1), len(images))
+            self._warn_of_room(around(idle.nonzero().squeeze(1)), len(images))
         if not odd[2]:
             return result, stuck
         warn(
@@ -448,9 +469,8 @@ class Attack(Configured):
         )
         return replace(result, success=result.success & ~beyond), stuck
 
-    def _warn_of_room(self, region: Region, rows: Tensor, count: int) -> None:
-        """Warn once of those of `count` images, the ones at `rows`, that nothing may be done to."""
-        left = region.select(rows)
+    def _warn_of_room(self, left: Region, count: int) -> None:
+        """Warn once of those of `count` images, the ones of this region, that nothing may be done to."""
         offset = left.random_start(torch.Generator().manual_seed(0)).double() - left.images.double()
         eps = left.eps.flatten().double().clamp(max=left.threat.diameter(left.images.shape[1:]))
         fixed = int(((perturbation_norm(offset, left.threat.norm) <= 1e-6 * eps) & (eps > 0)).sum())
@@ -631,6 +651,24 @@ def updated(before: AttackResult, found: AttackResult, rows: Tensor, better: Ten
         else:
             values[name] = old.index_copy(0, rows[better], new[better])
     return AttackResult(**values)
+
+
+def _piece(search: Search, batch_size: int | None, images: Tensor, streams: Streams, threat: ThreatModel) -> int:
+    """How many samples are searched at a time: all, or several batches of them, so that early stop can pack these.
+
+    What is as large as the images, some twenty tensors, is then as large as the batches. A GPU would be asked more.
+    """
+    count, odd = len(images), isinstance(threat.eps, Tensor) and threat.eps.shape not in ((), (len(images),))
+    if batch_size is None or images.is_cuda or streams.shared.device.type != "cpu" or images[0].numel() < 16 or odd:
+        return count
+    size = batch_size * (8 if batch_size % 2 == 0 else 16)  # a multiple of 16, see `Streams.turn`
+    return size if getattr(search, "is_apart", False) and size < count else count
+
+
+def _of_rows(threat: ThreatModel, rows: slice | Tensor) -> ThreatModel:
+    """The threat model of some samples only."""
+    eps = threat.eps
+    return replace(threat, eps=eps[rows]) if isinstance(eps, Tensor) and eps.ndim > 0 else threat
 
 
 def _shown(value: object) -> str:

@@ -148,7 +148,7 @@ class Oracle:
             (Athalye et al. 2018, arXiv:1707.07397). The loss, its gradient and the logits are means over them.
         is_random: whether the model draws at random. Then a success is only claimed by those logits; what confirms it
             are `NEEDED` of `DRAWS` fresh answers, single ones, however many are averaged.
-        unchecked: for how many images, the first that are evaluated, labels and logits are checked.
+        unchecked: for how many images, the next that are evaluated, labels and logits are checked.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class Oracle:
         is_copy: bool = True,
         transforms: Sequence[Transform] = (),
     ):
-        self._model, self._samples, self._is_random, self._unchecked = model, eot_samples, is_random, unchecked
+        self._model, self._samples, self._is_random, self.unchecked = model, eot_samples, is_random, unchecked
         self._gradient_model, self._transforms = model if gradient_model is None else gradient_model, transforms
         self._passes = eot_samples * max(1, len(transforms))  # for a gradient
         self._is_bfloat16 = precision == "bfloat16"
@@ -209,7 +209,7 @@ class Oracle:
                 exact[rows], forward_calls = True, forward_calls.index_add(0, rows, found.forward_calls)
         if self._is_random:  # its successes were picked for having been lucky, so they are judged anew in the end
             exact = ~success
-        self._unchecked -= len(points)
+        self.unchecked -= len(points)
         if gradient is None:
             no = torch.zeros_like(success)
             return Evaluation(success, value, margin, None, no, no, forward_calls, torch.zeros_like(calls), exact)
@@ -284,7 +284,7 @@ class Oracle:
         logits = checked_logits(logits, len(points))
         # With a gradient torch itself refuses what this counts; through `.data` or NumPy it goes uncounted.
         fine = [] if kept is None else [((points == kept) | (points.isnan() & kept.isnan())).all()]
-        if self._unchecked > 0:
+        if self.unchecked > 0:
             inside = (goal.classes >= 0) & (goal.classes < logits.shape[1])
             fine += [logits.detach().isfinite().all(), inside.all()]
         if points._version != written or (fine and not bool(torch.stack(fine).all())):  # one question to a GPU

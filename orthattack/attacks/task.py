@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
@@ -180,8 +181,14 @@ class Best:
         (self._merit if self._loss is None else self._loss)[rows] = self._told(evaluation)
         self._forwards[rows] += evaluation.forward_calls
 
-    def result(self, images: Tensor, threat: ThreatModel) -> AttackResult:
-        norm, cosine = threat.sizes(images, self.adversarials)
+    def result(self, images: Tensor, threat: ThreatModel, size: int | None = None) -> AttackResult:
+        """What was found; `size` samples are measured at a time, in float64."""
+        if size is None or size >= len(images):
+            norm, cosine = threat.sizes(images, self.adversarials)
+        else:
+            parts = [slice(at, at + size) for at in range(0, len(images), size)]
+            found = [threat.sizes(images[part], self.adversarials[part]) for part in parts]
+            norm, cosine = (torch.cat(values) for values in zip(*found, strict=True))
         return AttackResult(
             self.adversarials, self.success, self._merit if self._loss is None else self._loss, self._steps,
             cosine, norm, self._zero, self._forwards,
@@ -204,6 +211,7 @@ class Streams:
     def __init__(self, shared: torch.Generator, seeds: Sequence[int] | None, count: int) -> None:
         self.shared, self.is_seeded, self._count = shared, seeds is not None, count
         self._own: list[torch.Generator] | None = None if seeds is None else self._made(seeds)
+        self._turns: list[tuple[torch.Generator, int]] = []
 
     def _made(self, seeds: Sequence[int]) -> list[torch.Generator]:
         return [torch.Generator(self.shared.device).manual_seed(seed) for seed in seeds]
@@ -215,6 +223,33 @@ class Streams:
             seeds = torch.randint(2**63 - 1, (self._count,), generator=self.shared, device=device)
             self._own = self._made(seeds.tolist())
         return [self._own[row] for row in index.tolist()]
+
+    def turn(self, first: int, size: int) -> Callable[..., Tensor]:
+        """Draws shared numbers, ``torch.rand`` or ``torch.randn``, for the samples from the one at `first` on.
+
+        Each call of what is returned is one drawing, and gives these samples what drawing for all at once would give
+        them, and leaves the stream as that would. Samples come in order, `size` at a time. That takes numbers which do
+        not depend on how many are drawn at a time, as is so on a CPU in multiples of 16.
+        """
+        drawing = itertools.count()
+
+        def draw(shape: Sequence[int], draws: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
+            def skip(generator: torch.Generator, start: int, stop: int) -> None:
+                for at in range(start, stop, size):
+                    draws((min(size, stop - at), *shape[1:]), generator=generator, dtype=dtype)
+
+            number = next(drawing)
+            if number == len(self._turns):
+                begin = torch.Generator()
+                begin.set_state(self.shared.get_state())
+                self._turns.append((begin, 0))
+                skip(self.shared, 0, self._count)
+            generator, reached = self._turns[number]
+            skip(generator, reached, first)
+            self._turns[number] = generator, first + shape[0]
+            return draws(tuple(shape), generator=generator, dtype=dtype)
+
+        return draw
 
 
 @dataclass(frozen=True)
@@ -235,6 +270,7 @@ class Task:
         on_step: who is told of every point that was scored.
         pulse: is told the number of each step, and nothing else of it, which costs nothing.
         limit: (n, 1, 1, 1) the radius of what may be found, where the region is larger than that; None: it is not.
+        turn: gives these samples the numbers that all share, where others come after them; see `Streams.turn`.
     """
 
     oracle: Scorer
@@ -250,6 +286,7 @@ class Task:
     on_step: OnStep | None = None
     pulse: Callable[[int], object] | None = None
     limit: Tensor | None = None
+    turn: Callable[..., Tensor] | None = None
 
     @property
     def generator(self) -> torch.Generator:
@@ -306,7 +343,9 @@ class Task:
 
     def random_start(self) -> Tensor:
         """A random point of the region, each sample's from its own stream if it was given one."""
-        return self.region.random_start(self.streams.of(self.index) if self.streams.is_seeded else self.generator)
+        if self.streams.is_seeded:
+            return self.region.random_start(self.streams.of(self.index))
+        return self.region.random_start(self.generator if self.turn is None else self.turn)
 
     def towards(self, count: int) -> list[Goal]:
         """Goals towards each of the `count` likeliest other classes of the images, the likeliest first; the goal as it

@@ -56,7 +56,8 @@ class Ball:
 def _laplace(draw: Callable[..., Tensor], shape: Sequence[int]) -> Tensor:
     """Exponential sizes with random signs."""
     uniform = 2 * draw(shape) - 1
-    return uniform.sign() * -torch.log1p(-uniform.abs())
+    size = -torch.log1p(-uniform.abs().double())  # in float64 for the reason given in `Region.random_start`
+    return uniform.sign() * size.to(uniform.dtype)
 
 
 BALLS: dict[Norm, Ball] = {

@@ -231,16 +231,21 @@ class Region:
         factor = (self.eps * reciprocal(size)).clamp(max=1).to(points.dtype)
         return self.project(torch.lerp(self.images, points, factor))
 
-    def random_start(self, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
+    def random_start(
+        self, generator: torch.Generator | Sequence[torch.Generator] | Callable[..., Tensor] | None = None
+    ) -> Tensor:
         """A random point of the region.
 
         Uniform in the ball (for L2 and L1 within the plane; for L0 in the bounds), then projected onto the region. The
         numbers are drawn on the generator's device, so a CPU generator gives the same start on every device. With a
-        generator for each sample, a sample's start does not depend on the others.
+        generator for each sample, a sample's start does not depend on the others. Instead of a generator there may be a
+        function of (shape, draws, dtype), which draws itself.
         """
         x, eps = self.images, self.eps.to(self.images.dtype)
 
         def draw(shape: Sequence[int], draws: Callable[..., Tensor] = torch.rand) -> Tensor:
+            if callable(generator):
+                return uploaded(generator(shape, draws, x.dtype), x.device)
             if generator is None or isinstance(generator, torch.Generator):
                 device = x.device if generator is None else generator.device
                 return uploaded(draws(tuple(shape), generator=generator, device=device, dtype=x.dtype), x.device)
@@ -252,7 +257,9 @@ class Region:
             eps = torch.full_like(eps, self.threat.bounds[1] - self.threat.bounds[0])
         elif not self._ball.is_box:  # the volume within a radius grows as its n-th power
             count = x[0].numel() if self._mask is None else self._mask.sum((1, 2, 3)).view(-1, 1, 1, 1).clamp(min=1)
-            radius = draw((len(x), 1, 1, 1)) ** (1 / (count if isinstance(count, Tensor) else max(1, count)))
+            # In float64: the last bit of a power depends on how many are taken at a time, so on a sample's batch.
+            share = draw((len(x), 1, 1, 1)).double() ** (1 / (count if isinstance(count, Tensor) else max(1, count)))
+            radius = share.to(x.dtype)
             offset = radius * unit(self._allowed.tangent(offset), self._ball.order)
         return self.project((x + eps * offset).clamp_(*self.threat.bounds))
 
