@@ -3,7 +3,7 @@
     python -m benchmarks steps [--models NAME ...] [--batches 1 8 32] [--steps 10] [--rounds 4]
     python -m benchmarks arithmetic
     python -m benchmarks minimal --weights FILE --data FOLDER [--limit 30] [--gradients 100 300] [--only ATTACK ...]
-    python -m benchmarks accuracy --weights FILE ... --data FOLDER [--limit 300]
+    python -m benchmarks verdict --shared FOLDER [--limit 200] [--models NAME ...] [--rounds 2]
     python -m benchmarks autoattack --name TABLE --model NAME [--weights FILE] --data FOLDER [--norm l2 --eps 0.5]
     python -m benchmarks strength --shared FOLDER [--limit 100] [--models NAME ...] [--norms linf] [--gradients 10 100]
     python -m benchmarks defaults --shared FOLDER [--limit 200] [--models NAME ...]
@@ -18,8 +18,8 @@
     python -m benchmarks study ...
 
 `steps`: time per gradient step and image, and peak memory, beside the bare step, Foolbox and torchattacks.
-`arithmetic`: the attack's own step beside the model's. `accuracy`: seconds and gradient calls to the robust accuracy
-that Foolbox's LinfPGD reaches. `autoattack`: robust accuracy and CPU time beside the official code, which is
+`arithmetic`: the attack's own step beside the model's. `verdict`: seconds of a whole evaluation at the robust
+accuracy that Foolbox's LinfPGD reaches. `autoattack`: robust accuracy and CPU time beside the official code, which is
 `pip install pyautoattack --no-deps`. `minimal`: the norms that attacks find which minimise them, by AttackBench;
 without weights, of the bundled robust model. `strength`: robust accuracy that PGD leaves beside Foolbox's and
 torchattacks', of several models; what is stored, on whatever machine, is not measured again. `defaults`: robust
@@ -71,10 +71,12 @@ def main(argv: list[str] | None = None) -> int:
     arithmetic = what.add_parser("arithmetic", parents=[timed])
     arithmetic.add_argument("--rounds", type=int, default=15)
     arithmetic.add_argument("--batch-size", type=int, default=8)
-    accuracy = what.add_parser("accuracy", parents=[timed, rounds])
-    accuracy.add_argument("--weights", type=Path, nargs="+", required=True, help="of ResNet-18s for 64x64 images")
-    accuracy.add_argument("--data", required=True, help="their images")
-    accuracy.add_argument("--limit", type=int, default=300)
+    verdict = what.add_parser("verdict", parents=[timed])
+    verdict.add_argument("--rounds", type=int, default=2)
+    verdict.add_argument("--shared", type=Path, required=True, help="the folder with data and weights")
+    verdict.add_argument("--build", type=Path, default=ROOT / "build" / "defaults", help="where data is unpacked")
+    verdict.add_argument("--limit", type=int, default=200, help="images")
+    verdict.add_argument("--models", nargs="+", metavar="NAME", help="efficientnet-lite0, resnet18-tiny20-standard ...")
     auto = what.add_parser("autoattack", parents=[timed])
     auto.add_argument("--name", required=True, help="of the table")
     auto.add_argument("--model", default="cifar10-robust")
@@ -142,7 +144,7 @@ def _run(args: argparse.Namespace) -> int:
 
         print(*report.write(args.docs, args.results), sep="\n")
         return 0
-    from benchmarks import accuracy, arithmetic, autoattack, defaults, gpu, growth, steps, throughput, workers
+    from benchmarks import arithmetic, autoattack, defaults, gpu, growth, steps, throughput, workers
     from benchmarks.stored import keep
 
     torch.set_num_threads(args.threads)
@@ -153,10 +155,11 @@ def _run(args: argparse.Namespace) -> int:
                 keep("steps", f"{name}-{batch}-{args.steps}", rows, args.threads, args.out)
     elif args.what == "arithmetic":
         keep("arithmetic", "resnet18", arithmetic.rows(args.batch_size, args.rounds), args.threads, args.out)
-    elif args.what == "accuracy":
-        for weights in args.weights:
-            rows = accuracy.accuracy_rows(weights, args.data, args.limit, args.rounds)
-            keep("accuracy", weights.stem, rows, args.threads, args.out)
+    elif args.what == "verdict":
+        from benchmarks import verdict
+
+        for name, rows in verdict.tables(args.shared, args.build, args.limit, args.rounds, args.models):
+            keep("verdict", name, rows, args.threads, args.out)
     elif args.what == "autoattack":
         of = args.model, args.weights, args.image_size
         where = args.data, args.limit, args.norm, float(args.eps), args.only, args.out

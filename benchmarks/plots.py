@@ -18,7 +18,6 @@ import matplotlib.pyplot as plt  # noqa: E402 -- after its backend is chosen
 def draw(folder: Path, figures: Path) -> None:
     """Draw what is stored in `folder` into `figures`."""
     _steps(folder, figures)
-    _accuracy(folder, figures)
     _growth(folder, figures)
 
 
@@ -62,30 +61,6 @@ def _steps(folder: Path, figures: Path) -> None:
         axes[0][0].invert_yaxis()
         figure.tight_layout(pad=0.4)
         _save(figure, figures / f"performance-steps-{machine}.svg")
-
-
-def _accuracy(folder: Path, figures: Path) -> None:
-    accuracy = [table for found in by_machine(folder, "accuracy").values() for table in found]
-    if accuracy:
-        figure, axes = plt.subplots(
-            1, len(accuracy), figsize=(4.5 * len(accuracy) + 2, 2.4), sharey=True, squeeze=False
-        )
-        for axis, content in zip(axes[0], accuracy, strict=True):
-            rows = list(content.rows)
-            names = [f"{row['candidate']}" for row in rows]
-            values = [statistics.median(row["seconds"]) for row in rows]
-            axis.barh(range(len(names)), values, color=["#bbbbbb" if "Foolbox" in n else "#0072b2" for n in names])
-            for at, (value, row) in enumerate(zip(values, rows, strict=True)):
-                missed = row["robust accuracy"] > rows[0]["robust accuracy"]
-                label = f" not in {row['steps']} steps" if missed else f" {row['steps']} steps"
-                axis.text(value, at, label, va="center", fontsize=7)
-            axis.set_title(content.name, fontsize=9)
-            axis.set_xlabel(f"seconds to {rows[0]['robust accuracy']:.1f} % robust accuracy", fontsize=8)
-            axis.tick_params(labelsize=8)
-            axis.margins(x=0.25)
-        axes[0][0].set_yticks(range(len(names)), names)
-        axes[0][0].invert_yaxis()
-        _save(figure, figures / "performance-accuracy.svg")
 
 
 def _growth(folder: Path, figures: Path) -> None:
