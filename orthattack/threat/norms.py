@@ -122,10 +122,11 @@ def unit(gradient: Tensor, order: float = 2) -> Tensor:
     return gradient * reciprocal(torch.linalg.vector_norm(gradient, order, dim=_IMAGE, keepdim=True))
 
 
-def by_secant(allowed: Allowed, points: Tensor, radius: Tensor) -> Tensor:
-    """The projection of `points` onto a set and an L2 ball, a factor on the perturbation being sought."""
-    x = allowed.images
-    nearest, delta = allowed.nearest(points), points - x
+def by_secant(allowed: Allowed, points: Tensor, radius: Tensor, onto: Callable[..., Tensor] | None = None) -> Tensor:
+    """The projection of `points` onto a set and an L2 ball, a factor on the perturbation being sought; `onto` projects
+    onto the set."""
+    x, onto = allowed.images, allowed.nearest if onto is None else onto
+    nearest, delta = onto(points), points - x
     size = length(nearest - x, 2)
     s, s_before, before = torch.ones_like(size), torch.zeros_like(size), torch.zeros_like(size)
     asks = not x.is_cuda  # which would stop the GPU
@@ -138,24 +139,25 @@ def by_secant(allowed: Allowed, points: Tensor, radius: Tensor) -> Tensor:
         s_next = torch.where(off, (s + (radius - size) * reciprocal(slope)).clamp(0, 1), s)
         s, s_before, before = s_next, s, size
         # What was right stays bit for bit, so that a sample does not depend on its batch.
-        nearest = torch.where(off, allowed.nearest(x + s.to(x.dtype) * delta), nearest)
+        nearest = torch.where(off, onto(x + s.to(x.dtype) * delta), nearest)
         size = length(nearest - x, 2)
     return nearest
 
 
-def by_threshold(allowed: Allowed, points: Tensor, radius: Tensor) -> Tensor:
-    """The projection of `points` onto a set and an L1 ball, a soft threshold μ on the perturbation being sought.
+def by_threshold(allowed: Allowed, points: Tensor, radius: Tensor, onto: Callable[..., Tensor] | None = None) -> Tensor:
+    """The projection of `points` onto a set and an L1 ball, a soft threshold μ on the perturbation being sought; `onto`
+    projects onto the set.
 
     ‖y(μ) - x‖₁ falls as μ grows, by 1 for each pixel that moves with μ, which is neither at x nor at a bound. So
     Newton's method, kept inside a bracket, finds where it is the radius.
     """
-    x = allowed.images
+    x, onto = allowed.images, allowed.nearest if onto is None else onto
 
     def moving(points: Tensor) -> Tensor:
         free = (points != x) & (points > allowed.lower) & (points < allowed.upper)
         return free.sum(_IMAGE, keepdim=True).double()
 
-    nearest = allowed.nearest(points)
+    nearest = onto(points)
     size = length(nearest - x, 1)
     low, high = torch.zeros_like(size), (points - x).abs().amax(_IMAGE, keepdim=True).double()
     f_low, slope = size - radius, moving(nearest)
@@ -168,7 +170,7 @@ def by_threshold(allowed: Allowed, points: Tensor, radius: Tensor) -> Tensor:
         newton = low + f_low * reciprocal(slope)
         usable = (newton > low) & (newton < high) & (attempt % 8 < 7)
         mu = torch.where(usable, newton, (low + high) / 2)
-        tried = allowed.nearest(points, mu.to(x.dtype))
+        tried = onto(points, mu.to(x.dtype))
         f = length(tried - x, 1) - radius
         over, under = (f > 0) & ~done, (f <= 0) & ~done
         near = ~done & (f.abs() <= 1e-6 * radius)  # a little outside is as good: storing scales that back

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from orthattack.projection import Scope, dot, orthogonalize, reciprocal, scaled, scope_dims, total
+from orthattack.threat import few
 from orthattack.threat.norms import by_secant, by_threshold, filled, sparsity
 from orthattack.threat.rootfind import Bracket, by_sorting, ends_of, search, try_all
 from orthattack.threat.rounding import Box, settled_rows
@@ -160,6 +161,7 @@ class Plane:
         up = torch.minimum(self.upper - start, alpha / count)
         down = torch.minimum(start - self.lower, alpha / count)
         solve = self._greedy if self._normal2.numel() == len(g) else self._beyond
+        solve = self._by_column if self.is_small and not g.is_cuda and solve == self._beyond else solve
         move, spent = solve(g, up, down, alpha)
         y = self._settled((start + move * moves).clamp_(self.lower, self.upper), [self._box], start)
         short = moves & (spent < (1 - 1e-6) * alpha)
@@ -226,6 +228,16 @@ class Plane:
             few, less, won = (torch.where(under, *pair) for pair in ((found, few), (size, less), (value, won)))
         return torch.where(short, many, torch.lerp(few, many, share)), spent
 
+    def _by_column(self, g: Tensor, up: Tensor, down: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for groups of a few pixels."""
+        radii, guess = alpha.expand(len(g), 1, 1, 1).flatten().tolist(), max(1, sparsity(g) // 2)
+        move, spent = torch.empty_like(g), torch.empty_like(g[:, :1, :1, :1])
+        gs, ns, ups, downs, moves = (_by_group(t, self.dims).flatten(2) for t in (g, self.normal, up, down, move))
+        for k, radius in enumerate(radii):
+            moves[:, k], size = few.best_sparse(gs[:, k], ns[:, k], ups[:, k], downs[:, k], radius, guess)
+            spent[k] = size
+        return move, spent
+
     def _moved(
         self, threshold: Tensor, g: Tensor, up: Tensor, down: Tensor, near: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
@@ -290,7 +302,9 @@ class Plane:
 
         Source: docs/method.md, "The nearest point".
         """
-        if shrink is not None or self.is_small:
+        if self.is_small:
+            return self.settle(self._unsettled(points, shrink))
+        if shrink is not None:
             return self._searched(points, shrink)
         y, found = self._newton(points, None)
         if not points.is_cuda and not bool(found.all()):
@@ -300,12 +314,15 @@ class Plane:
     def nearest_in_l2_ball(self, points: Tensor, radius: Tensor) -> Tensor:
         """By Newton's method, which may fail where few pixels are free; then by a search that cannot."""
         if self.is_small:
-            return by_secant(self, points, radius)
+            return self.settle(by_secant(self, points, radius, self._unsettled))
         y, found = self._newton(points, radius.to(points.dtype))
         y = self._settled(y, [self._box], self.images)
         return y if y.is_cuda or bool(found.all()) else torch.where(found, y, by_secant(self, points, radius))
 
-    nearest_in_l1_ball = by_threshold
+    def nearest_in_l1_ball(self, points: Tensor, radius: Tensor) -> Tensor:
+        if self.is_small:
+            return self.settle(by_threshold(self, points, radius, self._unsettled))
+        return by_threshold(self, points, radius)
 
     def _newton(self, points: Tensor, radius: Tensor | None) -> tuple[Tensor, Tensor]:
         """y(s, λ) = clip(x + s (p - x) - λx) on the plane and, with a radius, in the ball; per sample, whether it is.
@@ -360,7 +377,18 @@ class Plane:
             multiplier = torch.where(found, multiplier, multiplier + more * inverse)
         return y, found
 
-    def _searched(self, points: Tensor, shrink: Tensor | None) -> Tensor:
+    def _unsettled(self, points: Tensor, shrink: Tensor | None = None) -> Tensor:
+        """`nearest` on groups of a few pixels, off the plane by what rounding costs, which is much for so few."""
+        if points.is_cuda:  # where counting what is left to do would take longer than trying all
+            return self._searched(points, shrink, settles=False)
+        x, low, high, normal = (_by_group(t, self.dims) for t in (self.images, self.lower, self.upper, self.normal))
+        threshold = None if shrink is None else shrink
+        found = few.nearest(_by_group(points, self.dims) - x, normal, low - x, high - x, threshold)
+        y = torch.empty_like(points)
+        _by_group(y, self.dims).copy_(found.add_(x).clamp_(low, high))
+        return y
+
+    def _searched(self, points: Tensor, shrink: Tensor | None, settles: bool = True) -> Tensor:
         """`nearest` by a search that cannot fail."""
         dims, normal = self.dims, self.normal
         delta = torch.sub(points, self.images, out=self._scratch[0])
@@ -389,6 +417,8 @@ class Plane:
             near = along * reciprocal(self._normal2), -self._normal2
             bracket = search(residual, torch.where(scale > 0, scale, 1), 5e-15 * distance2, (ends[1], ends[3]), near)
         high, low = point(bracket[0], self._scratch[2]), point(bracket[2], self._scratch[0])
+        if not settles:
+            return torch.lerp(high, low, bracket[1] * reciprocal(bracket[1] - bracket[3]))
         return self._mixture(lambda share, out: torch.lerp(high, low, share, out=out), bracket, self.images)
 
     def settle(self, points: Tensor) -> Tensor:
@@ -426,9 +456,20 @@ class Plane:
             low, high = box()
             return chosen(low), chosen(high)
 
+        unit = 1e-6 if points.dtype == torch.float32 else 1e-12
+        if self.is_small and not points.is_cuda:
+            low, high = self._box()
+            y, x, n, low, high = (
+                _by_group(t, self.dims)[:, lost] for t in (points, self.images, self._settling, low, high)
+            )
+            points = points.clone(memory_format=torch.contiguous_format)
+            _by_group(points, self.dims)[:, lost] = few.nudged(y, x, n, low, high, 0.75 * unit)
+            lost = self._lost(points)
+            if not bool(lost.any()):
+                return points
+            groups = lost.squeeze(self.dims)
         settled = points.clone(memory_format=torch.contiguous_format)
         y, x, n, z = (chosen(tensor) for tensor in (points, self.images, self._settling, fallback))
-        unit = 1e-6 if points.dtype == torch.float32 else 1e-12
         found = settled_rows(y, x, n, [partial(chosen_box, box) for box in boxes], z, 0.75 * unit, is_quick)
         if points.is_cuda:
             rows(settled).copy_(torch.where(groups.reshape(-1, 1), found, y).view_as(rows(settled)))
