@@ -25,11 +25,11 @@ without weights, of the bundled robust model. `strength`: robust accuracy that P
 torchattacks', of several models; what is stored, on whatever machine, is not measured again. `defaults`: robust
 accuracy by loss, schedule, start and steps, of several models. `transfer`: on how many images attacks fool a model
 that was not asked. `gpu`: steps and arithmetic of several models in large batches, for a GPU, in five minutes, after
-the attacks' tests on it. `growth`: time against image size and number of images. `start`: of the import and of
---help. `throughput`: how much of an evaluation's time is the attack. `workers`, `driver`: what Ray costs, and how
-many workers its driver can feed. `report` writes the stored tables into docs/performance.md, docs/strength.md,
-docs/minimal-norm.md and docs/attacks/transfer.md, and draws the plots. `study` is docs/study.md's; it has options of
-its own. The device is the GPU if there is one.
+the attacks' tests on it. `growth`: time against image size and number of images. `start`: of imports, of an
+evaluation up to its first attack, and of the resume of a finished run. `throughput`: how much of an evaluation's time
+is the attack. `workers`, `driver`: what Ray costs, and how many workers its driver can feed. `report` writes the
+stored tables into docs/performance.md, docs/strength.md, docs/minimal-norm.md and docs/attacks/transfer.md, and draws
+the plots. `study` is docs/study.md's; it has options of its own. The device is the GPU if there is one.
 
 torchattacks is needed beside the package, and for `minimal` two more:
 pip install --no-deps torchattacks attackbenchlib adv-lib
@@ -192,7 +192,9 @@ def _run(args: argparse.Namespace) -> int:
     elif args.what == "growth":
         keep("growth", "growth", [*growth.size_rows(args.rounds), *growth.count_rows()], args.threads, args.out)
     elif args.what == "start":
-        keep("start", "start", growth.start_rows(args.rounds), args.threads, args.out)
+        from benchmarks import start
+
+        keep("start", "start", start.start_rows(args.rounds), args.threads, args.out)
     elif args.what == "throughput":
         rows = throughput.rows(args.data, args.labels, args.steps, args.attacks, args.limit)
         keep("throughput", "-".join(args.attacks), rows, args.threads, args.out)

@@ -1,16 +1,14 @@
-"""Time against image size and number of images, and of the start."""
+"""Time against image size and number of images."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from functools import partial
 
 import torch
 
 from benchmarks.steps import EPS, pictures, step_rows
 from benchmarks.stored import Row
-from benchmarks.timing import DEVICE, peak_memory, side_by_side
+from benchmarks.timing import DEVICE, peak_memory
 from benchmarks.timing import seconds as seconds_of
 from orthattack import OrthoPGD
 from orthattack.eval.models import load_classifier
@@ -35,19 +33,3 @@ def count_rows() -> list[Row]:
         memory = peak_memory(lambda run=run, seconds=seconds: seconds.append(seconds_of(run)))  # type: ignore[misc]
         rows.append({"against": "count", "x": count, "candidate": "OrthoPGD", "seconds": seconds, "peak MB": memory})
     return rows
-
-
-def start_rows(rounds: int) -> list[Row]:
-    commands = {
-        "import orthattack": [sys.executable, "-c", "import orthattack"],
-        "import torch": [sys.executable, "-c", "import torch"],
-        "from orthattack import OrthoPGD": [sys.executable, "-c", "from orthattack import OrthoPGD"],
-        "orthattack --help": [sys.executable, "-m", "orthattack", "--help"],
-    }
-    runs = {
-        name: partial(subprocess.run, command, check=True, stdout=subprocess.DEVNULL)
-        for name, command in commands.items()
-    }
-    return [
-        {"command": name, "seconds": [round(s, 3) for s in times]} for name, times in side_by_side(runs, rounds).items()
-    ]
