@@ -116,7 +116,8 @@ def main(argv: list[str] | None = None) -> int:
     gpu.add_argument("--seconds", type=float, default=200, help="after which no more models are measured")
     gpu.add_argument("--no-tests", action="store_true", help="measure only")
     what.add_parser("growth", parents=[timed, rounds])
-    what.add_parser("start", parents=[timed, rounds])
+    start = what.add_parser("start", parents=[timed, rounds])
+    start.add_argument("--units", type=int, default=1000, help="of the finished run; 0: imports only")
     throughput = what.add_parser("throughput", parents=[timed])
     throughput.add_argument("--data", required=True)
     throughput.add_argument("--labels", required=True)
@@ -194,7 +195,7 @@ def _run(args: argparse.Namespace) -> int:
     elif args.what == "start":
         from benchmarks import start
 
-        keep("start", "start", start.start_rows(args.rounds), args.threads, args.out)
+        keep("start", "start", start.start_rows(args.rounds, args.units), args.threads, args.out)
     elif args.what == "throughput":
         rows = throughput.rows(args.data, args.labels, args.steps, args.attacks, args.limit)
         keep("throughput", "-".join(args.attacks), rows, args.threads, args.out)

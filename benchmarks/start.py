@@ -13,7 +13,6 @@ from pathlib import Path
 from benchmarks.stored import Row
 from benchmarks.timing import side_by_side
 
-UNITS = 1000
 _BOTH = "import torch, torchvision"
 
 # Ends the process where the first attack would begin, without any cleaning up.
@@ -26,10 +25,8 @@ sys.exit(main(sys.argv[1:]) or 3)
 """
 
 
-_FINISHED = f"orthattack eval, resume of {UNITS:,} finished units"
-
-
-def start_rows(rounds: int) -> list[Row]:
+def start_rows(rounds: int, units: int = 1000) -> list[Row]:
+    """Of a finished run of so many units, 20 or more; 0: without evaluations."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         runs: dict[str, Callable[[], object]] = {
@@ -38,10 +35,12 @@ def start_rows(rounds: int) -> list[Row]:
         }
         runs["orthattack --help"] = partial(_run, ["-m", "orthattack", "--help"])
         models = ["cifar10-standard"] + ["efficientnet-lite0"] * (find_spec("efficientnet_lite_pytorch") is not None)
-        for model in models:
+        for model in models if units else []:
             runs[f"orthattack eval, to its first attack on {model}"] = partial(_first_attack, model, folder)
-        runs[_FINISHED] = partial(_run, ["-m", "orthattack", *_finished(folder)])
-        runs[_FINISHED]()  # the first time it is computed
+        if units:
+            again = partial(_run, ["-m", "orthattack", *_finished(folder, units)])
+            again()  # the first time it is computed
+            runs[f"orthattack eval, resume of {units:,} finished units"] = again
         found = side_by_side(runs, rounds)
     return [{"command": name, "seconds": [round(s, 3) for s in times]} for name, times in found.items()]
 
@@ -57,7 +56,7 @@ def _first_attack(model: str, folder: Path) -> None:
     _run(["-c", _TO_THE_FIRST_ATTACK, "eval", *given, "--out", f"{out}/run"])
 
 
-def _finished(folder: Path) -> list[str]:
-    radii = [f"{k}/2550" for k in range(1, UNITS // 20 + 1)]  # of 20 images, each of them a unit
+def _finished(folder: Path, units: int) -> list[str]:
+    radii = [f"{k}/2550" for k in range(1, units // 20 + 1)]  # of 20 images, each of them a unit
     given = ["--model", "cifar10-standard", "--data", "cifar10-samples", "--attacks", "FGSM", "--eps", *radii]
     return ["eval", *given, "--shard-size", "1", "--attack-misclassified", "--out", str(folder / "finished")]

@@ -144,18 +144,26 @@ def by_secant(allowed: Allowed, points: Tensor, radius: Tensor, onto: Callable[.
     return nearest
 
 
-def by_threshold(allowed: Allowed, points: Tensor, radius: Tensor, onto: Callable[..., Tensor] | None = None) -> Tensor:
+def by_threshold(
+    allowed: Allowed,
+    points: Tensor,
+    radius: Tensor,
+    onto: Callable[..., Tensor] | None = None,
+    held: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
     """The projection of `points` onto a set and an L1 ball, a soft threshold μ on the perturbation being sought; `onto`
     projects onto the set.
 
-    ‖y(μ) - x‖₁ falls as μ grows, by 1 for each pixel that moves with μ, which is neither at x nor at a bound. So
-    Newton's method, kept inside a bracket, finds where it is the radius.
+    ‖y(μ) - x‖₁ falls as μ grows, by 1 for each pixel that moves with μ, which is neither at x nor at a bound, less what
+    planes hold of their signs: `held`, of the signs and the pixels. So Newton's method, kept inside a bracket, finds
+    where it is the radius.
     """
     x, onto = allowed.images, allowed.nearest if onto is None else onto
 
     def moving(points: Tensor) -> Tensor:
         free = (points != x) & (points > allowed.lower) & (points < allowed.upper)
-        return free.sum(_IMAGE, keepdim=True).double()
+        count = free.sum(_IMAGE, keepdim=True).double()
+        return count if held is None else count - held((points - x).sign_().mul_(free), free)
 
     nearest = onto(points)
     size = length(nearest - x, 1)

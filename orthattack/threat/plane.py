@@ -320,9 +320,16 @@ class Plane:
         return y if y.is_cuda or bool(found.all()) else torch.where(found, y, by_secant(self, points, radius))
 
     def nearest_in_l1_ball(self, points: Tensor, radius: Tensor) -> Tensor:
+        """Where a group has a few pixels, less than the radius by what settling takes from groups that hardly move."""
         if self.is_small:
-            return self.settle(by_threshold(self, points, radius, self._unsettled))
+            return self.settle(by_threshold(self, points, radius, self._unsettled, self._held))
         return by_threshold(self, points, radius)
+
+    def _held(self, signs: Tensor, free: Tensor) -> Tensor:
+        """‖P s‖² for the signs s of free pixels, (N, 1, 1, 1), P projecting onto their part of the normals: with s they
+        would leave the planes, so λ takes that up."""
+        along, length2 = dot(signs, self.normal, self.dims), total(self.normal.square().mul_(free), self.dims)
+        return total(along.square_().mul_(reciprocal(length2)), _IMAGE).double()
 
     def _newton(self, points: Tensor, radius: Tensor | None) -> tuple[Tensor, Tensor]:
         """y(s, λ) = clip(x + s (p - x) - λx) on the plane and, with a radius, in the ball; per sample, whether it is.

@@ -89,7 +89,7 @@ def test_the_candidates_run_and_leave_the_model_trainable():
 
 @pytest.mark.slow
 def test_a_table_from_the_command_line_reaches_the_page(tmp_path, capsys):
-    assert main(["start", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    assert main(["start", "--rounds", "1", "--units", "0", "--out", str(tmp_path)]) == 0
     assert "orthattack --help" in capsys.readouterr().out
     (name,) = report.tables(tmp_path)
     page = report.filled(f"<!-- {name} -->\n\nold\n\n<!-- /{name} -->\n", report.tables(tmp_path))
