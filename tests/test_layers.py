@@ -85,12 +85,12 @@ try:
 except SystemExit:
     pass
 sys.stdout.flush()
-print("", *{name.partition(".")[0] for name in sys.modules}, file=sys.stderr)
+print("", *{name.partition(".")[0] for name in sys.modules}, *{"scipy.stats"} & set(sys.modules), file=sys.stderr)
 """
 
 
 def loaded(*arguments: object) -> set[str]:
-    """The packages that a command has imported when it is done."""
+    """The packages that a command has imported when it is done, and scipy.stats, which takes a second."""
     command = [sys.executable, "-c", LOADED, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     return set(done.stderr.split())
@@ -101,8 +101,8 @@ def loaded(*arguments: object) -> set[str]:
     [
         (("eval", "--help"), {"torch", "numpy", "torchvision", "foolbox"}),
         (("eval", "SUITE", "--steps", "3"), {"torch", "numpy", "torchvision", "foolbox"}),
-        (("compare", "RUN", "RUN"), {"torch", "torchvision", "foolbox", "matplotlib"}),
-        pytest.param(("report", "RUN"), {"torchvision", "foolbox"}, marks=pytest.mark.slow),
+        (("compare", "RUN", "RUN"), {"torch", "torchvision", "foolbox", "matplotlib", "scipy.stats"}),
+        pytest.param(("report", "RUN"), {"torchvision", "foolbox", "scipy.stats"}, marks=pytest.mark.slow),
         pytest.param(("attacks", "Ortho"), {"torchvision", "pandas", "matplotlib"}, marks=pytest.mark.slow),
         pytest.param(("models", "resnet18"), {"foolbox", "pandas", "matplotlib"}, marks=pytest.mark.slow),
     ],

@@ -36,11 +36,11 @@ def _at_chance(statistics: CleanStatistics) -> str | None:
 
     The second condition keeps five images, of which a good model may well miss four, from raising it.
     """
-    from scipy.stats import binom
+    from scipy.special import bdtr, bdtrc  # scipy.stats takes a second to import
 
     count, total, chance = statistics.accuracy.count, statistics.accuracy.total, 1 / statistics.num_classes
-    guessing = float(binom.sf(count - 1, total, chance))  # P(at least as many right)
-    useful = float(binom.cdf(count, total, (1 + chance) / 2))  # P(at most as many right)
+    guessing = float(bdtrc(count - 1, total, chance))  # P(at least as many right)
+    useful = float(bdtr(count, total, (1 + chance) / 2))  # P(at most as many right)
     if total == 0 or guessing <= _DOUBT or useful > _DOUBT:
         return None
     return (
