@@ -7,7 +7,9 @@
     python -m benchmarks autoattack --name TABLE --model NAME [--weights FILE] --data FOLDER [--norm l2 --eps 0.5]
     python -m benchmarks strength --shared FOLDER [--limit 100] [--models NAME ...] [--norms linf] [--gradients 10 100]
     python -m benchmarks defaults --shared FOLDER [--limit 200] [--models NAME ...]
-    python -m benchmarks transfer --shared FOLDER [--limit 100] [--models NAME ...]
+    python -m benchmarks transfer --shared FOLDER [--limit 100] [--groups NAME ...] [--models NAME ...]
+    python -m benchmarks radii --shared FOLDER [--limit 60] [--models NAME ...]
+    python -m benchmarks detector --shared FOLDER [--limit 1600] [--models NAME ...]
     python -m benchmarks gpu
     python -m benchmarks growth
     python -m benchmarks start
@@ -24,12 +26,14 @@ accuracy that Foolbox's LinfPGD reaches. `autoattack`: robust accuracy and CPU t
 without weights, of the bundled robust model. `strength`: robust accuracy that PGD leaves beside Foolbox's and
 torchattacks', of several models; what is stored, on whatever machine, is not measured again. `defaults`: robust
 accuracy by loss, schedule, start and steps, of several models. `transfer`: on how many images attacks fool a model
-that was not asked. `gpu`: steps and arithmetic of several models in large batches, for a GPU, in five minutes, after
-the attacks' tests on it. `growth`: time against image size and number of images. `start`: of imports, of an
-evaluation up to its first attack, and of the resume of a finished run. `throughput`: how much of an evaluation's time
-is the attack. `workers`, `driver`: what Ray costs, and how many workers its driver can feed. `report` writes the
-stored tables into docs/performance.md, docs/strength.md, docs/minimal-norm.md and docs/attacks/transfer.md, and draws
-the plots. `study` is docs/study.md's; it has options of its own. The device is the GPU if there is one.
+that was not asked. `radii`: what fooling takes if part of the image must stay, by contrast alone and in 8 bits.
+`detector`: whether one that knows plain PGD sees the others. `gpu`: steps and arithmetic of several models in large
+batches, for a GPU, in five minutes, after the attacks' tests on it. `growth`: time against image size and number of
+images. `start`: of imports, of an evaluation up to its first attack, and of the resume of a finished run.
+`throughput`: how much of an evaluation's time is the attack. `workers`, `driver`: what Ray costs, and how many
+workers its driver can feed. `report` writes the stored tables into docs/performance.md, docs/strength.md,
+docs/minimal-norm.md and docs/attacks/transfer.md, and draws the plots. `study` is docs/study.md's; it has options of
+its own. The device is the GPU if there is one.
 
 torchattacks is needed beside the package, and for `minimal` two more:
 pip install --no-deps torchattacks attackbenchlib adv-lib
@@ -40,6 +44,7 @@ from __future__ import annotations
 import argparse
 import sys
 from fractions import Fraction
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -106,11 +111,14 @@ def main(argv: list[str] | None = None) -> int:
     defaults.add_argument("--build", type=Path, default=ROOT / "build" / "defaults", help="the runs, which resume")
     defaults.add_argument("--limit", type=int, default=200, help="images")
     defaults.add_argument("--models", nargs="+", metavar="NAME")
-    transfer = what.add_parser("transfer", parents=[timed])
-    transfer.add_argument("--shared", type=Path, required=True, help="the folder with data and weights")
-    transfer.add_argument("--build", type=Path, default=ROOT / "build" / "defaults", help="where data is unpacked")
-    transfer.add_argument("--limit", type=int, default=100, help="images")
-    transfer.add_argument("--models", nargs="+", metavar="NAME", help="sources")
+    for name, limit in (("transfer", 100), ("radii", 60), ("detector", 1600)):
+        those = what.add_parser(name, parents=[timed])
+        those.add_argument("--shared", type=Path, required=True, help="the folder with data and weights")
+        those.add_argument("--build", type=Path, default=ROOT / "build" / "defaults", help="of data and networks")
+        those.add_argument("--limit", type=int, default=limit, help="images")
+        those.add_argument("--models", nargs="+", metavar="NAME", help="in transfer, sources")
+        if name == "transfer":
+            those.add_argument("--groups", nargs="+", metavar="NAME", help="of models with the same images")
     gpu = what.add_parser("gpu", parents=[timed])
     gpu.add_argument("--rounds", type=int, default=3)
     gpu.add_argument("--seconds", type=float, default=200, help="after which no more models are measured")
@@ -183,8 +191,12 @@ def _run(args: argparse.Namespace) -> int:
     elif args.what == "transfer":
         from benchmarks import transfer
 
-        for name, rows in transfer.tables(args.shared, args.build, args.limit, args.models):
+        for name, rows in transfer.tables(args.shared, args.build, args.limit, args.groups, args.models):
             keep("transfer", name, rows, args.threads, args.out)
+    elif args.what in ("radii", "detector"):
+        module = import_module(f"benchmarks.{args.what}")
+        for name, rows in module.tables(args.shared, args.build, args.limit, args.models):
+            keep(args.what, name, rows, args.threads, args.out)
     elif args.what == "gpu":
         failed = 0 if args.no_tests else gpu.tests(ROOT)
         for kind, name, rows in gpu.tables(args.seconds, args.rounds):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from benchmarks import plots, strength
+from benchmarks import constraint, plots, strength
 from benchmarks.minimal import optimality
 from benchmarks.steps import PEERS
 from benchmarks.stored import RESULTS, Row, Table, by_machine, medians, stored
@@ -27,7 +27,6 @@ def tables(folder: Path = RESULTS) -> dict[str, str]:
         "verdict": _verdict_table,
         "autoattack": _autoattack_table,
         "minimal": partial(_minimal_table, norms),
-        "transfer": _transfer_table,
         "growth": _growth_table,
     }
     found = {}
@@ -35,13 +34,13 @@ def tables(folder: Path = RESULTS) -> dict[str, str]:
     for file in stored(folder):
         if file.what == "defaults":  # one table of all
             choices |= {table.name: table for table in file.tables}
-        if file.what in ("defaults", "strength"):
+        if file.what in ("defaults", "strength", "transfer", "radii", "detector"):
             continue
         for table in file.tables:
             found[f"{file.what}/{file.machine}/{table.name}"] = makers.get(file.what, _plain_table)(table)
     if choices:
         found["defaults"] = _defaults_summary([*choices.values()])
-    found |= strength.pages(stored(folder))
+    found |= strength.pages(stored(folder)) | constraint.pages(stored(folder))
     steps = by_machine(folder, "steps")
     return found | ({"summary": _summary(steps.values())} if steps else {})
 
@@ -206,21 +205,3 @@ def _growth_table(content: Table) -> str:
         show(by_count, ["images", "seconds", "peak MB"]),
     ]
     return "\n\n".join(parts)
-
-
-def _transfer_table(content: Table) -> str:
-    rows = content.rows
-
-    def told(row: Row, form: str) -> str:
-        low, high = Rate(row[form], row["images"]).interval() or (0.0, 1.0)
-        return f"{100 * row[form] / row['images']:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
-
-    forms = ("plain", "orthogonal")
-    table = [
-        [row["attack"], *(told(row, form) for form in forms),
-         *(f"{100 * row[f'{form}, source'] / row['images']:.0f} %" for form in forms), row["gradients"]]
-        for row in rows
-    ]  # fmt: skip
-    head = ["attack", "plain", "orthogonal", "source, plain", "source, orthogonal", "gradients"]
-    about = f"{content.name.replace('-to-', ' → ')}, L∞, ε = {rows[0]['eps * 255']:g}/255, {rows[0]['images']} images"
-    return f"{about}:\n\n{tabulate(table, head, 'github', disable_numparse=True)}"

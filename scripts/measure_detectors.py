@@ -22,6 +22,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
+from benchmarks.detector import roughness
 from orthattack import PGD
 from orthattack.eval.data.dataset import Batch
 from orthattack.eval.data.load import load_dataset
@@ -40,15 +41,6 @@ VIEWS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "luma": lambda x: torch.einsum("nchw,c->nhw", x, x.new_tensor([0.299, 0.587, 0.114])).unsqueeze(1),
     "all of it": lambda x: x,
 }
-
-
-def roughness(view: Tensor) -> np.ndarray:
-    """(N, F) logarithms of the mean size of first and second differences along rows, columns and both, per channel."""
-    rows, columns = view.diff(dim=2), view.diff(dim=3)
-    parts = [rows, columns, rows.diff(dim=2), columns.diff(dim=3), rows.diff(dim=3)]
-    sizes = torch.stack([part.abs().mean((2, 3)) for part in parts], 1).flatten(1)
-    features: np.ndarray = (sizes + 1e-4).log().double().numpy()
-    return features
 
 
 def area(scores: np.ndarray, is_attacked: np.ndarray, pairs: int) -> str:
