@@ -55,33 +55,38 @@ def user_attack(name: str, factory: Any, given: Mapping[str, Any] | None = None)
         return factory(model, **{**more, **options})
 
     norms = factory.norms if isinstance(factory, type) and issubclass(factory, Attack) else get_args(Norm)
-    card, said = _card(made, norms[0]), getattr(factory, "card", None)
+    goals: Goals = "any" if takes_any or "targeted" in parameters else "untargeted"
+    card, said = _card(made, Conditions(norms[0])), getattr(factory, "card", None)
+    # Towards a class it may climb another loss.
+    aimed = card if goals == "untargeted" else _card(made, Conditions(norms[0], targeted=True))
     said = said if isinstance(said, Card) else Card(name)  # of a class of ours it is a property
 
     def make(model: nn.Module, conditions: Conditions) -> Runner:
         attack = made(model, conditions)
         if not callable(attack):
             raise TypeError(f"{name} must return a function of images and labels; it returned {type(attack).__name__}")
-        if (found := _told(attack)) != card:
-            raise TypeError(f"{name} must return an attack that promises the same for every model: {card}, not {found}")
+        promised = aimed if conditions.targeted else card
+        if (found := _told(attack)) != promised:
+            what = f"{promised}, not {found}"
+            raise TypeError(f"{name} must return an attack that promises the same for every model: {what}")
         own = OwnRunner(attack, conditions.batch_size if isinstance(attack, Attack) else None)
 
         def run(images: Tensor, labels: Tensor, seeds: Sequence[int]) -> Found:
             with drawing(joint_seed(seeds)):
-                return Found(attack(images, labels)) if card is None else own(images, labels, seeds)
+                return Found(attack(images, labels)) if promised is None else own(images, labels, seeds)
 
         return run
 
-    goals: Goals = "any" if takes_any or "targeted" in parameters else "untargeted"
-    return AttackKind(name, "user", options, said if card is None else card, norms, make, goals=goals)
+    told = said if card is None else card
+    return AttackKind(name, "user", options, told, norms, make, goals=goals, aimed_card=aimed)
 
 
-def _card(made: Any, norm: Norm) -> Card | None:
+def _card(made: Any, conditions: Conditions) -> Card | None:
     """What an attack of ours says of itself; None of what is none, or cannot be made for any model but the real one."""
     try:
         with drawing(0), kept_process():
             warnings.simplefilter("ignore")
-            return _told(made(Placeholder(), Conditions(norm)))
+            return _told(made(Placeholder(), conditions))
     except (Exception, SystemExit):  # a user's function may raise anything
         return None
 

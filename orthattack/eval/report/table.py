@@ -94,12 +94,12 @@ def leaderboard(norm: str, rows: Iterable[Row]) -> dict[str, Column]:
         Column("n", "scored", _count, title="images scored", first="descending"),
         Column("not scored", "left_out", _count, first="descending"), _eps(norm),
         Column("success", "success_rate", percent, first="descending"),
+        Column("queries (n)", "median_queries", partial(number, ".5g"), of="fooled",
+               title="evaluations of the model until the first success, median of the n fooled images"),
         Column("norm", "mean_norm", partial(_norm, norm), title="mean norm of the perturbation"),
         Column("mean |cos|", "mean_abs_cosine", small), Column("max |cos|", "max_abs_cosine", small),
         Column("grads", "gradient_calls", partial(number, ".4g"), title="gradient calls per image"),
         Column("s", "seconds", partial(number, ".3g"), title="seconds, in all"),
-        Column("queries (n)", "median_queries", partial(number, ".5g"), of="fooled",
-               title="evaluations of the model until the first success, median of the n fooled images"),
     ]  # fmt: skip
     have_queries = any(row.get("median_queries") is not None for row in rows)
     return {column.key: column for column in columns if have_queries or column.key != "median_queries"}

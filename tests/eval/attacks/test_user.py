@@ -72,6 +72,17 @@ def test_an_attack_that_promises_something_else_for_the_real_model_is_refused():
         kind.bind(Net().eval(), Conditions("linf", 0.1, 3))
 
 
+def test_towards_a_class_it_may_promise_something_else():
+    def mine(model, eps, steps, targeted=False):
+        return PGD(model, eps=eps, steps=steps, targeted=targeted)
+
+    kind = user_attack("mine", mine)
+    assert (kind.card.loss, kind.aimed_card.loss) == ("margin", "ce")
+    for targeted in (False, True):
+        attack = kind.bind(Net().eval(), Conditions("linf", 0.1, 3, targeted=targeted))
+        assert attack(images_of(), torch.zeros(COUNT).long(), range(COUNT)).forward_calls.tolist() == [4] * COUNT
+
+
 def test_an_evaluation_treats_them_as_ours(tmp_path):
     functions = {"ti": TIFGSM, "own": Mine, "darker": darker, "fmn": FMN, "smallest": smallest, "plain": plain}
     run = evaluated(tmp_path / "run", functions, steps=4)
