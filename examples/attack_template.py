@@ -5,18 +5,14 @@ python examples/attack_template.py
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
+from typing_extensions import Unpack
 
 from orthattack.attacks.ascent import Climb, rate
 from orthattack.attacks.base import Attack, GradientOptions
 from orthattack.attacks.rules import chain, momentum, normalize
 from orthattack.models import Model
 from orthattack.threat import Norm
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class MyAttack(Attack):

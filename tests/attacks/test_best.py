@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from orthattack import ThreatModel
-from orthattack.attacks.base import _merged, check_count
+from orthattack.attacks.base import check_count, updated
 from orthattack.attacks.scoring import Evaluation, InBatches
 from orthattack.attacks.task import Best, Streams, Task
 from orthattack.losses import Goal, attack_loss
@@ -217,7 +217,8 @@ def test_results_of_a_part_take_their_place_in_the_whole():
     before = best.result(IMAGES, threat)
     part = Best(IMAGES[1:])
     part.offer(torch.arange(2), points(0.9, 2), scored([True, True], [7.0, 8.0], unusable=[True, False]), 5)
-    merged = _merged(before, part.result(IMAGES[1:], threat), torch.tensor([1, 2]))
+    found, rows = part.result(IMAGES[1:], threat), torch.tensor([1, 2])
+    merged = updated(before, found, rows, torch.tensor([True, True]), adds=False)
     assert merged.adversarials[:, 0, 0, 0].tolist() == pytest.approx([0.6, 0.9, 0.9])
     assert merged.success.tolist() == [True] * 3
     assert merged.loss.tolist() == [1, 7, 8]
@@ -227,6 +228,12 @@ def test_results_of_a_part_take_their_place_in_the_whole():
     assert merged.gradient_calls.tolist() == [0, 3, 3]
     assert merged.zero_gradients.tolist() == [0, 1, 0]
     assert before.loss.tolist() == [1, 2, 3]
+    better = updated(before, found, rows, torch.tensor([True, False]), adds=True)
+    assert better.loss.tolist() == [1, 7, 3]
+    assert better.steps.tolist() == [1, 5, 1]
+    assert better.forward_calls.tolist() == [2, 4, 4]
+    assert better.gradient_calls.tolist() == [3, 6, 6]
+    assert better.zero_gradients.tolist() == [1, 2, 1]
 
 
 @pytest.mark.parametrize(
