@@ -32,8 +32,8 @@ batches, for a GPU, in five minutes, after the attacks' tests on it. `growth`: t
 images. `start`: of imports, of an evaluation up to its first attack, and of the resume of a finished run.
 `throughput`: how much of an evaluation's time is the attack. `workers`, `driver`: what Ray costs, and how many
 workers its driver can feed. `report` writes the stored tables into docs/performance.md, docs/strength.md,
-docs/minimal-norm.md and docs/attacks/transfer.md, and draws the plots. `study` is docs/study.md's; it has options of
-its own. The device is the GPU if there is one.
+docs/minimal-norm.md, docs/what-it-rules-out.md and docs/attacks/transfer.md, and draws the plots. `study` is
+docs/study.md's; it has options of its own. The device is the GPU if there is one.
 
 torchattacks is needed beside the package, and for `minimal` two more:
 pip install --no-deps torchattacks attackbenchlib adv-lib

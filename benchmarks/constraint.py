@@ -56,8 +56,9 @@ def _points(found: transfer.Compared) -> str:
 
 
 def _signed(value: float, low: float, high: float, unit: float, digits: int) -> str:
-    """A difference with its interval."""
-    told, *ends = (f"{unit * x:+.{digits}f}".replace("-", "−") for x in (value, low, high))
+    """A difference with its interval; 0 has no sign."""
+    shown = [round(unit * x, digits) + 0.0 for x in (value, low, high)]
+    told, *ends = (f"{x:{'+' if x else ''}.{digits}f}".replace("-", "−") for x in shown)
     return f"{told} [{', '.join(ends)}]"
 
 
@@ -80,14 +81,12 @@ def radii_tables(measured: Sequence[Table]) -> dict[str, str]:
             share = f"{row['fooled'].count('1')} of {len(row['fooled'])}"
             middle = f"median {radii.median(row):.3g}/255"
             if kept in radii.CONTRAST:
-                line.append(f"{middle}; fools {share}")
+                line.append(f"{middle} ({share})")
             elif row is plain:
                 line.append(middle)
             else:
                 ratio, low, high = radii.relative(row, plain)
-                line.append(
-                    f"{ratio:.2f} [{low:.2f}, {high:.2f}]" + (f"; fools {share}" if "0" in row["fooled"] else "")
-                )
+                line.append(f"{ratio:.2f} [{low:.2f}, {high:.2f}]" + (f" ({share})" if "0" in row["fooled"] else ""))
         needed.append(line)
     at_radius = {table.name: [row for row in table.rows if "eps * 255" in row] for table in order}
     for k, row in enumerate(next(iter(at_radius.values()))):
@@ -119,7 +118,7 @@ def detector_table(content: Table) -> str:
         (low, high), (lower, upper) = row["interval"], row["its interval"]
         lines.append(
             [row["detector"], row["perturbation"], f"{100 * row['fooled'] / row['images']:.0f} %",
-             f"{row['area']:.3f} [{low:.3f}, {high:.3f}]", f"{min(row['by seed']):.3f} to {max(row['by seed']):.3f}",
+             f"{row['area']:.2f} [{low:.2f}, {high:.2f}]", f"{min(row['by seed']):.2f} to {max(row['by seed']):.2f}",
              "–" if row["perturbation"] == "plain" else _signed(row["above plain"], lower, upper, 1, 3),
              f"{np.mean(detected):.0f} % ({min(detected):.0f} to {max(detected):.0f})"]
         )  # fmt: skip

@@ -16,7 +16,7 @@ from benchmarks.steps import PEERS
 from benchmarks.stored import RESULTS, Row, Table, by_machine, medians, stored
 from orthattack.eval.results.rates import Rate
 
-PAGES = ("performance.md", "strength.md", "minimal-norm.md", "attacks/transfer.md")
+PAGES = ("performance.md", "strength.md", "minimal-norm.md", "what-it-rules-out.md", "attacks/transfer.md")
 
 
 def tables(folder: Path = RESULTS) -> dict[str, str]:

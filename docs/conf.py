@@ -43,6 +43,7 @@ NAVIGATION: dict[str, dict[str, list[str]]] = {
             "docs/evaluation",
             "docs/reliability",
             "docs/strength",
+            "docs/what-it-rules-out",
             "docs/minimal-norm",
             "docs/peers",
             "docs/performance",

@@ -75,5 +75,5 @@ def test_the_table_says_what_is_detected():
     other = row | {"perturbation": "other", "above plain": -0.1, "its interval": [-0.2, 0.01]}
     text = constraint.detector_table(Table(name="m", hardware="h", versions={}, rows=[row, other]))
     first, second = ([c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()[-2:])
-    assert first == ["network", "plain", "75 %", "0.750 [0.500, 0.900]", "0.700 to 0.800", "–", "50 % (25 to 75)"]
+    assert first == ["network", "plain", "75 %", "0.75 [0.50, 0.90]", "0.70 to 0.80", "–", "50 % (25 to 75)"]
     assert second[5] == "−0.100 [−0.200, +0.010]"

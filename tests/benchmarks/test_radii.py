@@ -71,7 +71,7 @@ def test_the_tables_compare_with_what_is_free():
     assert cells[0] == ["kept", "cifar10-standard, 4 images", "efficientnet-lite0, 4 images"]
     assert cells[2] == ["nothing", "median 2.5/255", "median 2.5/255"]
     assert cells[3] == ["mean", "1.50 [1.50, 1.50]", "2.00 [2.00, 2.00]"]
-    assert cells[4][1] == "median inf/255; fools 2 of 4"
+    assert cells[4][1] == "median inf/255 (2 of 4)"
     last = [cell.strip() for cell in text["fixed"].splitlines()[-1].strip("|").split("|")]
     assert last[0] == "mean"
     assert last[1].startswith("25 %, −50 [")
