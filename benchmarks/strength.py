@@ -103,6 +103,7 @@ def pages(files: Iterable[Stored]) -> dict[str, str]:
         return {}
     cells = sorted(known.values(), key=_place)
     found = {"strength/summary": _summary(cells), "strength/lost": _lost(cells), "strength/kept": _kept(cells)}
+    found["strength/loss"] = _loss(cells)
     for norm, name in enumerate(NORMS):
         if here := [cell for cell in cells if _place(cell)[1] == norm]:
             found[f"strength/{name}"] = _details(here)
@@ -192,6 +193,23 @@ def _lost(cells: Sequence[Table]) -> str:
     if not table:
         return "None."
     head = ["model", "norm", "gradients", "ours", "theirs", "fooled by ours alone", "by theirs alone", "points"]
+    return _show(table, head)
+
+
+def _loss(cells: Sequence[Table]) -> str:
+    """The default loss less the cross-entropy, over all images of all models, and of the model where it is worst."""
+    table = []
+    for norm, gradients in sorted({_place(cell)[1:] for cell in cells}):
+        here = {_place(cell)[0]: _robust(cell) for cell in cells if _place(cell)[1:] == (norm, gradients)}
+        for name in OURS:
+            pairs = {model: Paired.of(robust[name], robust[f"{name}, ce"]) for model, robust in here.items()}
+            every = [np.concatenate([robust[each] for robust in here.values()]) for each in (name, f"{name}, ce")]
+            worst = max(pairs, key=lambda model: pairs[model].difference or 0.0)
+            table.append([
+                SIGN[NORMS[norm]], gradients, name, f"{len(every[0])} of {len(here)}", *map(_percent, reversed(every)),
+                _told(Paired.of(*every)), f"{100 * (pairs[worst].difference or 0.0):+.1f}, {worst}",
+            ])  # fmt: skip
+    head = ["norm", "gradients", "attack", "images, models", "ce", "margin", "margin less ce", "at worst"]
     return _show(table, head)
 
 

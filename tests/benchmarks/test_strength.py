@@ -68,6 +68,13 @@ def test_the_pages_pair_ours_with_the_stronger_of_the_others():
     assert every == ["L2", "all", *row[2:8], ""]
     lost = _cells(found["strength/lost"])
     assert [row[:7] for row in lost] == [["a-b", "L2", "10", "PGD, ce", "torchattacks PGD", "0", "2"]]
+    loss = _cells(found["strength/loss"])
+    assert [row[:6] for row in loss[:2]] == [
+        ["L2", "10", "PGD", "4 of 1", "100.0", "25.0"],
+        ["L2", "10", "OrthoPGD", "4 of 1", "50.0", "50.0"],
+    ]
+    assert loss[0][6].startswith("-75.0 (")
+    assert loss[1][7] == "+0.0, a-b"
     kept = {row[0]: row for row in _cells(found["strength/kept"])}
     assert kept["PGD"][1:] == ["8", "1.0e-01", "1.0000000", "28 %"]
     details = _cells(found["strength/l2"])
