@@ -35,6 +35,8 @@ settings.register_profile("fast", derandomize=True, max_examples=10, **_common)
 settings.register_profile("full", derandomize=True, max_examples=40, **_common)
 settings.register_profile("explore", max_examples=500, **_common)
 
+# Scripts that a test runs: looking for doctests in them would run them too, in every worker.
+collect_ignore = ["first_hour"]
 # Whole files of tests that start processes, and those of Ray.
 SLOW_FILES = ("faults/test_processes.py", "faults/test_ray.py", "test_site.py")
 SLOW_FIXTURES = {"browser", "site"}
