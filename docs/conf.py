@@ -48,6 +48,7 @@ NAVIGATION: dict[str, dict[str, list[str]]] = {
             "docs/peers",
             "docs/performance",
             "docs/study",
+            "docs/study-appendix",
         ],
         "Understand": ["docs/method", "docs/architecture", "docs/life-of-a-step", "orthattack/eval/weights/MODEL_CARD"],
         "Reference": ["docs/reference/attacks", "docs/reference/core", "docs/reference/evaluation"],

@@ -18,7 +18,7 @@ AGAIN = "PGD, another start"
 
 
 def _attacks(group: Group) -> list[dict[str, Any]]:
-    common: dict[str, Any] = {"early_stop": True}
+    common: dict[str, Any] = {"early_stop": True, "loss": "ce"}
     linf: list[dict[str, Any]] = [
         {"name": "PGD", **common},
         *({"name": "OrthoPGD", "label": f"OrthoPGD, {scope}", "scope": scope, **common} for scope in SCOPES),
@@ -42,8 +42,8 @@ def cost(study: Study, group: Group) -> pd.DataFrame:
     plain = [attack for attack in _attacks(group) if attack["name"] == "PGD"]
     again = [{**attack, "label": label} for attack, label in zip(plain, (AGAIN, f"{AGAIN} (l2)"), strict=True)]
     runs = [
-        study.attack(f"cost-{group.key}", group, _attacks(group), group.images, eps=radii),
-        study.attack(f"cost-{group.key}-again", group, again, group.images, seeds=[1], eps=radii),
+        study.attack(f"cost-{group.key}", group, _attacks(group), group.images["cost"], eps=radii),
+        study.attack(f"cost-{group.key}-again", group, again, group.images["cost"], seeds=[1], eps=radii),
     ]
     parts = [part for run in runs for norm in ("linf", "l2") for part in _rows(run.in_norm(norm))]
     return pd.concat(parts, ignore_index=True)
@@ -77,10 +77,17 @@ def _rows(run: Run) -> list[pd.DataFrame]:
 def smallest(study: Study, group: Group) -> pd.DataFrame:
     """The smallest L-infinity radius at which each attack fools each image that the model gets right; inf if none."""
     attacks = [
-        {"name": "MinimumNorm", "label": label, "attack": label.split(",")[0], **more}
+        {
+            "name": "Bisection",
+            "label": label,
+            "attack": label.split(",")[0],
+            "loss": "ce",
+            "trials": group.trials,
+            **more,
+        }
         for label, more in [("PGD", {}), *((f"OrthoPGD, {scope}", {"scope": scope}) for scope in SCOPES)]
     ]
-    run = study.attack(f"smallest-{group.key}", group, attacks, study.budget.smallest, eps=[group.eps])
+    run = study.attack(f"smallest-{group.key}", group, attacks, group.images["smallest"], eps=[group.eps])
     parts = []
     for model in run.models:
         for attack in run.attacks:

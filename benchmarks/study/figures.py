@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.study.cost import AGAIN, SCOPES
 from benchmarks.study.gradients import random_cosine
-from benchmarks.study.numbers import interval_of_mean, paired, ratio_of_smallest
+from benchmarks.study.numbers import Read, in_units, interval_of_mean, paired, ratio_of_smallest
 
 __all__ = ["FIGURES", "draw"]
 
@@ -36,32 +36,102 @@ SETTINGS = {
     "legend.fontsize": 8,
 }
 SHARES = np.linspace(0, 1, 101)
-Read = Callable[[str], pd.DataFrame]
+CHANGES = {
+    "contrast": "contrast",
+    "brightness": "brightness",
+    "scrambled": "noise with the image's spectrum",
+    "noise": "white noise",
+}
+PANELS = {
+    "lite0": "EfficientNet-lite0",
+    "lite1": "EfficientNet-lite1",
+    "lite2": "EfficientNet-lite2",
+    "tiny-standard": "ResNet-18, standard",
+    "cifar10-standard": "RegNet, standard",
+    "batch norm": "small, batch norm",
+    "tiny-robust": "ResNet-18, robust",
+    "cifar10-robust": "RegNet, robust",
+    "biases": "small, biases instead",
+}
 
 
 def alignment(read: Read) -> Figure:
-    """How |cos(g, x)| is distributed over the images, beside random directions."""
-    table = read("gradients")
-    models = table["model"].unique()
-    figure = Figure(figsize=(6.3, 3.1), layout="constrained")
+    """How |cos(g, x)| is distributed over the images, in units of a random direction's mean."""
+    table = in_units(read("slopes"))
+    models = [model for model in table["model"].unique() if "Foolbox" not in model]
+    figure = Figure(figsize=(6.3, 3.3), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for ax, column, title in ((axes[0], "cosine", "the image itself"), (axes[1], "cosine_other", "another image")):
+    for ax, direction in ((axes[0], "contrast"), (axes[1], "another image")):
+        rows = table[table["direction"] == direction]
         for k, model in enumerate(models):
-            part = table[table["model"] == model]
-            ax.plot(
-                np.quantile(part[column].abs(), SHARES),
-                SHARES,
-                color=COLOURS[k],
-                linestyle=DASHES[k % 4],
-                label=model,
-                linewidth=1.4,
-            )
-        noise = table.loc[table["model"] == models[-1], "cosine_noise"].abs()
-        ax.plot(np.quantile(noise, SHARES), SHARES, color="0.6", linewidth=1, label="noise instead of g")
-        ax.set(xscale="log", xlim=(2e-4, 0.6), ylim=(0, 1), xlabel="|cos|", title=f"gradient and {title}")
+            sizes = rows.loc[rows["model"] == model, "size"]
+            style: dict[str, Any] = {"color": COLOURS[k], "linestyle": DASHES[k % 4], "linewidth": 1.4}
+            ax.plot(np.quantile(sizes, SHARES), SHARES, label=model, **style)
+        noise = table.loc[table["direction"] == "noise", "size"]
+        ax.plot(np.quantile(noise, SHARES), SHARES, color="0.6", linewidth=1, label="g and white noise")
+        title = "gradient and its image" if direction == "contrast" else "gradient and another image"
+        ax.set(xscale="log", xlim=(1e-2, 50), ylim=(0, 1), xlabel="|cos|, random direction = 1", title=title)
         ax.title.set_size(9)
     axes[0].set_ylabel("share of the images below")
     _legend(figure, axes[0])
+    return figure
+
+
+def contrast(read: Read) -> Figure:
+    """The loss along changes of the same length: contrast, brightness, noise with the image's spectrum, white noise."""
+    table = pd.concat([read("contrast"), read("twins")], ignore_index=True)
+    models = [model for model in PANELS if (table["model"] == model).any()]
+    rows = math.ceil(len(models) / 3)
+    figure = Figure(figsize=(6.3, 1.9 * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, 3, sharex=True, sharey=True, squeeze=False)
+    for ax in axes.flat[len(models) :]:
+        ax.set_axis_off()
+    for ax, model in zip(axes.flat, models, strict=False):
+        part = table[table["model"] == model]
+        for k, (direction, label) in enumerate(CHANGES.items()):
+            along = part[part["direction"].isin([direction, "none"])]
+            shifts = sorted(along["shift"].unique())
+            points = [interval_of_mean(along.loc[along["shift"] == t, "loss"]) for t in shifts]
+            mean, low, high = np.array(points).T
+            ax.fill_between(shifts, low, high, color=COLOURS[k], alpha=0.15, linewidth=0)
+            ax.plot(shifts, mean, color=COLOURS[k], linestyle=DASHES[k], linewidth=1.4, label=label)
+        ax.set_title(PANELS[model], size=9)
+        ax.set(yscale="log", xticks=(-0.5, -0.25, 0, 0.25, 0.5))
+    for ax in axes[-1]:
+        ax.set_xlabel("t")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("mean loss at x + td")
+    _legend(figure, axes[0, 0])
+    return figure
+
+
+def sensitivity(read: Read) -> Figure:
+    """How much each block answers to a relative change of contrast, and of others of the same length."""
+    table = read("sensitivity")
+    models = list(table["model"].unique())
+    rows = math.ceil(len(models) / 3)
+    figure = Figure(figsize=(6.3, 1.9 * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, 3, sharex=True, sharey=True, squeeze=False)
+    for ax in axes.flat[len(models) :]:
+        ax.set_axis_off()
+    for ax, model in zip(axes.flat, models, strict=False):
+        part = table[table["model"] == model]
+        names = list(part["block"].unique())
+        place = np.arange(len(names)) / (len(names) - 1)
+        for k, (direction, label) in enumerate(CHANGES.items()):
+            along = part[part["direction"] == direction]
+            points = [interval_of_mean(along.loc[along["block"] == name, "change"]) for name in names]
+            mean, low, high = np.array(points).T
+            ax.errorbar(place, mean, [mean - low, high - mean], color=COLOURS[k], linestyle=DASHES[k],
+                        marker=MARKERS[k], markersize=3, linewidth=1.2, label=label)  # fmt: skip
+        ax.axhline(1, color="0.6", linewidth=0.8)
+        ax.set(yscale="log", title=model)
+        ax.title.set_size(9)
+    for ax in axes[-1]:
+        ax.set_xlabel("depth, from image to logits")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("‖J d‖ / ‖f‖")
+    _legend(figure, axes[0, 0])
     return figure
 
 
@@ -100,9 +170,10 @@ def cost(read: Read) -> Figure:
     table = read("cost")
     table = table[table["norm"] == "linf"]
     models = list(table["model"].unique())
-    rows = math.ceil(len(models) / 2)
+    columns = 3 if len(models) == 3 else min(2, len(models))
+    rows = math.ceil(len(models) / columns)
     figure = Figure(figsize=(6.3, 2.3 * rows + 0.3), layout="constrained")
-    axes = figure.subplots(rows, min(2, len(models)), sharex=True, sharey=True, squeeze=False)
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     series = [*((f"OrthoPGD, {scope}", scope) for scope in SCOPES), (AGAIN, "plain PGD again")]
     for ax, model in zip(axes.flat, models, strict=False):
         radii = sorted(table.loc[table["model"] == model, "eps"].unique())
@@ -168,7 +239,9 @@ def smallest(read: Read) -> Figure:
 
 
 FIGURES: dict[str, tuple[str, Callable[[Read], Figure]]] = {
-    "alignment": ("gradients", alignment),
+    "alignment": ("slopes", alignment),
+    "contrast": ("contrast", contrast),
+    "sensitivity": ("sensitivity", sensitivity),
     "depth": ("depth", depth),
     "cost": ("cost", cost),
     "smallest": ("smallest", smallest),
@@ -176,10 +249,10 @@ FIGURES: dict[str, tuple[str, Callable[[Read], Figure]]] = {
 """Each figure of the page, the stage that it needs, and what draws it."""
 
 
-def draw(name: str, read: Read, folder: Path) -> Path:
-    """Draw a figure and keep it as SVG; the same results give the same file."""
+def draw(name: str, read: Read, folder: Path, suffix: str = "") -> Path:
+    """Draw a figure and keep it as SVG, `name` and `suffix`; the same results give the same file."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.svg"
+    path = folder / f"{name}{suffix}.svg"
     with _style():
         FIGURES[name][1](read).savefig(path, metadata={"Date": None})
     # matplotlib ends some lines with blanks, which hooks and editors take away

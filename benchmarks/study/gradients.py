@@ -18,10 +18,19 @@ from orthattack.eval.data.dataset import Batch
 from orthattack.eval.models.classifier import Classifier
 from orthattack.projection import Scope
 
-__all__ = ["SCOPES", "blocks", "depth", "gradients", "loss_gradient", "random_cosine"]
+__all__ = [
+    "SCOPES",
+    "batches",
+    "blocks",
+    "depth",
+    "gradients",
+    "loss_gradient",
+    "outputs_of_blocks",
+    "random_cosine",
+]
 
 SCOPES: tuple[Scope, ...] = ("image", "channel", "pixel")
-BATCH = 50
+MOST_BLOCKS = 8
 
 
 def random_cosine(n: int) -> float:
@@ -40,7 +49,7 @@ def gradients(study: Study, group: Group) -> pd.DataFrame:
     parts = []
     for label, classifier in study.classifiers(group).items():
         generator = torch.Generator().manual_seed(0)
-        for first, batch in _batches(study, group, classifier):
+        for first, batch in batches(study, group, classifier, group.images["gradients"]):
             x, y = batch.images, batch.labels
             g = loss_gradient(classifier.model, x, y)
             noise = torch.randn(x.shape, generator=generator)
@@ -76,8 +85,8 @@ def _undone(c: Classifier, g: Tensor, x: Tensor, y: Tensor, scope: Scope, eps: f
     rest = orthogonalize(g, x, scope)
     signs = eps * rest.sign()
     short = 0.5 * rest / rest.flatten(1).norm(dim=1).clamp(min=1e-30).view(-1, 1, 1, 1)
-    exact = OrthoFGSM(c.model, eps=eps, scope=scope).run(x, y).adversarials
-    exact_l2 = OrthoPGD(c.model, "l2", 0.5, 0.5, 1, random_start=False, scope=scope).run(x, y).adversarials
+    exact = OrthoFGSM(c.model, eps=eps, loss="ce", scope=scope).run(x, y).adversarials
+    exact_l2 = OrthoPGD(c.model, "l2", 0.5, 0.5, 1, loss="ce", random_start=False, scope=scope)
     return {
         "flipped": (rest.sign() != g.sign()).flatten(1).double().mean(1),
         "plain_sign": _size(g.sign(), x, scope),
@@ -85,7 +94,7 @@ def _undone(c: Classifier, g: Tensor, x: Tensor, y: Tensor, scope: Scope, eps: f
         "sign_clip": _size((x + signs).clamp(0, 1) - x, x, scope),
         "l2_clip": _size((x + short).clamp(0, 1) - x, x, scope),
         "exact": _size(exact.double() - x.double(), x, scope),
-        "exact_l2": _size(exact_l2.double() - x.double(), x, scope),
+        "exact_l2": _size(exact_l2.run(x, y).adversarials.double() - x.double(), x, scope),
     }
 
 
@@ -106,15 +115,10 @@ def depth(study: Study, group: Group) -> pd.DataFrame:
     parts = []
     for label, classifier in study.classifiers(group).items():
         generator = torch.Generator().manual_seed(0)
-        for first, batch in _batches(study, group, classifier):
+        for first, batch in batches(study, group, classifier, group.images["depth"]):
             x, y = batch.images.clone().requires_grad_(), batch.labels
-            features: dict[str, Tensor] = {}
-            hooks = []
-            for name, block in blocks(classifier.model):
-                hooks.append(block.register_forward_hook(partial(_keep, features, name)))
-            loss = nn.functional.cross_entropy(classifier.model(x), y, reduction="sum")
-            for hook in hooks:
-                hook.remove()
+            logits, features = outputs_of_blocks(classifier.model, x)
+            loss = nn.functional.cross_entropy(logits, y, reduction="sum")
             back = torch.autograd.grad(loss, [x, *features.values()], retain_graph=True)
             with torch.no_grad():
                 rows = {"input": (alignment(back[0], x), torch.full((len(x),), torch.nan), x[0].numel())}
@@ -142,17 +146,31 @@ def depth(study: Study, group: Group) -> pd.DataFrame:
 def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """A network's stages in order: its children that have weights, but for the normalisation layers and the classifier.
 
-    Where nearly all weights are in one child, such as a RegNet's trunk, that child's children take its place.
+    Where nearly all weights are in one child, such as a RegNet's trunk, that child's children take its place; so do
+    those of a list. Of many, some, evenly spaced, with the first and the last.
     """
     inner = model.model if isinstance(model, Normalized) else model
     found: list[tuple[str, nn.Module]] = []
     for name, child in inner.named_children():
         inside = [(key, part) for key, part in child.named_children() if _is_stage(part)]
-        if inside and _weights(child) > 0.8 * _weights(inner):
+        if inside and (isinstance(child, nn.ModuleList) or _weights(child) > 0.8 * _weights(inner)):
             found += inside
         elif _is_stage(child):
             found.append((name, child))
-    return found
+    if len(found) <= MOST_BLOCKS:
+        return found
+    return [found[round(k * (len(found) - 1) / (MOST_BLOCKS - 1))] for k in range(MOST_BLOCKS)]
+
+
+def outputs_of_blocks(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """A model's logits, and what its `blocks` put out, by name."""
+    features: dict[str, Tensor] = {}
+    hooks = [block.register_forward_hook(partial(_keep, features, name)) for name, block in blocks(model)]
+    try:
+        return model(images), features
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _is_stage(module: nn.Module) -> bool:
@@ -175,13 +193,13 @@ def _weights(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _batches(study: Study, group: Group, classifier: Classifier) -> Iterator[tuple[int, Batch]]:
+def batches(study: Study, group: Group, classifier: Classifier, count: int) -> Iterator[tuple[int, Batch]]:
     """The images in batches, each of which goes through all classes, with the first one's position."""
-    dataset = study.dataset(group, classifier, study.budget.gradients)
-    stride = -(-len(dataset) // BATCH)
+    dataset = study.dataset(group, classifier, count)
+    stride = -(-len(dataset) // group.batch)
     dealt = dataset.subset([name for start in range(stride) for name in dataset.names[start::stride]])
     position = 0
-    for batch in dealt.batches(BATCH, classifier.preprocessing):
+    for batch in dealt.batches(group.batch, classifier.preprocessing):
         if isinstance(batch, Batch):
             yield position, batch
             position += len(batch.images)

@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from scipy import stats
 from tabulate import tabulate
 
+from benchmarks.study.contrast import DIRECTIONS
 from benchmarks.study.cost import SCOPES
-from benchmarks.study.gradients import random_cosine
 from orthattack.eval.results.outcomes import ROBUST
 from orthattack.eval.results.paired import Paired
 from orthattack.eval.results.rates import Rate
 
 __all__ = ["TABLES", "exact_cosines", "interval_of_mean", "over_seeds", "ratio_of_smallest"]
 
-Values = NDArray[np.float64]
+Read = Callable[[str], pd.DataFrame]
+RESAMPLES = 9999
 PER_SCOPE = [f"OrthoPGD, {scope}" for scope in SCOPES]
 
 
@@ -104,26 +104,26 @@ def radius(eps: float, norm: str = "linf") -> str:
     return f"{255 * eps:.3g}/255" if norm == "linf" else f"{eps:g}"
 
 
-def alignment_table(read: Callable[[str], pd.DataFrame]) -> str:
-    table = read("gradients")
+def alignment_table(read: Read) -> str:
+    table = read("slopes")
     rows = []
-    for model, part in table.groupby("model", sort=False):
-        n = _size(read, str(model))
+    for model, part in table.groupby("model", sort=False) if len(table) else ():
+        cosine = part.pivot(index="position", columns="direction", values="cosine")
         rows.append(
             [
                 model,
-                len(part),
-                _show(interval_of_mean(part["cosine"].abs()), ".4f"),
-                f"{random_cosine(n):.4f}" if n else "",
-                _show(interval_of_mean(part["cosine_other"].abs()), ".4f"),
-                _show(interval_of_mean(part["cosine"]), "+.4f"),
+                len(cosine),
+                _show(interval_of_mean(cosine["contrast"].abs()), ".4f"),
+                f"{part['random'].iloc[0]:.4f}",
+                _show(interval_of_mean(cosine["another image"].abs()), ".4f"),
+                _show(interval_of_mean(cosine["contrast"]), "+.4f"),
             ]
         )
     head = ["model", "n", "mean \\|cos(g, x)\\|", "random direction", "\\|cos(g, other image)\\|", "mean cos(g, x)"]
     return _markdown(head, rows)
 
 
-def share_table(read: Callable[[str], pd.DataFrame]) -> str:
+def share_table(read: Read) -> str:
     table = read("gradients")
     rows: list[list[Any]] = []
     noise: list[Any] = []
@@ -136,19 +136,91 @@ def share_table(read: Callable[[str], pd.DataFrame]) -> str:
     return _markdown(["model", *(f"{scope}, %" for scope in SCOPES)], rows)
 
 
-def moments_table(read: Callable[[str], pd.DataFrame]) -> str:
+def slopes_table(read: Read) -> str:
+    """Mean |cos(g, d)| by direction d, in units of a random direction's."""
+    table = read("slopes")
+    rows = []
+    for model, part in table.groupby("model", sort=False) if len(table) else ():
+        wide = in_units(part).pivot(index="position", columns="direction", values="size")
+        rows.append([model, len(wide), *(_show(interval_of_mean(wide[name]), ".2f") for name in DIRECTIONS)])
+    return _markdown(["model", "n", *DIRECTIONS], rows)
+
+
+def in_units(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with `size`, |cos| in units of a random direction's mean."""
+    return table.assign(size=table["cosine"].abs() / table["random"])
+
+
+def homogeneity_table(read: Read) -> str:
+    """How far the loss's slope along the image is from that of a homogeneous network with the same logits."""
+    table = read("slopes")
+    table = table[table["direction"] == "contrast"] if len(table) else table
+    rows = []
+    for model, part in table.groupby("model", sort=False) if len(table) else ():
+        ratio = _show(ratio_of_means(part["slope"].abs(), part["homogeneous"].abs()), ".2f")
+        rows.append([model, *(f"{part[name].abs().mean():.3g}" for name in ("slope", "homogeneous")), ratio])
+    return _markdown(["model", "mean \\|⟨g, x⟩\\|", "mean \\|⟨p − y, f⟩\\|", "ratio"], rows)
+
+
+def ratio_of_means(above: Any, below: Any) -> tuple[float, float, float]:
+    """A ratio of two means over the same images with its 95 % interval by bootstrap."""
+    a, b = np.asarray(above, float), np.asarray(below, float)
+    chosen = np.random.default_rng(0).integers(0, len(a), (RESAMPLES, len(a)))
+    low, high = np.quantile(a[chosen].mean(1) / b[chosen].mean(1), [0.025, 0.975])
+    return float(a.mean() / b.mean()), float(low), float(high)
+
+
+def derivative_gap(table: pd.DataFrame) -> float:
+    """The largest gap between ⟨g, d⟩ by autograd and by differences, over a random direction's mean |⟨g, d⟩|."""
+    rows = table.dropna(subset="numeric") if len(table) else table
+    scale = (rows["slope"] / rows["cosine"]).abs() * rows["random"]
+    return float(((rows["numeric"] - rows["exact"]).abs() / scale).max()) if len(rows) else math.nan
+
+
+def contrast_table(read: Read) -> str:
+    """How many images are still classified correctly when they are changed a lot."""
+    table = read("contrast")
+    changes = {"x": ("none", 0.0), "0.5 x": ("contrast", -0.5), "1.5 x": ("contrast", 0.5)}
+    changes |= {"darker": ("brightness", -0.5), "brighter": ("brightness", 0.5)}
+    changes |= {"scrambled": ("scrambled", 0.5), "noise": ("noise", 0.5)}
+    rows = []
+    for model, part in table.groupby("model", sort=False) if len(table) else ():
+        rights = [part.loc[(part["direction"] == d) & (part["shift"] == t), "right"] for d, t in changes.values()]
+        rows.append([model, len(rights[0]), *(_accuracy(Rate(int(right.sum()), len(right))) for right in rights)])
+    return _markdown(["model", "n", *changes], rows)
+
+
+def twins_table(read: Read) -> str:
+    """The small networks after training: accuracy and mean |cos(g, d)| in units of a random direction's."""
     table = read("scratch")
     if table.empty:
         return ""
+    table = in_units(table[table["step"] == table["step"].max()])
+    rows = []
+    for kind, part in table.groupby("kind", sort=False):
+        right = part[part["direction"] == DIRECTIONS[0]].groupby("seed")["right"].mean()
+        sizes = part.groupby(["direction", "seed"])["size"].mean()
+        cells = [_show(over_seeds(sizes[name].tolist()), ".1f") for name in DIRECTIONS]
+        rows.append([kind, len(right), _show(over_seeds(right.tolist()), ".1f", 100), *cells])
+    return _markdown(["network", "runs", "accuracy, %", *DIRECTIONS], rows)
+
+
+def moments_table(read: Read) -> str:
+    table = read("scratch")
+    if table.empty:
+        return ""
+    table = in_units(table[table["direction"] == "contrast"])
+    means = table.groupby(["kind", "step", "seed"], sort=False)[["right", "size"]].mean()
     rows = [
         [
+            kind,
             step,
-            _accuracy(Rate(int(part["right"].sum()), len(part))),
-            _show(interval_of_mean(part["cosine"].abs()), ".4f"),
+            _show(over_seeds(part["right"].tolist()), ".1f", 100),
+            _show(over_seeds(part["size"].tolist()), ".1f"),
         ]
-        for step, part in table.groupby("step")
+        for (kind, step), part in means.groupby(level=["kind", "step"], sort=False)
     ]
-    return _markdown(["training step", "test accuracy", "mean \\|cos(g, x)\\|"], rows)
+    return _markdown(["network", "training step", "accuracy, %", "mean \\|cos(g, x)\\|, random = 1"], rows)
 
 
 def exact_cosines(table: pd.DataFrame) -> dict[str, str]:
@@ -160,7 +232,7 @@ def exact_cosines(table: pd.DataFrame) -> dict[str, str]:
     return {norm: f"{max(means[f'{scope}_{name}'].max() for scope in SCOPES):.1e}" for norm, name in names.items()}
 
 
-def undone_table(read: Callable[[str], pd.DataFrame]) -> str:
+def undone_table(read: Read) -> str:
     table = read("gradients")
     names = ("plain_sign", "sign", "sign_clip", "l2_clip")
     rows = [
@@ -177,7 +249,7 @@ def undone_table(read: Callable[[str], pd.DataFrame]) -> str:
     return _markdown(head, rows)
 
 
-def attack_cosine_table(read: Callable[[str], pd.DataFrame]) -> str:
+def attack_cosine_table(read: Read) -> str:
     table = read("cost")
     table = table[(table["norm"] == "linf") & (table["outcome"] > 0)]
     columns = {"PGD": ["PGD"], "gradient only": ["OrthoPGD, gradient only"], "OrthoPGD, all scopes": PER_SCOPE}
@@ -188,7 +260,7 @@ def attack_cosine_table(read: Callable[[str], pd.DataFrame]) -> str:
     return _markdown(["model", *columns], rows)
 
 
-def cost_table(read: Callable[[str], pd.DataFrame], norm: str) -> str:
+def cost_table(read: Read, norm: str) -> str:
     table = read("cost")
     table = table[table["norm"] == norm] if len(table) else table
     attacks = [attack for attack in PER_SCOPE if len(table) and (table["attack"] == attack).any()]
@@ -202,7 +274,7 @@ def cost_table(read: Callable[[str], pd.DataFrame], norm: str) -> str:
     return _markdown(["model (images)", "ε", "PGD", *attacks], rows)
 
 
-def smallest_table(read: Callable[[str], pd.DataFrame]) -> str:
+def smallest_table(read: Read) -> str:
     table = read("smallest")
     rows = []
     for model, part in table.groupby("model", sort=False) if len(table) else ():
@@ -213,7 +285,7 @@ def smallest_table(read: Callable[[str], pd.DataFrame]) -> str:
     return _markdown(["model", "n", "median ε of PGD", *PER_SCOPE], rows)
 
 
-def likeness_table(read: Callable[[str], pd.DataFrame]) -> str:
+def likeness_table(read: Read) -> str:
     table = read("likeness")
     rows = []
     for (model, attack), part in table.groupby(["model", "attack"], sort=False) if len(table) else ():
@@ -238,7 +310,7 @@ def likeness_table(read: Callable[[str], pd.DataFrame]) -> str:
     return _markdown(head, rows)
 
 
-def transfer_table(read: Callable[[str], pd.DataFrame]) -> str:
+def transfer_table(read: Read) -> str:
     table = read("transfer")
     rows = []
     for (source, target), part in table.groupby(["source", "target"], sort=False) if len(table) else ():
@@ -268,7 +340,7 @@ def tuned_means(table: pd.DataFrame) -> pd.DataFrame:
     return means
 
 
-def tuning_table(read: Callable[[str], pd.DataFrame]) -> str:
+def tuning_table(read: Read) -> str:
     table = read("tuning")
     if table.empty:
         return ""
@@ -280,7 +352,7 @@ def tuning_table(read: Callable[[str], pd.DataFrame]) -> str:
     return _markdown(["trained on", "runs", *MEASURES.values(), "\\|cos(g, x)\\|"], rows)
 
 
-def tuning_difference_table(read: Callable[[str], pd.DataFrame]) -> str:
+def tuning_difference_table(read: Read) -> str:
     table = read("tuning")
     if table.empty:
         return ""
@@ -293,18 +365,13 @@ def tuning_difference_table(read: Callable[[str], pd.DataFrame]) -> str:
     return _markdown(["trained on", *MEASURES.values(), "\\|cos(g, x)\\|"], rows)
 
 
-def _size(read: Callable[[str], pd.DataFrame], model: str) -> int:
-    """How many numbers an image of the model has; 0 before that is known."""
-    table = read("depth")
-    if table.empty:
-        return 0
-    sizes = table.loc[(table["model"] == model) & (table["block"] == "input"), "size"]
-    return int(sizes.iloc[0]) if len(sizes) else 0
-
-
-TABLES: dict[str, tuple[str, Callable[[Callable[[str], pd.DataFrame]], str]]] = {
-    "alignment": ("gradients", alignment_table),
+TABLES: dict[str, tuple[str, Callable[[Read], str]]] = {
+    "alignment": ("slopes", alignment_table),
     "share": ("gradients", share_table),
+    "slopes": ("slopes", slopes_table),
+    "homogeneity": ("slopes", homogeneity_table),
+    "contrast": ("contrast", contrast_table),
+    "twins": ("scratch", twins_table),
     "moments": ("scratch", moments_table),
     "undone": ("gradients", undone_table),
     "attack_cosine": ("cost", attack_cosine_table),

@@ -12,72 +12,112 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from benchmarks.study import figures, numbers
+from benchmarks.study.contrast import CHECKED
 from benchmarks.study.cost import AGAIN, SCOPES
-from benchmarks.study.stages import Store
+from benchmarks.study.numbers import Read
+from benchmarks.study.stages import TRAINED, Store
 from benchmarks.study.training import BASE
 
-__all__ = ["PUBLISHED", "render", "write_page"]
+__all__ = ["APPENDIX", "MAIN", "PUBLISHED", "render", "write_page"]
 
 HERE = Path(__file__).parent
 PUBLISHED = HERE.parent / "results" / "study"
+MAIN, APPENDIX = "study", "study-appendix"
+LARGE = ("imagenet", "samples")
+SHARED = ("slopes", "contrast", "sensitivity", "twins", "smallest")
+SHARED_FIGURES = ("alignment", "contrast", "sensitivity", "smallest")
 NOTHING = "*Not measured yet.*"
 
 
 def write_page(store: Store, folder: Path) -> Path:
-    """Write study.md and, beside it, its figures in study/; what was not measured yet, the page says."""
+    """Write study.md, study-appendix.md and, beside them, their figures in study/.
+
+    What was not measured yet, the pages say.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    read = functools.cache(store.read)
-    for name, (stage, _) in figures.FIGURES.items():
-        if not read(stage).empty:
-            figures.draw(name, read, folder / "study")
-    path = folder / "study.md"
-    path.write_text(render(store), encoding="utf-8")
-    return path
+    for page, read in _views(store).items():
+        for name, (stage, _) in figures.FIGURES.items():
+            left_out = page == APPENDIX and (name in SHARED_FIGURES or not _is_published(store))
+            if not left_out and not read(stage).empty:
+                figures.draw(name, read, folder / "study", suffix="-small" if page == APPENDIX else "")
+        (folder / f"{page}.md").write_text(render(store, page), encoding="utf-8")
+    return folder / f"{MAIN}.md"
 
 
-def render(store: Store) -> str:
-    """The page. What the results of docs/study.md mean is said of those results only."""
-    read = functools.cache(store.read)
+def _views(store: Store) -> dict[str, Read]:
+    """For each page, what reads a stage's results: of docs/study.md the large networks', of the appendix the others'.
+
+    Of another study, the first page has all models.
+    """
+    whole = functools.cache(store.read)
+    if not _is_published(store):
+        return {MAIN: whole, APPENDIX: whole}
+    settings = store.about()["settings"]
+    large = {label for group in settings["groups"] if group["key"] in LARGE for label in group["models"]}
+
+    def view(of_large: bool, stage: str) -> pd.DataFrame:
+        table = whole(stage)
+        column = next((name for name in ("model", "source") if name in table), None)
+        if column is None or (of_large and stage in SHARED):
+            return table
+        return table[table[column].isin(large) == of_large]
+
+    return {MAIN: functools.cache(functools.partial(view, True)), APPENDIX: functools.partial(view, False)}
+
+
+def render(store: Store, page: str = MAIN) -> str:
+    """A page. What the results of docs/study.md mean is said of those results only."""
+    read = _views(store)[page]
     about = store.about()
     tables = {name: NOTHING if read(stage).empty else make(read) for name, (stage, make) in numbers.TABLES.items()}
     if not about["settings"]["trains"]:
-        tables |= dict.fromkeys(("moments", "tuning", "tuning_difference"), "")
+        tables |= dict.fromkeys(("moments", "twins", "tuning", "tuning_difference"), "")
     groups, budget = about["settings"]["groups"], about["settings"]["budget"]
+    shown = [g for g in groups if not _is_published(store) or (g["key"] in LARGE) == (page == MAIN)]
     values: dict[str, Any] = {
-        "published": store.folder.resolve() == PUBLISHED,
+        "published": _is_published(store),
         "tables": tables,
         "budget": budget,
         "figures": {name for name, (stage, _) in figures.FIGURES.items() if not read(stage).empty},
+        "images": {group["key"]: group["images"] for group in groups},
         "tuning_eps": numbers.radius(groups[-1]["eps"]),
         "missing": ", ".join(_missing(store)),
         "steps": budget["steps"],
-        "eps": " and ".join(dict.fromkeys(numbers.radius(group["eps"]) for group in groups)),
+        "eps": " and ".join(dict.fromkeys(numbers.radius(group["eps"]) for group in shown)),
         "minutes": round(sum(about["cpu_seconds"].values()) / 60),
+        "checked": CHECKED,
+        "gap": f"{numbers.derivative_gap(read('slopes')):.0e}",
         "exact": numbers.exact_cosines(read("gradients")),
     }
     if values["published"]:
-        values |= _facts(read)
+        values |= _facts(read) if page == APPENDIX else _main_facts(read)
     environment = Environment(
         loader=FileSystemLoader(HERE), undefined=StrictUndefined, keep_trailing_newline=True
     )  # the page is Markdown of our own numbers: nothing to escape
-    text = environment.get_template("study.md.j2").render(values)
+    text = environment.get_template(f"{page}.md.j2").render(values)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def _is_published(store: Store) -> bool:
+    return store.folder.resolve() == PUBLISHED
 
 
 def _missing(store: Store) -> list[str]:
     """The stages that are not there yet."""
     settings = store.about()["settings"]
-    names = [
-        f"{stage}-{group['key']}"
-        for stage in ("gradients", "depth", "cost", "smallest", "likeness", "transfer", "scratch", "tuning")
-        for group in settings["groups"]
-        if stage not in ("scratch", "tuning") or (settings["trains"] and BASE in group["models"])
-    ]
+    names = [f"{stage}-{group['key']}" for group in settings["groups"] for stage in group["images"]]
+    base = [group["key"] for group in settings["groups"] if settings["trains"] and BASE in group["models"]]
+    names += [f"{stage}-{key}" for key in base for stage in TRAINED]
     return [name for name in names if name not in store]
 
 
-def _facts(read: Any) -> dict[str, Any]:
+def _main_facts(read: Read) -> dict[str, Any]:
     """The numbers in the text of docs/study.md."""
+    return {}
+
+
+def _facts(read: Any) -> dict[str, Any]:
+    """The numbers in the text of the appendix."""
     found = read("gradients")
     cosine = found["cosine"].abs().groupby(found["model"]).mean()
     other = found["cosine_other"].abs().groupby(found["model"]).mean()
@@ -90,8 +130,6 @@ def _facts(read: Any) -> dict[str, Any]:
         for attack in ("OrthoPGD, image", "OrthoPGD, channel")
     ]
     constant = found.groupby("model")["image_constant"].mean()
-    looked = read("scratch")
-    scratch = looked["cosine"].abs().groupby(looked["step"]).mean() if len(looked) else pd.Series(dtype=float)
     signs = [
         part[f"{scope}_sign"].mean() / part[f"{scope}_plain_sign"].mean()
         for _, part in found.groupby("model")
@@ -106,7 +144,6 @@ def _facts(read: Any) -> dict[str, Any]:
         "sign_ratio": _span(signs, ".1f"),
         "clip_l2": _span(clipped, ".1g"),
         "pixel_ratio": _span(ratios, ".1f"),
-        "moments": [f"{scratch[step]:.3f}" for step in (scratch.index[:1].union(scratch.index[-1:]))],
         "small_ratio": _span(others, ".2f"),
         "significant": _significant(read("cost"), "OrthoPGD, image", "OrthoPGD, channel"),
         "significant_pixel": _significant(read("cost"), "OrthoPGD, pixel"),

@@ -31,8 +31,12 @@ class Group:
         models: by label, what `load_classifier` takes: name, weights, image_size.
         data: a source for `load_dataset`; or a tar of SPLIT/CLASS/NAME.jpg, which is unpacked when it is needed.
         eps: the L-infinity radius wherever there is only one.
-        images: how many images of the attacks at every radius, evenly spaced.
-        linf, l2: those radii.
+        images: by stage, how many images, evenly spaced; a stage that is not named is left out.
+        linf, l2: the radii of the stage "cost".
+        labels: a CSV file with the images' classes, where their folders do not say them.
+        resize: the shorter side that images get before they are cropped, where the models' own sides differ.
+        batch: how many images at once.
+        trials: radii that the bisection of the stage "smallest" tries.
     """
 
     key: str
@@ -40,31 +44,29 @@ class Group:
     models: Mapping[str, Mapping[str, Any]]
     data: str
     eps: float
-    images: int
-    linf: tuple[float, ...]
-    l2: tuple[float, ...]
+    images: Mapping[str, int]
+    linf: tuple[float, ...] = ()
+    l2: tuple[float, ...] = ()
+    labels: str | None = None
+    resize: int | None = None
+    batch: int = 50
+    trials: int = 12
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of everything.
+    """How much of what the groups do not say.
 
     Attributes:
-        gradients: images whose gradients are looked at.
-        pictures: images whose adversarial images are looked at and passed on to other models.
         tuned: images on which the fine-tuned models are tested.
-        smallest: images whose smallest perturbation is searched.
         steps: of the attacks.
-        scratch_epochs: of the small network that is trained from scratch.
-        train_images: how many it sees per epoch, and fine-tuning draws from.
-        seeds: fine-tuning runs per arm.
+        scratch_epochs: of the small networks that are trained from scratch.
+        train_images: how many they see per epoch, and fine-tuning draws from.
+        seeds: training runs of each kind.
         tuning_steps: of fine-tuning, each on `tuning_batch` images with `tuning_attack_steps` of the attack.
     """
 
-    gradients: int = 400
-    pictures: int = 64
     tuned: int = 100
-    smallest: int = 32
     steps: int = 10
     scratch_epochs: int = 4
     train_images: int = 10_000
@@ -74,7 +76,30 @@ class Budget:
     tuning_attack_steps: int = 2
 
 
-QUICK = Budget(16, 8, 8, 4, 2, 1, 320, 2, 2, 16, 1)
+QUICK = Budget(8, 2, 1, 320, 2, 2, 16, 1)
+
+
+SMALL_IMAGES = {
+    "gradients": 400,
+    "slopes": 400,
+    "contrast": 200,
+    "sensitivity": 32,
+    "depth": 400,
+    "cost": 200,
+    "smallest": 32,
+    "likeness": 64,
+    "transfer": 64,
+}
+IMAGENET_IMAGES = {
+    "gradients": 60,
+    "slopes": 195,
+    "contrast": 39,
+    "sensitivity": 15,
+    "depth": 30,
+    "cost": 30,
+    "smallest": 15,
+    "likeness": 24,
+}
 
 
 @dataclass(frozen=True)
@@ -89,7 +114,7 @@ class Study:
     def settings(self) -> dict[str, Any]:
         """What two studies must share for one to go on with the other's results, as JSON without paths."""
         groups = [
-            {key: value for key, value in asdict(group).items() if key not in ("data", "models")}
+            {key: value for key, value in asdict(group).items() if key not in ("data", "labels", "models")}
             | {"models": {label: spec["name"] for label, spec in group.models.items()}}
             for group in self.groups
         ]
@@ -110,11 +135,17 @@ class Study:
                     + "; ".join(f"{label}: {shape.describe()}" for label, shape in shapes.items())
                     + ". Give the study one of them at a time, or --image-size"
                 )
-            self.dataset(group, load_classifier(**next(iter(group.models.values()))), 1)
+            self.dataset(group, next(iter(self.classifiers(group).values())), 1)
 
     def classifiers(self, group: Group) -> dict[str, Classifier]:
         """The group's models by label."""
-        return {label: load_classifier(**spec) for label, spec in group.models.items()}
+        found = {label: load_classifier(**spec) for label, spec in group.models.items()}
+        if group.resize is None:
+            return found
+        return {
+            label: replace(model, preprocessing=replace(model.preprocessing, resize=group.resize))
+            for label, model in found.items()
+        }
 
     def source(self, group: Group) -> str:
         """The group's images as a source."""
@@ -122,7 +153,8 @@ class Study:
 
     def dataset(self, group: Group, classifier: Classifier, count: int) -> ImageDataset:
         """At most `count` of the group's images, evenly spaced."""
-        return load_dataset(self.source(group), classifier).limited(count)
+        labels = None if group.labels is None else Path(group.labels)
+        return load_dataset(self.source(group), classifier, labels).limited(count)
 
     def attack(
         self,
@@ -131,18 +163,23 @@ class Study:
         attacks: Sequence[Mapping[str, Any]],
         count: int,
         models: Mapping[str, Classifier] | None = None,
+        keep_images: bool = False,
         **options: Any,
     ) -> Run:
         """A run of the evaluation on the group, kept in the work folder; if it is there, whole or not, it goes on."""
         run = evaluate(
-            dict(models) if models else [{**spec, "label": label} for label, spec in group.models.items()],
-            {"source": self.source(group), "limit": count},
+            dict(models or self.classifiers(group)),
+            {"source": self.source(group), "limit": count, **({"labels": group.labels} if group.labels else {})},
             attacks,
             out=self.work / "runs" / name,
             report=False,
             progress=False,
             early_stop=False,
-            **{"steps": self.budget.steps, "checks": False, "save_images": "none", "batch_size": 64, **options},
+            checks=False,
+            steps=self.budget.steps,
+            batch_size=group.batch,
+            save_images="all" if keep_images else "none",
+            **options,
         )
         if run.status != "complete":
             raise KeyboardInterrupt
@@ -150,35 +187,59 @@ class Study:
 
 
 def shared_study(shared: Path, work: Path, quick: bool) -> Study:
-    """The study of docs/study.md: two pairs of models, each a standard and a robust one.
+    """The study of docs/study.md: networks for ImageNet, and two pairs of small ones, a standard and a robust one each.
 
     Raises:
         EvaluationError: the data and weights are not there.
     """
-    tiny, cifar = shared / "data" / "tiny-imagenet-20" / "val", shared / "data" / "cifar10"
-    weights = {
-        kind: shared / "weights" / f"resnet18-tiny20-{kind}.safetensors" for kind in ("standard", "robust-linf-4")
-    }
-    for path in (tiny, cifar / "test.tar", cifar / "train.tar", *weights.values()):
+    data, weights = shared / "data", shared / "weights"
+    tiny, cifar, photographs = data / "tiny-imagenet-20" / "val", data / "cifar10", data / "imagenet-sample"
+    fitted = {kind: weights / f"resnet18-tiny20-{kind}.safetensors" for kind in ("standard", "robust-linf-4")}
+    for path in (tiny, cifar / "test.tar", cifar / "train.tar", photographs / "labels.csv", *fitted.values()):
         if not path.exists():
             raise EvaluationError(
                 f"{path} is missing: the study needs the shared data beside the checkout (or ORTHATTACK_SHARED), "
                 "or your own --model and --data"
             )
-    radii = tuple(k / 255 for k in (0.5, 1, 2, 4, 8))
-    groups = (
+    radii, lite = tuple(k / 255 for k in (0.5, 1, 2, 4, 8)), ("lite0", "lite1", "lite2")
+    networks = {label: {"name": f"efficientnet-{label}", "image_size": 224} for label in lite}
+    groups: tuple[Group, ...] = (
+        Group(
+            "imagenet",
+            "EfficientNet-lite, ImageNet, 224×224",
+            networks,
+            str(photographs),
+            0.25 / 255,
+            IMAGENET_IMAGES,
+            tuple(k / 255 for k in (0.125, 0.25, 0.5)),
+            (0.15,),
+            labels=str(photographs / "labels.csv"),
+            resize=256,
+            batch=15,
+            trials=6,
+        ),
+        Group(
+            "samples",
+            "the same on Foolbox's ImageNet samples",
+            {f"{label}, Foolbox's images": spec for label, spec in networks.items()},
+            "imagenet-samples",
+            0.25 / 255,
+            {"slopes": 20},
+            resize=256,
+            batch=10,
+        ),
         Group(
             "tiny",
             "ResNet-18, 20 classes of Tiny ImageNet, 64×64",
             {
-                f"tiny-{label}": {"name": "resnet18", "weights": str(weights[file]), "image_size": 64}
+                f"tiny-{label}": {"name": "resnet18", "weights": str(fitted[file]), "image_size": 64}
                 for label, file in (("standard", "standard"), ("robust", "robust-linf-4"))
             },
             str(tiny),
             4 / 255,
-            8 if quick else 200,
-            radii[3:4] if quick else radii,
-            (0.5,) if quick else (0.25, 0.5, 1.0),
+            SMALL_IMAGES,
+            radii,
+            (0.25, 0.5, 1.0),
         ),
         Group(
             "cifar10",
@@ -186,12 +247,22 @@ def shared_study(shared: Path, work: Path, quick: bool) -> Study:
             {name: {"name": name} for name in ("cifar10-standard", "cifar10-robust")},
             str(cifar / "test.tar"),
             8 / 255,
-            8 if quick else 200,
-            radii[4:] if quick else radii,
-            (0.5,) if quick else (0.25, 0.5, 1.0),
+            SMALL_IMAGES,
+            radii,
+            (0.25, 0.5, 1.0),
         ),
     )
+    if quick:
+        groups = tuple(_quick(group) for group in groups)
     return Study(groups, QUICK if quick else Budget(), work, cifar / "train.tar")
+
+
+def _quick(group: Group) -> Group:
+    """A few images and one radius per norm; of ImageNet's networks, the smallest."""
+    few = 4 if group.key in ("imagenet", "samples") else 8
+    images = {stage: 2 * few if stage in ("gradients", "slopes") else few for stage in group.images}
+    models = dict(list(group.models.items())[:1]) if few == 4 else group.models
+    return replace(group, models=models, images=images, linf=group.linf[-2:-1], l2=group.l2[:1], trials=2)
 
 
 def own_study(
@@ -204,11 +275,11 @@ def own_study(
         {name: {"name": name, "weights": weights, "image_size": image_size} for name in models},
         data,
         eps,
-        limit,
+        dict.fromkeys(SMALL_IMAGES, limit),
         (eps / 4, eps / 2, eps, 2 * eps),
         (0.25, 0.5, 1.0),
     )
-    return Study((group,), Budget(gradients=limit, pictures=limit, smallest=limit), work)
+    return Study((group,), Budget(), work)
 
 
 def unpacked(archive: Path, work: Path, count: int | None = None) -> Path:

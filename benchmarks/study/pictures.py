@@ -85,16 +85,14 @@ def _attacked(study: Study, group: Group) -> tuple[Run, dict[str, Classifier], T
         wrapped = Normalized(network, first.preprocessing.mean, first.preprocessing.std).eval().requires_grad_(False)
         models[SMALL] = Classifier(SMALL, wrapped, first.preprocessing, first.classes, first.num_classes, "this study")
     attacks: list[dict[str, Any]] = [
-        {"name": "PGD"},
-        *({"name": "OrthoPGD", "label": f"OrthoPGD, {scope}", "scope": scope} for scope in SCOPES),
+        {"name": "PGD", "loss": "ce"},
+        *({"name": "OrthoPGD", "label": f"OrthoPGD, {scope}", "scope": scope, "loss": "ce"} for scope in SCOPES),
     ]
-    dataset = study.dataset(group, first, study.budget.pictures)
+    dataset = study.dataset(group, first, group.images["likeness"])
     images = torch.stack([dataset.load(k, first.preprocessing) for k in range(len(dataset))])
     labels = torch.tensor(dataset.labels)
     models = {label: model for label, model in models.items() if bool((_predicted(model, images) == labels).any())}
-    run = study.attack(
-        f"pictures-{group.key}", group, attacks, study.budget.pictures, models, eps=[group.eps], save_images="all"
-    )
+    run = study.attack(f"pictures-{group.key}", group, attacks, len(dataset), models, eps=[group.eps], keep_images=True)
     return run, models, images, labels
 
 

@@ -12,36 +12,43 @@ from typing import Any
 
 import pandas as pd
 
+from benchmarks.study.contrast import contrast, sensitivity, slopes
 from benchmarks.study.cost import cost, smallest
 from benchmarks.study.gradients import depth, gradients
-from benchmarks.study.panel import Study
+from benchmarks.study.panel import Group, Study
 from benchmarks.study.pictures import likeness, transfer
-from benchmarks.study.training import BASE, scratch, tuning
+from benchmarks.study.training import BASE, scratch, tuning, twins
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.suite import differences
 
-__all__ = ["Store", "stages"]
+__all__ = ["TRAINED", "Store", "stages"]
+
+TRAINED = ("scratch", "twins", "tuning")
+"""The stages that train, or look at what was trained: of the group with the model that they begin with."""
 
 
 def stages(study: Study) -> dict[str, Callable[[], pd.DataFrame]]:
     """What there is to do, in order: the name of each result, and what computes it."""
-    found: dict[str, Callable[[], pd.DataFrame]] = {}
-    for group in study.groups:
-        found[f"gradients-{group.key}"] = partial(gradients, study, group)
-        found[f"depth-{group.key}"] = partial(depth, study, group)
-    for group in study.groups:
-        found[f"cost-{group.key}"] = partial(cost, study, group)
-    for group in study.groups:
-        found[f"smallest-{group.key}"] = partial(smallest, study, group)
-    trained = [group for group in study.groups if study.train is not None and BASE in group.models]
-    for group in trained:
-        found[f"scratch-{group.key}"] = partial(scratch, study, group)
-    for group in study.groups:
-        found[f"likeness-{group.key}"] = partial(likeness, study, group)
-        found[f"transfer-{group.key}"] = partial(transfer, study, group)
-    for group in trained:
-        found[f"tuning-{group.key}"] = partial(tuning, study, group)
-    return found
+    per_group: dict[str, Callable[[Study, Group], pd.DataFrame]] = {
+        "gradients": gradients,
+        "slopes": slopes,
+        "contrast": contrast,
+        "sensitivity": sensitivity,
+        "depth": depth,
+        "scratch": scratch,
+        "twins": twins,
+        "cost": cost,
+        "smallest": smallest,
+        "likeness": likeness,
+        "transfer": transfer,
+        "tuning": tuning,
+    }
+    return {
+        f"{name}-{group.key}": partial(stage, study, group)
+        for name, stage in per_group.items()
+        for group in study.groups
+        if name in group.images or (name in TRAINED and study.train is not None and BASE in group.models)
+    }
 
 
 class Store:
@@ -54,7 +61,7 @@ class Store:
         return self._path(name).exists()
 
     def about(self) -> dict[str, Any]:
-        """Settings, versions and CPU seconds per stage."""
+        """Settings, and per stage its versions and CPU seconds."""
         try:
             found: dict[str, Any] = json.loads((self.folder / "study.json").read_text(encoding="utf-8"))
         except FileNotFoundError as error:
@@ -70,8 +77,7 @@ class Store:
                 raise EvaluationError(f"{self.folder} holds another study: {'; '.join(lines)}; give another --out")
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        versions = {name: version(name) for name in ("orthattack", "torch", "torchvision")}
-        about = {"settings": settings, "versions": versions, "machine": platform.machine(), "cpu_seconds": {}}
+        about = {"settings": settings, "machine": platform.machine(), "versions": {}, "cpu_seconds": {}}
         self._replace("study.json", lambda path: path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8"))
 
     def write(self, name: str, table: pd.DataFrame, seconds: float) -> None:
@@ -79,11 +85,13 @@ class Store:
         self._replace(f"{name}.parquet", lambda path: table.to_parquet(path, index=False, compression="zstd"))
         about = self.about()
         about["cpu_seconds"][name] = round(seconds, 1)
+        about["versions"][name] = " ".join(f"{package} {version(package)}" for package in ("orthattack", "torch"))
         self._replace("study.json", lambda path: path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8"))
 
     def read(self, stage: str) -> pd.DataFrame:
-        """The results of a stage, all groups in one table; empty if there are none yet."""
-        paths = sorted(self.folder.glob(f"{stage}-*.parquet")) or [self._path(stage)]
+        """The results of a stage, all groups in one table, in their order; empty if there are none yet."""
+        keys = [group["key"] for group in self.about()["settings"].get("groups", ())]
+        paths = [self._path(f"{stage}-{key}") for key in keys] or sorted(self.folder.glob(f"{stage}-*.parquet"))
         return pd.concat(
             [pd.read_parquet(path) for path in paths if path.exists()] or [pd.DataFrame()], ignore_index=True
         )

