@@ -79,7 +79,7 @@ def alignment(read: Read) -> Figure:
 
 def contrast(read: Read) -> Figure:
     """The loss along changes of the same length: contrast, brightness, noise with the image's spectrum, white noise."""
-    table = pd.concat([read("contrast"), read("twins")], ignore_index=True)
+    table = pd.concat([read("contrast").assign(seed=np.nan), read("twins")], ignore_index=True)
     models = [model for model in PANELS if (table["model"] == model).any()]
     rows = math.ceil(len(models) / 3)
     figure = Figure(figsize=(6.3, 1.9 * rows + 0.5), layout="constrained")
@@ -89,18 +89,18 @@ def contrast(read: Read) -> Figure:
     for ax, model in zip(axes.flat, models, strict=False):
         part = table[table["model"] == model]
         for k, (direction, label) in enumerate(CHANGES.items()):
-            along = part[part["direction"].isin([direction, "none"])]
-            shifts = sorted(along["shift"].unique())
-            points = [interval_of_mean(along.loc[along["shift"] == t, "loss"]) for t in shifts]
-            mean, low, high = np.array(points).T
+            index = ["seed", "position"] if part["seed"].notna().any() else ["position"]
+            loss = part[part["direction"].isin([direction, "none"])].pivot(index=index, columns="shift", values="loss")
+            shifts = sorted(loss.columns)
+            mean, low, high = np.array([interval_of_mean(loss[t] - loss[0.0]) for t in shifts]).T
             ax.fill_between(shifts, low, high, color=COLOURS[k], alpha=0.15, linewidth=0)
             ax.plot(shifts, mean, color=COLOURS[k], linestyle=DASHES[k], linewidth=1.4, label=label)
         ax.set_title(PANELS[model], size=9)
-        ax.set(yscale="log", xticks=(-0.5, -0.25, 0, 0.25, 0.5))
+        ax.set_xticks([-0.5, 0, 0.5], ["−0.5", "0", "0.5"])
     for ax in axes[-1]:
         ax.set_xlabel("t")
     for ax in axes[:, 0]:
-        ax.set_ylabel("mean loss at x + td")
+        ax.set_ylabel("L(x + td) − L(x)")
     _legend(figure, axes[0, 0])
     return figure
 

@@ -20,7 +20,7 @@ from orthattack.eval.results.rates import Rate
 __all__ = ["TABLES", "exact_cosines", "interval_of_mean", "over_seeds", "ratio_of_smallest"]
 
 Read = Callable[[str], pd.DataFrame]
-RESAMPLES = 9999
+RESAMPLES = 2000
 PER_SCOPE = [f"OrthoPGD, {scope}" for scope in SCOPES]
 
 
@@ -152,22 +152,38 @@ def in_units(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def homogeneity_table(read: Read) -> str:
-    """How far the loss's slope along the image is from that of a homogeneous network with the same logits."""
-    table = read("slopes")
-    table = table[table["direction"] == "contrast"] if len(table) else table
-    rows = []
-    for model, part in table.groupby("model", sort=False) if len(table) else ():
-        ratio = _show(ratio_of_means(part["slope"].abs(), part["homogeneous"].abs()), ".2f")
-        rows.append([model, *(f"{part[name].abs().mean():.3g}" for name in ("slope", "homogeneous")), ratio])
-    return _markdown(["model", "mean \\|⟨g, x⟩\\|", "mean \\|⟨p − y, f⟩\\|", "ratio"], rows)
+    """The loss's slope along images, that of a network without biases and the same logits, and a random direction's."""
+    rows = [
+        [
+            model,
+            *(f"{part[name].median():.3f}" for name in SLOPES),
+            _show(ratio_of_medians(part, "along", "homogeneous"), ".2f"),
+        ]
+        for model, part in along_images(read("slopes")).groupby("model", sort=False)
+    ]
+    head = ["model", "along x: \\|⟨g, x⟩\\|", "without biases: \\|⟨p − y, f⟩\\|", "random: ‖g‖‖x‖E\\|cos\\|"]
+    return _markdown([*head, "along x / without biases"], rows)
 
 
-def ratio_of_means(above: Any, below: Any) -> tuple[float, float, float]:
-    """A ratio of two means over the same images with its 95 % interval by bootstrap."""
-    a, b = np.asarray(above, float), np.asarray(below, float)
-    chosen = np.random.default_rng(0).integers(0, len(a), (RESAMPLES, len(a)))
-    low, high = np.quantile(a[chosen].mean(1) / b[chosen].mean(1), [0.025, 0.975])
-    return float(a.mean() / b.mean()), float(low), float(high)
+SLOPES = ("along", "homogeneous", "random_slope")
+
+
+def along_images(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the direction x, with the sizes `SLOPES`."""
+    rows = table[table["direction"] == "contrast"]
+    length = (rows["slope"] / rows["cosine"]).abs()
+    sizes = {"along": rows["slope"].abs(), "random_slope": length * rows["random"]}
+    return rows.assign(**sizes, homogeneous=rows["homogeneous"].abs())
+
+
+def ratio_of_medians(table: pd.DataFrame, above: str, below: str) -> tuple[float, float, float]:
+    """A ratio of the medians of two columns over the same images with its 95 % interval by bootstrap."""
+    pair = table[[above, below]].to_numpy(float)
+    rng = np.random.default_rng(0)
+    medians = np.array([np.median(pair[rng.integers(0, len(pair), len(pair))], 0) for _ in range(RESAMPLES)])
+    low, high = np.quantile(medians[:, 0] / medians[:, 1], [0.025, 0.975])
+    value = np.median(pair, 0)
+    return float(value[0] / value[1]), float(low), float(high)
 
 
 def derivative_gap(table: pd.DataFrame) -> float:

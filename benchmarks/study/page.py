@@ -113,7 +113,55 @@ def _missing(store: Store) -> list[str]:
 
 def _main_facts(read: Read) -> dict[str, Any]:
     """The numbers in the text of docs/study.md."""
-    return {}
+    slopes = numbers.in_units(read("slopes"))
+    units = slopes.groupby(["direction", "model"], sort=False)["size"].mean()
+    along = numbers.along_images(slopes)
+    lite = [model for model in along["model"].unique() if model in ("lite0", "lite1", "lite2")]
+    medians = along.groupby("model")[[*numbers.SLOPES]].median()
+    ratios = medians["along"] / medians["homogeneous"]
+    found, small, cost = read("gradients"), read("smallest"), read("cost")
+    small = small[small["model"].isin(lite)] if len(small) else small
+    curves = read("contrast")
+    return {
+        "units": {d: _span(units[d][lite], ".2f") for d in units.index.unique("direction")},
+        "others": {model: f"{units['contrast'][model]:.1f}" for model in units["contrast"].index},
+        "share": _span([100 * g["image_share"].mean() for _, g in found.groupby("model")], ".2g") if len(found) else "",
+        "pixel": _span([100 * g["pixel_share"].mean() for _, g in found.groupby("model")], ".0f") if len(found) else "",
+        "ratios": {"lite": _span(ratios[lite], ".2f")} | {model: f"{ratios[model]:.2f}" for model in ratios.index},
+        "lengths": {model: f"{medians['random_slope'][model]:.2f}" for model in medians.index},
+        "kept": {
+            (model, direction): _right(curves, model, direction)
+            for model in (curves["model"].unique() if len(curves) else ())
+            for direction in ("none", "contrast", "noise")
+        },
+        "small_ratio": _ratios(small, "OrthoPGD, image", "OrthoPGD, channel"),
+        "pixel_ratio": _ratios(small, "OrthoPGD, pixel"),
+        "significant": _significant(cost, "OrthoPGD, image", "OrthoPGD, channel") if len(cost) else "",
+        "radii": "0.5/255 to 8/255",
+        "twins": _twins(read("scratch")),
+    }
+
+
+def _right(curves: pd.DataFrame, model: str, direction: str) -> str:
+    """How many images are classified correctly at the ends of a curve, in %, or unchanged."""
+    rows = curves[(curves["model"] == model) & (curves["direction"] == direction)]
+    ends = [rows.loc[rows["shift"] == t, "right"].mean() for t in ([0.0] if direction == "none" else [-0.5, 0.5])]
+    return _span(100 * np.array(ends), ".0f")
+
+
+def _ratios(table: pd.DataFrame, *attacks: str) -> str:
+    """From the smallest to the largest ratio of these attacks' smallest radii to plain PGD's."""
+    models = table["model"].unique() if len(table) else ()
+    return _span([numbers.ratio_of_smallest(table, m, attack)[1][0] for m in models for attack in attacks], ".2f")
+
+
+def _twins(table: pd.DataFrame) -> dict[str, str]:
+    """By kind of small network, mean |cos(g, x)| after training in units of a random direction's; from run to run."""
+    if table.empty:
+        return {}
+    table = numbers.in_units(table[(table["step"] == table["step"].max()) & (table["direction"] == "contrast")])
+    means = table.groupby(["kind", "seed"])["size"].mean()
+    return {kind: _span(means[kind], ".1f") for kind in means.index.unique("kind")}
 
 
 def _facts(read: Any) -> dict[str, Any]:

@@ -91,14 +91,13 @@ SMALL_IMAGES = {
     "transfer": 64,
 }
 IMAGENET_IMAGES = {
-    "gradients": 60,
+    "gradients": 30,
     "slopes": 195,
     "contrast": 39,
     "sensitivity": 15,
-    "depth": 30,
-    "cost": 30,
-    "smallest": 15,
-    "likeness": 24,
+    "depth": 15,
+    "smallest": 12,
+    "likeness": 12,
 }
 
 
@@ -177,7 +176,7 @@ class Study:
             early_stop=False,
             checks=False,
             steps=self.budget.steps,
-            batch_size=group.batch,
+            batch_size=max(1, group.batch // 3),  # an attack keeps several of what a gradient does
             save_images="all" if keep_images else "none",
             **options,
         )
@@ -211,8 +210,6 @@ def shared_study(shared: Path, work: Path, quick: bool) -> Study:
             str(photographs),
             0.25 / 255,
             IMAGENET_IMAGES,
-            tuple(k / 255 for k in (0.125, 0.25, 0.5)),
-            (0.15,),
             labels=str(photographs / "labels.csv"),
             resize=256,
             batch=15,
@@ -262,7 +259,7 @@ def _quick(group: Group) -> Group:
     few = 4 if group.key in ("imagenet", "samples") else 8
     images = {stage: 2 * few if stage in ("gradients", "slopes") else few for stage in group.images}
     models = dict(list(group.models.items())[:1]) if few == 4 else group.models
-    return replace(group, models=models, images=images, linf=group.linf[-2:-1], l2=group.l2[:1], trials=2)
+    return replace(group, models=models, images=images, linf=group.linf[-2:][:1], l2=group.l2[:1], trials=2)
 
 
 def own_study(

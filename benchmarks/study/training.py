@@ -130,31 +130,37 @@ def scratch(study: Study, group: Group) -> pd.DataFrame:
     base = load_classifier(BASE)
     seen = _training_set(study, base)
     test = Set.of(study.dataset(group, base, group.images["gradients"]), base)
-    total = study.budget.scratch_epochs * (len(seen.images) // 128)
-    moments = {0, total, *(m for m in (30, 100) if m < total)}
-    parts: list[pd.DataFrame] = []
-    for seed in range(study.budget.seeds):
-        for kind in KINDS:
-            path = network_path(study, kind, seed)
-            if not (path.exists() and path.with_suffix(".parquet").exists()):
-                torch.manual_seed(seed)
-                network = small_network(base.num_classes, kind)
-                model = prepared(network, kind, base)
-                rows: list[pd.DataFrame] = []
-
-                def look(step: int, model: nn.Module, rows: list[pd.DataFrame] = rows) -> None:
-                    if step in moments:
-                        rows.append(_looked(model, test).assign(step=step))
-
-                batches = seen.batches(128, torch.Generator().manual_seed(seed))
-                train(model, batches, total, SCRATCH_RATE, moment=look)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                save_file(network.state_dict(), path)
-                partial_path = path.with_suffix(".partial")
-                pd.concat(rows, ignore_index=True).to_parquet(partial_path, index=False)
-                partial_path.rename(path.with_suffix(".parquet"))
-            parts.append(pd.read_parquet(path.with_suffix(".parquet")).assign(kind=kind, seed=seed))
+    parts = [
+        _trained(study, base, seen, test, kind, seed).assign(kind=kind, seed=seed)
+        for seed in range(study.budget.seeds)
+        for kind in KINDS
+    ]
     return pd.concat(parts, ignore_index=True)
+
+
+def _trained(study: Study, base: Classifier, seen: Set, test: Set, kind: Kind, seed: int) -> pd.DataFrame:
+    """`_looked` at moments of the training of one small network; read back if that is done already."""
+    path = network_path(study, kind, seed)
+    table_path = path.with_suffix(".parquet")
+    if not (path.exists() and table_path.exists()):
+        total = study.budget.scratch_epochs * (len(seen.images) // 128)
+        moments = {0, total, *(m for m in (30, 100) if m < total)}
+        rows: list[pd.DataFrame] = []
+
+        def look(step: int, model: nn.Module) -> None:
+            if step in moments:
+                rows.append(_looked(model, test).assign(step=step))
+
+        torch.manual_seed(seed)
+        network = small_network(base.num_classes, kind)
+        batches = seen.batches(128, torch.Generator().manual_seed(seed))
+        train(prepared(network, kind, base), batches, total, SCRATCH_RATE, moment=look)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(network.state_dict(), path)
+        partial_path = path.with_suffix(".partial")
+        pd.concat(rows, ignore_index=True).to_parquet(partial_path, index=False)
+        partial_path.rename(table_path)
+    return pd.read_parquet(table_path)
 
 
 def network_path(study: Study, kind: Kind = "batch norm", seed: int = 0) -> Path:

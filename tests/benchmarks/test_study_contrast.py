@@ -152,14 +152,13 @@ def test_a_curve_passes_through_the_image_and_changes_what_it_says():
     assert at("brightness", 0.2) == pytest.approx(loss(x[1] + shift), rel=1e-4)
 
 
-def test_a_ratio_of_means_is_of_the_means_and_its_interval_covers_it():
+def test_a_ratio_of_medians_is_of_the_medians_and_its_interval_covers_it():
     rng = np.random.default_rng(0)
-    below = rng.uniform(1, 3, 400)
-    ratio, low, high = numbers.ratio_of_means(0.25 * below, below)
-    assert ratio == low == high == pytest.approx(0.25)
-    above = below * rng.exponential(0.5, 400)
-    ratio, low, high = numbers.ratio_of_means(above, below)
-    assert ratio == pytest.approx(above.sum() / below.sum())
+    table = pd.DataFrame({"below": rng.uniform(1, 3, 200), "noise": rng.exponential(0.5 / math.log(2), 200)})
+    table["above"], table["quarter"] = table["below"] * table["noise"], 0.25 * table["below"]
+    assert numbers.ratio_of_medians(table, "quarter", "below") == pytest.approx((0.25, 0.25, 0.25))
+    ratio, low, high = numbers.ratio_of_medians(table, "above", "below")
+    assert ratio == pytest.approx(table["above"].median() / table["below"].median())
     assert low < 0.5 < high
 
 
