@@ -207,36 +207,27 @@ def contrast_table(read: Read) -> str:
 
 
 def twins_table(read: Read) -> str:
-    """The small networks after training: accuracy and mean |cos(g, d)| in units of a random direction's."""
+    """The small networks in training: accuracy, mean |cos(g, d)| in units of a random direction's, and slopes."""
     table = read("scratch")
     if table.empty:
         return ""
-    table = in_units(table[table["step"] == table["step"].max()])
     rows = []
-    for kind, part in table.groupby("kind", sort=False):
-        right = part[part["direction"] == DIRECTIONS[0]].groupby("seed")["right"].mean()
-        sizes = part.groupby(["direction", "seed"])["size"].mean()
-        cells = [_show(over_seeds(sizes[name].tolist()), ".1f") for name in DIRECTIONS]
-        rows.append([kind, len(right), _show(over_seeds(right.tolist()), ".1f", 100), *cells])
-    return _markdown(["network", "runs", "accuracy, %", *DIRECTIONS], rows)
+    for (kind, step), values in moments_of_training(table).groupby(level=["kind", "step"], sort=False):
+        cells = [_show(over_seeds(values[name].tolist()), ".1f") for name in SHOWN_OF_TWINS]
+        slopes = [_show(over_seeds(values[name].tolist()), ".2f") for name in ("along", "random_slope")]
+        rows.append([kind, step, _show(over_seeds(values["right"].tolist()), ".0f", 100), *cells, *slopes])
+    return _markdown(["network", "step", "accuracy, %", *SHOWN_OF_TWINS, "slope along x", "random slope"], rows)
 
 
-def moments_table(read: Read) -> str:
-    table = read("scratch")
-    if table.empty:
-        return ""
-    table = in_units(table[table["direction"] == "contrast"])
-    means = table.groupby(["kind", "step", "seed"], sort=False)[["right", "size"]].mean()
-    rows = [
-        [
-            kind,
-            step,
-            _show(over_seeds(part["right"].tolist()), ".1f", 100),
-            _show(over_seeds(part["size"].tolist()), ".1f"),
-        ]
-        for (kind, step), part in means.groupby(level=["kind", "step"], sort=False)
-    ]
-    return _markdown(["network", "training step", "accuracy, %", "mean \\|cos(g, x)\\|, random = 1"], rows)
+SHOWN_OF_TWINS = ("contrast", "brightness", "another image")
+
+
+def moments_of_training(table: pd.DataFrame) -> pd.DataFrame:
+    """By kind, step and seed: accuracy, mean |cos| by direction in units of a random one's, median slopes."""
+    keys = ["kind", "step", "seed"]
+    sizes = in_units(table).groupby([*keys, "direction"], sort=False)["size"].mean().unstack()
+    along = along_images(table).groupby(keys)
+    return sizes.join(along["right"].mean()).join(along[["along", "random_slope"]].median())
 
 
 def exact_cosines(table: pd.DataFrame) -> dict[str, str]:
@@ -388,7 +379,6 @@ TABLES: dict[str, tuple[str, Callable[[Read], str]]] = {
     "homogeneity": ("slopes", homogeneity_table),
     "contrast": ("contrast", contrast_table),
     "twins": ("scratch", twins_table),
-    "moments": ("scratch", moments_table),
     "undone": ("gradients", undone_table),
     "attack_cosine": ("cost", attack_cosine_table),
     "cost_linf": ("cost", lambda read: cost_table(read, "linf")),

@@ -71,7 +71,7 @@ def render(store: Store, page: str = MAIN) -> str:
     about = store.about()
     tables = {name: NOTHING if read(stage).empty else make(read) for name, (stage, make) in numbers.TABLES.items()}
     if not about["settings"]["trains"]:
-        tables |= dict.fromkeys(("moments", "twins", "tuning", "tuning_difference"), "")
+        tables |= dict.fromkeys(("twins", "tuning", "tuning_difference"), "")
     groups, budget = about["settings"]["groups"], about["settings"]["budget"]
     shown = [g for g in groups if not _is_published(store) or (g["key"] in LARGE) == (page == MAIN)]
     values: dict[str, Any] = {
@@ -155,13 +155,20 @@ def _ratios(table: pd.DataFrame, *attacks: str) -> str:
     return _span([numbers.ratio_of_smallest(table, m, attack)[1][0] for m in models for attack in attacks], ".2f")
 
 
-def _twins(table: pd.DataFrame) -> dict[str, str]:
-    """By kind of small network, mean |cos(g, x)| after training in units of a random direction's; from run to run."""
+def _twins(table: pd.DataFrame) -> dict[tuple[str, str], dict[str, str]]:
+    """By kind of small network and moment of its training, what it was, from run to run; nothing of nothing."""
     if table.empty:
         return {}
-    table = numbers.in_units(table[(table["step"] == table["step"].max()) & (table["direction"] == "contrast")])
-    means = table.groupby(["kind", "seed"])["size"].mean()
-    return {kind: _span(means[kind], ".1f") for kind in means.index.unique("kind")}
+    found = {}
+    moments = numbers.moments_of_training(table)
+    for (kind, step), part in moments.groupby(level=["kind", "step"]):
+        found[kind, str(step)] = {
+            "units": _span(part["contrast"], ".1f"),
+            "right": _span(100 * part["right"], ".0f"),
+            "along": _span(part["along"], ".2f"),
+            "random": _span(part["random_slope"], ".2f"),
+        }
+    return found
 
 
 def _facts(read: Any) -> dict[str, Any]:

@@ -97,7 +97,7 @@ IMAGENET_IMAGES = {
     "sensitivity": 15,
     "depth": 15,
     "smallest": 12,
-    "likeness": 12,
+    "likeness": 8,
 }
 
 

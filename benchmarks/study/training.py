@@ -33,7 +33,7 @@ ARMS: dict[str, Callable[..., PGD | OrthoPGD] | None] = {
     "OrthoPGD, image": partial(OrthoPGD, loss="ce"),
     "OrthoPGD, pixel": partial(OrthoPGD, loss="ce", scope="pixel"),
 }
-Kind = Literal["batch norm", "biases", "homogeneous"]
+Kind = Literal["batch norm", "biases"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SCRATCH_RATE = 0.1
 BATCH = 100
@@ -102,7 +102,7 @@ def small_network(classes: int, kind: Kind = "batch norm") -> nn.Module:
     """Four convolutions, so another architecture than the bundled models': 245 thousand weights.
 
     "batch norm": each followed by one; "biases": biases instead, which compute the same functions, since at inference
-    a batch norm is a fixed scale and shift per channel; "homogeneous": neither, so that f(cx) = c f(x) for c > 0.
+    a batch norm is a fixed scale and shift per channel.
     """
     layers: list[nn.Module] = []
     for before, after in ((3, 32), (32, 64), (64, 128), (128, 128)):
@@ -112,14 +112,12 @@ def small_network(classes: int, kind: Kind = "batch norm") -> nn.Module:
             nn.ReLU(),
             nn.MaxPool2d(2),
         ]
-    head = nn.Linear(128, classes, bias=kind != "homogeneous")
-    return nn.Sequential(*layers[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+    return nn.Sequential(*layers[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, classes))
 
 
-def prepared(network: nn.Module, kind: Kind, classifier: Classifier) -> nn.Module:
-    """The small network of images in [0, 1]. The homogeneous one's are not centred: a shift is a bias of the input."""
-    mean = [0.0] * 3 if kind == "homogeneous" else classifier.preprocessing.mean
-    return Normalized(network, mean, classifier.preprocessing.std)
+def prepared(network: nn.Module, classifier: Classifier) -> nn.Module:
+    """The small network of images in [0, 1]."""
+    return Normalized(network, classifier.preprocessing.mean, classifier.preprocessing.std)
 
 
 def scratch(study: Study, group: Group) -> pd.DataFrame:
@@ -154,7 +152,7 @@ def _trained(study: Study, base: Classifier, seen: Set, test: Set, kind: Kind, s
         torch.manual_seed(seed)
         network = small_network(base.num_classes, kind)
         batches = seen.batches(128, torch.Generator().manual_seed(seed))
-        train(prepared(network, kind, base), batches, total, SCRATCH_RATE, moment=look)
+        train(prepared(network, base), batches, total, SCRATCH_RATE, moment=look)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(network.state_dict(), path)
         partial_path = path.with_suffix(".partial")
@@ -172,14 +170,14 @@ def twins(study: Study, group: Group) -> pd.DataFrame:
     """`curves` of the small networks; a row says the kind as its model, and the seed."""
     scratch(study, group)  # reads back what is trained
     base = load_classifier(BASE)
-    test = Set.of(study.dataset(group, base, group.images["contrast"]), base)
+    test = Set.of(study.dataset(group, base, group.images["contrast"] // 2), base)
     parts = []
     for seed in range(study.budget.seeds):
         models: dict[str, Classifier] = {}
         for kind in KINDS:
             network = small_network(base.num_classes, kind)
             network.load_state_dict(load_file(network_path(study, kind, seed)))
-            model = prepared(network, kind, base).eval().requires_grad_(False)
+            model = prepared(network, base).eval().requires_grad_(False)
             models[kind] = Classifier(kind, model, base.preprocessing, base.classes, base.num_classes, "this study")
         parts.append(
             curves(models, lambda _: ((BATCH * k, *batch) for k, batch in enumerate(test.shown()))).assign(seed=seed)

@@ -210,8 +210,7 @@ def test_a_quick_study_of_everything_goes_on_where_it_was_stopped(shared, tmp_pa
     assert numbers.derivative_gap(slopes) < 1e-3
     logits = store.read("sensitivity").query("block == 'input' and direction == 'contrast'")
     assert logits["change"].to_numpy() == pytest.approx(1)
-    trained = store.read("scratch").query("kind == 'homogeneous' and direction == 'contrast'")
-    assert trained["slope"].to_numpy() == pytest.approx(trained["homogeneous"].to_numpy(), rel=1e-3, abs=1e-5)
+    assert set(store.read("scratch")["kind"]) == set(store.read("twins")["model"]) == {"batch norm", "biases"}
     assert set(store.read("tuning")["arm"]) == {"none", "clean images", "PGD", "OrthoPGD, image", "OrthoPGD, pixel"}
     assert main(command) == 0  # nothing is left to do
     assert capsys.readouterr().out.startswith("wrote ")

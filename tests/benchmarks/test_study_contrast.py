@@ -28,7 +28,7 @@ def _images(seed: int, count: int = 4, size: int = 16, dtype: torch.dtype = torc
 def _network(seed: int, kind) -> nn.Module:
     """A small network with statistics, scales and shifts as training leaves them."""
     torch.manual_seed(seed)
-    model = small_network(5, kind).double()
+    model = small_network(5, "biases" if kind == "homogeneous" else kind).double()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight, 1, 0.2)
@@ -39,6 +39,8 @@ def _network(seed: int, kind) -> nn.Module:
             nn.init.kaiming_normal_(module.weight)
             if module.bias is not None:
                 nn.init.normal_(module.bias, 0, 0.3)
+        if kind == "homogeneous" and isinstance(module, nn.Conv2d | nn.Linear):
+            module.bias = None
     return model.eval().requires_grad_(False)
 
 
