@@ -153,16 +153,13 @@ def in_units(table: pd.DataFrame) -> pd.DataFrame:
 
 def homogeneity_table(read: Read) -> str:
     """The loss's slope along images, that of a network without biases and the same logits, and a random direction's."""
-    rows = [
-        [
-            model,
-            *(f"{part[name].median():.3f}" for name in SLOPES),
-            _show(ratio_of_medians(part, "along", "homogeneous"), ".2f"),
-        ]
-        for model, part in along_images(read("slopes")).groupby("model", sort=False)
-    ]
-    head = ["model", "along x: \\|⟨g, x⟩\\|", "without biases: \\|⟨p − y, f⟩\\|", "random: ‖g‖‖x‖E\\|cos\\|"]
-    return _markdown([*head, "along x / without biases"], rows)
+    rows = []
+    for model, part in along_images(read("slopes")).groupby("model", sort=False):
+        ratios = [ratio_of_medians(part, *pair) for pair in (("along", "homogeneous"), ("homogeneous", "random_slope"))]
+        medians = [f"{part[name].median():.3f}" for name in SLOPES]
+        rows.append([model, *medians, *(_show(ratio, ".2f") for ratio in ratios)])
+    head = ["model", "a: along x, \\|⟨g, x⟩\\|", "b: without biases, \\|⟨p − y, f⟩\\|", "r: random, ‖g‖‖x‖E\\|cos\\|"]
+    return _markdown([*head, "a / b", "b / r"], rows)
 
 
 SLOPES = ("along", "homogeneous", "random_slope")
@@ -188,9 +185,11 @@ def ratio_of_medians(table: pd.DataFrame, above: str, below: str) -> tuple[float
 
 def derivative_gap(table: pd.DataFrame) -> float:
     """The largest gap between ⟨g, d⟩ by autograd and by differences, over a random direction's mean |⟨g, d⟩|."""
-    rows = table.dropna(subset="numeric") if len(table) else table
+    if table.empty:
+        return math.nan
+    rows = table.dropna(subset="numeric")
     scale = (rows["slope"] / rows["cosine"]).abs() * rows["random"]
-    return float(((rows["numeric"] - rows["exact"]).abs() / scale).max()) if len(rows) else math.nan
+    return float(((rows["numeric"] - rows["exact"]).abs() / scale).max())
 
 
 def contrast_table(read: Read) -> str:

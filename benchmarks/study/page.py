@@ -86,7 +86,8 @@ def render(store: Store, page: str = MAIN) -> str:
         "eps": " and ".join(dict.fromkeys(numbers.radius(group["eps"]) for group in shown)),
         "minutes": round(sum(about["cpu_seconds"].values()) / 60),
         "checked": CHECKED,
-        "gap": f"{numbers.derivative_gap(read('slopes')):.0e}",
+        "measured_gap": not read("slopes").empty,
+        "gap": f"{numbers.derivative_gap(read('slopes')):.1g}",
         "exact": numbers.exact_cosines(read("gradients")),
     }
     if values["published"]:
@@ -118,7 +119,7 @@ def _main_facts(read: Read) -> dict[str, Any]:
     along = numbers.along_images(slopes)
     lite = [model for model in along["model"].unique() if model in ("lite0", "lite1", "lite2")]
     medians = along.groupby("model")[[*numbers.SLOPES]].median()
-    ratios = medians["along"] / medians["homogeneous"]
+    ratios, lengths = medians["along"] / medians["homogeneous"], medians["homogeneous"] / medians["random_slope"]
     found, small, cost = read("gradients"), read("smallest"), read("cost")
     small = small[small["model"].isin(lite)] if len(small) else small
     curves = read("contrast")
@@ -128,7 +129,7 @@ def _main_facts(read: Read) -> dict[str, Any]:
         "share": _span([100 * g["image_share"].mean() for _, g in found.groupby("model")], ".2g") if len(found) else "",
         "pixel": _span([100 * g["pixel_share"].mean() for _, g in found.groupby("model")], ".0f") if len(found) else "",
         "ratios": {"lite": _span(ratios[lite], ".2f")} | {model: f"{ratios[model]:.2f}" for model in ratios.index},
-        "lengths": {model: f"{medians['random_slope'][model]:.2f}" for model in medians.index},
+        "lengths": {"lite": _span(lengths[lite], ".1f")} | {model: f"{lengths[model]:.1f}" for model in lengths.index},
         "kept": {
             (model, direction): _right(curves, model, direction)
             for model in (curves["model"].unique() if len(curves) else ())

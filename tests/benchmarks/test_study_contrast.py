@@ -169,3 +169,4 @@ def test_the_gap_to_the_numerical_derivative_is_in_units_of_a_random_slope():
         {"slope": [0.2, 1.0], "cosine": [0.1, 0.5], "random": 0.05, "exact": [0.2, 1.0], "numeric": [0.21, np.nan]}
     )
     assert numbers.derivative_gap(table) == pytest.approx(0.01 / (2 * 0.05))  # the row without it does not count
+    assert math.isnan(numbers.derivative_gap(pd.DataFrame()))  # before it is measured
