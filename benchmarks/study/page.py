@@ -163,7 +163,7 @@ def _twins(table: pd.DataFrame) -> dict[tuple[str, str], dict[str, str]]:
     found = {}
     moments = numbers.moments_of_training(table)
     for (kind, step), part in moments.groupby(level=["kind", "step"]):
-        found[kind, str(step)] = {
+        found[str(kind), str(step)] = {
             "units": _span(part["contrast"], ".1f"),
             "right": _span(100 * part["right"], ".0f"),
             "along": _span(part["along"], ".2f"),
