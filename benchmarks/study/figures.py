@@ -81,9 +81,10 @@ def contrast(read: Read) -> Figure:
     """The loss along changes of the same length: contrast, brightness, noise with the image's spectrum, white noise."""
     table = pd.concat([read("contrast").assign(seed=np.nan), read("twins")], ignore_index=True)
     models = [model for model in PANELS if (table["model"] == model).any()]
-    rows = math.ceil(len(models) / 3)
+    columns = 2 if len(models) == 4 else 3
+    rows = math.ceil(len(models) / columns)
     figure = Figure(figsize=(6.3, 1.9 * rows + 0.5), layout="constrained")
-    axes = figure.subplots(rows, 3, sharex=True, sharey=True, squeeze=False)
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for ax in axes.flat[len(models) :]:
         ax.set_axis_off()
     for ax, model in zip(axes.flat, models, strict=False):
@@ -109,9 +110,10 @@ def sensitivity(read: Read) -> Figure:
     """How much each block answers to a relative change of contrast, and of others of the same length."""
     table = read("sensitivity")
     models = list(table["model"].unique())
-    rows = math.ceil(len(models) / 3)
+    columns = 2 if len(models) == 4 else 3
+    rows = math.ceil(len(models) / columns)
     figure = Figure(figsize=(6.3, 1.9 * rows + 0.5), layout="constrained")
-    axes = figure.subplots(rows, 3, sharex=True, sharey=True, squeeze=False)
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for ax in axes.flat[len(models) :]:
         ax.set_axis_off()
     for ax, model in zip(axes.flat, models, strict=False):
@@ -126,6 +128,8 @@ def sensitivity(read: Read) -> Figure:
                         marker=MARKERS[k], markersize=3, linewidth=1.2, label=label)  # fmt: skip
         ax.axhline(1, color="0.6", linewidth=0.8)
         ax.set(yscale="log", title=model)
+        ax.set_yticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
+        ax.minorticks_off()
         ax.title.set_size(9)
     for ax in axes[-1]:
         ax.set_xlabel("depth, from image to logits")

@@ -138,9 +138,19 @@ def _main_facts(read: Read) -> dict[str, Any]:
         "small_ratio": _ratios(small, "OrthoPGD, image", "OrthoPGD, channel"),
         "pixel_ratio": _ratios(small, "OrthoPGD, pixel"),
         "significant": _significant(cost, "OrthoPGD, image", "OrthoPGD, channel") if len(cost) else "",
+        "answers": _answers(read("sensitivity")),
         "radii": "0.5/255 to 8/255",
         "twins": _twins(read("scratch")),
     }
+
+
+def _answers(table: pd.DataFrame) -> dict[str, str]:
+    """Mean ‖J d‖ / ‖f‖: along images, of all blocks and models; along white noise, of each model's logits."""
+    if table.empty:
+        return {}
+    mean = table[table["block"] != "input"].groupby(["direction", "model", "block"])["change"].mean()
+    logits = mean["noise"].xs("logits", level="block")
+    return {"contrast": _span(mean["contrast"], ".1f")} | {model: f"{value:.1f}" for model, value in logits.items()}
 
 
 def _right(curves: pd.DataFrame, model: str, direction: str) -> str:
