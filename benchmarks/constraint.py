@@ -33,13 +33,13 @@ def transfer_tables(measured: Sequence[Table]) -> dict[str, str]:
         lines = []
         for attack in dict.fromkeys(row["attack"] for row in rows):
             whole = transfer.Compared.joined([of[attack] for of in pairs.values()])
-            differ = [pair.difference or 0.0 for pair in whole.pairs if (pair.p or 0.0) < 0.05]
+            differ = sum((pair.p or 0.0) < 0.05 for pair in whole.pairs)
             gradients = next(row["gradients"] for row in rows if row["attack"] == attack)
             lines.append(
                 [attack, gradients, *(f"{100 * whole.rate(form):.1f} %" for form in transfer.FORMS), _points(whole),
-                 f"{sum(d > 0 for d in differ)}, {sum(d < 0 for d in differ)} of {len(whole.pairs)}"]
+                 f"{differ} of {len(whole.pairs)}"]
             )  # fmt: skip
-        head = ["attack", "gradients", "plain", "orthogonal", "lost, points", "pairs where plain, orthogonal is better"]
+        head = ["attack", "gradients", "plain", "orthogonal", "lost", "p < 0.05"]
         images = next(len(value) for key, value in rows[0].items() if key.startswith("fools "))
         about = f"L∞, ε = {rows[0]['eps * 255']:g}/255, {images} images, {len(whole.pairs)} pairs of models"
         found[f"{group}-attacks"] = f"{about}:\n\n{tabulate(lines, head, 'github', disable_numparse=True)}"
