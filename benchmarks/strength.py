@@ -161,13 +161,11 @@ def _summary(cells: Sequence[Table]) -> str:
             found = {"theirs": robust[_strongest(robust)], **{name: robust[name] for name in OURS}}
             for name, column in found.items():
                 pooled[name].append(column)
-            more = {gradients: _robust(cell) for gradients, cell in here.items() if gradients > min(here)}
-            after = f"{_percent(more[max(more)][_strongest(more[max(more)])])} after {max(more)}" if more else "–"
-            table.append([f"{sign}, {_radius(first['eps'], norm)}", model, first["images"], *_compared(found), after])
+            table.append([f"{sign}, {_radius(first['eps'], norm)}", model, first["images"], *_compared(found)])
         if pooled["theirs"]:
             every = {name: np.concatenate(columns) for name, columns in pooled.items()}
-            table.append([sign, "all", len(every["theirs"]), *_compared(every), ""])
-    head = ["norm, ε", "model", "images", "theirs", *OURS, "PGD less theirs", "OrthoPGD less PGD", "theirs with more"]
+            table.append([sign, "all", len(every["theirs"]), *_compared(every)])
+    head = ["norm, ε", "model", "images", "theirs", *OURS, "PGD less theirs", "OrthoPGD less PGD"]
     hardware = ", ".join(sorted({cell.hardware for cell in cells}))
     versions = ", ".join(sorted({f"{name} {at}" for cell in cells for name, at in cell.versions.items()}))
     return f"{hardware}; {versions}:\n\n{_show(table, head)}"
