@@ -91,9 +91,9 @@ SMALL_IMAGES = {
     "transfer": 64,
 }
 IMAGENET_IMAGES = {
-    "gradients": 30,
+    "gradients": 60,
     "slopes": 195,
-    "contrast": 39,
+    "contrast": 15,
     "sensitivity": 15,
     "depth": 15,
     "smallest": 12,

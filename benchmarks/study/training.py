@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -126,7 +126,7 @@ def scratch(study: Study, group: Group) -> pd.DataFrame:
     Networks of one seed see the same batches in the same order. They are kept in the work folder, for other stages.
     """
     base = load_classifier(BASE)
-    seen = _training_set(study, base)
+    seen = cache(lambda: _training_set(study, base))  # decoded only if something is to be trained
     test = Set.of(study.dataset(group, base, group.images["gradients"]), base)
     parts = [
         _trained(study, base, seen, test, kind, seed).assign(kind=kind, seed=seed)
@@ -136,12 +136,12 @@ def scratch(study: Study, group: Group) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _trained(study: Study, base: Classifier, seen: Set, test: Set, kind: Kind, seed: int) -> pd.DataFrame:
+def _trained(study: Study, base: Classifier, seen: Callable[[], Set], test: Set, kind: Kind, seed: int) -> pd.DataFrame:
     """`_looked` at moments of the training of one small network; read back if that is done already."""
     path = network_path(study, kind, seed)
     table_path = path.with_suffix(".parquet")
     if not (path.exists() and table_path.exists()):
-        total = study.budget.scratch_epochs * (len(seen.images) // 128)
+        total = study.budget.scratch_epochs * (len(seen().images) // 128)
         moments = {0, total, *(m for m in (30, 100) if m < total)}
         rows: list[pd.DataFrame] = []
 
@@ -151,7 +151,7 @@ def _trained(study: Study, base: Classifier, seen: Set, test: Set, kind: Kind, s
 
         torch.manual_seed(seed)
         network = small_network(base.num_classes, kind)
-        batches = seen.batches(128, torch.Generator().manual_seed(seed))
+        batches = seen().batches(128, torch.Generator().manual_seed(seed))
         train(prepared(network, base), batches, total, SCRATCH_RATE, moment=look)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(network.state_dict(), path)
