@@ -121,7 +121,6 @@ def _main_facts(read: Read) -> dict[str, Any]:
     medians = along.groupby("model")[[*numbers.SLOPES]].median()
     ratios, lengths = medians["along"] / medians["homogeneous"], medians["homogeneous"] / medians["random_slope"]
     found, small, cost = read("gradients"), read("smallest"), read("cost")
-    small = small[small["model"].isin(lite)] if len(small) else small
     curves = read("contrast")
     return {
         "units": {d: _span(units[d][lite], ".2f") for d in units.index.unique("direction")},
