@@ -96,9 +96,8 @@ class Bisection(Configured):
             raise ValueError(
                 f"eps has {len(eps)} values for {len(images)} images: it must have one per sample or be one"
             )
-        threat, step = attack.threat, 1.0 if attack.threat.norm == "l0" else 0.0
-        if threat.levels is not None and threat.norm == "linf":  # whole numbers of levels are all the radii there are
-            step = (threat.bounds[1] - threat.bounds[0]) / (threat.levels - 1)
+        threat = attack.threat  # whole pixels and whole numbers of levels are all the radii there are
+        step = 1.0 if threat.norm == "l0" else threat.unit if threat.norm == "linf" else 0.0
         eps = threat.on_grid(eps.expand(len(images)).clamp(max=self.max_eps)).clamp(min=step)
         low, high = torch.zeros_like(eps), torch.full_like(eps, torch.inf)
         high[result.success] = 0.0

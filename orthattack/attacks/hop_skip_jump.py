@@ -136,9 +136,8 @@ def _return(walk: _Walk, bisections: int, step: int) -> None:
 def _way_out(walk: _Walk, counts: Tensor, step: int) -> Tensor:
     """The direction v in which the model is fooled, of so many points, (n,); without the mean where all φ are alike."""
     region, points = walk.task.region, walk.points.to(walk.task.region.images.dtype)
-    (low, high), levels = region.threat.bounds, region.threat.levels
     # On the grid of what is stored, points have to be so far apart that they differ.
-    grain = torch.finfo(region.dtype).eps if levels is None else (high - low) / (levels - 1)
+    grain = region.threat.unit or torch.finfo(region.dtype).eps
     reach = (_REACH * walk.length("l2")).clamp(min=0.5 * grain * math.sqrt(points[0].numel())).to(points.dtype)
     signed, plain, signs = torch.zeros_like(points), torch.zeros_like(points), torch.zeros_like(reach)
     for k in range(int(counts.max())):

@@ -101,7 +101,10 @@ def _ascend(
     radius = torch.full_like(largest, torch.inf) if fresh else best.norm
     ever = torch.zeros_like(radius, dtype=torch.bool) if fresh else best.norm.isfinite()
     velocity = torch.zeros_like(x)
+    # With levels, what is asked about is rounded, and what moves is not, or short steps would come to nothing.
+    level, rounds = region.threat.unit if norm == "linf" else 0.0, region.threat.levels is not None
     for step in range(steps):
+        moving = points
         points = region.stored(points.to(region.dtype))
         found = task.score(points, number + step, with_gradient=True)
         points, length = _measured(task, points)
@@ -113,11 +116,17 @@ def _ascend(
         gradient = task.form(gradient, points, x) if task.form is not None else region.threat.tangent(gradient, x)
         slope = perturbation_norm(gradient.double(), BALLS[norm].dual).clamp(min=1e-30)
         # Where the boundary would be, were the loss linear; in L1 bounds soon stop the few pixels that this counts on.
-        edge = torch.maximum(length + (2 if norm == "l1" else 1) * found.loss.double().abs() / slope, 1.01 * length)
+        reached = length
+        if rounds:
+            points = moving.to(x.dtype)
+            reached = length.maximum(perturbation_norm(points.double() - x.double(), norm))
+        edge = torch.maximum(reached + (2 if norm == "l1" else 1) * found.loss.double().abs() / slope, 1.01 * reached)
         smaller = torch.minimum(radius, length) * (1 - gamma)
+        if level > 0:  # whole numbers of levels are all the radii there are
+            edge, smaller = edge.maximum(length + level), smaller.clamp(min=level)
         radius = torch.where(found.success, smaller, torch.where(ever, radius * (1 + gamma), edge))
         ever = ever | found.success
-        radius = radius.minimum(largest) if fresh else radius.minimum(largest).minimum(best.norm)
+        radius = radius.minimum(largest if fresh else largest.minimum((best.norm - level).clamp(min=level)))
         ball, alpha = region.resized(radius), (rate * radius).view(-1, 1, 1, 1).to(x.dtype)
         if norm == "l1":
             velocity = 0.7 * velocity + unit(gradient)

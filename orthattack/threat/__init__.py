@@ -249,6 +249,11 @@ class ThreatModel:
         """The allowed images around each of `images`, (N, C, H, W), floating point, inside the bounds."""
         return Region(self, images)
 
+    @property
+    def unit(self) -> float:
+        """How far apart the values of stored images are, in pixel units: 1/255 for `levels=256`; 0 without `levels`."""
+        return 0.0 if self.levels is None else (self.bounds[1] - self.bounds[0]) / (self.levels - 1)
+
     def on_grid(self, eps: Tensor) -> Tensor:
         """Radii, float64, as large as they are on the grid of `levels`: whole levels for L-infinity; whole pixels for
         L0."""
@@ -256,8 +261,7 @@ class ThreatModel:
             return eps.floor()
         if self.levels is None or self.norm != "linf":
             return eps
-        unit = (self.bounds[1] - self.bounds[0]) / (self.levels - 1)
-        return (radius_in_levels("linf", eps, 1 / unit) * unit).clamp(max=eps)
+        return (radius_in_levels("linf", eps, 1 / self.unit) * self.unit).clamp(max=eps)
 
     def sizes(self, images: Tensor, adversarials: Tensor) -> tuple[Tensor, Tensor]:
         """(N,) each: the norm of the perturbations, in pixel units, and `cosine`; of the integers if there are
@@ -267,7 +271,6 @@ class ThreatModel:
             return perturbation_norm(delta, self.norm), self.cosine(delta, images)
         k = levels_of(images, self.levels, self.bounds).double()
         d = levels_of(adversarials, self.levels, self.bounds).double() - k
-        unit = (self.bounds[1] - self.bounds[0]) / (self.levels - 1)
         x = images.double()
         if self.scope is not None and self.normal == "image":
             shift, scale = grid_units(self.levels, self.bounds)
@@ -275,7 +278,7 @@ class ThreatModel:
         of = self
         if self.normal == "luma":  # in thousandths, whole numbers too
             of, x = replace(self, normal="image", levels=None), (1000 * self.normals(x)).round()
-        return perturbation_norm(d, self.norm) * (1 if self.norm == "l0" else unit), of.cosine(d, x)
+        return perturbation_norm(d, self.norm) * (1 if self.norm == "l0" else self.unit), of.cosine(d, x)
 
     def tangent(self, gradient: Tensor, images: Tensor) -> Tensor:
         """`gradient` without its components along the normals and the directions, (N, C, H, W), and with zeros where

@@ -65,6 +65,34 @@ def test_of_a_linear_model_it_is_the_closed_form(kind, norm):
     assert kind is MinimumNorm or result.cosine.max() <= 1e-6
 
 
+@pytest.mark.parametrize("levels", [0.3, 1.6, 7.4])
+def test_in_8_bits_it_is_the_smallest_number_of_levels_that_fools(levels):
+    """k levels change the logits' difference by k ‖w‖₁ / 255 at most; less than one is nothing."""
+    model, images, weights = plane(levels / 255, "linf")
+    images = (images * 255).round() / 255
+    with torch.no_grad():
+        logits = model(images)
+    result = MinimumNorm(model, gradients=40, levels=256).run(images, logits.argmax(1))
+    margin = (logits[:, 0] - logits[:, 1]).abs().double()
+    fewest = (margin * 255 / weights.double().abs().sum()).floor() + 1
+    assert fewest[0] == math.ceil(levels)  # rounding the image moves its margin by less
+    torch.testing.assert_close(result.norm * 255, fewest, rtol=0, atol=1e-9)
+    assert result.success.all()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_in_8_bits_orthogonality_finds_what_fixed_radii_find(norm):
+    model, images, _ = plane({"linf": 0.6 / 255, "l2": 2.5 / 255}[norm], norm)
+    images = (images * 255).round() / 255
+    labels = model(images).argmax(1)
+    result = OrthoMinimumNorm(model, norm, gradients=40, levels=256).run(images, labels)
+    other = Bisection(OrthoPGD(model, norm=norm, eps=64 / 255, levels=256), trials=12).run(images, labels)
+    assert result.success.all()
+    assert other.success.all()
+    assert (result.norm <= other.norm + 1.01 / 255).all()
+    assert (result.cosine == 0).all()
+
+
 @norms
 def test_of_a_small_network_it_is_what_brute_force_finds(norm):
     """Images of two pixels: every perturbation of a fine grid is tried."""
