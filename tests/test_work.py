@@ -30,6 +30,8 @@ class Sums(TorchDispatchMode):
 
 RADII = {"linf": (8 / 255, 2 / 255), "l2": (0.5, 0.125), "l1": (8.0, 2.0)}
 DIRECTIONS = {"none": (), "one": ("constant",), "many": ("channel-constant", lambda x: x.flip(3))}
+# Scope "pixel" sums over the colours that are not done, channel by channel: more sums, of fewer numbers. At 224 pixels
+# its projections took 300 ms and take 97 in L1, 160 and 23 in L2, but 12 and 31 in L-infinity.
 EXPECTED: dict[tuple[str, str, str], tuple[int, int, int, int]] = {
     ("linf", "none", "none"): (0, 0, 0, 0),
     ("linf", "none", "one"): (8, 26, 256, 90),
@@ -37,18 +39,18 @@ EXPECTED: dict[tuple[str, str, str], tuple[int, int, int, int]] = {
     ("linf", "image", "none"): (6, 30, 238, 92),
     ("linf", "image", "many"): (60, 182, 6898, 250),
     ("linf", "channel", "none"): (6, 34, 334, 86),
-    ("linf", "pixel", "none"): (3, 45, 142, 45),
+    ("linf", "pixel", "none"): (3, 48, 136, 78),
     ("l2", "none", "none"): (0, 5, 40, 20),
     ("l2", "image", "none"): (6, 102, 415, 852),
     ("l2", "image", "many"): (60, 313, 2942, 3350),
     ("l2", "channel", "none"): (6, 132, 415, 531),
-    ("l2", "pixel", "none"): (3, 55, 631, 413),
+    ("l2", "pixel", "none"): (3, 58, 390, 269),
     ("l1", "none", "none"): (4, 18, 287, 186),
     ("l1", "none", "one"): (12, 62, 1578, 260),
     ("l1", "image", "none"): (10, 62, 876, 252),
     ("l1", "image", "many"): (60, 318, 2268, 2999),
     ("l1", "channel", "none"): (30, 160, 3256, 1049),
-    ("l1", "pixel", "none"): (3, 56, 2927, 2488),
+    ("l1", "pixel", "none"): (3, 63, 2149, 4029),
 }
 
 
