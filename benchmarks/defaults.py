@@ -12,10 +12,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from benchmarks.stored import Row
 from orthattack.eval import evaluate
+from orthattack.eval.data import load_dataset
+from orthattack.eval.models import load_classifier
+from orthattack.eval.models.classifier import Classifier
 
 LOSSES = ("ce", "margin", "dlr")
 FORMS: dict[str, dict[str, Any]] = {
@@ -63,6 +67,15 @@ def pyautoattack_resnet18() -> nn.Module:
 
     model: nn.Module = ResNet18()
     return model
+
+
+def loaded(spec: dict[str, Any], data: dict[str, Any], limit: int) -> tuple[Classifier, Tensor, Tensor]:
+    """A model of `models`, at most so many of its images, evenly spaced, as it takes them, and their labels."""
+    classifier = load_classifier(spec["name"], spec.get("weights"), spec.get("image_size"))
+    labels = Path(data["labels"]) if "labels" in data else None
+    dataset = load_dataset(data["source"], classifier, labels).limited(limit)
+    images = torch.stack([dataset.load(k, classifier.preprocessing) for k in range(len(dataset))])
+    return classifier, images, torch.tensor(dataset.labels)
 
 
 def tables(shared: Path, build: Path, limit: int, names: list[str] | None) -> Iterator[tuple[str, list[Row]]]:

@@ -19,10 +19,9 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from benchmarks import defaults
+from benchmarks.radii import CONSTRAINTS
 from benchmarks.stored import Row
 from orthattack import PGD, fooled
-from orthattack.eval.data import load_dataset
-from orthattack.eval.models import load_classifier
 from orthattack.eval.results.detection import threshold
 
 MODELS = {"cifar10-standard": 2, "cifar10-robust": 8}
@@ -30,10 +29,8 @@ MODELS = {"cifar10-standard": 2, "cifar10-robust": 8}
 
 PERTURBATIONS: Mapping[str, Mapping[str, Any]] = {
     "plain": {},
-    "orthogonal to the image": {"scope": "image"},
-    "… in each channel": {"scope": "channel"},
-    "… in each pixel": {"scope": "pixel"},
-    "8×8 block means kept": {"scope": "block8", "normal": "constant"},
+    **{kept: CONSTRAINTS[kept] for kept in ("orthogonal to the image", "… in each channel", "… in each pixel")},
+    "8×8 block means kept": CONSTRAINTS["8×8 block means"],
 }
 RANDOM = "random signs, no attack"
 SEEDS, STEPS, EPOCHS, BATCH = 3, 10, 8, 100
@@ -47,11 +44,9 @@ def tables(shared: Path, build: Path, limit: int, names: list[str] | None) -> It
         if names and name not in names:
             continue
         spec, data, _ = known[name]
-        classifier = load_classifier(spec["name"])
-        dataset = load_dataset(data["source"], classifier).limited(limit)
-        images = torch.stack([dataset.load(k, classifier.preprocessing) for k in range(len(dataset))])
+        classifier, images, labels = defaults.loaded(spec, data, limit)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        images, labels = (images[order] * 255).round() / 255, torch.tensor(dataset.labels)[order]
+        images, labels = (images[order] * 255).round() / 255, labels[order]
         yield name, list(rows(classifier.model, images, labels, eps))
 
 

@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from foolbox.attacks import LinearSearchContrastReductionAttack
 from foolbox.distances import linf
 from torch import Tensor, nn
 
 from benchmarks import defaults
 from benchmarks.stored import Row
+from benchmarks.study.numbers import over_seeds
 from orthattack import PGD, MinimumNorm, fooled
-from orthattack.eval.data import load_dataset
 from orthattack.eval.data.dataset import evenly
-from orthattack.eval.models import load_classifier
 from orthattack.interop.foolbox import FromFoolbox
 
 CONSTRAINTS: Mapping[str, Mapping[str, Any]] = {
@@ -53,12 +51,9 @@ def tables(shared: Path, build: Path, limit: int, names: list[str] | None) -> It
         if names and name not in names:
             continue
         spec, data, _ = known[name]
-        classifier = load_classifier(spec["name"], spec.get("weights"), spec.get("image_size"))
         count = max(1, limit // fewer)
-        every = load_dataset(data["source"], classifier, Path(data["labels"]) if "labels" in data else None)
-        dataset = every.limited(2 * count)
-        images = torch.stack([dataset.load(k, classifier.preprocessing) for k in range(len(dataset))])
-        images, labels = (images * 255).round() / 255, torch.tensor(dataset.labels)
+        classifier, images, labels = defaults.loaded(spec, data, 2 * count)
+        images = (images * 255).round() / 255
         right = (~fooled(classifier.model, images, labels)).nonzero().flatten()
         chosen = right[evenly(count, len(right))]
         yield name, list(rows(classifier.model, images[chosen], labels[chosen], eps, gradients))
@@ -99,12 +94,9 @@ def _digits(flags: Tensor) -> str:
 def relative(row: Row, plain: Row) -> tuple[float, float, float]:
     """The geometric mean of the radii over plain's, with its 95 % interval (Student's t of the logarithms), over images
     that both fool."""
-    from scipy.stats import t
-
     both = [k for k, pair in enumerate(zip(row["fooled"], plain["fooled"], strict=True)) if pair == ("1", "1")]
-    logs = np.log([row["radii * 255"][k] / plain["radii * 255"][k] for k in both])
-    middle, half = logs.mean(), t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs))
-    return math.exp(middle), math.exp(middle - half), math.exp(middle + half)
+    middle, low, high = over_seeds(np.log([row["radii * 255"][k] / plain["radii * 255"][k] for k in both]).tolist())
+    return math.exp(middle), math.exp(low), math.exp(high)
 
 
 def median(row: Row) -> float:

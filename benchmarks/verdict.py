@@ -16,14 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.defaults import models
+from benchmarks.defaults import loaded, models
 from benchmarks.stored import Row
 from benchmarks.timing import DEVICE
 from benchmarks.timing import seconds as seconds_of
 from orthattack import PGD, OrthoPGD
 from orthattack.attacks.scoring import has_bfloat16
-from orthattack.eval.data import load_dataset
-from orthattack.eval.models import load_classifier
 
 TRIED_STEPS = (3, 5, 7, 10, 15, 20)
 RADII = {"efficientnet-lite0": 0.25 / 255, "resnet18-tiny20-standard": 4 / 255, "resnet18-tiny20-robust": 4 / 255}
@@ -39,15 +37,9 @@ def tables(
 ) -> Iterator[tuple[str, list[Row]]]:
     """Of each model, what each candidate needs."""
     for name in names or RADII:
-        loaded, data, _ = models(shared, build)[name]
-        classifier = load_classifier(loaded["name"], loaded.get("weights"), loaded.get("image_size"))
-        labels = Path(data["labels"]) if "labels" in data else None
-        dataset = load_dataset(data["source"], classifier, labels).limited(limit)
-        images = torch.stack([dataset.load(k, classifier.preprocessing) for k in range(len(dataset))]).to(DEVICE)
-        yield (
-            name,
-            rows(classifier.model.to(DEVICE), images, torch.tensor(dataset.labels).to(DEVICE), RADII[name], rounds),
-        )
+        spec, data, _ = models(shared, build)[name]
+        classifier, images, labels = loaded(spec, data, limit)
+        yield name, rows(classifier.model.to(DEVICE), images.to(DEVICE), labels.to(DEVICE), RADII[name], rounds)
 
 
 def rows(model: nn.Module, images: Tensor, labels: Tensor, eps: float, rounds: int) -> list[Row]:

@@ -81,10 +81,7 @@ def contrast(read: Read) -> Figure:
     """The loss along changes of the same length: contrast, brightness, noise with the image's spectrum, white noise."""
     table = pd.concat([read("contrast").assign(seed=np.nan), read("twins")], ignore_index=True)
     models = [model for model in PANELS if (table["model"] == model).any()]
-    columns = 2 if len(models) == 4 else 3
-    rows = math.ceil(len(models) / columns)
-    figure = Figure(figsize=(6.3, 1.9 * rows + 0.5), layout="constrained")
-    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    figure, axes = _panels(len(models), 2 if len(models) == 4 else 3, 1.9, 0.5)
     for ax in axes.flat[len(models) :]:
         ax.set_axis_off()
     for ax, model in zip(axes.flat, models, strict=False):
@@ -98,22 +95,14 @@ def contrast(read: Read) -> Figure:
             ax.plot(shifts, mean, color=COLOURS[k], linestyle=DASHES[k], linewidth=1.4, label=label)
         ax.set_title(PANELS[model], size=9)
         ax.set_xticks([-0.5, 0, 0.5], ["−0.5", "0", "0.5"])
-    for ax in axes[-1]:
-        ax.set_xlabel("t")
-    for ax in axes[:, 0]:
-        ax.set_ylabel("L(x + td) − L(x)")
-    _legend(figure, axes[0, 0])
-    return figure
+    return _labelled(figure, axes, "t", "L(x + td) − L(x)")
 
 
 def sensitivity(read: Read) -> Figure:
     """How much each block answers to a relative change of contrast, and of others of the same length."""
     table = read("sensitivity")
     models = list(table["model"].unique())
-    columns = 2 if len(models) == 4 else 3
-    rows = math.ceil(len(models) / columns)
-    figure = Figure(figsize=(6.3, 1.9 * rows + 0.5), layout="constrained")
-    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    figure, axes = _panels(len(models), 2 if len(models) == 4 else 3, 1.9, 0.5)
     for ax in axes.flat[len(models) :]:
         ax.set_axis_off()
     for ax, model in zip(axes.flat, models, strict=False):
@@ -131,12 +120,7 @@ def sensitivity(read: Read) -> Figure:
         ax.set_yticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
         ax.minorticks_off()
         ax.title.set_size(9)
-    for ax in axes[-1]:
-        ax.set_xlabel("depth, from image to logits")
-    for ax in axes[:, 0]:
-        ax.set_ylabel("‖J d‖ / ‖f‖")
-    _legend(figure, axes[0, 0])
-    return figure
+    return _labelled(figure, axes, "depth, from image to logits", "‖J d‖ / ‖f‖")
 
 
 def depth(read: Read) -> Figure:
@@ -174,10 +158,7 @@ def cost(read: Read) -> Figure:
     table = read("cost")
     table = table[table["norm"] == "linf"]
     models = list(table["model"].unique())
-    columns = 3 if len(models) == 3 else min(2, len(models))
-    rows = math.ceil(len(models) / columns)
-    figure = Figure(figsize=(6.3, 2.3 * rows + 0.3), layout="constrained")
-    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    figure, axes = _panels(len(models), 3 if len(models) == 3 else min(2, len(models)), 2.3, 0.3)
     series = [*((f"OrthoPGD, {scope}", scope) for scope in SCOPES), (AGAIN, "plain PGD again")]
     for ax, model in zip(axes.flat, models, strict=False):
         radii = sorted(table.loc[table["model"] == model, "eps"].unique())
@@ -206,12 +187,7 @@ def cost(read: Read) -> Figure:
         ticks = [255 * eps for eps in radii]
         ax.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
         ax.minorticks_off()
-    for ax in axes[-1]:
-        ax.set_xlabel("ε, in 255ths")
-    for ax in axes[:, 0]:
-        ax.set_ylabel("points above PGD's")
-    _legend(figure, axes[0, 0])
-    return figure
+    return _labelled(figure, axes, "ε, in 255ths", "points above PGD's")
 
 
 def smallest(read: Read) -> Figure:
@@ -262,6 +238,24 @@ def draw(name: str, read: Read, folder: Path, suffix: str = "") -> Path:
     # matplotlib ends some lines with blanks, which hooks and editors take away
     path.write_text("\n".join(map(str.rstrip, path.read_text(encoding="utf-8").splitlines())) + "\n", encoding="utf-8")
     return path
+
+
+def _panels(count: int, columns: int, height: float, more: float) -> tuple[Figure, Any]:
+    """A figure with that many panels or more, `columns` to a row, and their axes; heights in inches, of a row and of
+    what is around the rows."""
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(6.3, height * rows + more), layout="constrained")
+    return figure, figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+
+
+def _labelled(figure: Figure, axes: Any, x: str, y: str) -> Figure:
+    """The figure with what its panels' outer axes show, and one legend."""
+    for ax in axes[-1]:
+        ax.set_xlabel(x)
+    for ax in axes[:, 0]:
+        ax.set_ylabel(y)
+    _legend(figure, axes[0, 0])
+    return figure
 
 
 def _legend(figure: Figure, ax: Any) -> None:
