@@ -357,12 +357,11 @@ class Attack(Configured):
                 return best.result(x, threat), None
             is_random = self._observed(lent, x)
             asked = self._scorer(lent, x, is_random, len(x) if is_first else 0)
-            fits = batch_size is None or batch_size >= len(x)
-            oracle = asked if batch_size is None or fits else InBatches(asked, batch_size)
+            oracle = asked if batch_size is None or batch_size >= len(x) else InBatches(asked, batch_size)
             streams, index = self._streams(seeds, len(x)), torch.arange(len(x), device=x.device)
             may = type(asked) is Oracle and not (is_random or strangers or several)
             size = _piece(search, batch_size, x, streams, threat) if may else len(x)
-            regions, goals = list[Region](), list[Goal]()
+            whole, goals = None, list[Goal]()
             for first in range(0, len(x), size):
                 rows = slice(first, first + size)
                 here = threat if size == len(x) else _of_rows(threat, rows)
@@ -384,7 +383,7 @@ class Attack(Configured):
                 begin = None if start is None else region.shrunk(start[rows].detach().to(x))
                 for aim in [task.goal] if several is None else task.towards(several):
                     search(replace(task, goal=aim), begin)
-                regions = [region] if size == len(x) else []
+                whole = region if size == len(x) else None
             if strangers and (not in_evaluation(list(self._models.values())) or is_foreign(search)):
                 best.exact[:] = False
             # The model itself judges what is returned, unless it has already.
@@ -393,7 +392,7 @@ class Attack(Configured):
             result = best.result(x, threat, size)
 
             def around(rows: Tensor) -> Region:
-                return regions[0].select(rows) if regions else _of_rows(threat, rows).around(x[rows])
+                return _of_rows(threat, rows).around(x[rows]) if whole is None else whole.select(rows)
 
             return self._told(best, result, x, threat, around)
 

@@ -160,8 +160,10 @@ class Plane:
         g, moves = g.clone(), size.sum(_IMAGE, keepdim=True) > 0
         up = torch.minimum(self.upper - start, alpha / count)
         down = torch.minimum(start - self.lower, alpha / count)
-        solve = self._greedy if self._normal2.numel() == len(g) else self._beyond
-        solve = self._by_column if self.is_small and not g.is_cuda and solve == self._beyond else solve
+        if self._normal2.numel() == len(g):
+            solve = self._greedy
+        else:
+            solve = self._by_column if self.is_small and not g.is_cuda else self._beyond
         move, spent = solve(g, up, down, alpha)
         y = self._settled((start + move * moves).clamp_(self.lower, self.upper), [self._box], start)
         short = moves & (spent < (1 - 1e-6) * alpha)
@@ -389,8 +391,7 @@ class Plane:
         if points.is_cuda:  # where counting what is left to do would take longer than trying all
             return self._searched(points, shrink, settles=False)
         x, low, high, normal = (_by_group(t, self.dims) for t in (self.images, self.lower, self.upper, self.normal))
-        threshold = None if shrink is None else shrink
-        found = few.nearest(_by_group(points, self.dims) - x, normal, low - x, high - x, threshold)
+        found = few.nearest(_by_group(points, self.dims) - x, normal, low - x, high - x, shrink)
         y = torch.empty_like(points)
         _by_group(y, self.dims).copy_(found.add_(x).clamp_(low, high))
         return y

@@ -136,7 +136,7 @@ def _context(run: Run) -> dict[str, Any]:
         "manifest": json.dumps(dict(run.manifest), indent=2, ensure_ascii=False),
         "done": done,
         "expected": expected,
-        "definitions": [*defined(run.targets, run.queries), *tables.promised(run)],
+        "definitions": [*defined(run.targets, run.queries), *tables.promised(run, rows)],
         "data": _seen(data, keep=""),
         "stored": stored,
         "session": (run.manifest.get("sessions") or [{}])[-1],

@@ -101,8 +101,12 @@ def leaderboard(norm: str, rows: Iterable[Row]) -> dict[str, Column]:
         Column("grads", "gradient_calls", partial(number, ".4g"), title="gradient calls per image"),
         Column("s", "seconds", partial(number, ".3g"), title="seconds, in all"),
     ]  # fmt: skip
-    have_queries = any(row.get("median_queries") is not None for row in rows)
-    return {column.key: column for column in columns if have_queries or column.key != "median_queries"}
+    queries = _have_queries(rows)
+    return {column.key: column for column in columns if queries or column.key != "median_queries"}
+
+
+def _have_queries(rows: Iterable[Row]) -> bool:
+    return any(row.get("median_queries") is not None for row in rows)
 
 
 def paired(norm: str) -> dict[str, Column]:
@@ -210,17 +214,17 @@ def compared_rows(table: Any, norm: str) -> list[dict[str, Any]]:
     return [{**row, "shown_eps": "" if row["attack"] == CLEAN else shown_eps(row["eps"], norm)} for row in rows]
 
 
-_QUERIES = ("queries (n): evaluations of the model until an image's first success, median of the n fooled images",)
+_QUERIES = "queries (n): evaluations of the model until an image's first success, median of the n fooled images"
 _LOSSES = {"ce": "the cross-entropy", "margin": "the margin", "dlr": "DLR"}
 
 
-def promised(run: Run) -> list[str]:
+def promised(run: Run, rows: Iterable[Row]) -> list[str]:
     """What attacks promise to leave as it is, and the losses that they climb, a line for those that do the same; and
     which left each image at its first success."""
     kept = {label: "; ".join(about.get("keeps") or ()) for label, about in run.attacks.items()}
     losses = {label: str(about.get("loss") or "") for label, about in run.attacks.items()}
     climbed = {label: _LOSSES.get(loss, loss) for label, loss in losses.items()}
-    lines = list(_QUERIES) if "median_queries" in leaderboard(run.norm, leaderboard_rows(run)) else []
+    lines = [_QUERIES] if _have_queries(rows) else []
     for verb, each in (("promised", kept), ("climbed", climbed)):
         for what in dict.fromkeys(filter(None, each.values())):
             labels = ", ".join(label for label, own in each.items() if own == what)

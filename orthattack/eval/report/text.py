@@ -119,7 +119,7 @@ def leaderboard_table(*views: Run) -> str:
                 *_folded(_ascii(f"{model}: {_clean(run, model)}"), _columns()),
                 _laid_out(columns, widths, own),
             ]
-        legend |= dict.fromkeys([*_notes(run), *tables.promised(run)])
+        legend |= dict.fromkeys([*_notes(run), *tables.promised(run, rows)])
         if seen := tables.detection_rows(run):
             parts += ["", _laid_out(*_fitted(tables.DETECTION, seen), seen)]
             legend |= dict.fromkeys(tables.detected(run, seen))
@@ -313,7 +313,7 @@ def markdown(run: Run) -> str:
         lines += ["## Optimality (arXiv:2404.19460)", "", _pipes(OPTIMALITY, optimal), ""]
     if moved := tables.transfer_rows(run):
         lines += ["## Transfer", "", f"{'; '.join(tables.transferred(run))}.", "", _pipes(tables.TRANSFER, moved), ""]
-    lines += [f"- {_md(note)}" for note in [*_notes(run), *tables.promised(run), *_beware(run, rows)]]
+    lines += [f"- {_md(note)}" for note in [*_notes(run), *tables.promised(run, rows), *_beware(run, rows)]]
     return "\n".join(lines) + "\n"
 
 
