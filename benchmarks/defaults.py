@@ -25,8 +25,8 @@ LOSSES = ("ce", "margin", "dlr")
 FORMS: dict[str, dict[str, Any]] = {
     "fixed": {},
     "fixed, no random start": {"random_start": False},
-    "linear from 2 eps": {"schedule": "linear", "alpha": 2.0},  # of eps
-    "cosine from 2 eps": {"schedule": "cosine", "alpha": 2.0},
+    "linear from 2 eps": {"schedule": "linear"},
+    "cosine from 2 eps": {"schedule": "cosine"},
 }
 BUDGETS = (5, 10, 20, 50)
 
@@ -87,7 +87,6 @@ def tables(shared: Path, build: Path, limit: int, names: list[str] | None) -> It
         attacks = {
             f"{loss}, {form}, {steps}": {
                 "name": "PGD", "loss": loss, "steps": steps, "early_stop": True, **FORMS[form],
-                **({"alpha": FORMS[form]["alpha"] * eps} if "alpha" in FORMS[form] else {}),
             }
             for loss, form, steps in cells
         }  # fmt: skip

@@ -110,10 +110,10 @@ def _torchattacks(
 
 
 def _ours(kind: Any, is_falling: bool = False, **options: Any) -> Attack:
-    """With early stop, as the evaluation has it; with steps that fall from 2 eps to 0 if asked."""
+    """With early stop, as the evaluation has it."""
 
     def run(model: nn.Module, images: Tensor, labels: Tensor, eps: float, steps: int) -> tuple[list[Tensor], float]:
-        more = {"alpha": 2 * eps, "schedule": "linear"} if is_falling else {}
+        more = {"schedule": "linear"} if is_falling else {}
         generator = torch.Generator().manual_seed(0)
         attack = kind(model, eps=eps, steps=steps, early_stop=True, generator=generator, **options, **more)
         found = attack.run(images, labels, batch_size=BATCH)
@@ -122,7 +122,7 @@ def _ours(kind: Any, is_falling: bool = False, **options: Any) -> Attack:
     return run
 
 
-_FALLING = ", alpha=2*eps, schedule linear"
+_FALLING = ", falling steps"
 CANDIDATES: dict[str, Attack] = dict(
     chain(
         [("Foolbox LinfPGD, fewest steps", _foolbox), ("torchattacks PGD, fewest steps", _torchattacks)],
@@ -132,6 +132,11 @@ CANDIDATES: dict[str, Attack] = dict(
                 (f"{kind.__name__}{_FALLING}", _ours(kind, is_falling=True)),
                 (f"{kind.__name__}, bfloat16", _ours(kind, precision="bfloat16")),
                 (f"{kind.__name__}, bfloat16{_FALLING}", _ours(kind, is_falling=True, precision="bfloat16")),
+                (f"{kind.__name__}, ce{_FALLING}", _ours(kind, is_falling=True, loss="ce")),
+                (
+                    f"{kind.__name__}, ce, bfloat16{_FALLING}",
+                    _ours(kind, is_falling=True, loss="ce", precision="bfloat16"),
+                ),
             ]
             for kind in (PGD, OrthoPGD)
         ),

@@ -26,7 +26,8 @@ class PGD(Attack):
             that it calls in evaluation mode first.
         norm: "linf", "l2" or "l1".
         eps: radius of the ball, in pixel units, e.g. ``4 / 255``; one number, or (N,) with one per sample.
-        alpha: step size in pixel units; by default ``2.5 * eps / steps``, which reaches any point of the ball.
+        alpha: step size in pixel units; by default ``2.5 * eps / steps``, which reaches any point of the ball, and with
+            a `schedule` that falls ``2 * eps``, which crosses it.
         steps: gradient steps per restart, at least 1.
         random_start: start at a random point of the threat model instead of the image.
         restarts: how often to start; the best result of each sample is kept.
@@ -97,9 +98,8 @@ class PGD(Attack):
         **options: Unpack[GradientOptions],
     ) -> None:
         rule = accumulated(schedule, momentum, nesterov)
-        super().__init__(
-            model, norm, eps, Climb(rule, steps, rate(2.5, steps), alpha, random_start, restarts), **options
-        )
+        first = rate(2.5, steps) if schedule == "fixed" else 2.0
+        super().__init__(model, norm, eps, Climb(rule, steps, first, alpha, random_start, restarts), **options)
 
 
 class OrthoPGD(PGD, scope="image"):

@@ -56,6 +56,16 @@ def test_schedules_set_the_length_of_each_step(schedule):
         assert float(step) == pytest.approx(0.01 * factor, rel=1e-9)
 
 
+@pytest.mark.parametrize(("schedule", "first"), [("fixed", 2.5 / 8), ("linear", 2.0), ("cosine", 2.0)])
+def test_the_first_step_crosses_the_ball_where_steps_fall(schedule, first):
+    images, labels = drawn()
+    found = [
+        PGD(small_model(), eps=EPS, alpha=alpha, steps=8, schedule=schedule).run(images, labels, seeds=range(6))
+        for alpha in (None, first * EPS)
+    ]
+    assert torch.equal(found[0].adversarials, found[1].adversarials)
+
+
 @pytest.mark.parametrize("decay", [0.5, 1.0])
 def test_mi_fgsm_is_the_published_iteration(decay):
     model, images, labels = prepared()
