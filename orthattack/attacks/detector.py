@@ -78,9 +78,9 @@ class _DetectorOracle:
 
     def evaluate(
         self, points: Tensor, goal: Goal, loss: LossFunction, solved: Tensor | None, with_gradient: bool, step: int = 0,
-        draws: Draws | None = None,
+        draws: Draws | None = None, by_copy: bool = False,
     ) -> Evaluation:  # fmt: skip
-        found = self._classifier.evaluate(points, goal, loss, solved, with_gradient, step, draws)
+        found = self._classifier.evaluate(points, goal, loss, solved, with_gradient, step, draws, by_copy)
         if not with_gradient:
             return self._with_slack(found, torch.stack([self._slack(points) for _ in range(self._samples)]).mean(0))
         slack, unseen = self._descended(points)

@@ -167,7 +167,7 @@ def _each(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1)  # for images
 
 
-class HopSkipJump(Attack):
+class HopSkipJump(Attack, optimize="none"):
     """HopSkipJump (Chen, Jordan & Wainwright 2020, arXiv:1904.02144): the smallest norm, from decisions alone::
 
         x_t     = the point nearest to y_t, which fools, in the smallest ball about the image where that fools too

@@ -30,9 +30,9 @@ class _Estimated:
 
     def evaluate(
         self, points: Tensor, goal: Goal, loss: LossFunction, solved: Tensor | None, with_gradient: bool, step: int = 0,
-        draws: Draws | None = None,
+        draws: Draws | None = None, by_copy: bool = False,
     ) -> Evaluation:  # fmt: skip
-        found = self.scorer.evaluate(points, goal, loss, solved, False, step, draws)
+        found = self.scorer.evaluate(points, goal, loss, solved, False, step, draws, by_copy)
         if not with_gradient:
             return found
         assert draws is not None

@@ -121,9 +121,10 @@ class Scorer(Protocol):
 
     def evaluate(
         self, points: Tensor, goal: Goal, loss: LossFunction, solved: Tensor | None, with_gradient: bool, step: int = 0,
-        draws: Draws | None = None,
+        draws: Draws | None = None, by_copy: bool = False,
     ) -> Evaluation:  # fmt: skip
-        """Score `points`, iterate number `step`, and, if asked, say which way is up."""
+        """Score `points`, iterate number `step`, and, if asked, say which way is up. Without a gradient the model does,
+        or `by_copy` its faster copy, if there is one."""
 
     def gradient(self, points: Tensor, goal: Goal, loss: LossFunction, draws: Draws | None = None) -> Evaluation:
         """Which way is up at `points`, and no more than that: the rest is what the gradient's passes claim."""
@@ -167,6 +168,7 @@ class Oracle:
         self._passes = eot_samples * max(1, len(transforms))  # for a gradient
         self._is_bfloat16 = precision == "bfloat16"
         self._is_rough = self._is_bfloat16 or gradient_model is not None
+        self._has_copy = gradient_model is not None and is_copy
         # What the passes for gradients say is then nothing about the model, which is asked for itself.
         own = gradient_model is not None and not is_copy
         self._apart = " of ".join(["the transform"] * (len(transforms) > 0) + ["gradient_model"] * own)
@@ -176,21 +178,21 @@ class Oracle:
 
     def evaluate(
         self, points: Tensor, goal: Goal, loss: LossFunction, solved: Tensor | None, with_gradient: bool,
-        step: int = 0, draws: Draws | None = None,  # noqa: ARG002
+        step: int = 0, draws: Draws | None = None, by_copy: bool = False,  # noqa: ARG002
     ) -> Evaluation:  # fmt: skip
         """Score `points` and, if asked, differentiate the loss there, in one forward pass per EOT sample.
 
         A rough pass, in reduced precision or by a faster copy, only claims a success, and so does every pass of a model
         that draws. For samples that are not `solved` yet, `judge` confirms it or not; with None the claim stands, for
-        whoever asks to judge in the end. Without a gradient the pass is the model's own in full precision, and it is
-        made too where the gradient is that of another model, or of transformed points. `step` is the number of the
-        iterate, which makes a difference to other oracles.
+        whoever asks to judge in the end. Without a gradient the pass is the model's own in full precision, or `by_copy`
+        that of its copy, and the model's own is made too where the gradient is that of another model, or of
+        transformed points. `step` is the number of the iterate, which makes a difference to other oracles.
 
         Where the loss is flat, a cross-entropy that is saturated for example, and the goal is not reached, the margin
         is climbed in its place: each sample for itself, in the same passes.
         """
         apart = with_gradient and self._is_apart
-        rough = with_gradient and self._is_rough and not apart
+        rough = self._is_rough and not apart if with_gradient else by_copy and self._has_copy
         calls = torch.full_like(goal.classes, self._passes if with_gradient else self._samples)
         own, forward_calls = None, calls
         if apart:
@@ -279,7 +281,9 @@ class Oracle:
         written = points._version
         other = rough and self._is_apart
         kept = points.detach().clone() if other in self._unwatched else None
-        with torch.autocast(points.device.type, dtype=torch.bfloat16, enabled=rough and self._is_bfloat16):
+        with torch.autocast(
+            points.device.type, dtype=torch.bfloat16, enabled=rough and self._is_bfloat16 and points.requires_grad
+        ):
             logits = (self._gradient_model if rough else self._model)(points)
         logits = checked_logits(logits, len(points))
         # With a gradient torch itself refuses what this counts; through `.data` or NumPy it goes uncounted.
@@ -401,11 +405,11 @@ class InBatches:
 
     def evaluate(
         self, points: Tensor, goal: Goal, loss: LossFunction, solved: Tensor | None, with_gradient: bool, step: int = 0,
-        draws: Draws | None = None,
+        draws: Draws | None = None, by_copy: bool = False,
     ) -> Evaluation:  # fmt: skip
         def evaluate(r: Tensor, part: Draws | None) -> Evaluation:
             known = None if solved is None else solved[r]
-            return self._scorer.evaluate(points[r], goal.select(r), loss, known, with_gradient, step, part)
+            return self._scorer.evaluate(points[r], goal.select(r), loss, known, with_gradient, step, part, by_copy)
 
         return Evaluation.joined(self._each(evaluate, points, draws))
 

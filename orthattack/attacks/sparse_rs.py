@@ -51,7 +51,7 @@ def _exchanged(task: Task, points: Tensor, share: float) -> Tensor:
     return region.vertex(signs, kept | new)
 
 
-class SparseRS(Attack):
+class SparseRS(Attack, optimize="none"):
     """Sparse-RS in L0 (Croce et al. 2022, arXiv:2006.12834): random search over k pixels, without gradients::
 
         δ' = δ with some of its pixels back at the image, as many others at random corners;  δ = δ' if the margin rises

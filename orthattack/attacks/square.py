@@ -32,10 +32,13 @@ class SquareSearch:
     Args:
         queries: evaluations of the model per sample, the first point included, at least 1.
         share: part of the image's area that the first squares cover, in (0, 1].
+        by_copy: ask the model's faster copy, if there is one; what it calls a success the model confirms, with one more
+            evaluation.
     """
 
     queries: int = 5000
     share: float = 0.8
+    by_copy: bool = False
     merit: Merit = "margin"
 
     def __post_init__(self) -> None:
@@ -52,7 +55,7 @@ class SquareSearch:
         def propose(task: Task, points: Tensor, query: int) -> Tensor:
             return change(task, points, self._side(query, [len(part) for part in _framed(task)]))
 
-        search_at_random(task, _stripes, start, self.queries, propose)
+        search_at_random(task, _stripes, start, self.queries, propose, self.by_copy)
 
     def _side(self, query: int, size: Sequence[int]) -> int:
         """The side of the squares at a query."""
@@ -64,7 +67,7 @@ class SquareSearch:
 
 def search_at_random(
     task: Task, begin: Callable[[Task], Tensor], start: Tensor | None, queries: int,
-    propose: Callable[[Task, Tensor, int], Tensor],
+    propose: Callable[[Task, Tensor, int], Tensor], by_copy: bool = False,
 ) -> None:  # fmt: skip
     """Score the start, or what `begin` makes, and then what `propose` makes of the best points and the number of the
     last query; keep what raises the margin."""
@@ -78,7 +81,7 @@ def search_at_random(
     margin = torch.full((len(points),), -torch.inf, device=points.device)
     tried = points
     for query in range(queries):
-        evaluation = task.score(tried, query, with_gradient=False)
+        evaluation = task.score(tried, query, with_gradient=False, by_copy=by_copy)
         better = evaluation.loss > margin  # towards a class where there is one
         margin = torch.where(better, evaluation.loss.to(margin.dtype), margin)
         points = torch.where(better.view(-1, 1, 1, 1), tried, points)
@@ -180,7 +183,7 @@ def _bump(side: int) -> Tensor:
     return torch.cat([peak(upper), -peak(side - upper)])
 
 
-class Square(Attack):
+class Square(Attack, optimize="none"):
     """Square attack (Andriushchenko et al. 2020, arXiv:1912.00049): random search over squares, without gradients::
 
         δ' = δ with a random square set to ±eps;   δ = δ' if the margin rises
@@ -192,6 +195,8 @@ class Square(Attack):
         model: as for `PGD`, like `norm` and `eps`; it need not be differentiable.
         queries: evaluations per sample, at least 1.
         **options: as for `PGD`, without those of gradients. What it climbs is the margin, whatever the `loss`.
+            ``optimize="auto"`` scores by the faster copy; the model confirms what that calls a success, in an
+            evaluation more than `queries`.
     """
 
     def __init__(
@@ -202,7 +207,8 @@ class Square(Attack):
         queries: int = 5000,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(model, norm, eps, SquareSearch(queries), **options)
+        by_copy = options.get("optimize", "none") != "none"
+        super().__init__(model, norm, eps, SquareSearch(queries, by_copy=by_copy), **options)
 
 
 class OrthoSquare(Square, scope="image"):

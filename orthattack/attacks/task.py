@@ -299,7 +299,7 @@ class Task:
         images = self.region.images
         return Draws(lambda: self.streams.of(self.index), images.device, images.dtype)
 
-    def score(self, points: Tensor, step: int, with_gradient: bool) -> Evaluation:
+    def score(self, points: Tensor, step: int, with_gradient: bool, by_copy: bool = False) -> Evaluation:
         """Evaluate `points` of these samples, as they are stored, and offer them to `best`."""
         points = self.region.stored(points)
         # A sample that leaves the batch must be fooled for certain; the others are judged in the end. Every claim is
@@ -315,7 +315,9 @@ class Task:
         if self.pulse is not None:
             self.pulse(step)
         self.region.release()
-        evaluation = self.oracle.evaluate(points, self.goal, self.loss, solved, with_gradient, step, self.draws)
+        evaluation = self.oracle.evaluate(
+            points, self.goal, self.loss, solved, with_gradient, step, self.draws, by_copy
+        )
         if allowed is not None:
             evaluation = replace(evaluation, success=evaluation.success & allowed)
         if evaluation.gradient is not None and self.region.threat.mask is not None:

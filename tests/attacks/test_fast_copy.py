@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from orthattack import PGD, OrthoAPGD, OrthoPGD
+from orthattack import PGD, AutoAttack, OrthoAPGD, OrthoPGD, Square
 from orthattack.attacks import fast_copy
 from orthattack.attacks.fast_copy import _folded
 
@@ -132,6 +132,42 @@ def test_the_users_model_is_untouched_and_not_what_is_differentiated(images):
         assert id(value) == before[name][0]
         assert torch.equal(value, before[name][1])
         assert value.stride() == before[name][2]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("eps", [0.02, 0.1])
+def test_squares_of_autoattack_ask_the_copy_in_float32_and_the_model_confirms_what_it_claims(images, eps, precision):
+    model = nn.Sequential(Counting(), trained())
+    labels = model(images).argmax(1)
+
+    def run(optimize):
+        Counting.seen.clear()
+        attack = AutoAttack(
+            model, eps=eps, queries=60, parts=["square"], optimize=optimize, precision=precision,
+            generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        result = attack.run(images, labels)
+        return result, Counting.seen.count(id(model[0]))
+
+    with warnings.catch_warnings(action="ignore"):  # that a processor has no bfloat16
+        (result, calls), (plain, all_calls) = run("auto"), run("none")
+    # The images, what is claimed, and in the end what has not been judged; and twice to see what kind of model it is.
+    assert calls <= 4 + int(result.success.sum()) < all_calls
+    assert torch.equal(result.success, model(result.adversarials).argmax(1) != labels)
+    assert torch.equal(result.success, plain.success)
+    torch.testing.assert_close(result.loss, plain.loss, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimize", ["none", "auto"])
+def test_square_asks_the_model_alone_so_that_its_budget_holds_unless_it_may_ask_the_copy(images, optimize):
+    model = nn.Sequential(Counting(), trained())
+    labels = model(images).argmax(1)
+    Counting.seen.clear()
+    options = {} if optimize == "none" else {"optimize": optimize}  # "none" is the default
+    result = Square(model, eps=0.02, queries=20, **options).run(images, labels)
+    calls = Counting.seen.count(id(model[0]))
+    assert int(result.forward_calls.max()) == {"none": 20, "auto": 21}[optimize]
+    assert (calls >= 20) == (optimize == "none")
 
 
 def test_a_model_that_has_changed_is_copied_again(images):
