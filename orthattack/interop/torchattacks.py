@@ -9,6 +9,20 @@ Change the import and nothing else; torchattacks itself is not needed::
 
 and, with one argument more, the perturbation is orthogonal to the image: ``torchattacks.PGD(model, scope="image")``.
 
+Of the arguments, these mean the same in every class that has them; one out of its range is a ValueError:
+
+- ``model``: an nn.Module, images in [0, 1] to logits;
+- ``norm``, ``eps``: radius in pixel units, in L-infinity where there is no `norm` (but for `PGDL2`);
+- ``alpha``, ``steps``: step size in pixel units, and how many gradient steps there are, at least 1;
+- ``random_start``: start at a random point of the ball, drawn with torch's global random numbers;
+- ``decay``: how much of the momentum is kept at each step, at least 0;
+- ``n_restarts``: random starts;
+- ``eot_iter``: evaluations to average for a model that draws at random;
+- ``seed``: of what is drawn, the same at each call; None: torch's global random numbers;
+- ``n_classes``: of the model;
+- ``verbose``: makes no difference but in `AutoAttack`;
+- ``scope``: None, or what the perturbation is orthogonal to: "image", "channel" or "pixel".
+
 What differs: an adversarial is the best of its iterates, the image included, rather than the last one; images outside
 [0, 1] are an error; nothing is printed but the bar of ``save``; Nesterov's look-ahead stays in the ball; APGD starts
 anywhere in the ball, and can be targeted.
@@ -23,7 +37,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, final
@@ -37,6 +51,7 @@ from orthattack.arguments import check_choice, check_count, plain
 from orthattack.attacks.apgd import OrthoAPGD
 from orthattack.attacks.auto import OrthoAutoAttack
 from orthattack.attacks.base import Attack
+from orthattack.attacks.configured import options_of
 from orthattack.attacks.fab import OrthoFAB
 from orthattack.attacks.fgsm import OrthoFGSM
 from orthattack.attacks.mifgsm import OrthoMIFGSM
@@ -58,6 +73,8 @@ __all__ = [
 __wrapper__ = ["MultiAttack"]
 
 _NORMS: dict[str, Norm] = {"Linf": "linf", "L2": "l2", "L1": "l1"}
+_NAMES = {"n_restarts": "restarts", "n_queries": "queries", "eot_iter": "eot_samples"}
+"""What our attacks call these of torchattacks' arguments."""
 
 
 class _Base(ABC):
@@ -370,8 +387,10 @@ class _Compatible(_Base):
 
     model: nn.Module
     scope: Scope | None = field(default=None, kw_only=True)
+    _attack: ClassVar[type[Attack]]  # ours
+    _norm: ClassVar[Norm] = "linf"  # where it is no argument
     _draws: ClassVar[bool] = False  # random numbers, beside a random start
-    _fixed: ClassVar[Mapping[str, Any]] = {}  # arguments for which there is one value here, as published
+    _fixed: ClassVar[tuple[str, ...]] = ()  # arguments that have their default here, as published, and no other value
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -380,12 +399,20 @@ class _Compatible(_Base):
     def __post_init__(self) -> None:
         super().__init__(self.model)
 
-    @abstractmethod
+    def _options(self) -> dict[str, Any]:
+        """The arguments by the names that ours have, and what they are where torchattacks has no such argument."""
+        own = {_NAMES.get(each.name, each.name): getattr(self, each.name) for each in fields(self)}
+        loss = getattr(self, "loss", "ce")
+        return {"norm": self._norm, "random_start": False, "loss": loss, "targeted": self.targeted, **own}
+
     def _made(self, model: Model, generator: torch.Generator | None) -> Attack:
-        """Our attack, with the arguments translated."""
+        options = {**self._options(), "model": model, "generator": generator}
+        known = options_of(self._attack)
+        return self._attack(**{name: value for name, value in options.items() if name in known})
 
     def _check(self) -> None:
-        for name, value in self._fixed.items():
+        for name in self._fixed:
+            value = getattr(type(self), name)
             if plain(getattr(self, name)) != value:
                 raise ValueError(f"{name} is {value!r} here, as published; got {getattr(self, name)!r}")
         self._made(self.model, None)
@@ -406,10 +433,6 @@ class _Compatible(_Base):
     def _start(self, images: Tensor) -> Tensor | None:  # noqa: ARG002
         """Where to start, if that is neither the image nor any point of the ball."""
         return None
-
-    @property
-    def _shared(self) -> dict[str, Any]:
-        return {"scope": self.scope, "targeted": self.targeted, "loss": getattr(self, "loss", "ce")}
 
 
 @final
@@ -453,14 +476,6 @@ class MultiAttack(_Base):
 class FGSM(_Compatible):
     """`orthattack.OrthoFGSM` by torchattacks' arguments.
 
-    Args:
-        model: an nn.Module, images in [0, 1] to logits.
-        eps: L-infinity radius in pixel units.
-        scope: None, or what the perturbation is orthogonal to: "image", "channel" or "pixel" (see `PGD`).
-
-    Raises:
-        ValueError: an option out of its range.
-
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     >>> images, labels = torch.rand(4, 3, 2, 2), torch.tensor([0, 1, 2, 0])
     >>> bool(((FGSM(model, eps=8 / 255)(images, labels) - images).abs() <= 8 / 255 + 1e-6).all())
@@ -468,9 +483,7 @@ class FGSM(_Compatible):
     """
 
     eps: float = 8 / 255
-
-    def _made(self, model: Model, generator: torch.Generator | None) -> Attack:  # noqa: ARG002
-        return OrthoFGSM(model, "linf", self.eps, **self._shared)
+    _attack = OrthoFGSM
 
 
 class _Iterated(_Compatible):
@@ -479,25 +492,12 @@ class _Iterated(_Compatible):
     eps: float = 8 / 255
     alpha: float = 2 / 255
     steps: int = 10
-    _norm: ClassVar[Norm] = "linf"
-
-    def _made(self, model: Model, generator: torch.Generator | None) -> Attack:
-        known = vars(self)
-        more = {"eot_samples": known.get("eot_iter", 1), "generator": generator, **self._shared}
-        is_random = known.get("random_start", False)
-        return OrthoPGD(model, self._norm, self.eps, self.alpha, self.steps, is_random, **more)
+    _attack: ClassVar[type[Attack]] = OrthoPGD
 
 
 @final
 class PGD(_Iterated):
     """`orthattack.OrthoPGD` by torchattacks' arguments.
-
-    Args:
-        model: as for `FGSM`, like `scope`.
-        eps: L-infinity radius in pixel units.
-        alpha: step size in pixel units.
-        steps: gradient steps, at least 1.
-        random_start: start at a random point of the ball, drawn with torch's global random numbers.
 
     >>> import orthattack
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
@@ -513,12 +513,7 @@ class PGD(_Iterated):
 
 @final
 class PGDL2(_Iterated):
-    """`orthattack.OrthoPGD` for L2 by torchattacks' arguments, which are those of `PGD` in L2.
-
-    Args:
-        model: as for `PGD`, like `eps`, `alpha`, `steps`, `random_start` and `scope`.
-        eps_for_division: makes no difference; nothing is divided by zero.
-    """
+    """`PGD` in L2. `eps_for_division` makes no difference: nothing is divided by zero."""
 
     eps: float = 1.0
     alpha: float = 0.2
@@ -531,10 +526,10 @@ class PGDL2(_Iterated):
 class BIM(_Iterated):
     """`PGD` from the image; with ``steps=0`` there are as many as Kurakin et al. 2017 (arXiv:1607.02533) take."""
 
-    def _made(self, model: Model, generator: torch.Generator | None) -> Attack:
+    def _options(self) -> dict[str, Any]:
         if self.steps == 0:
             vars(self)["steps"] = int(min(self.eps * 255 + 4, 1.25 * self.eps * 255))
-        return super()._made(model, generator)
+        return super()._options()
 
 
 @final
@@ -570,44 +565,31 @@ class _Momentum(_Iterated):
     """What the attacks with momentum share."""
 
     decay: float = 1.0
-    _attack: ClassVar[Callable[..., Attack]]
-
-    def _made(self, model: Model, generator: torch.Generator | None) -> Attack:
-        more = {"generator": generator, **self._more(), **self._shared}
-        return self._attack(model, "linf", self.eps, self.alpha, self.steps, self.decay, **more)
-
-    def _more(self) -> dict[str, Any]:
-        return {}
 
 
 @final
 class MIFGSM(_Momentum):
-    """`orthattack.OrthoMIFGSM` by torchattacks' arguments.
-
-    Args:
-        model: as for `PGD`, like `eps`, `alpha`, `steps` and `scope`.
-        decay: how much of the momentum is kept at each step, at least 0.
-    """
+    """`orthattack.OrthoMIFGSM` by torchattacks' arguments."""
 
     _attack = OrthoMIFGSM
 
 
 @final
 class NIFGSM(_Momentum):
-    """`orthattack.OrthoNIFGSM` by torchattacks' arguments, which are those of `MIFGSM`."""
+    """`orthattack.OrthoNIFGSM` by torchattacks' arguments."""
 
     _attack = OrthoNIFGSM
 
 
 @final
 class SINIFGSM(_Momentum):
-    """`orthattack.OrthoSINIFGSM` by torchattacks' arguments, which are those of `MIFGSM`, and `m`, how many scales."""
+    """`orthattack.OrthoSINIFGSM` by torchattacks' arguments; `m` is how many scales there are."""
 
     m: int = 5
     _attack = OrthoSINIFGSM
 
-    def _more(self) -> dict[str, Any]:
-        return {"transform": scales(self.m)}
+    def _options(self) -> dict[str, Any]:
+        return {**super()._options(), "transform": scales(self.m)}
 
 
 class _Tuned(_Momentum):
@@ -615,19 +597,13 @@ class _Tuned(_Momentum):
     beta: float = 3 / 2
     _draws = True
 
-    def _more(self) -> dict[str, Any]:
-        return {"links": [variance(self.N, self.beta)]}
+    def _options(self) -> dict[str, Any]:
+        return {**super()._options(), "links": [variance(self.N, self.beta)]}
 
 
 @final
 class VMIFGSM(_Tuned):
-    """`orthattack.OrthoVMIFGSM` by torchattacks' arguments, which are those of `MIFGSM`.
-
-    Args:
-        model: as for `MIFGSM`, like `eps`, `alpha`, `steps`, `decay` and `scope`.
-        N: how many neighbours.
-        beta: how far they are, in units of eps.
-    """
+    """`orthattack.OrthoVMIFGSM` by torchattacks' arguments; there are `N` neighbours, as far as `beta` times eps."""
 
     _attack = OrthoVMIFGSM
 
@@ -648,20 +624,18 @@ class _Diverse(_Momentum):
         with global_random_numbers:
             return (images + torch.empty_like(images).uniform_(-self.eps, self.eps)).clamp(0, 1)
 
-    def _more(self) -> dict[str, Any]:
+    def _options(self) -> dict[str, Any]:
         known = vars(self)
-        return {"transform": diversity(known["resize_rate"], known["diversity_prob"])}
+        return {**super()._options(), "transform": diversity(known["resize_rate"], known["diversity_prob"])}
 
 
 @final
 class DIFGSM(_Diverse):
-    """`orthattack.OrthoDIFGSM` by torchattacks' arguments, which are those of `MIFGSM`.
+    """`orthattack.OrthoDIFGSM` by torchattacks' arguments.
 
     Args:
-        model: as for `MIFGSM`, like `eps`, `alpha`, `steps`, `decay` and `scope`.
         resize_rate: of the sizes; each image gets its own, where torchattacks draws one for the batch.
         diversity_prob: how probable it is that an image is resized.
-        random_start: start at a random point of the ball.
     """
 
     decay: float = 0.0
@@ -673,10 +647,9 @@ class DIFGSM(_Diverse):
 
 @final
 class TIFGSM(_Diverse):
-    """`orthattack.OrthoTIFGSM` with input diversity by torchattacks' arguments, which are those of `DIFGSM`.
+    """`orthattack.OrthoTIFGSM` with the input diversity of `DIFGSM` by torchattacks' arguments.
 
     Args:
-        model: as for `DIFGSM`, like all that is not named here.
         kernel_name: "gaussian", "linear" or "uniform".
         len_kernel: its side in pixels, odd.
         nsig: at how many standard deviations a Gaussian ends.
@@ -691,13 +664,14 @@ class TIFGSM(_Diverse):
     random_start: bool = False
     _attack = OrthoTIFGSM
 
-    def _more(self) -> dict[str, Any]:
+    def _options(self) -> dict[str, Any]:
         check_choice("kernel_name", self.kernel_name, ("gaussian", "linear", "uniform"))
         check_count("len_kernel", size := plain(self.len_kernel))
         at = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
         linear = 1 - (2 * at / (size + 1)).abs()
         kernel = {"linear": linear / linear.sum(), "uniform": torch.full_like(at, 1 / size)}.get(self.kernel_name)
-        return {**super()._more(), "links": [smooth(gaussian(size, self.nsig) if kernel is None else kernel)]}
+        links = [smooth(gaussian(size, self.nsig) if kernel is None else kernel)]
+        return {**super()._options(), "links": links}
 
 
 class _Seeded(_Compatible):
@@ -722,28 +696,17 @@ class _Seeded(_Compatible):
         self._generator()
         super()._check()
 
-    @property
-    def _ball(self) -> tuple[Norm, float]:
-        return _NORMS[self.norm], self.eps
+    def _options(self) -> dict[str, Any]:
+        return {**super()._options(), "norm": _NORMS[self.norm]}
 
 
 @final
 class APGD(_Seeded):
-    """`orthattack.OrthoAPGD` by torchattacks' arguments.
+    """`orthattack.OrthoAPGD`, not in L1, by torchattacks' arguments.
 
     Args:
-        model: as for `PGD`, like `steps` and `scope`.
-        norm: "Linf" or "L2".
-        eps: radius in pixel units.
-        n_restarts: random starts.
-        seed: of the random starts.
         loss: "ce" or "dlr".
-        eot_iter: evaluations to average for a model that draws at random.
         rho: share of the steps in which the loss must rise for the step size to stay, in (0, 1).
-        verbose: makes no difference.
-
-    Raises:
-        ValueError: an option out of its range.
     """
 
     steps: int = 10
@@ -753,21 +716,13 @@ class APGD(_Seeded):
     eot_iter: int = 1
     rho: float = 0.75
     verbose: bool = False
+    _attack = OrthoAPGD
     _norms = ("Linf", "L2")
-
-    def _made(self, model: Model, generator: torch.Generator | None) -> Attack:
-        more: dict[str, Any] = {"eot_samples": self.eot_iter, "generator": generator, **self._shared}
-        return OrthoAPGD(model, *self._ball, self.steps, self.n_restarts, self.rho, **more)
 
 
 @final
 class APGDT(_Seeded):
-    """`APGD` with the targeted DLR loss, towards each of the `n_classes` - 1 likeliest other classes in turn.
-
-    Args:
-        model: as for `APGD`, like all that is not named here.
-        n_classes: of the model, at least 4.
-    """
+    """`APGD` with the targeted DLR loss, towards each of the `n_classes` - 1, at least 3, likeliest other classes."""
 
     steps: int = 10
     n_restarts: int = 1
@@ -777,28 +732,19 @@ class APGDT(_Seeded):
     verbose: bool = False
     n_classes: int = 10
     supported_mode = ("default",)
+    _attack = OrthoAPGD
     _norms = ("Linf", "L2")
 
-    def _made(self, model: Model, generator: torch.Generator | None) -> Attack:
+    def _options(self) -> dict[str, Any]:
         check_count("n_classes", classes := plain(self.n_classes))
-        more = {**self._shared, "loss": "dlr", "targeted": f"each{max(1, classes - 1)}", "eot_samples": self.eot_iter}
-        return OrthoAPGD(model, *self._ball, self.steps, self.n_restarts, self.rho, generator=generator, **more)
+        return {**super()._options(), "loss": "dlr", "targeted": f"each{max(1, classes - 1)}"}
 
 
 @final
 class FAB(_Seeded):
-    """`orthattack.OrthoFAB` by torchattacks' arguments.
+    """`orthattack.OrthoFAB` by torchattacks' arguments; `alpha_max`, `eta` and `beta` are as published.
 
-    Args:
-        model: as for `PGD`, like `steps` and `scope`.
-        norm: "Linf", "L2" or "L1".
-        eps: radius in pixel units.
-        n_restarts: random starts.
-        alpha_max, eta, beta: as published, 0.1, 1.05 and 0.9.
-        verbose: makes no difference.
-        seed: of the random starts.
-        multi_targeted: one class at a time, the `n_classes` - 1 likeliest others.
-        n_classes: of the model.
+    With `multi_targeted` it goes to one class at a time, the `n_classes` - 1 likeliest others.
     """
 
     steps: int = 10
@@ -811,27 +757,21 @@ class FAB(_Seeded):
     multi_targeted: bool = False
     n_classes: int = 10
     supported_mode = ("default",)
-    _fixed = {"alpha_max": 0.1, "eta": 1.05, "beta": 0.9}  # noqa: RUF012
+    _attack = OrthoFAB
+    _fixed = ("alpha_max", "eta", "beta")
 
-    def _made(self, model: Model, generator: torch.Generator | None) -> Attack:
+    def _options(self) -> dict[str, Any]:
         check_count("n_classes", classes := plain(self.n_classes))
-        targets = max(1, classes - 1) if self.multi_targeted else None
-        return OrthoFAB(model, *self._ball, self.steps, self.n_restarts, targets, generator=generator, scope=self.scope)
+        return {**super()._options(), "targets": max(1, classes - 1) if self.multi_targeted else None}
 
 
 @final
 class Square(_Seeded):
-    """`orthattack.OrthoSquare` by torchattacks' arguments.
+    """`orthattack.OrthoSquare` by torchattacks' arguments; `n_restarts`, `p_init` and `resc_schedule` are as published.
 
     Args:
-        model: as for `PGD`, like `scope`.
-        norm: "Linf", "L2" or "L1".
-        eps: radius in pixel units.
         n_queries: calls of the model per image.
-        n_restarts, p_init, resc_schedule: 1, 0.8 and True.
         loss: "margin" or "ce".
-        seed: of what is drawn.
-        verbose: makes no difference.
     """
 
     n_queries: int = 5000
@@ -841,11 +781,9 @@ class Square(_Seeded):
     resc_schedule: bool = True
     seed: int | None = 0
     verbose: bool = False
+    _attack = OrthoSquare
     _losses = ("margin", "ce")
-    _fixed = {"n_restarts": 1, "p_init": 0.8, "resc_schedule": True}  # noqa: RUF012
-
-    def _made(self, model: Model, generator: torch.Generator | None) -> Attack:
-        return OrthoSquare(model, *self._ball, self.n_queries, generator=generator, **self._shared)
+    _fixed = ("n_restarts", "p_init", "resc_schedule")
 
 
 @final
@@ -853,12 +791,8 @@ class AutoAttack(_Seeded):
     """`orthattack.OrthoAutoAttack`, of 100 iterations a part as published, not 10, by torchattacks' arguments.
 
     Args:
-        model: as for `PGD`, like `scope`.
-        norm: "Linf", "L2" or "L1".
-        eps: radius in pixel units.
         version: "standard", "plus" or "rand".
         n_classes: of the model, of which it is asked.
-        seed: of what is drawn; None: torch's global random numbers.
         verbose: print robust accuracy after each part.
     """
 
@@ -867,9 +801,5 @@ class AutoAttack(_Seeded):
     seed: int | None = None
     verbose: bool = False
     supported_mode = ("default",)
+    _attack = OrthoAutoAttack
     _draws = True
-
-    def _made(self, model: Model, generator: torch.Generator | None) -> Attack:
-        return OrthoAutoAttack(
-            model, *self._ball, version=self.version, verbose=self.verbose, generator=generator, scope=self.scope
-        )
