@@ -81,12 +81,14 @@ class _Ours(Configured):
         return _PullingDistance(self._threat)
 
     def _shown(self, **more: object) -> str:
-        options = {name: value for name, value in {**more, **self._options}.items() if name != "generator"}
-        listed = ", ".join([self._attack.__name__, *(f"{name}={_short(value)}" for name, value in options.items())])
-        return f"{type(self).__name__}({listed})"
+        """For a repr: options of this class that are not None, and those of the attack."""
+        options = {name: value for name, value in more.items() if value is not None} | self._options
+        shown = [f"{name}={_short(value)}" for name, value in options.items() if name != "generator"]
+        return f"{type(self).__name__}({', '.join([self._attack.__name__, *shown])})"
 
     def _made(self, model: Any, inputs: Any, criterion: Any, **more: object) -> tuple[Attack, Tensor, Tensor]:
         """The attack on a Foolbox model, with the images and the labels or targets to call it with."""
+        criterion = get_criterion(criterion)
         if not isinstance(inputs, ep.PyTorchTensor):
             raise ValueError(
                 f"images must be PyTorch tensors, and the model a PyTorchModel; got {type(inputs).__name__}"
@@ -177,7 +179,7 @@ class FoolboxAttack(_Ours, FixedEpsilonAttack):  # type: ignore[misc]
             self._attack(nn.Identity(), **options, alpha=rel_stepsize)  # a share has the range of a step size
 
     def __repr__(self) -> str:
-        return self._shown(**({} if self._rel_stepsize is None else {"rel_stepsize": self._rel_stepsize}))
+        return self._shown(rel_stepsize=self._rel_stepsize)
 
     def run(
         self, model: Any, inputs: T, criterion: Any, *, epsilon: float, starting_points: Any = None, **kwargs: Any
@@ -187,7 +189,7 @@ class FoolboxAttack(_Ours, FixedEpsilonAttack):  # type: ignore[misc]
         x, restore_type = ep.astensor_(inputs)
         epsilon = plain(epsilon)
         step = {} if self._rel_stepsize is None else {"alpha": self._rel_stepsize * epsilon}
-        attack, images, labels = self._made(model, x, get_criterion(criterion), eps=epsilon, **step)
+        attack, images, labels = self._made(model, x, criterion, eps=epsilon, **step)
         result = attack.run(images, labels, start=self._start(starting_points, x))
         found: T = restore_type(ep.astensor(result.adversarials))
         return found
@@ -233,19 +235,16 @@ class FoolboxMinimum(_Ours, MinimizationAttack):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         super().__init__(attack, options)
-        if (eps is None) != self._is_minimal:
-            kinds = (
-                "fills a ball: give eps, the first radius to try",
-                "looks for the smallest norm itself: leave eps out",
-            )
-            raise ValueError(f"{attack.__name__} {kinds[self._is_minimal]}")
+        if eps is None and not self._is_minimal:
+            raise ValueError(f"{attack.__name__} fills a ball: give eps, the first radius to try")
+        if eps is not None and self._is_minimal:
+            raise ValueError(f"{attack.__name__} looks for the smallest norm itself: leave eps out")
         self._eps, self._max_eps, self._trials = eps, max_eps, trials
         self._search(attack(nn.Identity(), **options, eps=max_eps if eps is None else eps))
 
     def __repr__(self) -> str:
-        first = {} if self._is_minimal else {"eps": self._eps}
-        limit = {} if self._max_eps is None else {"max_eps": self._max_eps}
-        return self._shown(**first, **limit, **({} if self._is_minimal else {"trials": self._trials}))
+        trials = None if self._is_minimal else self._trials
+        return self._shown(eps=self._eps, max_eps=self._max_eps, trials=trials)
 
     def _search(self, attack: Attack) -> Attack | Bisection:
         return attack if self._is_minimal else Bisection(attack, self._max_eps, self._trials)
@@ -270,7 +269,7 @@ class FoolboxMinimum(_Ours, MinimizationAttack):  # type: ignore[misc]
                 "attack that minimises, such as MinimumNorm"
             )
         first = self._max_eps if self._is_minimal else self._eps
-        attack, images, labels = self._made(model, x, get_criterion(criterion), eps=first)
+        attack, images, labels = self._made(model, x, criterion, eps=first)
         more: dict[str, Any] = {} if start is None else {"start": start}
         result = self._search(attack).run(images, labels, **more)
         if self._is_minimal and self._max_eps is not None and (missed := int((~result.success).sum())) > 0:
