@@ -10,47 +10,33 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from PIL import Image
 
 from orthattack.eval.data import parquet
-from orthattack.eval.data.readers import MAX_BYTES, holds_bytes, huggingface_classes, stems, the_column
-from orthattack.eval.errors import EvaluationError, first_line
-from orthattack.eval.models.preprocessing import DecodeError, decode
+from orthattack.eval.data.readers import Packed, check_size
+from orthattack.eval.models.preprocessing import DecodeError
 
 
-class Arrows:
-    """Images of Arrow files, columns as of `readers.Shards`. Labels are read at once, an image when it is asked for.
-    EvaluationError: no Arrow file of the stream format, or other columns."""
+class Arrows(Packed):
+    """Images of Arrow files of the stream format, columns as of `readers.Shards`. An image is read when it is asked
+    for."""
+
+    KIND = "an Arrow file of Hugging Face's"
+    ERRORS = (pa.ArrowException, OSError, ValueError, struct.error)
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = paths
-        self.names: list[str] = []
-        self.labels: list[int] = []
-        self.classes: tuple[tuple[str, ...], ...] | None = None
         self._starts: list[int] = []  # of each batch of rows, its first position
         self._batches: list[tuple[int, int]] = []  # of each, its file and where there it begins
         self._schemas: list[pa.Schema] = []
-        self._columns: list[str] = []  # of images, of each file
-        called = stems(paths)
-        for shard, path in enumerate(paths):
-            stem = called[shard]
-            try:
-                self._read_labels(shard, stem)
-            except (pa.ArrowException, OSError, ValueError, struct.error) as error:
-                raise EvaluationError(
-                    f"{path} cannot be read as an Arrow file of Hugging Face's ({first_line(error)})"
-                ) from error
+        self._images: list[str] = []  # the column of images, of each file
+        super().__init__(paths)
 
-    def _read_labels(self, shard: int, stem: str) -> None:
-        path, first = self._paths[shard], len(self.labels)
-        with _mapped(path) as source:
+    def _open(self, shard: int, stem: str) -> None:
+        first = len(self.labels)
+        with _mapped(self._paths[shard]) as source:
             schema = pa.ipc.read_schema(pa.ipc.MessageReader.open_stream(source).read_next_message())
-            image = the_column(schema, ("image", "img"), path, holds_bytes, "a struct with bytes, or binary")
-            label = the_column(schema, ("label", "labels", "fine_label"), path, pa.types.is_integer, "an integer")
+            image, label = self._columns(shard, schema)
             self._schemas.append(schema)
-            self._columns.append(image)
-            if shard == 0:
-                self.classes = huggingface_classes(schema, label)
+            self._images.append(image)
             while True:
                 place = source.tell()
                 batch = _read(source, schema)
@@ -58,31 +44,25 @@ class Arrows:
                     break
                 for name in (image, label):  # before anything in them is followed
                     batch.column(name).validate(full=True)
-                if batch.column(label).null_count:
-                    raise EvaluationError(f"{path}: {batch.column(label).null_count} of its rows have no {label}")
                 if len(self.labels) + batch.num_rows - first > parquet.MAX_ROWS:
                     raise ValueError(f"more than {parquet.MAX_ROWS:,} rows: write several files")
                 self._starts.append(len(self.labels))
                 self._batches.append((shard, place))
-                self.labels += batch.column(label).to_pylist()
+                self._add_labels(shard, label, batch.column(label))
         self.names += [f"{stem}/{row}" for row in range(len(self.labels) - first)]
-
-    def image(self, position: int) -> Image.Image:
-        return decode(self.content(position))
 
     def content(self, position: int) -> bytes:
         number = bisect_right(self._starts, position) - 1
         shard, place = self._batches[number]
         with _mapped(self._paths[shard]) as source:
             source.seek(place)
-            column = _read(source, self._schemas[shard]).column(self._columns[shard])
+            column = _read(source, self._schemas[shard]).column(self._images[shard])
             column = column.field("bytes") if pa.types.is_struct(column.type) else column
             value = column[position - self._starts[number]]
             if not value.is_valid:
                 raise DecodeError("the file has no bytes for it")
             data = value.as_buffer()
-            if data.size > MAX_BYTES:
-                raise DecodeError(f"an image of {data.size / 1e9:.3g} GB: too large to read safely")
+            check_size(data.size)
             return bytes(data)
 
     def size(self, position: int) -> int:

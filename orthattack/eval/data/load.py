@@ -26,7 +26,7 @@ from orthattack.eval.data.classes import (
     read_table,
 )
 from orthattack.eval.data.dataset import ImageDataset
-from orthattack.eval.data.readers import SUFFIXES, Dataset, Files, Shards, Source, find_shards
+from orthattack.eval.data.readers import SUFFIXES, Dataset, Files, Packed, Shards, Source, find_shards
 from orthattack.eval.data.tars import Tars
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.models.classifier import Classifier, checked
@@ -231,12 +231,12 @@ def _not_read(folder: Path, skipped: Counter[str]) -> tuple[str, ...]:
 
 def _data_set(data: str, classifier: Classifier, classes: Path | None) -> tuple[list[str], list[int], Source, ClassMap]:
     """Images that come with labels, and perhaps with the classes' names, of their own."""
-    source: Shards | Tars | Arrows | Dataset
+    source: Packed | Dataset
     if data.startswith(TORCHVISION):
         source = Dataset(_torchvision().open_torchvision(data), data, thread_safe=True)
     elif shards := find_shards(data):
-        ending = shards[0].suffix
-        source = Shards(shards) if ending == ".parquet" else Tars(shards) if ending == ".tar" else Arrows(shards)
+        readers: dict[str, type[Packed]] = {".parquet": Shards, ".tar": Tars}
+        source = readers.get(shards[0].suffix, Arrows)(shards)
     else:
         source = Dataset(plugin.call(data), data, thread_safe=False)
     labels = source.labels

@@ -13,11 +13,12 @@ import random
 import re
 import stat
 import threading
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -64,8 +65,7 @@ class Files:
         size = self.size(position)
         if size < 0:
             raise DecodeError("no such file")
-        if size > MAX_BYTES:
-            raise DecodeError(f"a file of {size / 1e9:.3g} GB: too large to read safely")
+        check_size(size)
         return (self._root / self._paths[position]).read_bytes()
 
     def size(self, position: int) -> int:
@@ -75,6 +75,12 @@ class Files:
         except OSError:
             return -1
         return found.st_size if stat.S_ISREG(found.st_mode) else -1
+
+
+def check_size(size: int) -> None:
+    """DecodeError: an image of so many bytes is not to be read into memory."""
+    if size > MAX_BYTES:
+        raise DecodeError(f"a file of {size / 1e9:.3g} GB: too large to read safely")
 
 
 class Dataset:
@@ -234,17 +240,62 @@ ENDINGS = {".parquet": "Parquet", ".tar": "tar", ".arrow": "Arrow"}
 _SPLITS = {"train", "test", "validation", "val"}
 
 
-class Shards:
-    """Parquet files as Hugging Face's datasets are stored: the bytes of image files beside labels.
+class Packed(ABC):
+    """Images whose files lie in a few large files, with labels, which are read at once. EvaluationError: a file that is
+    no such, or holds something else."""
 
-    Columns: ``image`` (or ``img``), a struct with ``bytes``, or binary; ``label`` (or ``labels``, ``fine_label``), an
-    integer. Labels are read at once, images a few rows at a time. EvaluationError: not Parquet, or other columns."""
+    KIND: ClassVar[str]  # what the large files are
+    ERRORS: ClassVar[tuple[type[Exception], ...]]  # of one that is none
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
         self.names: list[str] = []
         self.labels: list[int] = []
         self.classes: tuple[tuple[str, ...], ...] | None = None
+        counts = Counter(path.stem for path in paths)
+        for shard, path in enumerate(paths):
+            # In the names of its images without folder and ending, if no two are called so.
+            stem = path.stem if counts[path.stem] == 1 else path.with_suffix("").as_posix()
+            try:
+                self._open(shard, stem)
+            except self.ERRORS as error:
+                raise EvaluationError(f"{path} cannot be read as {self.KIND} ({first_line(error)})") from error
+
+    @abstractmethod
+    def _open(self, shard: int, stem: str) -> None:
+        """Add the images of a file, called after `stem`, and their labels."""
+
+    @abstractmethod
+    def content(self, position: int) -> bytes:
+        """The bytes of an image's own file."""
+
+    def image(self, position: int) -> Image.Image:
+        return decode(self.content(position))
+
+    def _columns(self, shard: int, schema: pa.Schema) -> tuple[str, str]:
+        """The names of a table's columns of images and labels; of the first file, its classes are everybody's."""
+        path = self._paths[shard]
+        image = _column(schema, ("image", "img"), path, _holds_bytes, "a struct with bytes, or binary")
+        label = _column(schema, ("label", "labels", "fine_label"), path, pa.types.is_integer, "an integer")
+        if shard == 0:
+            self.classes = _huggingface_classes(schema, label)
+        return image, label
+
+    def _add_labels(self, shard: int, name: str, column: Any) -> None:
+        if column.null_count:
+            raise EvaluationError(f"{self._paths[shard]}: {column.null_count} of its rows have no {name}")
+        self.labels += column.to_pylist()
+
+
+class Shards(Packed):
+    """Parquet files as Hugging Face's datasets are stored: the bytes of image files beside labels.
+
+    Columns: ``image`` (or ``img``), a struct with ``bytes``, or binary; ``label`` (or ``labels``, ``fine_label``), an
+    integer. Images are read a few rows at a time."""
+
+    KIND, ERRORS = "a Parquet file", (pa.ArrowException, OSError, ValueError)
+
+    def __init__(self, paths: Sequence[Path]) -> None:
         self._starts: list[int] = []  # of each row group, its first position
         self._groups: list[tuple[int, int]] = []  # of each, its shard and its number there
         self._column: list[str] = []
@@ -252,20 +303,13 @@ class Shards:
         self._cache: OrderedDict[int, bytes | None] = OrderedDict()
         self._reader: tuple[int, Iterator[bytes | None]] | None = None  # of a row group, at `_next`
         self._next = self._kept = 0  # the latter in bytes
-        called = stems(paths)
-        for shard, path in enumerate(paths):
-            stem = called[shard]
-            try:
-                self._read_labels(shard, stem)
-            except (pa.ArrowException, OSError, ValueError) as error:
-                raise EvaluationError(f"{path} cannot be read as a Parquet file ({first_line(error)})") from error
+        super().__init__(paths)
 
-    def _read_labels(self, shard: int, stem: str) -> None:
+    def _open(self, shard: int, stem: str) -> None:
         path = self._paths[shard]
         with parquet.opened(path) as file:
             schema, first = file.schema_arrow, len(self.labels)
-            image = the_column(schema, ("image", "img"), path, holds_bytes, "a struct with bytes, or binary")
-            label = the_column(schema, ("label", "labels", "fine_label"), path, pa.types.is_integer, "an integer")
+            image, label = self._columns(shard, schema)
             self._column.append(f"{image}.bytes" if pa.types.is_struct(schema.field(image).type) else image)
             position = first
             for group in range(file.num_row_groups):
@@ -275,19 +319,12 @@ class Shards:
                 for _ in parquet.page_sizes(file, path, group, [self._column[shard]]):
                     pass  # refused now rather than image by image
             for batch in parquet.batches(file, path, [label]):
-                if batch.column(0).null_count:
-                    raise EvaluationError(f"{path}: {batch.column(0).null_count} of its rows have no {label}")
-                self.labels += batch.column(0).to_pylist()
+                self._add_labels(shard, label, batch.column(0))
                 if len(self.labels) > position:
                     break
         if len(self.labels) != position:
             raise ValueError(f"{len(self.labels) - first} labels of {position - first} rows")
         self.names += [f"{stem}/{row}" for row in range(position - first)]
-        if shard == 0:
-            self.classes = huggingface_classes(schema, label)
-
-    def image(self, position: int) -> Image.Image:
-        return decode(self.content(position))
 
     def content(self, position: int) -> bytes:
         with self._lock:
@@ -338,13 +375,7 @@ class Shards:
         return bisect_right(self._starts, position) - 1
 
 
-def stems(paths: Sequence[Path]) -> list[str]:
-    """What files are called in the names of their images: without folder and ending, if no two are called so."""
-    counts = Counter(path.stem for path in paths)
-    return [path.stem if counts[path.stem] == 1 else path.with_suffix("").as_posix() for path in paths]
-
-
-def the_column(schema: pa.Schema, names: Sequence[str], path: Path, fits: Any, what: str) -> str:
+def _column(schema: pa.Schema, names: Sequence[str], path: Path, fits: Any, what: str) -> str:
     """The first of those names that a table has. EvaluationError: none, or of another type than what `fits`."""
     name = next((name for name in names if name in schema.names), None)
     if name is None:
@@ -354,15 +385,15 @@ def the_column(schema: pa.Schema, names: Sequence[str], path: Path, fits: Any, w
     return name
 
 
-def holds_bytes(kind: pa.DataType) -> bool:
+def _holds_bytes(kind: pa.DataType) -> bool:
     """Whether a column has the bytes of files, or a struct with them."""
     if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and holds_bytes(kind.field("bytes").type)
+        return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def huggingface_classes(schema: pa.Schema, label: str) -> tuple[tuple[str, ...], ...] | None:
-    """The names of the classes, where a table of Hugging Face\'s has them."""
+def _huggingface_classes(schema: pa.Schema, label: str) -> tuple[tuple[str, ...], ...] | None:
+    """The names of the classes, where a table of Hugging Face's has them."""
     try:
         names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][label]["names"]
         return tuple((str(name),) for name in names) or None

@@ -10,11 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from orthattack.eval.data.readers import MAX_BYTES, SUFFIXES, stems
-from orthattack.eval.errors import EvaluationError, first_line
-from orthattack.eval.models.preprocessing import DecodeError, decode
+from orthattack.eval.data.readers import SUFFIXES, Packed, check_size
+from orthattack.eval.errors import EvaluationError
+from orthattack.eval.models.preprocessing import DecodeError
 
 _MAX_MEMBERS = 3_000_000
 _MAX_READ = 2**20  # bytes at once, of headers and labels
@@ -30,26 +28,17 @@ class _Headers(io.FileIO):
         return super().read(size) or b""
 
 
-class Tars:
-    """Images of tar files: where each lies is found at once, its bytes are read when asked for. EvaluationError: no
-    tar file, an image without a label or with two, or two images of one key."""
+class Tars(Packed):
+    """Images of tar files: where each lies is found at once, its bytes are read when asked for. EvaluationError: an
+    image without a label or with two, or two images of one key."""
 
-    classes = None
+    KIND, ERRORS = "a tar file", (tarfile.TarError, OSError, ValueError, RecursionError)
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = paths
         self._places: list[tuple[int, int, int]] = []  # of each image, its file, and where there it begins and its size
-        self.names: list[str] = []
-        self.labels: list[int] = []
-        called = stems(paths)
-        for shard, path in enumerate(paths):
-            stem = called[shard]
-            try:
-                self._read_headers(shard, stem)
-            except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
-                raise EvaluationError(f"{path} cannot be read as a tar file ({first_line(error)})") from error
+        super().__init__(paths)
 
-    def _read_headers(self, shard: int, stem: str) -> None:
+    def _open(self, shard: int, stem: str) -> None:
         images: dict[str, tuple[int, int]] = {}
         labels: dict[str, int] = {}
         path = self._paths[shard]
@@ -75,13 +64,9 @@ class Tars:
             self.names.append(f"{stem}/{key}")
             self.labels.append(labels[key])
 
-    def image(self, position: int) -> Image.Image:
-        return decode(self.content(position))
-
     def content(self, position: int) -> bytes:
         shard, start, size = self._places[position]
-        if size > MAX_BYTES:
-            raise DecodeError(f"a file of {size / 1e9:.3g} GB: too large to read safely")
+        check_size(size)
         with self._paths[shard].open("rb") as stream:
             stream.seek(start)
             data = stream.read(size)
