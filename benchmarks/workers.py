@@ -31,7 +31,7 @@ import torch
 from benchmarks.stored import Row
 from orthattack.eval.running.chunk import Done
 from orthattack.eval.running.plan import Plan, Unit
-from orthattack.eval.running.progress import Unwatched, Watch
+from orthattack.eval.running.progress import Watch
 from orthattack.eval.running.ray import Crew, RayWorker, ray_crew, seat
 from orthattack.eval.running.run import run_suite, suite_inputs
 from orthattack.eval.running.worker import Worker
@@ -229,7 +229,7 @@ def driver_rows(workers: int, sleep: float, sleeping: int) -> list[Row]:
             slots = iter([Slot(stubs[k % RAY_WORKERS], pause) for k in range(workers)])
             crew = Crew(ray, workers, "cpu", lambda slots=slots: next(slots))  # type: ignore[misc]
             start, cpu = time.perf_counter(), time.process_time()
-            crew(some, plan, Unwatched(), print)
+            crew(some, plan, Watch(), print)
             wall, cpu = time.perf_counter() - start, time.process_time() - cpu
             ideal = pause * -(-len(some) // workers)
             rows.append(

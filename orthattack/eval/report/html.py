@@ -92,11 +92,12 @@ def _context(run: Run) -> dict[str, Any]:
     data |= {"images": images, "classes": _classes(run), "worst": WORST}
     data["targeted"] = run.targets is not None
     data["families"] = list(plots.families(run.attacks).values())
-    columns, seen = tables.leaderboard(run.norm, rows), tables.detection_rows(run)
+    columns, seen = tables.leaderboard(run.norm, rows), tables.with_eps(run.detection(), run.norm)
     for row in seen:
         row |= {"model_index": models.index(row["model"]), "eps_index": run.radii.index(row["eps"])}
     return {
         "run": run,
+        "tables": tables,
         "shown": len(cards),
         "norm": NORMS.get(run.norm, run.norm),
         "others": [{"name": NORMS.get(norm, norm), "file": _file(run, norm)} for norm in run.other_norms],
@@ -111,18 +112,13 @@ def _context(run: Run) -> dict[str, Any]:
         "worst_rows": [row for row in rows if row["attack"] == WORST],
         "accuracy": {model: run.clean_accuracy(model) for model in models},
         "paired": paired,
-        "paired_columns": tables.paired(run.norm),
         "taken": [] if run.targets is None else tables.taken_rows(run, 5),
-        "taken_columns": tables.TAKEN,
         "transfer": _matrices(run),
         "transferred": tables.transferred(run)[1:],
-        "success": tables.SUCCESS,
         "judges": list(run.judges()),
         "detection": seen,
-        "detection_columns": tables.DETECTION,
         "detected": tables.detected(run, seen),
         "optimality": tables.optimality_rows(run),
-        "optimality_columns": tables.OPTIMALITY,
         "by_eps": {model: _by_eps(run, model, look, unit) for model in models},
         "by_calls": _by_calls(run, table, look),
         "gradients": {m: Markup(plots.cosine_histogram(run.gradient_cosines(m))) for m in models},  # noqa: S704
@@ -188,7 +184,7 @@ def _by_eps(run: Run, model: str, look: dict[str, plots.Style], unit: tuple[floa
 def _matrices(run: Run) -> list[dict[str, Any]]:
     """Per attack and radius how often the images of each source fool each target, by source and target."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in tables.transfer_rows(run):
+    for row in tables.with_eps(run.transfer(), run.norm):
         empty: dict[str, Any] = {"attack": row["attack"], "eps": row["shown_eps"], "cells": {}}
         place = found.setdefault((row["attack"], row["shown_eps"]), empty)
         place["e"] = "" if row["eps"] is None else run.radii.index(row["eps"])

@@ -11,6 +11,8 @@ from itertools import groupby, islice
 from operator import itemgetter
 from typing import Any
 
+import pandas as pd
+
 from orthattack.eval.results.comparison import CLEAN
 from orthattack.eval.results.outcomes import records
 from orthattack.eval.results.stored_run import WORST, Run
@@ -79,10 +81,15 @@ class Column:
         return f"{self.text(row)} {self.interval(row)}".rstrip()
 
 
+def share(head: str, key: str) -> Column:
+    """A column of shares, as `outcomes.rate_columns` has them."""
+    return Column(head, key, percent, (f"{key}_low", f"{key}_high"))
+
+
 MODEL, ATTACK, N = Column("model", "model"), Column("attack", "attack"), Column("n", "n", _count, first="descending")
 P = Column("p", "p", partial(number, ".2g"))
 DIFFERENCE = Column("difference [95 %]", "difference", points, ("low", "high"))
-SUCCESS = Column("success [95 %]", "success_rate", percent, ("success_rate_low", "success_rate_high"))
+SUCCESS = share("success [95 %]", "success_rate")
 
 
 def leaderboard(norm: str, rows: Iterable[Row]) -> dict[str, Column]:
@@ -90,7 +97,7 @@ def leaderboard(norm: str, rows: Iterable[Row]) -> dict[str, Column]:
     small = partial(number, ".1e")
     columns = [
         ATTACK, MODEL,
-        Column("robust accuracy [95 %]", "robust_accuracy", percent, ("robust_accuracy_low", "robust_accuracy_high")),
+        share("robust accuracy [95 %]", "robust_accuracy"),
         Column("n", "scored", _count, title="images scored", first="descending"),
         Column("not scored", "left_out", _count, first="descending"), _eps(norm),
         Column("success", "success_rate", percent, first="descending"),
@@ -134,8 +141,7 @@ TRANSFER = [ATTACK, Column("eps", "shown_eps"), Column("source", "source"), Colu
 DETECTION = [
     ATTACK, MODEL, Column("eps", "shown_eps"), Column("FPR", "false_positive_rate", percent), N,
     Column("fooled", "fooled", _count, first="descending"),
-    *(Column(f"{what} [95 %]", f"{what}_share", percent, (f"{what}_share_low", f"{what}_share_high"))
-      for what in ("detected", "evaded")),
+    share("detected [95 %]", "detected_share"), share("evaded [95 %]", "evaded_share"),
 ]  # fmt: skip
 OPTIMALITY = [ATTACK, MODEL, Column("n", "images", _count), Column("optimality", "local", percent)]
 
@@ -171,14 +177,10 @@ def taken_rows(run: Run, most: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def transfer_rows(run: Run) -> list[dict[str, Any]]:
-    """The rows of `Run.transfer`, with their radii as text."""
-    return [{**row, "shown_eps": shown_eps(row["eps"], run.norm)} for row in records(run.transfer())]
-
-
-def detection_rows(run: Run) -> list[dict[str, Any]]:
-    """The rows of `Run.detection`, with their radii as text."""
-    return [{**row, "shown_eps": shown_eps(row["eps"], run.norm)} for row in records(run.detection())]
+def with_eps(table: pd.DataFrame, norm: str) -> list[dict[str, Any]]:
+    """The rows of a table, with their radii as text, which clean images have none of."""
+    rows = records(table)
+    return [{**row, "shown_eps": "" if row["attack"] == CLEAN else shown_eps(row["eps"], norm)} for row in rows]
 
 
 def detected(run: Run, rows: Iterable[Row]) -> list[str]:
@@ -206,12 +208,6 @@ def transferred(run: Run) -> list[str]:
         "image fools the target",
         *["early stop: what was left at its first success transfers worse than after all steps"] * stopped,
     ]
-
-
-def compared_rows(table: Any, norm: str) -> list[dict[str, Any]]:
-    """The rows of `comparison.compared`, with their radii as text, which the clean images have none of."""
-    rows = records(table)
-    return [{**row, "shown_eps": "" if row["attack"] == CLEAN else shown_eps(row["eps"], norm)} for row in rows]
 
 
 _QUERIES = "queries (n): evaluations of the model until an image's first success, median of the n fooled images"

@@ -18,9 +18,9 @@ import pandas as pd
 
 from orthattack.eval.errors import EvaluationError, printable
 from orthattack.eval.report import table as tables
-from orthattack.eval.report.table import NORMS, OPTIMALITY, Column, Row, grid
+from orthattack.eval.report.table import NORMS, Column, Row, grid, share, with_eps
 from orthattack.eval.results.comparison import CLEAN, compared, differences
-from orthattack.eval.results.outcomes import by_cause, cause, records
+from orthattack.eval.results.outcomes import by_cause, cause, rate_columns, records
 from orthattack.eval.results.rates import Rate, defined
 from orthattack.eval.results.stored_run import FREQUENT, WORST, Run
 from orthattack.eval.storage.run_folder import RunFolder, shown_eps
@@ -116,11 +116,11 @@ def leaderboard_table(*views: Run) -> str:
             own = [row for row in rows if row["model"] == model]
             parts += [
                 "",
-                *_folded(_ascii(f"{model}: {_clean(run, model)}"), _columns()),
+                *_folded(_ascii(f"{model}: {_accuracy(run.clean_accuracy(model))}"), _columns()),
                 _laid_out(columns, widths, own),
             ]
         legend |= dict.fromkeys([*_notes(run), *tables.promised(run, rows)])
-        if seen := tables.detection_rows(run):
+        if seen := with_eps(run.detection(), run.norm):
             parts += ["", _laid_out(*_fitted(tables.DETECTION, seen), seen)]
             legend |= dict.fromkeys(tables.detected(run, seen))
         beware |= dict.fromkeys(_beware(run, rows))
@@ -139,18 +139,11 @@ def _notes(run: Run) -> list[str]:
     return [*defined(run.targets, run.queries), *notes]
 
 
-def _clean(run: Run, model: str) -> str:
-    return _accuracy(run.clean_accuracy(model))
-
-
 def _accuracy(rate: Rate) -> str:
-    shown = Column("", "accuracy", tables.percent, ("low", "high")).cell(_shares(rate))
-    return f"clean accuracy {shown} of {rate.total} images"
+    return f"clean accuracy {_ACCURACY.cell(rate_columns('accuracy', rate))} of {rate.total} images"
 
 
-def _shares(rate: Rate) -> dict[str, float | None]:
-    low, high = rate.interval() or (None, None)
-    return {"accuracy": rate.value, "low": low, "high": high}
+_ACCURACY = share("accuracy [95 %]", "accuracy")
 
 
 def _state(run: Run) -> str:
@@ -298,20 +291,20 @@ def markdown(run: Run) -> str:
     keys = ["median_queries"] * ("median_queries" in known)
     columns += [tables.SUCCESS, *(known[k] for k in (*keys, *_MEASURED, "left_out"))]
     for model in run.models:
-        own = [row for row in rows if row["model"] == model]
-        lines += [f"## {_md(model)}", "", f"{_clean(run, model).capitalize()}.", "", _pipes(columns, own), ""]
+        own, accuracy = [row for row in rows if row["model"] == model], _accuracy(run.clean_accuracy(model))
+        lines += [f"## {_md(model)}", "", f"{accuracy.capitalize()}.", "", _pipes(columns, own), ""]
     if beside := records(run.paired()):
         pairs = tables.paired(run.norm)
         keys = ["eps", "model", "attack", "baseline", "n", "difference", *(k for k in pairs if "alone" in k), "p"]
         lines += ["## Beside the baselines", "", _pipes([pairs[key] for key in keys], beside), ""]
     if run.targets is not None:
         lines += ["## Taken for", "", _pipes(tables.TAKEN, tables.taken_rows(run, 5)), ""]
-    if seen := tables.detection_rows(run):
+    if seen := with_eps(run.detection(), run.norm):
         notes = "; ".join(map(_md, tables.detected(run, seen)))
         lines += ["## Detection", "", f"{notes}.", "", _pipes(tables.DETECTION, seen), ""]
     if optimal := tables.optimality_rows(run):
-        lines += ["## Optimality (arXiv:2404.19460)", "", _pipes(OPTIMALITY, optimal), ""]
-    if moved := tables.transfer_rows(run):
+        lines += ["## Optimality (arXiv:2404.19460)", "", _pipes(tables.OPTIMALITY, optimal), ""]
+    if moved := with_eps(run.transfer(), run.norm):
         lines += ["## Transfer", "", f"{'; '.join(tables.transferred(run))}.", "", _pipes(tables.TRANSFER, moved), ""]
     lines += [f"- {_md(note)}" for note in [*_notes(run), *tables.promised(run, rows), *_beware(run, rows)]]
     return "\n".join(lines) + "\n"
@@ -321,7 +314,7 @@ def transfer_table(run: Run) -> str:
     """Which model's adversarial images fool which other, for the terminal."""
     parts = []
     for view in (run, *map(run.in_norm, run.other_norms)):
-        if rows := tables.transfer_rows(view):
+        if rows := with_eps(view.transfer(), view.norm):
             parts += [f"norm {view.norm}", _laid_out(*_fitted(tables.TRANSFER, rows), rows), ""]
     return "\n".join([*parts, *(line for text in tables.transferred(run) for line in _wrapped(text))])
 
@@ -329,7 +322,7 @@ def transfer_table(run: Run) -> str:
 def compare(first: Run, second: Run, *, as_markdown: bool = False) -> str:
     """Two runs on the same images, attack by attack, and what differs in how they were made. EvaluationError: where
     they cannot be compared, see `compared`."""
-    columns, rows = tables.COMPARED, tables.compared_rows(compared(first, second), first.norm)
+    columns, rows = tables.COMPARED, with_eps(compared(first, second), first.norm)
     texts = [
         *(
             ": ".join([which, *([*run.models] if len(run.models) == 1 else []), str(run.folder)])
@@ -360,11 +353,8 @@ def clean_text(found: Clean) -> str:
     for label, rate in sorted(rates.items(), key=lambda item: item[1].value or 0.0):
         other = found.taken_for(label)
         name = "" if other is None else found.name(other)
-        rows.append({"model": found.name(label), "attack": name, "n": rate.total, **_shares(rate)})
-    columns = [
-        Column("class", "model"), Column("taken for", "attack"), tables.N,
-        Column("accuracy [95 %]", "accuracy", tables.percent, ("low", "high")),
-    ]  # fmt: skip
+        rows.append({"model": found.name(label), "attack": name, "n": rate.total, **rate_columns("accuracy", rate)})
+    columns = [Column("class", "model"), Column("taken for", "attack"), tables.N, _ACCURACY]
     shown = rows[:_CLASSES]
     lines = [f"{len(rows) - len(shown)} more classes, none lower"] if len(shown) < len(rows) else []
     lines += [f"left out: {count} x {reason}" for reason, count in by_cause(found.left_out.items()).items()]

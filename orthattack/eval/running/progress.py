@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
@@ -25,8 +25,8 @@ def shown(entry: Entry) -> str:
     return f"{entry.label} at {shown_eps(entry.eps, entry.norm)}"
 
 
-class Watch(Protocol):
-    """Who is told how a run goes."""
+class Watch:
+    """Who is told how a run goes; this one shows it to nobody."""
 
     def begin(self, model: str, what: str) -> None:
         """That a model is at something now."""
@@ -38,17 +38,7 @@ class Watch(Protocol):
         """How far an attack of a unit, by its place in `Plan.entries`, is."""
 
 
-class Unwatched:
-    """A `Watch` that nobody sees."""
-
-    def begin(self, model: str, what: str) -> None: ...
-
-    def step(self, step: str) -> None: ...
-
-    def done(self, unit: Unit, which: int, done: Done) -> None: ...
-
-
-class Progress:
+class Progress(Watch):
     """A `Watch` that shows, while it is entered, images attacked, the session's rate, and what is worked on."""
 
     def __init__(self, plan: Plan, todo: Todo, shown: bool) -> None:

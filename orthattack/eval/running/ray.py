@@ -137,7 +137,7 @@ class RayWorker:
         return watch.found, said
 
 
-class Telling:
+class Telling(Watch):
     """A `Watch` that keeps what came last, and tells how far its unit is, at most once in `_TICK`."""
 
     def __init__(self, unit: Unit, tell: Callable[..., object]) -> None:

@@ -20,7 +20,7 @@ from orthattack.eval.models.classifier import Classifier
 from orthattack.eval.running.chunk import Bound, Job, Part
 from orthattack.eval.running.detector import Detector
 from orthattack.eval.running.plan import Plan, Unit
-from orthattack.eval.running.progress import Unwatched, Watch, shown
+from orthattack.eval.running.progress import Watch, shown
 from orthattack.eval.running.targets import Targets
 from orthattack.eval.storage.run_folder import Shard
 from orthattack.eval.suite import Entry
@@ -57,10 +57,9 @@ class Worker:
         self._decoder: Decoder | None = None
         self._bounds: dict[int, Bound] = {}
 
-    def do(self, unit: Unit, following: Unit | None = None, watch: Watch | None = None) -> None:
+    def do(self, unit: Unit, following: Unit | None, watch: Watch) -> None:
         """Do a unit, while somebody watches; what is finished of it is stored at once. Images of `following`, what will
         probably be next, are decoded meanwhile."""
-        watch = watch or Unwatched()
         watch.begin(unit.model, "loading")
         job, decoder = self._ready(unit.model)
         job.step = watch.step
