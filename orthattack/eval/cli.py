@@ -413,7 +413,9 @@ def _models(options: argparse.Namespace) -> int:
         if options.pattern.casefold() in model["name"].casefold()
     ]
     print(tabulate(rows, ["model", "from", "pixels", "--weights (* by default)"], "simple"))
-    return 0 if rows else _nothing(options.pattern)
+    if not rows:
+        raise EvaluationError(f"nothing has {options.pattern!r} in its name")
+    return 0
 
 
 def _weights(model: dict[str, Any]) -> list[str]:
@@ -443,15 +445,11 @@ def _attacks(options: argparse.Namespace) -> int:
     if any(":" not in row[0] for row in rows):
         print(f"\nOurs have in common: {', '.join(f'{key}={value}' for key, value in shared.items())}")
     if not rows and options.pattern.casefold().startswith("torchattacks") and not find_spec("torchattacks"):
-        print("orthattack: torchattacks is not installed: pip install 'orthattack[torchattacks]'", file=sys.stderr)
-        return 2
-    return 0 if rows else _nothing(options.pattern)
+        raise EvaluationError("torchattacks is not installed: pip install 'orthattack[torchattacks]'")
+    if not rows:
+        raise EvaluationError(f"nothing has {options.pattern!r} in its name")
+    return 0
 
 
 def _short(value: object) -> object:
     return f"{value:.4g}" if isinstance(value, float) else value
-
-
-def _nothing(pattern: str) -> int:
-    print(f"orthattack: nothing has {pattern!r} in its name", file=sys.stderr)
-    return 2

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from orthattack.eval.errors import FAILURES, EvaluationError, first_line
+from orthattack.eval.errors import FAILURES, EvaluationError, told
 
 
 @contextmanager
@@ -49,16 +49,13 @@ def find(name: str) -> Callable[..., object]:
     importlib.invalidate_caches()
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
-            raise EvaluationError(
-                f"{name}: there is no module {error.name} on sys.path or in the current directory {here}"
-            ) from error
-        raise EvaluationError(f"{name}: importing {module_name} failed ({first_line(error)})") from error
     except FAILURES as error:  # of whatever the module does when imported
-        raise EvaluationError(
-            f"{name}: importing {module_name} failed ({type(error).__name__}: {first_line(error)})"
-        ) from error
+        missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and f"{module_name}.".startswith(f"{missing}."):
+            why = f"there is no module {missing} on sys.path or in the current directory {here}"
+        else:
+            why = f"importing {module_name} failed ({told(error)})"
+        raise EvaluationError(f"{name}: {why}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         what = "no function" if function is None else f"a {type(function).__name__}, not a function, called"
@@ -73,4 +70,4 @@ def call(name: str) -> object:
     try:
         return function()
     except FAILURES as error:  # of whatever the function does
-        raise EvaluationError(f"{name}() failed ({type(error).__name__}: {first_line(error)})") from error
+        raise EvaluationError(f"{name}() failed ({told(error)})") from error

@@ -126,15 +126,13 @@ def _is_code(option: object) -> bool:
 
 
 def _own(kind: Any, options: Mapping[str, Any], model: nn.Module, conditions: Conditions) -> Attack:
-    more = dict(options)
-    if "steps" in inspect.signature(kind).parameters:
+    more, known = {**options, "generator": torch.Generator().manual_seed(0)}, options_of(kind)
+    if "steps" in known:
         more.setdefault("steps", conditions.steps)
-    if conditions.queries is not None and "queries" in inspect.signature(kind).parameters:
+    if conditions.queries is not None and "queries" in known:
         more.setdefault("queries", conditions.queries)
     if conditions.levels is not None:
         more["levels"] = conditions.levels
-    if _takes_generator(kind):
-        more["generator"] = torch.Generator().manual_seed(0)
     if conditions.targeted:
         more["targeted"] = True
     if conditions.on_step is not None:
@@ -143,11 +141,6 @@ def _own(kind: Any, options: Mapping[str, Any], model: nn.Module, conditions: Co
         more.setdefault("early_stop", True)
     attack: Attack = kind(model, norm=conditions.norm, eps=conditions.eps, **more)
     return attack
-
-
-def _takes_generator(kind: Any) -> bool:
-    parameters = inspect.signature(kind).parameters.values()
-    return any(p.name == "generator" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 _BISECTION = ("attack", "trials", "max_eps")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from orthattack.eval.attacks.kind import AttackKind
 from orthattack.eval.attacks.load import attack_kind
-from orthattack.eval.suite import Entry, Suite
-from orthattack.threat import Norm
+from orthattack.eval.suite import AttackSpec, Entry, Suite
 from orthattack.threat.norms import BALLS
 
 TRANSFER = "transfer from "
@@ -21,34 +19,30 @@ SAVED = "saved images of "
 QUERIES = 200  # evaluations per image of the query-based probe
 
 
-@dataclass(frozen=True)
-class Probe:
-    """A short attack of the checks."""
-
-    label: str
-    kind: AttackKind
-    eps: float
-
-
-def probes(norm: Norm, eps: Sequence[float], steps: int, size: int) -> list[Probe]:
+def probes(suite: Suite, size: int) -> list[Entry]:
     """The attacks of the checks, at the middle one of the radii, for a model whose square input has `size` pixels; none
     in L0, where PGD has no step."""
-    radius = sorted(eps)[len(eps) // 2]
-    everything = 0.5 * BALLS[norm].of_ones(3 * size * size)
+    steps, norm, radius = suite.steps, suite.norm, sorted(suite.eps)[len(suite.eps) // 2]
+    if not suite.checks or radius == 0:
+        return []
 
     def pgd(**options: Any) -> AttackKind:
         return attack_kind("PGD", {"steps": steps, "early_stop": True, **options})
 
-    found = [
-        Probe("one step", attack_kind("FGSM"), radius),
-        Probe("PGD", pgd(), radius),
-        Probe("PGD, 4 times the steps", pgd(steps=4 * steps), radius),
-        Probe("PGD, 3 restarts", pgd(restarts=3), radius),
-        Probe("PGD, twice the radius", pgd(), 2 * radius),
-        Probe("PGD, any image", pgd(), everything),
-        Probe("queries only", attack_kind("Square", {"queries": QUERIES, "early_stop": True}), radius),
+    found = {
+        "one step": (attack_kind("FGSM"), radius),
+        "PGD": (pgd(), radius),
+        "PGD, 4 times the steps": (pgd(steps=4 * steps), radius),
+        "PGD, 3 restarts": (pgd(restarts=3), radius),
+        "PGD, twice the radius": (pgd(), 2 * radius),
+        "PGD, any image": (pgd(), 0.5 * BALLS[norm].of_ones(3 * size * size)),
+        "queries only": (attack_kind("Square", {"queries": QUERIES, "early_stop": True}), radius),
+    }
+    return [
+        Entry(AttackSpec(name=kind.name, label=label), kind, norm, eps, 0, label, early_stop=bool(kind.early_stop))
+        for label, (kind, eps) in found.items()
+        if norm in kind.norms
     ]
-    return [probe for probe in found if radius > 0 and norm in probe.kind.norms]
 
 
 def planned_probes(
@@ -58,7 +52,7 @@ def planned_probes(
     exact = [entry for entry in entries if entry.levels and suite.save_images != "none"]
     found: list[dict[str, Any]] = []
     for model in models:
-        planned = probes(suite.norm, suite.eps, suite.steps, model["preprocessing"]["crop"])
+        planned = probes(suite, model["preprocessing"]["crop"])
         found += [{"model": model["label"], "label": probe.label, "eps": probe.eps} for probe in planned]
         others = [other["label"] for other in models if other is not model and _comparable(model, other)]
         eps = next((probe.eps for probe in planned if probe.label == "PGD"), None)

@@ -7,10 +7,8 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -44,7 +42,9 @@ def check_data(data: str) -> None:
     if data in SAMPLES or (plugin.is_plugin(data) and not data.startswith(TORCHVISION)):
         return
     if data.startswith(TORCHVISION):
-        _torchvision().check_torchvision(data)
+        from orthattack.eval.data.torchvision import check_torchvision  # takes seconds
+
+        check_torchvision(data)
     elif not find_shards(data) and not os.path.isdir(data):  # noqa: PTH112 - pathlib's raises where a name is too long
         problem = "is a file, not a folder" if os.path.isfile(data) else "does not exist"  # noqa: PTH113
         raise EvaluationError(
@@ -54,7 +54,7 @@ def check_data(data: str) -> None:
 
 
 def load_dataset(
-    data: str, classifier: Classifier, labels: Path | None = None, classes: Path | str | None = None
+    data: str, classifier: Classifier, labels: Path | str | None = None, classes: Path | str | None = None
 ) -> ImageDataset:
     """Find the images and their classes among the classifier's.
 
@@ -83,6 +83,7 @@ def load_dataset(
     """
     if classifier.num_classes == 0:
         classifier = checked(classifier)
+    labels = None if labels is None else Path(labels)
     table, order = _class_order(data, labels, classes)
     source: Source
     notes: tuple[str, ...] = ()
@@ -133,11 +134,6 @@ def _class_order(data: str, labels: Path | None, classes: Path | str | None) -> 
     if table is not None and not os.path.exists(table) and "." not in table.name:  # noqa: PTH110
         raise EvaluationError(f"--classes {table} is neither text nor numbers, an order of class folders, nor a file")
     return table, None
-
-
-def _torchvision() -> Any:
-    """Imported on first use: it takes seconds."""
-    return import_module("orthattack.eval.data.torchvision")
 
 
 def _foolbox_samples(data: str) -> tuple[list[str], list[int], Files]:
@@ -233,7 +229,9 @@ def _data_set(data: str, classifier: Classifier, classes: Path | None) -> tuple[
     """Images that come with labels, and perhaps with the classes' names, of their own."""
     source: Packed | Dataset
     if data.startswith(TORCHVISION):
-        source = Dataset(_torchvision().open_torchvision(data), data, thread_safe=True)
+        from orthattack.eval.data.torchvision import open_torchvision
+
+        source = Dataset(open_torchvision(data), data, thread_safe=True)
     elif shards := find_shards(data):
         readers: dict[str, type[Packed]] = {".parquet": Shards, ".tar": Tars}
         source = readers.get(shards[0].suffix, Arrows)(shards)

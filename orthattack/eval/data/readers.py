@@ -240,7 +240,7 @@ ENDINGS = {".parquet": "Parquet", ".tar": "tar", ".arrow": "Arrow"}
 _SPLITS = {"train", "test", "validation", "val"}
 
 
-class Packed(ABC):
+class Packed(Source, ABC):
     """Images whose files lie in a few large files, with labels, which are read at once. EvaluationError: a file that is
     no such, or holds something else."""
 
@@ -264,10 +264,6 @@ class Packed(ABC):
     @abstractmethod
     def _open(self, shard: int, stem: str) -> None:
         """Add the images of a file, called after `stem`, and their labels."""
-
-    @abstractmethod
-    def content(self, position: int) -> bytes:
-        """The bytes of an image's own file."""
 
     def image(self, position: int) -> Image.Image:
         return decode(self.content(position))

@@ -319,7 +319,7 @@ def transfer_table(run: Run) -> str:
     return "\n".join([*parts, *(line for text in tables.transferred(run) for line in _wrapped(text))])
 
 
-def compare(first: Run, second: Run, *, as_markdown: bool = False) -> str:
+def compare(first: Run, second: Run) -> str:
     """Two runs on the same images, attack by attack, and what differs in how they were made. EvaluationError: where
     they cannot be compared, see `compared`."""
     columns, rows = tables.COMPARED, with_eps(compared(first, second), first.norm)
@@ -338,9 +338,6 @@ def compare(first: Run, second: Run, *, as_markdown: bool = False) -> str:
         ),
     ]
     alike = differences(first, second) or ["nothing"]
-    if as_markdown:
-        parts = [*(f"- {_md(text)}" for text in texts), "", _pipes(columns, rows), "", "What differs:", ""]
-        return "\n".join([*parts, *(f"- {_md(text)}" for text in alike)]) + "\n"
     lines = [*map(_ascii, texts[:2]), *(line for text in texts[2:] for line in _wrapped(text))]
     parts = [_laid_out(*_fitted(columns, rows), rows), "", *lines, "", "what differs:"]
     return "\n".join([*parts, *(f"  {line}" for text in alike for line in textwrap.wrap(_ascii(text), _columns() - 2))])

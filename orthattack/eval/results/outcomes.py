@@ -202,11 +202,6 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     return rows
 
 
-def defined(value: float | None) -> float | None:
-    """A number of a table, None where it is NaN."""
-    return None if value is None or math.isnan(value) else value
-
-
 def is_(column: pd.Series[Any], value: str) -> NDArray[np.bool_]:
     """Where a column of text has that value."""
     return bools(column == value)

@@ -10,7 +10,7 @@ from orthattack.eval.checks.probes import SAVED, TRANSFER, probes
 from orthattack.eval.data.dataset import evenly
 from orthattack.eval.storage.lock import Share
 from orthattack.eval.storage.run_folder import RunFolder, Shard
-from orthattack.eval.suite import AttackSpec, Entry, Suite
+from orthattack.eval.suite import Entry, Suite
 from orthattack.threat import ThreatModel
 
 GALLERY = 24  # how many images' adversarials are kept for the report
@@ -70,24 +70,8 @@ class Plan:
     def __post_init__(self) -> None:
         models = self.manifest["models"]
         object.__setattr__(self, "_counts", {model["label"]: int(model["data"]["images"]) for model in models})
-        object.__setattr__(self, "probes", {model["label"]: self._probes(model) for model in models})
-
-    def _probes(self, model: Mapping[str, Any]) -> list[Entry]:
-        suite = self.suite
-        if not suite.checks:
-            return []
-        return [
-            Entry(
-                AttackSpec(name=probe.kind.name, label=probe.label),
-                probe.kind,
-                suite.norm,
-                probe.eps,
-                0,
-                probe.label,
-                early_stop=bool(probe.kind.early_stop),
-            )
-            for probe in probes(suite.norm, suite.eps, suite.steps, model["preprocessing"]["crop"])
-        ]
+        planned = {model["label"]: probes(self.suite, model["preprocessing"]["crop"]) for model in models}
+        object.__setattr__(self, "probes", planned)
 
     def positions(self, unit: Unit) -> Sequence[int]:
         """The images of a unit."""

@@ -77,7 +77,7 @@ def suite_inputs(
         classes = model.num_classes, None if model.classes is None else tuple(model.classes)
         if classes not in listed:
             data = suite.data
-            found = load_dataset(data.source, model, _path(data.labels), _path(data.classes))
+            found = load_dataset(data.source, model, data.labels, data.classes)
             if data.subset is not None:
                 found = found.subset(read_names(Path(data.subset)))
             listed[classes] = found.limited(data.limit)
@@ -93,10 +93,6 @@ def suite_inputs(
 
     kinds = suite.kinds() if kinds is None else kinds
     return Inputs(classifier, opened, kinds, None if make is None else partial(detecting, make))
-
-
-def _path(name: str | None) -> Path | None:
-    return None if name is None else Path(name)
 
 
 class Engine(Protocol):
@@ -290,11 +286,17 @@ def _everything(plan: Plan, share: Share | None, engine: Engine, progress: bool,
             say(f"resuming: {found:,} of {todo.total:,} results kept")
         with Progress(plan, todo, progress) as watch:
             engine(todo.units, plan, watch, say)
-            if share is not None and not _is_ready(plan):
-                return "part"
+            if share is not None:
+                with plan.folder.at_once():
+                    is_ready = plan.is_ready_for_last()
+                if not is_ready:
+                    return "part"
             _compact(plan, say)
-            if plan.suite.checks and (last := _left(plan)):
-                engine(last, plan, watch, say)
+            if plan.suite.checks:
+                with plan.folder.at_once():
+                    last = plan.last()
+                if last:
+                    engine(last, plan, watch, say)
             plan.folder.forget()
     except KeyboardInterrupt:
         return "interrupted"
@@ -306,16 +308,6 @@ def _compact(plan: Plan, say: Callable[[str], None]) -> None:
         plan.compact()
     except (OSError, EvaluationError) as error:  # a full disk, or another process that was faster
         say(f"the shards of {plan.folder} stay as they are ({first_line(error)})")
-
-
-def _is_ready(plan: Plan) -> bool:
-    with plan.folder.at_once():
-        return plan.is_ready_for_last()
-
-
-def _left(plan: Plan) -> list[Unit]:
-    with plan.folder.at_once():
-        return plan.last()
 
 
 class _Here:

@@ -347,7 +347,7 @@ def test_modules_that_cannot_be_imported_are_explained(tmp_path, monkeypatch):
     (tmp_path / "wrong.py").write_text("1 / 0")
     for name, message in (
         ("nobodys.data:f", "there is no module nobodys on sys.path or in the current directory"),
-        ("needs:f", "importing needs failed .No module named 'a_package_that_there_is_not'"),
+        ("needs:f", "importing needs failed .ModuleNotFoundError: No module named 'a_package_that_there_is_not'"),
         ("wrong:f", "importing wrong failed .ZeroDivisionError: division by zero"),
     ):
         with pytest.raises(EvaluationError, match=message):

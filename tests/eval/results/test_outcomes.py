@@ -18,7 +18,6 @@ from orthattack.eval.results.outcomes import (
     by_cause,
     cause,
     compare,
-    defined,
     floats,
     ints,
     is_,
@@ -178,12 +177,6 @@ def test_records_are_plain_values():
     assert first == {"a": 1.5, "b": 1, "c": "x"}
     assert (type(first["a"]), type(first["b"])) == (float, int)
     assert (second["a"], second["b"]) == (None, 2)
-
-
-def test_numbers_of_a_table_are_none_where_undefined():
-    assert defined(0.0) == 0
-    assert defined(float("nan")) is None
-    assert defined(None) is None
 
 
 def test_nullable_columns_as_arrays():
