@@ -202,7 +202,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise EvaluationError("--shard needs --out, the folder that all shards share")
     folder = run_folder(options.out, None if options.suite is None else options.suite.stem, say)
     options.resume = _again(options, folder)
-    before = signal.signal(signal.SIGTERM, _interrupt)  # stop in order, as by Ctrl-C
+    # Stop in order, as by Ctrl-C. Not by way of SIGINT, which a shell lets its background jobs ignore.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return _carry_out(options, suite, source, folder)
     finally:  # as Python ends, nothing would catch an interrupt any more
@@ -267,11 +268,6 @@ def _stopped(resume: str) -> int:
     """Say that the run was interrupted, and how it goes on; returns the exit code."""
     print("orthattack: interrupted" + (f"; to resume:\n{resume}" if resume else ""), file=sys.stderr)
     return 130
-
-
-def _interrupt(*_: object) -> None:
-    # Not by way of SIGINT, which a shell lets its background jobs ignore.
-    raise KeyboardInterrupt
 
 
 def _from_flags(options: argparse.Namespace) -> Suite | None:

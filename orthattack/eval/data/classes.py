@@ -10,7 +10,7 @@ from functools import cache
 from importlib.resources import files
 from itertools import count
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
 
 from orthattack.eval.errors import EvaluationError, nearest
 from orthattack.eval.models.classifier import Classifier
@@ -185,15 +185,12 @@ def map_from_file(keys: Sequence[Sequence[str]], needed: Iterable[int], path: Pa
 def read_table(path: Path, what: str) -> tuple[list[str], Iterator[tuple[int, dict[str, str]]]]:
     """Columns, and rows one at a time, each with its line number, of a CSV file. EvaluationError, also on the way: it
     cannot be read as one, or is larger than any that is meant."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            columns = list(csv.DictReader(bounded_lines(stream)).fieldnames or [])
-    except (OSError, ValueError, csv.Error) as error:
-        raise EvaluationError(f"could not read {what} file {path} ({error})") from error
-    return columns, _table_rows(path, what)
+    table = _table(path, what)
+    return next(table), table
 
 
-def _table_rows(path: Path, what: str) -> Iterator[tuple[int, dict[str, str]]]:
+def _table(path: Path, what: str) -> Iterator[Any]:
+    """The columns, and then the rows."""
     before = 0
 
     def lines(stream: TextIO) -> Iterator[str]:
@@ -205,6 +202,7 @@ def _table_rows(path: Path, what: str) -> Iterator[tuple[int, dict[str, str]]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(lines(stream))
+            yield list(reader.fieldnames or [])
             for row in reader:
                 before = reader.line_num
                 yield before, row

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from orthattack.eval.data import parquet
 from orthattack.eval.errors import EvaluationError, first_line, told
@@ -127,7 +127,7 @@ class Dataset:
     def _item(self, position: int) -> Any:
         if not self.is_foreign:
             return self._data[position]
-        with self._lock, global_random_numbers, kept_process(), guarded(_no_model):
+        with self._lock, global_random_numbers, kept_process(), guarded(nn.Identity()):  # no model is within its reach
             torch.manual_seed(position)
             np.random.seed(position % 2**32)
             random.seed(position)
@@ -175,11 +175,6 @@ class Dataset:
             if len(values) == count and all(self._label(k) == values[k] for k in (0, count // 2, count - 1)):
                 return values
         return [self._label(k) for k in range(count)]
-
-
-def _no_model(images: Tensor) -> Tensor:
-    """Nothing that a data set could change."""
-    return images
 
 
 def _class_names(data: Any) -> tuple[tuple[str, ...], ...] | None:

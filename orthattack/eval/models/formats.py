@@ -7,7 +7,7 @@ import re
 import zipfile
 from pathlib import Path
 
-_AGAIN = "fetch it again, and compare its size with the original's"
+AGAIN = "fetch it again, and compare its size with the original's"
 
 _MAGIC: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\x1f\x8b", "is compressed with gzip: unpack it (gunzip or tar -xzf), and pass what is inside"),
@@ -49,9 +49,9 @@ def foreign(path: Path) -> str | None:
     with path.open("rb") as stream:
         head = stream.read(4096)
     if size == 0:
-        return f"is empty: {_AGAIN}"
+        return f"is empty: {AGAIN}"
     if not head.strip(b"\0"):
-        return f"is all zeros where a header should be, as a download that was never filled: {_AGAIN}"
+        return f"is all zeros where a header should be, as a download that was never filled: {AGAIN}"
     if head.startswith(b"version https://git-lfs"):
         found = re.search(rb"^size (\d+)", head, re.MULTILINE)
         real = f" of {int(found[1]) / 1e6:.3g} MB" if found and len(found[1]) < 16 else ""
@@ -129,7 +129,7 @@ def _archive(path: Path) -> str | None:
         with zipfile.ZipFile(path) as file:
             entries = file.infolist()
     except Exception:  # a damaged archive may raise anything
-        return f"is cut off, or damaged: a PyTorch file begins so, but its end is not there: {_AGAIN}"
+        return f"is cut off, or damaged: a PyTorch file begins so, but its end is not there: {AGAIN}"
     names = [entry.filename for entry in entries]
     inside = {re.sub(r"^[^/]*/", "", name) for name in names}
     if any(name.startswith("code/") for name in inside) and "data.pkl" in inside:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from orthattack.eval.errors import EvaluationError, first_line, nearest
-from orthattack.eval.models.formats import foreign, is_safetensors, refused_pickle
+from orthattack.eval.models.formats import AGAIN, foreign, is_safetensors, refused_pickle
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[tuple[str
                 tensors = {key: file.get_tensor(key) for key in list(file.keys())}
                 return tensors, file.metadata() or {}, {(): tensors}
         except (SafetensorError, OSError) as error:
-            raise EvaluationError(
-                f"{path} is not a whole safetensors file ({error}): fetch it again, and compare its size with the "
-                "original's"
-            ) from error
+            raise EvaluationError(f"{path} is not a whole safetensors file ({error}): {AGAIN}") from error
     what = foreign(path)
     if what is not None:
         raise EvaluationError(f"{path} {what}")
@@ -106,7 +103,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[tuple[str
             raise EvaluationError(f"{path} {refused_pickle(path, error)}") from error
         raise EvaluationError(
             f"{path} is neither a safetensors nor a PyTorch file, or damaged ({cut[0] if cut else first_line(error)}): "
-            "fetch it again, and compare its size with the original's"
+            f"{AGAIN}"
         ) from error
     sets = dict(_state_dicts(content, ()))
     if not sets:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,9 +54,8 @@ class Detector:
             raise ValueError(f"detector must return one score per image, a tensor of shape ({count},); got {what}")
         return scores.detach().reshape(-1).cpu()
 
-    def _at_work(self) -> ExitStack:
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
         """What it changes of the process or the model is put back, and a changed model is an error."""
-        stack = ExitStack()
-        stack.enter_context(kept_process())
-        stack.enter_context(guarded(self._model, who="the detector", may_draw=True))
-        return stack
+        with kept_process(), guarded(self._model, who="the detector", may_draw=True):
+            yield

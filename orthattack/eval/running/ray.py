@@ -315,7 +315,7 @@ class Crew:
                 answer, death = self._answer(ref, host)
                 if death is not None:
                     queue.forget(actor)
-                    self._bury(actor)
+                    self._ray.kill(actor)
                     if unit is None:
                         failures += 1
                         if failures > DEATHS + self._size:
@@ -335,7 +335,7 @@ class Crew:
                     failures = 0
                     self.workers.append(answer)
         for task in tasks.values():  # of workers that nobody waits for any more
-            self._bury(task.actor)
+            self._ray.kill(task.actor)
         if lost:
             names = ", ".join(f"{unit.model} {unit.stage} {unit.chunk}" for unit in lost[:3])
             raise EvaluationError(
@@ -394,9 +394,6 @@ class Crew:
         if self._mailbox is None:
             self._mailbox = self._ray.remote(mailbox()).options(num_cpus=0, max_restarts=-1).remote()
         return actor.start.remote(plan.suite.config(), manifest, place, self.device, str(Path.cwd()), self._mailbox)
-
-    def _bury(self, actor: Any) -> None:
-        self._ray.kill(actor)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from itertools import count, groupby
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from orthattack.eval.errors import EvaluationError, first_line
+from orthattack.eval.errors import EvaluationError, first_line, told
 from orthattack.eval.storage import inside
 
 ATTEMPTS, DEADLINE = 6, 60.0
@@ -247,7 +247,7 @@ class Store:
         return [self._copies[name] for name in names]
 
     def _copy(self, name: str) -> Path:
-        path = self._scratch(name)
+        path = self._temporary / f"{secrets.token_hex(8)}-{name.rpartition('/')[2]}"
         path.write_bytes(self.read(name))
         return path
 
@@ -295,32 +295,22 @@ class Store:
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
 
-    def _scratch(self, name: str) -> Path:
-        return self._temporary / f"{secrets.token_hex(8)}-{name.rpartition('/')[2]}"
-
     def _patiently(self, action: Callable[[], T], size: float = 0) -> T:
         """What `action` returns, tried `ATTEMPTS` times within `DEADLINE`, and longer for so many bytes; OSError that
         says so if it never succeeds. The clients' own attempts are off, so that this is the time it takes."""
-        from tenacity import (
-            RetryCallState,
-            Retrying,
-            retry_if_exception,
-            stop_after_attempt,
-            stop_after_delay,
-            wait_exponential,
-        )
+        from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_after_delay, wait_exponential
 
         limit, attempts = (_GONE, 1) if self._is_gone else (DEADLINE + size / _SPEED, ATTEMPTS)
         until = time.monotonic() + limit
 
-        def said(state: RetryCallState) -> None:
-            told = f"{self._url} failed ({_found(state)}); trying again, {state.attempt_number + 1} of {attempts}"
-            self._say(told)
+        def said(state: Any) -> None:
+            found, following = told(state.outcome.exception()), state.attempt_number + 1
+            self._say(f"{self._url} failed ({found}); trying again, {following} of {attempts}")
 
-        def failed(state: RetryCallState) -> T:
+        def failed(state: Any) -> T:
             self._is_gone = True
             times = f"{state.attempt_number} times, the last time with" if state.attempt_number > 1 else "with"
-            raise OSError(f"failed {times} {_found(state)}") from _error(state)
+            raise OSError(f"failed {times} {told(state.outcome.exception())}") from state.outcome.exception()
 
         retrying = Retrying(
             retry=retry_if_exception(lambda error: isinstance(error, Exception) and not isinstance(error, _FINAL)),
@@ -333,16 +323,6 @@ class Store:
         answer: T = retrying(lambda: _in_time(action, min(_ANSWER + size / _SPEED, until - time.monotonic())))
         self._is_gone = False
         return answer
-
-
-def _error(state: Any) -> BaseException | None:
-    found: BaseException | None = state.outcome.exception()
-    return found
-
-
-def _found(state: Any) -> str:
-    error = _error(state)
-    return "" if error is None else f"{type(error).__name__}: {first_line(error)}"
 
 
 def _in_time(action: Callable[[], T], seconds: float) -> T:

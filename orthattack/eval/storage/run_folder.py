@@ -190,7 +190,7 @@ class RunFolder:
         return self._files.create("manifest.json", _json({"format": FORMAT, **manifest}))
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
-        self._write("manifest.json", _json({"format": FORMAT, **manifest}))
+        self._files.write("manifest.json", _json({"format": FORMAT, **manifest}))
 
     def sessions(self) -> list[dict[str, Any]]:
         """The records of all sessions, in the order in which they began, whatever their clocks say."""
@@ -222,7 +222,7 @@ class RunFolder:
     def write_session(self, session: Mapping[str, Any]) -> None:
         """Write a session's record; nobody else writes that file."""
         self._ended.pop(f"{session['id']}.json", None)
-        self._write(f"sessions/{session['id']}.json", _json(session))
+        self._files.write(f"sessions/{session['id']}.json", _json(session))
 
     def read_text(self, name: str) -> str | None:
         """A file of the run as text, None if there is none; OSError or UnicodeDecodeError if it cannot be read."""
@@ -230,11 +230,8 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> Path | str:
         """Write a file of the run, whole or not at all; returns its path, or its URL."""
-        self._write(name, text.encode("utf-8", "backslashreplace"))
+        self._files.write(name, text.encode("utf-8", "backslashreplace"))
         return f"{self}/{name}" if self.path is None else self.path / name
-
-    def _write(self, name: str, content: bytes) -> None:
-        self._files.write(name, content)
 
     def at_once(self) -> AbstractContextManager[None]:
         """A context in which what there is is told from one look, where that is cheaper, as in a store."""
