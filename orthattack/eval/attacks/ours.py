@@ -41,12 +41,6 @@ OURS = tuple(
 """The names of our attacks; beside them there is DetectorEvasion, whose detector only Python can give."""
 
 
-def _accepted(kind: Any) -> list[str]:
-    names = options_of(kind)
-    given = GIVEN - {"detector"} if "detector" in names else GIVEN
-    return [name for name in names if name not in given]
-
-
 def list_ours() -> list[dict[str, Any]]:
     """`OURS`, for a list."""
     kinds = [(name, getattr(ours, name)) for name in OURS]
@@ -76,7 +70,7 @@ def our_attack(name: str, options: dict[str, Any]) -> AttackKind:
     if kind is ours.Bisection or (kind is ours.MinimumNorm and any(key in options for key in _BISECTION)):
         return _bisection(kind.__name__, options)
     name = kind.__name__
-    accepted = _accepted(kind)
+    accepted = [option for option in options_of(kind) if option not in GIVEN or option == "detector"]
     check_options(name, options, accepted)
     if "detector" in accepted and not callable(options.get("detector")):
         raise EvaluationError(

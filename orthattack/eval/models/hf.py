@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 
-from orthattack.eval.errors import EvaluationError, first_line
+from orthattack.eval.errors import EvaluationError, first_line, told
 from orthattack.eval.models.classifier import Classifier
 from orthattack.eval.models.preprocessing import Preprocessing
 from orthattack.models import Normalized
@@ -66,9 +66,7 @@ def load(name: str, weights: object) -> Classifier:
             else "fetch config.json, preprocessor_config.json and model.safetensors of it elsewhere, and pass their "
             "folder as hf:./FOLDER"
         )
-        raise EvaluationError(
-            f"could not load {name} ({type(error).__name__}: {first_line(error)}): {instead}"
-        ) from error
+        raise EvaluationError(f"could not load {name} ({told(error)}): {instead}") from error
     preprocessing = _preprocessing(name, processor)
     names = [str(config.id2label[k]) for k in sorted(config.id2label)]
     return Classifier(

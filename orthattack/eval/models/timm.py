@@ -10,7 +10,7 @@ import timm.data
 from torch import nn
 from torchvision.transforms import InterpolationMode
 
-from orthattack.eval.errors import EvaluationError, first_line, nearest
+from orthattack.eval.errors import EvaluationError, nearest, told
 from orthattack.eval.models.classifier import Classifier, from_checkpoint
 from orthattack.eval.models.fitting import read_fitted
 from orthattack.eval.models.preprocessing import Preprocessing
@@ -44,8 +44,7 @@ def load(name: str, weights: str | Path | None) -> Classifier:
         model = timm.create_model(architecture, pretrained=True)  # timm itself loads with weights_only=True
     except Exception as error:  # of the network, of the hub, of names without weights
         raise EvaluationError(
-            f"could not get the pretrained weights of {name} ({type(error).__name__}: {first_line(error)}): pass a "
-            "state dict with --weights FILE"
+            f"could not get the pretrained weights of {name} ({told(error)}): pass a state dict with --weights FILE"
         ) from error
     preprocessing = _timm_preprocessing(name, model)
     tag = str(model.pretrained_cfg.get("tag") or "")

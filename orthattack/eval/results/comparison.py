@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,7 +47,7 @@ def compared(first: Run, second: Run) -> pd.DataFrame:
             f"the runs have no model in common: {', '.join(first.models)} in {first.folder} and "
             f"{', '.join(second.models)} in {second.folder}; say which to compare, as RUN:MODEL"
         )
-    radii = [(a, b) for a in first.radii for b in second.radii if a == b or _close(a, b)]
+    radii = [(a, b) for a in first.radii for b in second.radii if a == b or (a and b and math.isclose(a, b))]
     rows = []
     for one, other in pairs:
         cells: list[tuple[str, float | None, float | None]] = [(CLEAN, None, None)]
@@ -97,10 +98,6 @@ def _robust_by_image(run: Run, model: str, attack: str | None, eps: float | None
     table = rows[["name", "label"]].assign(outcome=outcome, robust=outcome == ROBUST)
     table.insert(2, "occurrence", table.groupby(["name", "label"], dropna=False).cumcount())
     return table
-
-
-def _close(a: float | None, b: float | None) -> bool:
-    return a is not None and b is not None and bool(np.isclose(a, b, rtol=1e-9, atol=0))
 
 
 def differences(first: Run, second: Run) -> list[str]:
