@@ -96,89 +96,75 @@ def page_sizes(
 
 def _pages(stream: BinaryIO, at: int, end: int) -> Iterator[tuple[bool, int]]:
     """Whether each page between two places is a dictionary, and to how many bytes it unpacks."""
-    window = 256
     while at < end:
         stream.seek(at)
-        header = stream.read(window)
-        try:
-            fields, length = _struct(header, 0, 0)
-        except IndexError:
-            if len(header) < window or window >= _MAX_HEADER:
-                raise ValueError("a page's header is cut off, or too long") from None
-            window *= 8
-            continue
+        header = _Header(stream)
+        fields = header.struct()
         kind, unpacked, packed = (fields.get(k, 0) for k in (1, 2, 3))
         if unpacked < 0 or packed < 0:
             raise ValueError("a page of negative size")
         yield kind == 2, unpacked
-        at += length + packed
+        at += header.length + packed
 
 
-def _struct(data: bytes, at: int, depth: int) -> tuple[dict[int, int], int]:
-    """The whole numbers among the fields of a struct in Thrift's compact protocol, and where it ends. IndexError: it
-    is cut off; ValueError: it is none."""
-    fields: dict[int, int] = {}
-    field = 0
-    while True:
-        head = data[at]
-        at += 1
-        if head == 0:
-            return fields, at
-        kind, delta = head & 15, head >> 4
-        if delta:
-            field += delta
-        else:
-            field, at = _zigzag(data, at)
-        if kind in (4, 5, 6):
-            fields[field], at = _zigzag(data, at)
-        else:
-            at = _skipped(data, at, kind, depth)
+class _Header:
+    """A page's header, which is in Thrift's compact protocol, read on from where a file is. ValueError: it is cut off,
+    too long, or none."""
 
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self.length = stream, 0
 
-def _skipped(data: bytes, at: int, kind: int, depth: int) -> int:
-    """Where a value of that kind ends."""
-    if depth > 8:
-        raise ValueError("a page's header is nested too deeply")
-    if kind in (1, 2):  # true and false are kinds
-        return at
-    if kind in (3, 7):
-        return at + (1 if kind == 3 else 8)
-    if kind in (4, 5, 6):
-        return _zigzag(data, at)[1]
-    if kind == 8:
-        length, at = _varint(data, at)
-        if at + length > len(data):
-            raise IndexError
-        return at + length
-    if kind == 12:
-        return _struct(data, at, depth + 1)[1]
-    if kind in (9, 10):
-        head = data[at]
-        at += 1
-        count = head >> 4
-        if count == 15:
-            count, at = _varint(data, at)
-        for _ in range(count):
-            at = at + 1 if head & 15 in (1, 2) else _skipped(data, at, head & 15, depth + 1)
-            if at > len(data):
-                raise IndexError
-        return at
-    raise ValueError("a page's header that is none")
+    def struct(self, depth: int = 0) -> dict[int, int]:
+        """The whole numbers among the fields of a struct."""
+        fields: dict[int, int] = {}
+        field = 0
+        while head := self._bytes(1)[0]:
+            kind, delta = head & 15, head >> 4
+            field = field + delta if delta else self._zigzag()
+            if kind in (4, 5, 6):
+                fields[field] = self._zigzag()
+            else:
+                self._skip(kind, depth)
+        return fields
 
+    def _skip(self, kind: int, depth: int) -> None:
+        """Read over a value of that kind."""
+        if depth > 8:
+            raise ValueError("a page's header is nested too deeply")
+        if kind in (3, 7):
+            self._bytes(1 if kind == 3 else 8)
+        elif kind in (4, 5, 6):
+            self._zigzag()
+        elif kind == 8:
+            self._bytes(self._varint())
+        elif kind in (9, 10):
+            head = self._bytes(1)[0]
+            count = self._varint() if head >> 4 == 15 else head >> 4
+            for _ in range(count):
+                self._skip(3 if head & 15 in (1, 2) else head & 15, depth + 1)
+        elif kind == 12:
+            self.struct(depth + 1)
+        elif kind not in (1, 2):  # true and false are kinds, and of a byte in lists
+            raise ValueError("a page's header that is none")
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, at
-        shift += 7
-        if shift > 63:
-            raise ValueError("a number of a page's header is too long")
+    def _varint(self) -> int:
+        value = shift = 0
+        while True:
+            byte = self._bytes(1)[0]
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+            shift += 7
+            if shift > 63:
+                raise ValueError("a number of a page's header is too long")
 
+    def _zigzag(self) -> int:
+        value = self._varint()
+        return (value >> 1) ^ -(value & 1)
 
-def _zigzag(data: bytes, at: int) -> tuple[int, int]:
-    value, at = _varint(data, at)
-    return (value >> 1) ^ -(value & 1), at
+    def _bytes(self, count: int) -> bytes:
+        self.length += count
+        data = self._stream.read(count) if self.length <= _MAX_HEADER else b""
+        if len(data) < count:
+            raise ValueError("a page's header is cut off, or too long")
+        return data
