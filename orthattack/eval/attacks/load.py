@@ -20,9 +20,7 @@ def attack_kind(name: str, parameters: Mapping[str, Any] | None = None) -> Attac
 
     Args:
         name: one of `OURS` or DetectorEvasion; ``foolbox:NAME`` with a class of `foolbox.attacks`;
-            ``torchattacks:NAME``; or ``package.module:function`` with a function that takes the model, and parameters
-            called ``norm``, ``eps``, ``steps`` and ``seed`` if it has them, and returns a callable (images, labels) ->
-            adversarial images.
+            ``torchattacks:NAME``; or ``package.module:function``, with a function as `user_attack` takes it.
         parameters: options of the attack. For Bisection, ``attack`` names the one whose radius is searched.
 
     Raises:

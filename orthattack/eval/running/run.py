@@ -118,20 +118,16 @@ def run_suite(
     say: Callable[[str], None] = lambda _: None,
     on_step: OnStep | None = None,
 ) -> bool:
-    """Do what of a suite is not done yet.
+    """Do what of a suite is not done yet. Options that are not named here are those of `evaluate`.
 
     Args:
         suite: what to run.
         inputs: its models, data and attacks.
         folder: where; a new or empty folder, or that of an unfinished run of the same suite.
-        device: where to compute.
-        share: only share i of n of the work, while other processes do the others in the same folder. The trust checks
-            that need all models are left to the last of them.
-        engine: who does it; by default this process.
-        progress: show a bar on standard error.
+        share: what `evaluate` calls shard. The trust checks that need all models are left to the last of the processes.
+        engine: who does it; by default this process, and only this one tells `on_step`.
         command: how it was started, for the manifest.
         say: is told what a person should know at once, a line at a time.
-        on_step: is told of every step of attacks with our interface, where this process does the work.
 
     Returns:
         True if everything, or all of the share, is done; False if it was interrupted from the keyboard.

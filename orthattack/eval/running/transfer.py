@@ -42,20 +42,12 @@ def judge(
     say: Callable[[str], None] = lambda _: None,
     progress: bool = True,
 ) -> None:
-    """Have a model judge the adversarial images of a run's other models, and store that, chunk by chunk: what is there
-    is not judged again.
+    """Have a model, `target`, judge the adversarial images of a complete run's other models, and store that, chunk by
+    chunk: what is there is not judged again.
 
-    Args:
-        run: complete, with adversarial images.
-        label: what the results call the model; one of the run's own must be the same model.
-        target: the model. Images of another size than its input are resized to it, bilinearly, clean ones too.
-        device: where to compute.
-        say: is told what a person should know at once.
-        progress: show a bar on standard error.
-
-    Raises:
-        EvaluationError: it has other classes than a source, or is not the model that had its label before.
-    """
+    `label` is what the results call it; one of the run's own must be the same model. Images of another size than its
+    input are resized to it, bilinearly, clean ones too. EvaluationError: it has other classes than a source, or is not
+    the model that had its label before."""
     sources = [source for source in run.models if source != label]
     for source in sources:
         _check_classes(run, source, label, target)
