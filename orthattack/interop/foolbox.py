@@ -374,7 +374,6 @@ class FromFoolbox(Attack):
             norm,
             UNLIMITED if eps is None else eps,
             _Delegate(attack),
-            scope=None,
             loss="margin",
             targeted=targeted,
             bounds=bounds,

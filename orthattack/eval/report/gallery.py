@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,16 +54,10 @@ class Example:
 
 def order(run: Run, model: str) -> list[int]:
     """Positions of the stored clean images, so that the first of them are of as many classes as there are."""
-    stored = set(run.folder.image_positions(model, "clean", None))
-    rows = run.clean(model, ["position", "label"])
-    labels = {int(p): int(n) for p, n in rows[rows["position"].isin(stored)].fillna(-1).itertuples(index=False)}
-    seen: Counter[int] = Counter()
-    turn = {}
-    for position in sorted(stored):
-        label = labels.get(position, -1)
-        turn[position] = seen[label]
-        seen[label] += 1
-    return sorted(turn, key=lambda position: (turn[position], position))
+    stored = sorted(set(run.folder.image_positions(model, "clean", None)))
+    labels = run.clean(model, ["position", "label"]).set_index("position")["label"].reindex(stored).fillna(-1)
+    turn = labels.groupby(labels).cumcount()
+    return [int(position) for position in turn.sort_values(kind="stable").index]
 
 
 def examples(run: Run, model: str, attack: str, eps: float | None, wanted: list[int]) -> list[Example]:
