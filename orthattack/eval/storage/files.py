@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import queue
 import secrets
 import shutil
 import tempfile
@@ -16,12 +15,12 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import count, groupby
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from orthattack.eval.errors import EvaluationError, first_line, told
 from orthattack.eval.storage import inside
@@ -328,22 +327,18 @@ class Store:
 def _in_time(action: Callable[[], T], seconds: float) -> T:
     """What `action` returns; TimeoutError if it takes longer by the clock. Clients limit single reads and connections,
     but not a server that sends a byte now and then; the thread that waits for it ends with the process."""
-    done: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(1)
+    answer: Future[T] = Future()
 
     def work() -> None:
         try:
-            done.put((action(), None))
+            answer.set_result(action())
         except BaseException as error:
-            done.put((None, error))
+            answer.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
-    try:
-        answer, error = done.get(timeout=max(0.1, seconds))
-    except queue.Empty:
-        raise TimeoutError(f"no answer in {seconds:.0f} s") from None
-    if error is not None:
-        raise error
-    return cast("T", answer)
+    if not wait([answer], max(0.1, seconds)).done:
+        raise TimeoutError(f"no answer in {seconds:.0f} s")
+    return answer.result()
 
 
 def _options(url: str) -> dict[str, Any]:
