@@ -126,24 +126,27 @@ class _Model:
             "a masked or saturated gradient hides adversarials from gradient attacks; trust the query-based ones",
         )  # fmt: skip
 
-    def _probe(self, label: str) -> pd.DataFrame:
-        """What a probe did: fooled or not, by position; empty if it was not run."""
+    def _probe(self, label: str) -> pd.Series[bool]:
+        """Whether a probe fooled an image, by position; empty if it was not run."""
         for entry in self.manifest.get("probes", []):
             if (entry["model"], entry["label"]) == (self.label, label):
                 return self._read("checks", label, entry["eps"])
-        return pd.DataFrame({"success": pd.Series(dtype=bool)})
+        return pd.Series(dtype=bool)
 
-    def _read(self, kind: Literal["shards", "checks"], label: str, eps: float | None) -> pd.DataFrame:
-        columns = ["position", "status", "success"]
-        rows = self.folder.read(kind, self.label, label, eps, columns)
-        return rows[rows["status"] == "ok"].set_index("position")["success"].astype(bool).to_frame()
+    def _read(self, kind: Literal["shards", "checks"], label: str, eps: float | None) -> pd.Series[bool]:
+        rows = self.folder.read(kind, self.label, label, eps, ["position", "status", "success"])
+        return rows[rows["status"] == "ok"].set_index("position")["success"].astype(bool)
+
+    def _probes(self, one: str, other: str) -> tuple[pd.Series[bool], pd.Series[bool]]:
+        """What two probes did to the images that both scored."""
+        first, second = self._probe(one).align(self._probe(other), join="inner")
+        return first, second
 
     def _never_helps(self, weaker: str, stronger: str) -> Found:
-        weak, strong = self._probe(weaker), self._probe(stronger)
-        both = _both(weak, strong, "weak", "strong")
-        if both.empty:
+        weak, strong = self._probes(weaker, stronger)
+        if weak.empty:
             return NOTHING_LEFT
-        before, after, n = int((~both["success_weak"]).sum()), int((~both["success_strong"]).sum()), len(both)
+        before, after, n = int((~weak).sum()), int((~strong).sum()), len(weak)
         if n - before <= _slack(n):  # whatever the other does, it could not lose more than means nothing
             return f"too few images to lose: {weaker!r} fooled {n - before} of {n}, {self.at}"
         return (
@@ -152,14 +155,13 @@ class _Model:
         )  # fmt: skip
 
     def _no_stronger(self, other: str) -> Found:
-        gradient, rival = self._probe("PGD, 4 times the steps"), self._probe(other)
-        both = _both(gradient, rival, "gradient", "other")
-        if both.empty:
+        gradient, rival = self._probes("PGD, 4 times the steps", other)
+        if gradient.empty:
             return NOTHING_LEFT
-        left, n = int((~both["success_gradient"]).sum()), len(both)
+        left, n = int((~gradient).sum()), len(gradient)
         if left <= _slack(n):
             return f"too few images were left: gradients fooled {n - left} of {n}, {self.at}"
-        alone = int((both["success_other"] & ~both["success_gradient"]).sum())
+        alone = int((rival & ~gradient).sum())
         return (
             alone <= _slack(n),
             f"{alone} of {n} fooled by it alone, {self.at}",
@@ -167,12 +169,12 @@ class _Model:
         )  # fmt: skip
 
     def _any_image(self) -> Found:
-        rows = self._probe("PGD, any image")
-        if len(rows) <= 1:
-            return NOTHING_LEFT if rows.empty else "one image says too little"
-        robust = int((~rows["success"]).sum())
+        fooled = self._probe("PGD, any image")
+        if len(fooled) <= 1:
+            return NOTHING_LEFT if fooled.empty else "one image says too little"
+        robust = int((~fooled).sum())
         return (
-            robust <= _slack(len(rows)), f"{robust} of {len(rows)} robust",
+            robust <= _slack(len(fooled)), f"{robust} of {len(fooled)} robust",
             "an attack that may turn an image into any other must succeed: the gradient is masked or the loss broken",
         )  # fmt: skip
 
@@ -196,7 +198,7 @@ class _Model:
             if len(radii) < 2:
                 continue
             rows = [self._read("shards", attack["label"], eps) for eps in radii]
-            counts = [int((~frame["success"]).sum()) for frame in rows]
+            counts = [int((~fooled).sum()) for fooled in rows]
             n, several = min(map(len, rows)), True
             if n - min(counts[:-1]) <= _slack(n):  # so few fell below the largest radius that none can be lost again
                 continue
@@ -315,10 +317,10 @@ class _Model:
             before = self.folder.read("shards", self.label, label.removeprefix(SAVED), eps, columns)
             again = self.folder.read("checks", self.label, label, eps, columns)
             first, second = (frame[frame["status"] == "ok"].set_index("position") for frame in (before, again))
-            both = _both(first, second, "before", "again")
-            differs = both["adversarial_prediction_before"] != both["adversarial_prediction_again"]
-            sure = both["wrong_share_before"].isin([0, 1]) & both["wrong_share_again"].isin([0, 1])
-            judged, other = judged + len(both), other + int((differs & sure).sum())
+            first, second = first.align(second, join="inner", axis=0)
+            differs = first["adversarial_prediction"] != second["adversarial_prediction"]
+            sure = first["wrong_share"].isin([0, 1]) & second["wrong_share"].isin([0, 1])
+            judged, other = judged + len(first), other + int((differs & sure).sum())
         return judged, other
 
 
@@ -344,11 +346,6 @@ def _promise(attack: Mapping[str, Any]) -> tuple[ThreatModel | None, bool]:
     except (ValueError, TypeError) as error:
         raise EvaluationError(f"manifest.json: {attack['label']!r}: {first_line(error)}") from error
     return known, len(named) < len(directions) or not is_known
-
-
-def _both(first: pd.DataFrame, second: pd.DataFrame, one: str, other: str) -> pd.DataFrame:
-    """The images that two attacks both scored."""
-    return first.merge(second, left_index=True, right_index=True, suffixes=(f"_{one}", f"_{other}"))
 
 
 def _slack(n: int) -> int:

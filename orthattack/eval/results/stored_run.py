@@ -40,7 +40,7 @@ from orthattack.eval.results.outcomes import (
 from orthattack.eval.results.paired import Paired, optimality
 from orthattack.eval.results.rates import Rate
 from orthattack.eval.storage.run_folder import RunFolder
-from orthattack.eval.storage.schema import CheckRecords, ManifestRecord, TransferRecords, from_json, unfit
+from orthattack.eval.storage.schema import CheckRecords, Kind, ManifestRecord, TransferRecords, from_json, unfit
 
 WORST = "worst case of all"
 """Name of the rows in which an image counts as fooled if any attack at that radius fooled it."""
@@ -172,18 +172,16 @@ class Run:
 
     def rows(self, model: str, attack: str, eps: float | None, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """The stored rows of an attack at a radius of the run, in the order of the images."""
-        begun = self.status != "complete"
-        return self._within(
-            model, self.folder.read("shards", model, attack, self.stored_eps(attack, eps), columns, unfinished=begun)
-        )
+        return self._stored("shards", model, attack, self.stored_eps(attack, eps), columns)
 
     def clean(self, model: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """The stored rows of the model on the images as they are."""
-        return self._within(
-            model, self.folder.read("clean", model, columns=columns, unfinished=self.status != "complete")
-        )
+        return self._stored("clean", model, "clean", None, columns)
 
-    def _within(self, model: str, rows: pd.DataFrame) -> pd.DataFrame:
+    def _stored(
+        self, kind: Kind, model: str, attack: str, eps: float | None, columns: Sequence[str] | None
+    ) -> pd.DataFrame:
+        rows = self.folder.read(kind, model, attack, eps, columns, unfinished=self.status != "complete")
         if "position" in rows and len(rows) and rows["position"].iloc[-1] >= self.images(model):
             raise EvaluationError(f"{self.folder} has rows of {model} for more images than manifest.json says")
         return rows
