@@ -14,21 +14,8 @@ from foolbox.distances import LpDistance
 from torch import Tensor, nn
 
 from orthattack.attacks.base import Card
-from orthattack.eval.attacks.kind import (
-    GIVEN,
-    STEP,
-    AttackKind,
-    Conditions,
-    Found,
-    Goals,
-    Runner,
-    check_options,
-    family,
-    listed,
-    suggested,
-)
+from orthattack.eval.attacks.kind import STEP, AttackKind, Conditions, Found, Goals, Runner, class_named, family, listed
 from orthattack.eval.attacks.seeds import joint_seed
-from orthattack.eval.errors import EvaluationError
 from orthattack.interop.foolbox import FromFoolbox
 from orthattack.threat import Norm
 from orthattack.threat.norms import BALLS
@@ -57,15 +44,8 @@ def list_foolbox() -> list[dict[str, Any]]:
 
 
 def foolbox_attack(name: str, rest: str, options: dict[str, Any]) -> AttackKind:
-    known = foolbox_attacks()
-    if rest in _NOT_RUN:
-        raise EvaluationError(f"{name} cannot be run here: {_NOT_RUN[rest]}")
-    if rest not in known:
-        raise EvaluationError(f"Foolbox has no attack {rest!r} that can be run here; {suggested(rest, sorted(known))}")
-    kind = known[rest]
-    parameters = inspect.signature(kind).parameters
-    check_options(name, options, [key for key in parameters if key not in {*GIVEN, "distance"}], foreign=True)
-    takes_any = "distance" in parameters
+    kind = class_named(name, rest, "Foolbox", foolbox_attacks(), _NOT_RUN, options)
+    takes_any = "distance" in inspect.signature(kind).parameters
 
     def make(model: nn.Module, conditions: Conditions) -> Runner:
         more = _in_force(kind, options, conditions.steps)

@@ -190,14 +190,30 @@ def suggested(word: str, known: Sequence[str]) -> str:
     return f"did you mean {' or '.join(lower[name] for name in close)}?" if close else f"there are {', '.join(known)}"
 
 
-def check_options(name: str, options: Mapping[str, Any], accepted: Sequence[str], foreign: bool = False) -> None:
-    """EvaluationError if an option is none of those, or the steps wanted of a foreign attack are no number of steps."""
+def check_options(name: str, options: Mapping[str, Any], accepted: Sequence[str]) -> None:
+    """EvaluationError if an option is none of those."""
     for option in options:
         if option not in accepted:
             raise EvaluationError(f"attack {name} has no option {option!r}; {suggested(option, sorted(accepted))}")
+
+
+def class_named(
+    name: str, rest: str, library: str, known: Mapping[str, Any], not_run: Mapping[str, str], options: Mapping[str, Any]
+) -> Any:
+    """The class that another library calls `rest`, one of those `known`. EvaluationError: there is none, it cannot be
+    run here, it has no such options, or the steps are no number of steps."""
+    if rest in not_run:
+        raise EvaluationError(f"{name} cannot be run here: {not_run[rest]}")
+    if rest not in known:
+        raise EvaluationError(
+            f"{library} has no attack {rest!r} that can be run here; {suggested(rest, sorted(known))}"
+        )
+    accepted = [key for key in inspect.signature(known[rest]).parameters if key not in {*GIVEN, "distance"}]
+    check_options(name, options, accepted)
     steps = options.get("steps", 1)
-    if foreign and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise EvaluationError(f"attack {name}: steps must be a whole number, at least 1; got {steps!r}")
+    return known[rest]
 
 
 class Placeholder(nn.Module):

@@ -13,19 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from orthattack.attacks.base import Card
-from orthattack.eval.attacks.kind import (
-    GIVEN,
-    STEP,
-    AttackKind,
-    Conditions,
-    Found,
-    Goals,
-    Runner,
-    check_options,
-    family,
-    listed,
-    suggested,
-)
+from orthattack.eval.attacks.kind import STEP, AttackKind, Conditions, Found, Goals, Runner, class_named, family, listed
 from orthattack.eval.attacks.seeds import drawing, joint_seed
 from orthattack.eval.errors import EvaluationError
 from orthattack.threat import Norm
@@ -36,16 +24,9 @@ def torchattacks_attack(name: str, rest: str, options: dict[str, Any]) -> Attack
         package = import_module("torchattacks")
     except ImportError as error:
         raise EvaluationError(f"{name} needs torchattacks: pip install 'orthattack[torchattacks]'") from error
-    known = torchattacks_attacks()
-    if rest in _NOT_RUN and hasattr(package, rest):
-        raise EvaluationError(f"{name} cannot be run here: {_NOT_RUN[rest]}")
-    if rest not in known:
-        raise EvaluationError(
-            f"torchattacks has no attack {rest!r} that can be run here; {suggested(rest, sorted(known))}"
-        )
-    kind = known[rest]
+    not_run = {key: why for key, why in _NOT_RUN.items() if hasattr(package, key)}
+    kind = class_named(name, rest, "torchattacks", torchattacks_attacks(), not_run, options)
     parameters = inspect.signature(kind).parameters
-    check_options(name, options, [key for key in parameters if key not in GIVEN], foreign=True)
     radius = _radius(kind)
 
     def make(model: nn.Module, conditions: Conditions) -> Runner:

@@ -5,22 +5,14 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from orthattack.attacks import Attack, Bisection, Card
-from orthattack.eval.attacks.kind import (
-    AttackKind,
-    Conditions,
-    Found,
-    Goals,
-    OwnRunner,
-    Placeholder,
-    Runner,
-    check_options,
-)
+from orthattack.eval.attacks.kind import AttackKind, Conditions, Found, OwnRunner, Placeholder, Runner, check_options
 from orthattack.eval.attacks.seeds import drawing, joint_seed
 from orthattack.eval.errors import EvaluationError
 from orthattack.eval.plugin import kept_process
@@ -55,10 +47,10 @@ def user_attack(name: str, factory: Any, given: Mapping[str, Any] | None = None)
         return factory(model, **{**more, **options})
 
     norms = factory.norms if isinstance(factory, type) and issubclass(factory, Attack) else get_args(Norm)
-    goals: Goals = "any" if takes_any or "targeted" in parameters else "untargeted"
+    can_aim = takes_any or "targeted" in parameters
     card, said = _card(made, Conditions(norms[0])), getattr(factory, "card", None)
     # Towards a class it may climb another loss.
-    aimed = card if goals == "untargeted" else _card(made, Conditions(norms[0], targeted=True))
+    aimed = _card(made, Conditions(norms[0], targeted=True)) if can_aim else card
     said = said if isinstance(said, Card) else Card(name)  # of a class of ours it is a property
 
     def make(model: nn.Module, conditions: Conditions) -> Runner:
@@ -77,8 +69,8 @@ def user_attack(name: str, factory: Any, given: Mapping[str, Any] | None = None)
 
         return run
 
-    told = said if card is None else card
-    return AttackKind(name, "user", options, told, norms, make, goals=goals, aimed_card=aimed)
+    own = AttackKind(name, "user", options, said if card is None else card, norms, make, aimed_card=aimed)
+    return own if can_aim else replace(own, goals="untargeted")
 
 
 def _card(made: Any, conditions: Conditions) -> Card | None:

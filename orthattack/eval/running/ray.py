@@ -181,10 +181,9 @@ class Queue:
             self._left.setdefault(unit.model, {})[unit] = None
         self._held: dict[object, str] = {}
         self._promised: dict[object, Unit] = {}
-        self._count = len(units)
 
     def __len__(self) -> int:
-        return self._count
+        return sum(map(len, self._left.values()))
 
     def take(self, worker: object) -> tuple[Unit, Unit | None] | None:
         """A unit for a worker that is free, and the one it will probably take next; None if nothing is left."""
@@ -193,7 +192,6 @@ class Queue:
         if unit is None:
             return None
         del self._left[unit.model][unit]
-        self._count -= 1
         self._held[worker] = unit.model
         following = self._unpromised(unit.model)
         if following is not None:
@@ -203,7 +201,6 @@ class Queue:
     def put_back(self, unit: Unit) -> None:
         """A unit that was not finished."""
         self._left.setdefault(unit.model, {})[unit] = None
-        self._count += 1
 
     def forget(self, worker: object) -> None:
         """A worker that is no more."""
