@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import orthattack
 from orthattack import Bisection, OrthoPGD, alignment, fooled
-from orthattack.eval.attacks.ours import _accepted
+from orthattack.attacks.configured import options_of
 from tests.attacks.test_family import PLAIN, sizes
 from tests.conftest import IMAGE_KINDS, examples, make_images
 
@@ -100,13 +100,13 @@ def make(name: str, model: nn.Module, norm: Any, eps: Any, options: dict[str, An
 @st.composite
 def cases(draw: Any, name: str) -> tuple[Any, ...]:
     kind = OrthoPGD if name == "Bisection" else getattr(orthattack, name)
-    known = [key for key in _accepted(kind) if key in VALID]
+    known = [key for key in options_of(kind) if key in VALID]
     options = {key: draw(VALID[key]) for key in draw(st.lists(st.sampled_from(known), unique=True, max_size=4))}
     if "steps" in known:
         options.setdefault("steps", 2)
     if "queries" in known:
         options.setdefault("queries", 4)
-    if "pairs" in _accepted(kind):
+    if "pairs" in options_of(kind):
         options |= {"pairs": 1, "queries": 3 + options["queries"]}  # one step at least
     shape = tuple(draw(st.integers(1, high)) for high in (3, 4, 7, 7))
     halves = [] if options.get("scope") == "pixel" else [torch.float16, torch.bfloat16]  # which is refused
