@@ -188,14 +188,17 @@ def test_saved_images_are_measured_again(tmp_path, shift, status):
 
 
 def test_probes_are_what_their_names_say():
-    found = {probe.label: probe for probe in probes("linf", EPS, 10, 32)}
+    content = {"models": ["cifar10-robust"], "data": "cifar10-samples"}
+    found = {probe.label: probe for probe in probes(make_suite({**content, "eps": EPS, "steps": 10}, "x"), 32)}
     assert found["PGD"].eps == found["PGD, 3 restarts"].eps == 4 / 255
     assert found["PGD, twice the radius"].eps == 8 / 255
     assert found["PGD, any image"].eps == 0.5
     assert found["PGD, 4 times the steps"].kind.parameters["steps"] == 40
-    assert probes("linf", [0.0], 10, 32) == []
-    assert {p.label: p.eps for p in probes("l2", [0.5], 10, 32)}["PGD, any image"] == 0.5 * 3072**0.5
-    suite = make_suite({"models": ["cifar10-robust"], "data": "cifar10-samples"}, "x")
+    assert probes(make_suite({**content, "eps": [0.0]}, "x"), 32) == []
+    assert probes(make_suite({**content, "checks": False}, "x"), 32) == []
+    in_l2 = probes(make_suite({**content, "norm": "l2", "eps": [0.5]}, "x"), 32)
+    assert {p.label: p.eps for p in in_l2}["PGD, any image"] == 0.5 * 3072**0.5
+    suite = make_suite(content, "x")
     models = [
         {"label": label, "num_classes": k, "data": {"name": "x"}, "preprocessing": {"crop": 32}}
         for label, k in (("a", 10), ("b", 10), ("c", 100))
