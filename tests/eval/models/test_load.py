@@ -435,6 +435,7 @@ def test_timm_that_is_missing_or_does_not_know_the_name(monkeypatch):
     if importlib.util.find_spec("timm") is not None:
         with pytest.raises(EvaluationError, match="unknown model 'timm:resnet5'; did you mean timm:"):
             check_name("timm:resnet5")
+    monkeypatch.delitem(sys.modules, "orthattack.eval.models.timm", raising=False)
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(EvaluationError, match=r"timm:resnet18 needs timm .*: pip install 'orthattack\[timm\]'"):
         load_classifier("timm:resnet18")
