@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from orthattack.projection import reciprocal, scaled, scope_dims, total
+from orthattack.projection import dot, reciprocal, scaled, scope_dims, total
 
 if TYPE_CHECKING:
     from orthattack.threat.sets import Allowed
@@ -24,6 +24,8 @@ Norm = Literal["linf", "l2", "l1", "l0"]
 """L0 is the number of pixels that move, in whichever of their channels."""
 
 _IMAGE = scope_dims("image")
+# How often Newton's method is tried before the search that cannot fail.
+_NEWTON = 12
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,70 @@ def by_threshold(
         high = torch.where(under, mu, high)
         done = done | near | (high - low <= 1e-9 * high)
     return inside
+
+
+def in_l1_ball(
+    delta: Tensor,
+    low: Tensor,
+    high: Tensor,
+    radius: Tensor,
+    normal: Tensor | None,
+    dims: tuple[int, ...],
+    noise: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """d(λ, μ) = clip(soft(δ - λn, μ)) with ⟨d, n⟩ = 0 in every group, by Newton's method in all λ and in μ >= 0, which
+    is 0 or makes ‖d‖₁ the radius; per sample, whether it was found.
+
+    With D the pixels that move with λ and μ, neither clipped nor 0, and s their signs,
+
+        F = ⟨d, n⟩ = 0        F_λ = -⟨n, n⟩_D,  F_μ = -⟨s, n⟩_D
+        E = ‖d‖₁ - radius = 0  E_λ = -⟨s, n⟩_D,  E_μ = -⟨s, s⟩_D
+
+    and there are as many F and λ as groups, none of which depends on another's λ.
+
+    Args:
+        delta: δ, (N, C, H, W).
+        low, high: what d is clipped to, the same shape; at most and at least 0.
+        radius: (N, 1, 1, 1), float64.
+        normal: n, the same shape, with a group's pixels along `dims`; None for no equation but the ball's.
+        noise: what round-off may leave of each F.
+    """
+    v, d, scratch = torch.empty_like(delta), torch.empty_like(delta), torch.empty_like(delta)
+    threshold = torch.zeros_like(delta[:, :1, :1, :1])
+    multiplier = f = reach = torch.zeros_like(noise)
+    if normal is not None:
+        inverse = reciprocal(dot(normal, normal, dims, v))
+        multiplier = total(torch.mul(delta, normal, out=v), dims) * inverse
+        reach = total(v.abs_(), dims) * inverse  # where few pixels are free, λ could go anywhere
+    found = torch.zeros_like(radius, dtype=torch.bool)
+    asks = not delta.is_cuda
+    inside = radius * (1 - 8 * torch.finfo(delta.dtype).eps)  # rounding x + d should not lead out
+    for trial in range(_NEWTON):
+        moved = delta if normal is None else torch.addcmul(delta, normal, multiplier, value=-1, out=v)
+        torch.sub(moved, torch.clamp(moved, -threshold, threshold, out=scratch), out=v)
+        torch.clamp(v, low, high, out=d)
+        size = total(torch.abs(d, out=scratch), _IMAGE)
+        right = torch.where(threshold == 0, size <= radius, (size - inside).abs() <= 5e-7 * radius)
+        if normal is not None:
+            f = dot(d, normal, dims, scratch)
+            right &= (f.abs() <= noise).flatten(1).all(1).view(-1, 1, 1, 1)
+        found = found | right
+        if trial + 1 == _NEWTON or (asks and bool(found.all())):
+            break
+        signs = torch.eq(d, v, out=v).mul_(torch.sign(d, out=scratch))
+        excess, count = size - inside, total(torch.abs(signs, out=scratch), _IMAGE).double()
+        binds = (threshold > 0) | (size > radius)
+        if normal is not None:
+            across = total(signs.mul_(normal), dims)
+            inverse = reciprocal(dot(signs, signs, dims, scratch))
+            excess = excess - (across * inverse * f).sum(_IMAGE, keepdim=True, dtype=torch.float64)
+            count = count - (across * inverse * across).sum(_IMAGE, keepdim=True, dtype=torch.float64)
+        change = torch.where(binds & ~found, excess * reciprocal(count), 0).to(delta.dtype)
+        threshold, before = (threshold + change).clamp(min=0), threshold
+        if normal is not None:
+            more = ((f - across * (threshold - before)) * inverse).clamp(-reach, reach)
+            multiplier = torch.where(found, multiplier, multiplier + more)
+    return d, found
 
 
 def by_support(allowed: Allowed, points: Tensor, radius: Tensor) -> Tensor:

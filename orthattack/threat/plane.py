@@ -16,10 +16,11 @@ from torch import Tensor
 
 from orthattack.projection import Scope, dot, orthogonalize, reciprocal, scaled, scope_dims, total
 from orthattack.threat import few
-from orthattack.threat.norms import by_secant, by_threshold, filled, sparsity
+from orthattack.threat.norms import by_secant, by_threshold, in_l1_ball, sparsity
 from orthattack.threat.rootfind import Bracket, by_sorting, ends_of, search, try_all
 from orthattack.threat.rounding import Box, settled_rows
 from orthattack.threat.sets import soften
+from orthattack.threat.sparse import best_sparse, by_group
 
 __all__ = ["Plane"]
 
@@ -30,8 +31,6 @@ _FEW = 4
 _MANY = 512
 # A dual gap this small, relative to the objective's scale, is below float32's round-off of the objective itself.
 _GAP = 1e-8
-# The same for an L1 step, relative to the objective.
-_SPARSE_GAP = 1e-4
 # How often Newton's method is tried before the search that cannot fail.
 _NEWTON = 8
 
@@ -133,7 +132,7 @@ class Plane:
         scale = torch.where(moves, size, self._normal1) * reciprocal(self._normal1)
         scale = torch.where(scale > 0, scale, 1)
         if self.is_small:
-            jumps = _by_group(ratio.nan_to_num(0), dims).sort(dim=0).values
+            jumps = by_group(ratio.nan_to_num(0), dims).sort(dim=0).values
             bracket = try_all(residual, scale, jumps[1:] / 2 + jumps[:-1] / 2)
         elif ratio.is_cuda:
             bracket = by_sorting(residual, ratio, weight, least, dims)
@@ -160,11 +159,10 @@ class Plane:
         g, moves = g.clone(), size.sum(_IMAGE, keepdim=True) > 0
         up = torch.minimum(self.upper - start, alpha / count)
         down = torch.minimum(start - self.lower, alpha / count)
-        if self._normal2.numel() == len(g):
-            solve = self._greedy
+        if self.is_small and not g.is_cuda:
+            move, spent = self._by_column(g, up, down, alpha)
         else:
-            solve = self._by_column if self.is_small and not g.is_cuda else self._beyond
-        move, spent = solve(g, up, down, alpha)
+            move, spent = best_sparse(g, self.normal, up, down, alpha, sparsity(g), self.dims)
         y = self._settled((start + move * moves).clamp_(self.lower, self.upper), [self._box], start)
         short = moves & (spent < (1 - 1e-6) * alpha)
         is_capped = isinstance(count, Tensor) or count > 1
@@ -172,99 +170,15 @@ class Plane:
             y = torch.where(short, self.sparse_step(start, gradient, alpha, 1), y)
         return y
 
-    def _greedy(self, g: Tensor, up: Tensor, down: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """The best L1 move on one plane, and its L1 norm: the greedy one along g - λx, at the λ for which the plane
-        holds."""
-
-        def move(multiplier: Tensor) -> Tensor:
-            rest = torch.addcmul(g, self.normal, multiplier, value=-1)
-            room = torch.where(rest > 0, up, down)
-            return filled(rest.abs() * (room > 0), room, alpha).copysign_(rest)
-
-        def residual(multiplier: Tensor) -> Tensor:
-            return dot(move(multiplier), self.normal, _IMAGE)
-
-        scale = self._scale(g)
-        _, most, _, least = ends_of(residual, scale)
-        tolerance = _SPARSE_GAP / 10 * dot(g, move(torch.zeros_like(scale)), _IMAGE)
-        a, fa, b, fb = search(residual, scale, tolerance, (most, least), None)
-        found = torch.lerp(move(a), move(b), fa * reciprocal(fa - fb))
-        return found, total(found.abs(), _IMAGE)
-
-    def _scale(self, g: Tensor) -> Tensor:
-        """The order of magnitude of λ, not 0."""
-        scale = total(g.abs(), self.dims) * reciprocal(self._normal1)
-        return torch.where(scale > 0, scale, 1)
-
-    def _beyond(self, g: Tensor, up: Tensor, down: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """The same where groups have planes of their own, by the multiplier ν of the L1 norm.
-
-        A pixel is at the end of its range to which g - λx points where that is beyond ±ν, and stays where it is
-        between. For each ν that is a search for λ, and the move's norm L falls as ν grows. Of the concave gain V(L) a
-        bracket gives two points, and the slope between them is the next ν, until the chord is the curve.
-        """
-        largest = g.abs().flatten(1).topk(sparsity(g), dim=1).values
-        low, high = torch.zeros_like(alpha), largest[:, 0].view_as(alpha)
-        many, spent, near = self._moved(low, g, up, down, None)
-        few, less = torch.zeros_like(many), torch.zeros_like(spent)
-        gain, won, bound = dot(g, many, _IMAGE), torch.zeros_like(spent), torch.full_like(spent, torch.inf)
-        short = spent <= alpha
-        done, asks, share = short, not g.is_cuda, less
-        for attempt in range(40 if asks else 16):
-            share = torch.where(done, share, (alpha - less) * reciprocal(spent - less))  # of the larger move
-            reached = won + share * (gain - won)
-            done = done | (bound - reached <= _SPARSE_GAP * reached)
-            if asks and bool(done.all()):
-                break
-            tried = (gain - won) * reciprocal(spent - less)
-            if attempt == 0:
-                tried = largest[:, -1].view_as(alpha)
-            elif attempt % 2:
-                tried = low + (high - low) * (1 - share).clamp(0.1, 0.9)
-            found, size, near = self._moved(tried, g, up, down, near)
-            value = dot(g, found, _IMAGE)
-            over, under = ~done & (size > alpha), ~done & (size <= alpha)
-            bound = torch.where(done, bound, torch.minimum(bound, value + tried * (alpha - size)))
-            low, high = torch.where(over, tried, low), torch.where(under, tried, high)
-            many, spent, gain = (torch.where(over, *pair) for pair in ((found, many), (size, spent), (value, gain)))
-            few, less, won = (torch.where(under, *pair) for pair in ((found, few), (size, less), (value, won)))
-        return torch.where(short, many, torch.lerp(few, many, share)), spent
-
     def _by_column(self, g: Tensor, up: Tensor, down: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """The same for groups of a few pixels."""
         radii, guess = alpha.expand(len(g), 1, 1, 1).flatten().tolist(), max(1, sparsity(g) // 2)
         move, spent = torch.empty_like(g), torch.empty_like(g[:, :1, :1, :1])
-        gs, ns, ups, downs, moves = (_by_group(t, self.dims).flatten(2) for t in (g, self.normal, up, down, move))
+        gs, ns, ups, downs, moves = (by_group(t, self.dims).flatten(2) for t in (g, self.normal, up, down, move))
         for k, radius in enumerate(radii):
             moves[:, k], size = few.best_sparse(gs[:, k], ns[:, k], ups[:, k], downs[:, k], radius, guess)
             spent[k] = size
         return move, spent
-
-    def _moved(
-        self, threshold: Tensor, g: Tensor, up: Tensor, down: Tensor, near: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """For one ν, the move on the planes of the pixels whose g - λx is beyond it, its L1 norm, (N, 1, 1, 1), and
-        where to start the search for λ with a similar ν."""
-        dims, normal = self.dims, self.normal
-
-        def move(multiplier: Tensor) -> Tensor:
-            rest = torch.addcmul(g, normal, multiplier, value=-1)
-            return torch.where(rest > threshold, up, torch.where(rest < -threshold, -down, 0))
-
-        def residual(multiplier: Tensor) -> Tensor:
-            return dot(move(multiplier), normal, dims)
-
-        scale = self._scale(g)
-        if self.is_small:
-            jumps = [_by_group(((g + side) / normal).nan_to_num(0), dims) for side in (threshold, -threshold)]
-            at = torch.cat(jumps).sort(dim=0).values
-            bracket = try_all(residual, scale, at[1:] / 2 + at[:-1] / 2)
-        else:
-            ends = [total(pick(up * normal, -down * normal), dims) for pick in (torch.maximum, torch.minimum)]
-            bracket = search(residual, scale, 1e-6 * scale * (ends[0] - ends[1]), (ends[0], ends[1]), near)
-        a, fa, b, fb = bracket
-        found = torch.lerp(move(a), move(b), fa * reciprocal(fa - fb))
-        return found, total(found.abs(), _IMAGE), (a / 2 + b / 2, (fb - fa) * reciprocal(b - a))
 
     def unit_tangent(self, gradient: Tensor) -> Tensor:
         """See `sets.Allowed`. It is in the plane's working memory, until the next call."""
@@ -325,7 +239,18 @@ class Plane:
         """Where a group has a few pixels, less than the radius by what settling takes from groups that hardly move."""
         if self.is_small:
             return self.settle(by_threshold(self, points, radius, self._unsettled, self._held))
-        return by_threshold(self, points, radius)
+        x, delta, scratch = self.images, self._scratch[0], self._scratch[1]
+        torch.sub(points, x, out=delta)
+        noise = self._noise(dot(delta, delta, self.dims, scratch))
+        d, found = in_l1_ball(delta, self.lower - x, self.upper - x, radius, self.normal, self.dims, noise)
+        y = self._settled(d.add_(x).clamp_(self.lower, self.upper), [self._box], x)
+        return y if y.is_cuda or bool(found.all()) else torch.where(found, y, by_threshold(self, points, radius))
+
+    def _noise(self, distance2: Tensor) -> Tensor:
+        """What round-off may leave of ⟨y - x, n⟩: of equal pixels with a perturbation below their grid, all round the
+        same way, and λ cannot settle more than that."""
+        unit = self._slack * torch.finfo(distance2.dtype).eps
+        return unit * ((torch.minimum(distance2, self._width2) * self._normal2).sqrt() + self._grid / 4)
 
     def _held(self, signs: Tensor, free: Tensor) -> Tensor:
         """‖P s‖² for the signs s of free pixels, (N, 1, 1, 1), P projecting onto their part of the normals: with s they
@@ -347,9 +272,7 @@ class Plane:
         delta0, v, delta, scratch = self._scratch
         torch.sub(points, x, out=delta0)
         along, distance2 = dot(delta0, normal, dims, scratch), dot(delta0, delta0, dims, scratch)
-        # Of equal pixels with a perturbation below their grid, all round the same way: λ cannot settle more than that.
-        unit = self._slack * torch.finfo(x.dtype).eps
-        noise = unit * ((torch.minimum(distance2, self._width2) * self._normal2).sqrt() + self._grid / 4)
+        noise = self._noise(distance2)
         s = torch.ones_like(x[:, :1, :1, :1])
         if radius is not None:
             s = (radius * reciprocal(distance2.sum(_IMAGE, keepdim=True).sqrt())).clamp(max=1)
@@ -390,10 +313,10 @@ class Plane:
         """`nearest` on groups of a few pixels, off the plane by what rounding costs, which is much for so few."""
         if points.is_cuda:  # where counting what is left to do would take longer than trying all
             return self._searched(points, shrink, settles=False)
-        x, low, high, normal = (_by_group(t, self.dims) for t in (self.images, self.lower, self.upper, self.normal))
-        found = few.nearest(_by_group(points, self.dims) - x, normal, low - x, high - x, shrink)
+        x, low, high, normal = (by_group(t, self.dims) for t in (self.images, self.lower, self.upper, self.normal))
+        found = few.nearest(by_group(points, self.dims) - x, normal, low - x, high - x, shrink)
         y = torch.empty_like(points)
-        _by_group(y, self.dims).copy_(found.add_(x).clamp_(low, high))
+        by_group(y, self.dims).copy_(found.add_(x).clamp_(low, high))
         return y
 
     def _searched(self, points: Tensor, shrink: Tensor | None, settles: bool = True) -> Tensor:
@@ -468,10 +391,10 @@ class Plane:
         if self.is_small and not points.is_cuda:
             low, high = self._box()
             y, x, n, low, high = (
-                _by_group(t, self.dims)[:, lost] for t in (points, self.images, self._settling, low, high)
+                by_group(t, self.dims)[:, lost] for t in (points, self.images, self._settling, low, high)
             )
             points = points.clone(memory_format=torch.contiguous_format)
-            _by_group(points, self.dims)[:, lost] = few.nudged(y, x, n, low, high, 0.75 * unit)
+            by_group(points, self.dims)[:, lost] = few.nudged(y, x, n, low, high, 0.75 * unit)
             lost = self._lost(points)
             if not bool(lost.any()):
                 return points
@@ -521,12 +444,5 @@ class Plane:
         if shrink is not None:
             ends = [self.lower - shrink, self.upper + shrink, self.images - shrink, self.images + shrink]
         kinks = (((points - end) / self.normal).nan_to_num(0) for end in ends)
-        by_group = [_by_group(k, self.dims) for k in kinks]
-        return torch.cat([torch.zeros_like(by_group[0][:1]), *by_group])
-
-
-def _by_group(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """(K, ...): the K pixels of each group first, then the shape of a number per group."""
-    shape = [1 if d - tensor.ndim in dims else n for d, n in enumerate(tensor.shape)]
-    moved: Tensor = tensor.movedim(dims, tuple(range(len(dims))))
-    return moved.reshape(-1, *shape)
+        grouped = [by_group(k, self.dims) for k in kinks]
+        return torch.cat([torch.zeros_like(grouped[0][:1]), *grouped])

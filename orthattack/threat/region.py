@@ -324,13 +324,8 @@ def _allowed(
         plane = Plane(images, lower, upper, "channel", ones, is_whole=whole)
     elif vectors is not None and vectors.shape[1] == 1:
         plane = Plane(images, lower, upper, "image", vectors[:, 0].contiguous(), is_whole=whole)
-    is_free = plane is None and vectors is None
-    if threat.norm == "l1" and vectors is None and threat.scope != "pixel" and not (is_free and images.is_cuda):
-        # Newton's method finds the ball's multiplier along with the planes', so it serves without planes too; on a GPU,
-        # where it is as long as it is whatever it finds, that costs too much.
-        vectors = torch.zeros_like(images).unsqueeze(1) if is_free else threat._vectors(images, normals)
-    if vectors is not None and (plane is None or threat.norm == "l1"):
-        return Subspace(images, lower, upper, vectors, plane)
+    if vectors is not None and plane is None:
+        return Subspace(images, lower, upper, vectors)
     return Free(images, lower, upper) if plane is None else plane
 
 

@@ -21,6 +21,9 @@ Bracket = tuple[Tensor, Tensor, Tensor, Tensor]
 # To ask whether a search is done, the host would have to wait for the GPU; there, it is so long whatever it finds.
 _TRIALS_GPU = 16
 
+# After these trials a search goes on with the groups that are not done.
+_NARROWED = (4, 8, 14, 20)
+
 
 def ends_of(residual: Callable[[Tensor], Tensor], like: Tensor) -> Bracket:
     """The bracket (a, f(a), b, f(b)) of all λ, for f = `residual`."""
@@ -65,12 +68,14 @@ def search(
     tolerance: Tensor,
     ends: tuple[Tensor, Tensor],
     near: tuple[Tensor, Tensor] | None,
+    narrow: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = None,
 ) -> Bracket:
     """A bracket whose mixture has a duality gap of at most `tolerance`, by a safeguarded secant.
 
     It runs over u = λ / (scale + |λ|), which maps all λ to [-1, 1]; `scale` is the order of magnitude of λ, not 0.
     `ends` are f where λ is -infinity and infinity, `near` a λ to start at and the slope of f there, by default 0 and
-    that between the ends. All are per group.
+    that between the ends. All are per group. Of many small groups, (N, G, 1, 1), `narrow` gives the function of some,
+    (N, G) bool, so that a CPU need not go on with those that are done.
     """
     scale64 = scale.double()
     largest = _largest(scale)
@@ -91,6 +96,8 @@ def search(
     right = f >= 0
     stuck = done = torch.zeros_like(right)
     asks = not scale.is_cuda
+    left = torch.ones(0)
+    answer: tuple[Tensor, ...] = ()
     for attempt in range(200 if asks else _TRIALS_GPU):
         # A group that is done keeps its bracket, so that its answer does not depend on its batch.
         is_a, is_b = right & ~done, ~right & ~done
@@ -100,6 +107,17 @@ def search(
         done = gap <= tolerance
         if asks and bool(done.all()):
             break
+        if asks and narrow is not None and attempt in _NARROWED:
+            bracket = value(a), fa, value(b), fb
+            if not answer:
+                answer, left = tuple(t.clone() for t in bracket), torch.ones(done.shape[:2], dtype=torch.bool)
+            for known, found in zip(answer, bracket, strict=True):
+                known[left] = found.view(-1, 1, 1)
+            going = ~done.flatten()
+            left = left.masked_scatter(left, going)
+            state = a, fa, b, fb, u, f, slope, right, stuck, done, scale64, tolerance
+            a, fa, b, fb, u, f, slope, right, stuck, done, scale64, tolerance = (t.view(-1, 1, 1)[going] for t in state)
+            residual = narrow(left)
         # The secant tends to come from one side, which leaves the bracket wide: so it aims a little beyond the root, by
         # what the tolerance allows, and twice as far after two trials on the same side. Later trials also halve.
         beyond = (tolerance * reciprocal(slope.abs() * scale64)).sqrt() / 2
@@ -111,7 +129,11 @@ def search(
         right = f >= 0
         stuck = right == right_before
         slope = torch.where(u != u_before, (f - f_before) * reciprocal(u - u_before), slope)
-    return value(a).to(scale.dtype), fa.to(scale.dtype), value(b).to(scale.dtype), fb.to(scale.dtype)
+    bracket = value(a), fa, value(b), fb
+    for known, found in zip(answer, bracket, strict=False):
+        known[left] = found
+    a, fa, b, fb = (t.to(scale.dtype) for t in answer or bracket)
+    return a, fa, b, fb
 
 
 def _largest(like: Tensor) -> float:

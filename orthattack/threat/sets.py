@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from orthattack.threat.norms import by_secant, by_threshold, greedy_step, unit
+from orthattack.threat.norms import by_secant, by_threshold, greedy_step, in_l1_ball, unit
 
 __all__ = ["Allowed", "Free", "soften"]
 
@@ -92,7 +92,12 @@ class Free:
         return points.clamp(self.lower, self.upper)
 
     nearest_in_l2_ball = by_secant
-    nearest_in_l1_ball = by_threshold
+
+    def nearest_in_l1_ball(self, points: Tensor, radius: Tensor) -> Tensor:
+        x = self.images
+        d, found = in_l1_ball(points - x, self.lower - x, self.upper - x, radius, None, (), torch.zeros_like(radius))
+        y = d.add_(x).clamp_(self.lower, self.upper)
+        return y if y.is_cuda or bool(found.all()) else torch.where(found, y, by_threshold(self, points, radius))
 
     def settle(self, points: Tensor) -> Tensor:
         return points

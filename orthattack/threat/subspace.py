@@ -16,7 +16,6 @@ from torch import Tensor
 
 from orthattack.projection import dot, orthonormal_basis, reciprocal, remove_directions, scaled, scope_dims
 from orthattack.threat.norms import by_secant, greedy_step, unit
-from orthattack.threat.plane import Plane
 from orthattack.threat.sets import soften
 
 __all__ = ["Subspace"]
@@ -47,14 +46,10 @@ class Subspace:
         images: x, (N, C, H, W), float32 or float64.
         lower, upper: the box, which holds x.
         directions: b, (N, K, C, H, W), any scale; they may be zero or depend on each other.
-        plane: the same set, where each group of pixels has one direction: it then steps in L1, and settles, since a
-            group may have so little of the perturbation that the whole says nothing of it.
     """
 
-    def __init__(
-        self, images: Tensor, lower: Tensor, upper: Tensor, directions: Tensor, plane: Plane | None = None
-    ) -> None:
-        self.images, self.lower, self.upper, self._plane = images, lower, upper, plane
+    def __init__(self, images: Tensor, lower: Tensor, upper: Tensor, directions: Tensor) -> None:
+        self.images, self.lower, self.upper = images, lower, upper
         self._asks = not images.is_cuda
         self._trials = _ASKING if self._asks else _ON_GPU
         self.basis = orthonormal_basis(directions.double())
@@ -65,7 +60,6 @@ class Subspace:
     def boxed(self, lower: Tensor, upper: Tensor) -> Subspace:
         subspace = copy.copy(self)
         subspace.lower, subspace.upper = lower, upper
-        subspace._plane = None if self._plane is None else self._plane.boxed(lower, upper)
         return subspace
 
     def tangent(self, gradient: Tensor) -> Tensor:
@@ -81,9 +75,7 @@ class Subspace:
         return self._settled(y, lower, upper, start)
 
     def sparse_step(self, start: Tensor, gradient: Tensor, alpha: Tensor, count: Tensor | int | None = None) -> Tensor:
-        """Exact on the planes of the groups; in others by the projected gradient, which leaves them."""
-        if self._plane is not None:
-            return self._plane.sparse_step(start, gradient, alpha, count)
+        """By the projected gradient, which leaves the planes."""
         return greedy_step(start, self.tangent(gradient), alpha, self.lower, self.upper, count)
 
     def ascend(self, start: Tensor, gradient: Tensor, alpha: Tensor) -> Tensor:
@@ -133,7 +125,7 @@ class Subspace:
     def nearest(self, points: Tensor, shrink: Tensor | None = None) -> Tensor:
         lower, upper = self.lower.double(), self.upper.double()
         y = self._nearest(points.double(), lower, upper, self.images.double(), shrink)
-        return self._kept(y.to(points.dtype).clamp_(self.lower, self.upper))
+        return self.settle(y.to(points.dtype).clamp_(self.lower, self.upper))
 
     nearest_in_l2_ball = by_secant
 
@@ -149,17 +141,13 @@ class Subspace:
         if not self._asks or bool(outside.any()):
             inside = self._nearest(points.double(), lower, upper, x, None, outside, eps)
             y = torch.where(outside.view(-1, 1, 1, 1), inside, y)
-        return self.settle(self._kept(y.to(points.dtype).clamp_(self.lower, self.upper)))
+        return self.settle(y.to(points.dtype).clamp_(self.lower, self.upper))
 
     def settle(self, points: Tensor) -> Tensor:
-        return self._kept(points) if self._plane is None else self._plane.settle(points)
+        return self._settled(points, self.lower, self.upper, self.images)
 
     def release(self) -> None:
-        if self._plane is not None:
-            self._plane.release()
-
-    def _kept(self, points: Tensor) -> Tensor:
-        return self._settled(points, self.lower, self.upper, self.images)
+        pass
 
     def _settled(self, points: Tensor, lower: Tensor, upper: Tensor, fallback: Tensor) -> Tensor:
         """`settle` in a smaller box, where what cannot be settled becomes the `fallback`."""

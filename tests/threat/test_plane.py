@@ -12,7 +12,10 @@ from torch import Tensor
 
 from orthattack import alignment
 from orthattack.threat import plane as plane_module
+from orthattack.threat import sets, sparse
+from orthattack.threat.blocks import Blocks
 from orthattack.threat.plane import Plane
+from orthattack.threat.sets import Free
 from tests.conftest import examples, gradient_kinds, image_kinds, make_gradient, make_images, scopes, seeds
 
 epsilons = st.sampled_from([0.5 / 255, 4 / 255, 8 / 255, 0.3])
@@ -338,9 +341,9 @@ def test_settling_leaves_good_points_alone():
     assert plane.settle(y) is y
 
 
-@pytest.mark.parametrize(("scope", "searches", "products"), [("image", 4, 80), ("channel", 40, 640)])
+@pytest.mark.parametrize(("scope", "searches", "products"), [("image", 100, 1300), ("channel", 60, 1000)])
 def test_an_l1_step_takes_few_searches_and_those_few_products(monkeypatch, scope, searches, products):
-    counts, search, dot = [0, 0], plane_module.search, plane_module.dot
+    counts, search, dot = [0, 0], sparse.search, sparse.dot
 
     def counted(which, function):
         def call(*args):
@@ -349,8 +352,8 @@ def test_an_l1_step_takes_few_searches_and_those_few_products(monkeypatch, scope
 
         return call
 
-    monkeypatch.setattr(plane_module, "search", counted(0, search))
-    monkeypatch.setattr(plane_module, "dot", counted(1, dot))
+    monkeypatch.setattr(sparse, "search", counted(0, search))
+    monkeypatch.setattr(sparse, "dot", counted(1, dot))
     for seed in range(2):
         x, eps = make_images("uniform", (2, 3, 16, 16), seed), 8 / 255
         plane = Plane(x, (x - eps).clamp(0), (x + eps).clamp(max=1), scope)
@@ -360,14 +363,82 @@ def test_an_l1_step_takes_few_searches_and_those_few_products(monkeypatch, scope
     assert counts[1] <= products
 
 
-@pytest.mark.parametrize("scope", ["image", "channel", "pixel"])
+def soft_and_clipped(points: Tensor, x: Tensor, low: Tensor, high: Tensor, radius: float, scope: str) -> np.ndarray:
+    """The nearest point in the L1 ball, (groups, n), by bisection of μ and, for each, of every group's λ."""
+    p, n, lower, upper = (groups(t, scope) for t in (points, x, low, high))
+
+    def at(mu: float) -> np.ndarray:
+        a, b = np.full((len(n), 1), -1e4), np.full((len(n), 1), 1e4)
+        for _ in range(70):
+            middle = (a + b) / 2
+            v = p - n - middle * n
+            d = np.clip(np.sign(v) * np.maximum(np.abs(v) - mu, 0), lower - n, upper - n)
+            above = (d * n).sum(1, keepdims=True) > 0
+            a, b = np.where(above, middle, a), np.where(above, b, middle)
+        return d
+
+    below, above = 0.0, float(np.abs(p - n).max()) * 1e3
+    if np.abs(at(0.0)).sum() <= radius:
+        return n + at(0.0)
+    for _ in range(70):
+        middle = (below + above) / 2
+        below, above = (middle, above) if np.abs(at(middle)).sum() > radius else (below, middle)
+    return n + at(above)
+
+
+@examples(60)
+@given(
+    st.sampled_from(["uniform", "8-bit", "mixed", "dark"]),
+    gradient_kinds,
+    st.sampled_from(["image", "channel"]),
+    seeds,
+    st.sampled_from([0.1, 1.0, 6.0]),
+    st.sampled_from([0.02, 0.4]),
+)
+def test_the_nearest_point_in_an_l1_ball_is_that_of_nested_bisections(image, gradient, scope, seed, radius, size):
+    x = make_images(image, (1, 3, 6, 6), seed, torch.float64)
+    low, high = box(x, 0.3)
+    points = x + size * make_gradient(gradient, x, seed)
+    y = Plane(x, low, high, scope).nearest_in_l1_ball(points, torch.full((1, 1, 1, 1), radius, dtype=torch.float64))
+    expected = soft_and_clipped(points, x, low, high, radius, scope)
+    np.testing.assert_allclose(groups(y, scope), expected, rtol=0, atol=2e-6 * (1 + radius))
+
+
+@pytest.mark.parametrize("scope", [None, "image", "channel", "block8"])
+@pytest.mark.parametrize("image", ["uniform", "8-bit"])
+def test_an_l1_balls_thresholds_are_mostly_found_by_newtons_method(monkeypatch, image, scope):
+    monkeypatch.delattr(plane_module, "by_threshold")
+    monkeypatch.delattr(sets, "by_threshold")
+    x = make_images(image, (2, 3, 32, 32), 0)
+    bounds = 0 * x, 0 * x + 1
+    make = {None: lambda: Free(x, *bounds), "block8": lambda: Blocks(x, *bounds, "block8")}
+    allowed = make.get(scope, lambda: Plane(x, *bounds, scope))()
+    for seed, (size, share) in enumerate(itertools.product((0.003, 0.05), (0.3, 0.8))):
+        points = allowed.nearest(x + size * make_gradient("normal", x, seed))
+        radius = share * (points - x).double().abs().sum((1, 2, 3), keepdim=True)
+        y = allowed.nearest_in_l1_ball(points, radius)
+        norm = (y - x).double().abs().sum((1, 2, 3), keepdim=True)
+        torch.testing.assert_close(norm, radius, rtol=3e-5, atol=0)
+
+
+@pytest.mark.parametrize("scope", ["image", "channel", "pixel", "block4"])
 def test_a_batch_is_its_samples(scope):
     x = torch.cat([make_images(kind, (1, 3, 16, 16), 0) for kind in ("uniform", "8-bit", "saturated", "white", "dark")])
     g = torch.cat([make_gradient(kind, x[:1], 0) for kind in ("normal", "heavy", "sparse", "zero", "one-sided")])
     low, high = box(x, 8 / 255)
-    together = Plane(x, low, high, scope)
-    step, nearest = together.step(x, g, 2 / 255), together.nearest(x + 0.1 * g)
+    radius, alpha = torch.full((len(x), 1, 1, 1), 1.0, dtype=torch.float64), torch.full((len(x), 1, 1, 1), 0.3)
+
+    def results(i: slice) -> list[Tensor]:
+        made = Blocks if scope == "block4" else Plane
+        allowed, points = made(x[i], low[i], high[i], scope), x[i] + 0.1 * g[i]
+        return [
+            allowed.step(x[i], g[i], 2 / 255),
+            allowed.nearest(points),
+            allowed.sparse_step(x[i], g[i], alpha[i], 20),
+            allowed.nearest_in_l1_ball(points, radius[i]),
+        ]
+
+    together = results(slice(None))
     for i in range(len(x)):
-        alone = Plane(x[i : i + 1], low[i : i + 1], high[i : i + 1], scope)
-        assert torch.equal(step[i], alone.step(x[i : i + 1], g[i : i + 1], 2 / 255)[0])
-        assert torch.equal(nearest[i], alone.nearest(x[i : i + 1] + 0.1 * g[i : i + 1])[0])
+        for batch, alone in zip(together, results(slice(i, i + 1)), strict=True):
+            assert torch.equal(batch[i], alone[0])

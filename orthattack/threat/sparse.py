@@ -1,0 +1,177 @@
+"""The best L1 step on planes: few pixels move, so it is sought among those with the largest gradient.
+
+What it is of all pixels follows from the multipliers found: none of the others would move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from orthattack.projection import dot, reciprocal, scope_dims, total
+from orthattack.threat.rootfind import search, try_all
+
+__all__ = ["best_sparse", "by_group"]
+
+_IMAGE = scope_dims("image")
+# The duality gap, relative to the objective.
+_GAP = 1e-5
+# How many times the pixels that move at least are looked at first.
+_LOOKED = 3
+# Of more groups than channels, those are chosen that move, not some pixels of each.
+_GROUPS = 16
+
+
+def best_sparse(
+    g: Tensor, normal: Tensor, up: Tensor, down: Tensor, alpha: Tensor, count: int, dims: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """Solve::
+
+        max_d ⟨g, d⟩  subject to  -down <= d <= up,  ⟨d, n⟩ = 0 in each group,  ‖d‖₁ <= α
+
+    Args:
+        g: the gradient, (N, C, H, W), without its components along the normals.
+        normal: n, the same shape.
+        up: at least 0, like `down`; the same shape.
+        down: how far each pixel may move.
+        alpha: α, (N, 1, 1, 1), greater than 0.
+        count: how many pixels will move, to start with.
+        dims: those of a group.
+
+    Returns:
+        d, with a duality gap below 1e-5 of the optimum as a rule, and its norm, or some number above α if that is α.
+    """
+    if g.is_cuda or g[0].numel() <= 8 * count:  # asking would stop the GPU
+        return _beyond(g, normal, up, down, alpha, count, dims, None)[:2]
+    groups = 1 if dims == _IMAGE else g.shape[1]
+    flat = [t.reshape(len(g), groups, -1) for t in (g, normal, up, down)]
+    size = flat[0].abs()
+    if groups > _GROUPS:
+        top = size.amax(2).topk(min(groups, 1 + 2 * count // 3), dim=1)  # in each, two or more move
+        index, shape = top.indices.unsqueeze(2).expand(-1, -1, size.shape[2]), (-1, *g.shape[2:])
+        along, outside, slope = 1, top.values[:, -1:], None
+    else:
+        top = size.topk(min(size.shape[2], _LOOKED * count), dim=2)
+        index, shape = top.indices, (groups, 1, -1)
+        along, outside, slope = 2, top.values[..., -1], normal.abs().amax(dims, keepdim=True)
+    g_, normal_, up_, down_ = (t.gather(along, index).view(len(g), *shape) for t in flat)
+    others = outside.view(len(g), -1, 1, 1), slope
+    move, spent, whole = _beyond(g_, normal_, up_, down_, alpha, count, dims, others)
+    found = torch.zeros_like(flat[0]).scatter_(along, index, move.view_as(index)).view_as(g)
+    if bool(whole.all()):
+        return found, spent
+    move, size, _ = _beyond(g, normal, up, down, alpha, count, dims, None)
+    return torch.where(whole, found, move), torch.where(whole, spent, size)
+
+
+def _beyond(
+    g: Tensor, normal: Tensor, up: Tensor, down: Tensor, alpha: Tensor, count: int, dims: tuple[int, ...],
+    others: tuple[Tensor, Tensor | None] | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The same by the multiplier ν of the L1 norm, and whether `others` stay: pixels of at most this ``|g|`` and at
+    most this ``|n|``, or None where they are in groups of their own.
+
+    A pixel is at the end of its range to which g - λx points where that is beyond ±ν, and stays where it is between.
+    For each ν that is a search for λ, and the move's norm L falls as ν grows. Of the concave gain V(L) a bracket gives
+    two points, and the slope between them is the next ν, until the chord is the curve.
+    """
+    size = g.abs().flatten(1)
+    largest = size.topk(min(count + count // 4 + 1, size.shape[1]), dim=1).values
+    low, high = torch.zeros_like(alpha), largest[:, :1].view_as(alpha)
+    problem = _Problem(g, normal, up, down, dims)
+    many = few = torch.zeros_like(g)
+    gain = won = less = share = torch.zeros_like(alpha)
+    spent = bound = torch.full_like(alpha, torch.inf)  # no ν is known yet that is small enough
+    done, asks = torch.zeros_like(alpha, dtype=torch.bool), not g.is_cuda
+    all_of_many, all_of_few = torch.full_like(done, others is None), torch.ones_like(done)
+    for attempt in range(40 if asks else 16):
+        share = torch.where(done, share, (alpha - less) * reciprocal(spent - less))  # of the larger move
+        reached = won + share * (gain - won)
+        done = done | (bound - reached <= _GAP * reached) | (high == 0)
+        if asks and bool(done.all()):
+            break
+        chord = (gain - won) * reciprocal(spent - less)
+        if attempt == 0:
+            tried = largest[:, -1].view_as(alpha)
+        elif attempt == 1:  # as if each pixel that moves took as much as another
+            rank = (0.98 * share * (largest.shape[1] - 1)).long().view(-1, 1)
+            tried = torch.where(spent < torch.inf, largest.gather(1, rank).view_as(alpha), high / 4)
+        else:
+            tried = chord if attempt % 2 == 0 else low + (high - low) * (1 - share).clamp(0.1, 0.9)
+            tried = torch.where(spent < torch.inf, tried, high / 4 if attempt == 2 else 0)
+        found, size = problem.moved(tried)
+        value = dot(g, found, _IMAGE)
+        over, under = ~done & (size > alpha), ~done & (size <= alpha)
+        if others is not None:
+            stay = problem.stay(*others, tried)
+            all_of_many, all_of_few = torch.where(over, stay, all_of_many), torch.where(under, stay, all_of_few)
+        bound = torch.where(done, bound, torch.minimum(bound, value + tried * (alpha - size)))
+        low, high = torch.where(over, tried, low), torch.where(under, tried, high)
+        many, spent, gain = (torch.where(over, *pair) for pair in ((found, many), (size, spent), (value, gain)))
+        few, less, won = (torch.where(under, *pair) for pair in ((found, few), (size, less), (value, won)))
+    short = high == 0
+    return torch.lerp(few, many, share), torch.where(short, less, spent), all_of_many & all_of_few & ~short
+
+
+class _Problem:
+    """The moves for one ν after the other, each search for λ starting from the last."""
+
+    def __init__(self, g: Tensor, normal: Tensor, up: Tensor, down: Tensor, dims: tuple[int, ...]) -> None:
+        self._parts, self._dims = (g, normal, up, -down), dims
+        sizes = total(normal.abs(), dims)
+        scale = total(g.abs(), dims) * reciprocal(sizes)
+        self._scale = torch.where(scale > 0, scale, 1)
+        higher, lower = up * normal, -down * normal
+        self._ends = total(torch.maximum(higher, lower), dims), total(torch.minimum(higher, lower), dims)
+        self._near: tuple[Tensor, Tensor] | None = None
+        self._is_small = g.numel() <= 4 * scale.numel()
+        self._reach = torch.zeros_like(scale)
+
+    def moved(self, threshold: Tensor) -> tuple[Tensor, Tensor]:
+        """For one ν, the move on the planes of the pixels whose g - λx is beyond it, and its L1 norm, (N, 1, 1, 1)."""
+        dims, (g, normal, _, _) = self._dims, self._parts
+
+        def along(g: Tensor, normal: Tensor, up: Tensor, down: Tensor, threshold: Tensor) -> Callable[..., Tensor]:
+            return lambda multiplier: dot(_at(multiplier, g, normal, up, down, threshold), normal, dims)
+
+        def narrowed(groups: Tensor) -> Callable[..., Tensor]:
+            wide = threshold.expand(*groups.shape, 1, 1)
+            return along(*(t[groups] for t in (*self._parts, wide)))
+
+        def move(multiplier: Tensor) -> Tensor:
+            return _at(multiplier, *self._parts, threshold)
+
+        residual = along(*self._parts, threshold)
+
+        if self._is_small:
+            jumps = [by_group(((g + side) / normal).nan_to_num(0), dims) for side in (threshold, -threshold)]
+            at = torch.cat(jumps).sort(dim=0).values
+            bracket = try_all(residual, self._scale, at[1:] / 2 + at[:-1] / 2)
+        else:
+            most, least = self._ends
+            narrow = narrowed if self._scale[0].numel() > _GROUPS else None
+            bracket = search(residual, self._scale, 1e-6 * self._scale * (most - least), self._ends, self._near, narrow)
+        a, fa, b, fb = bracket
+        found = torch.lerp(move(a), move(b), fa * reciprocal(fa - fb))
+        self._near = a / 2 + b / 2, (fb - fa) * reciprocal(b - a)
+        self._reach = torch.maximum(a.abs(), b.abs())
+        return found, total(found.abs(), _IMAGE)
+
+    def stay(self, size: Tensor, normal: Tensor | None, threshold: Tensor) -> Tensor:
+        """Whether, for the last λ, no g - λx of at most these ``|g|`` and ``|x|`` reaches the ν."""
+        most = size if normal is None else size + self._reach * normal
+        return (most < threshold).flatten(1).all(1).view(-1, 1, 1, 1)
+
+
+def _at(multiplier: Tensor, g: Tensor, normal: Tensor, up: Tensor, down: Tensor, threshold: Tensor) -> Tensor:
+    rest = torch.addcmul(g, normal, multiplier, value=-1)
+    return torch.where(rest > threshold, up, torch.where(rest < -threshold, down, 0))
+
+
+def by_group(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """(K, ...): the K pixels of each group first, then the shape of a number per group."""
+    shape = [1 if d - tensor.ndim in dims else n for d, n in enumerate(tensor.shape)]
+    moved: Tensor = tensor.movedim(dims, tuple(range(len(dims))))
+    return moved.reshape(-1, *shape)
