@@ -135,22 +135,21 @@ def _add_eval(commands: Any) -> None:
 
 def _add_flags(group: Any) -> None:
     """The flags of a suite's keys."""
-    from orthattack.eval.suite import MODELS
+    from orthattack.eval.suite import KEYS
 
-    for model in MODELS:
-        for name, field in model.model_fields.items():
-            about: Any = field.json_schema_extra
-            flag, _, metavar = (about["flag"] or "").partition(" ")
-            if flag:
-                known = field.default if isinstance(field.default, str | int | tuple) else None
-                shown = " ".join(map(str, known)) if isinstance(known, tuple) else known
-                default = "" if known is None or isinstance(known, bool) else f" (default: {shown})"
-                more: dict[str, Any] = {"dest": name, "default": None, "help": f"{field.description}{default}"}
-                more |= {"metavar": metavar} if metavar else {}
-                if about["of"] is not None:
-                    is_choice = get_origin(about["of"]) is Literal
-                    more |= {"choices": get_args(about["of"])} if is_choice else {"type": _typed(about)}
-                group.add_argument(flag, **more | about["argparse"])
+    for name, field in KEYS.items():
+        about = field.json_schema_extra
+        flag, _, metavar = (about["flag"] or "").partition(" ")
+        if flag:
+            known = field.default if isinstance(field.default, str | int | tuple) else None
+            shown = " ".join(map(str, known)) if isinstance(known, tuple) else known
+            default = "" if known is None or isinstance(known, bool) else f" (default: {shown})"
+            more: dict[str, Any] = {"dest": name, "default": None, "help": f"{field.description}{default}"}
+            more |= {"metavar": metavar} if metavar else {}
+            if about["of"] is not None:
+                is_choice = get_origin(about["of"]) is Literal
+                more |= {"choices": get_args(about["of"])} if is_choice else {"type": _typed(about)}
+            group.add_argument(flag, **more | about["argparse"])
 
 
 def _typed(about: dict[str, Any]) -> Callable[[str], Any]:
@@ -273,15 +272,12 @@ def _stopped(resume: str) -> int:
 def _from_flags(options: argparse.Namespace) -> Suite | None:
     """The suite that the flags describe, or None if they name a file."""
     from orthattack.eval.models import BUNDLED
-    from orthattack.eval.suite import MODELS, DataSpec, make_suite
+    from orthattack.eval.suite import KEYS, DataSpec, make_suite
 
-    flags: dict[str, Any] = {
-        name: field.json_schema_extra for model in MODELS for name, field in model.model_fields.items()
-    }
-    given = {name: value for name in flags if (value := getattr(options, name, None)) is not None}
+    given = {name: value for name in KEYS if (value := getattr(options, name, None)) is not None}
     if options.suite is not None:
         if given:
-            flag = flags[next(iter(given))]["flag"].partition(" ")[0]
+            flag = KEYS[next(iter(given))].json_schema_extra["flag"].partition(" ")[0]
             if options.suite.suffix != ".toml" and not options.suite.is_file():
                 raise EvaluationError(
                     f"{options.suite} stands alone, so it was taken for a suite, and there is no such file: what it "

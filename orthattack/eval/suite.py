@@ -453,9 +453,9 @@ def wrong(error: Any, accepted: str | None = None) -> str:
         return str(error["msg"].removeprefix("Value error, "))
     key = next((part for part in reversed(error["loc"]) if isinstance(part, str)), "")
     if accepted is None:
-        specs: tuple[type[BaseModel], ...] = (AttackSpec, *MODELS)
-        known: dict[str, Any] = {k: f.json_schema_extra for m in specs for k, f in m.model_fields.items()}
-        accepted = known[key]["accepted"] if key in known else f"a table of the keys {', '.join(Suite.model_fields)}"
+        known: dict[str, Any] = {**AttackSpec.model_fields, **KEYS}
+        everything = f"a table of the keys {', '.join(Suite.model_fields)}"
+        accepted = known[key].json_schema_extra["accepted"] if key in known else everything
     if error["type"] == "missing":
         return f"is missing: it must be {accepted}"
     value = repr(error["input"])
@@ -464,7 +464,8 @@ def wrong(error: Any, accepted: str | None = None) -> str:
     return f"must be {accepted}; got {value if len(value) <= 80 else f'{value[:77]}...'}{table}"
 
 
-MODELS: tuple[type[_Strict], ...] = (ModelSpec, DataSpec, Suite)  # whose keys the flags of the command line are
+KEYS: dict[str, Any] = {**ModelSpec.model_fields, **DataSpec.model_fields, **Suite.model_fields}
+"""The keys that the flags of the command line set, among others."""
 
 Suite.__doc__ = f"{Suite.__doc__}\n\nAttributes:\n" + "".join(
     f"    {name}: {field.description}.\n" for name, field in Suite.model_fields.items()

@@ -585,10 +585,7 @@ def _same_images(path: Path, parts: Sequence[Path]) -> bool:
 def _status(sessions: Sequence[Mapping[str, Any]]) -> str:
     """Of a run with these sessions: complete once one of them has seen that nothing is left."""
     outcomes = [session["outcome"] for session in sessions]
-    for status in ("complete", "running"):
-        if status in outcomes:
-            return status
-    return "interrupted"
+    return next((status for status in ("complete", "running") if status in outcomes), "interrupted")
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
