@@ -398,14 +398,10 @@ class Run:
 
     def progress(self) -> tuple[int, int]:
         """Rows that are there, and rows that there will be."""
-        done = expected = 0
-        for model in self.models:
-            for eps in self.radii:
-                for row in self.cell(model, eps).rows:
-                    attack = row["attack"]
-                    if attack != WORST and (eps == self.radii[0] or not self.attacks[attack].get("minimal")):
-                        done, expected = done + row["rows"], expected + row["images"]
-        return done, expected
+        rows = [row for cell in self._all() for row in cell.rows if row["attack"] != WORST]
+        # Those of an attack that minimises the norm are the same at every radius.
+        rows = [row for row in rows if row["eps"] == self.radii[0] or not self.attacks[row["attack"]].get("minimal")]
+        return sum(row["rows"] for row in rows), sum(row["images"] for row in rows)
 
     def _all(self) -> list[_Cell]:
         return [self.cell(model, eps) for model in self.models for eps in self.radii]
