@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,17 +19,7 @@ from orthattack.eval.results.stored_run import Run
 class Example:
     """An image before and after an attack."""
 
-    model: str  # label of the model
-    attack: str  # label of the attack
-    eps: float | None  # radius of the run, None for an attack that minimises the norm
-    position: int  # of the image in the data
-    name: str  # of the image
-    label: int  # its class
-    clean_prediction: int  # the model's on the clean image
-    adversarial_prediction: int  # the model's on the adversarial image
-    success: bool  # newly fooled
-    norm: float  # of the perturbation, in the run's norm; NaN if not recorded
-    cosine: float  # of perturbation and image; NaN if not recorded
+    row: Mapping[str, Any]  # position, name, label and what the run has recorded of it; see `ROW_SCHEMA`
     clean: Tensor  # (3, H, W) in [0, 1]
     adversarial: Tensor  # (3, H, W) in [0, 1]
 
@@ -62,34 +52,14 @@ def order(run: Run, model: str) -> list[int]:
 
 def examples(run: Run, model: str, attack: str, eps: float | None, wanted: list[int]) -> list[Example]:
     """The examples at the positions wanted, in that order; those without a row or an image are left out."""
-    stored_eps = run.stored_eps(attack, eps)
     columns = ["position", "name", "label", "status", "clean_prediction", "adversarial_prediction", "success", "cosine"]
     rows = run.rows(model, attack, eps, [*columns, run.norm])
     known = rows["adversarial_prediction"].notna() & rows["clean_prediction"].notna()
     rows = rows[rows["position"].isin(wanted) & known]
-    by_position: dict[int, dict[str, Any]] = {int(row["position"]): row for row in records(rows)}
+    by_position = {row["position"]: row for row in records(rows)}
     clean = dict(run.folder.images(model, "clean", None, wanted))
     found = {}
-    for position, adversarial in run.folder.images(model, attack, stored_eps, wanted):
-        row = by_position.get(position)
-        if row is not None and position in clean:
-            found[position] = Example(
-                model,
-                attack,
-                stored_eps,
-                position,
-                str(row["name"]),
-                int(row["label"]),
-                int(row["clean_prediction"]),
-                int(row["adversarial_prediction"]),
-                row["success"] is True,
-                _number(row[run.norm]),
-                _number(row["cosine"]),
-                clean[position].float(),
-                adversarial.float(),
-            )
+    for position, adversarial in run.folder.images(model, attack, run.stored_eps(attack, eps), wanted):
+        if position in by_position and position in clean:
+            found[position] = Example(by_position[position], clean[position].float(), adversarial.float())
     return [found[position] for position in wanted if position in found]
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, (int, float)) else math.nan

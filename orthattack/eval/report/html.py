@@ -6,7 +6,6 @@ import base64
 import hashlib
 import io
 import json
-import math
 from collections import Counter
 from functools import cache
 from importlib.resources import files
@@ -262,7 +261,8 @@ def _cards(run: Run) -> tuple[list[list[Any]], list[str], int]:
             wanted = positions[first:last]
             for example in gallery.examples(run, model, attack, eps, wanted):
                 if images.size < IMAGE_BYTES and len(cards) < MAX_CARDS:
-                    cards.append((first + wanted.index(example.position), _card(run, example, images)))
+                    turn = first + wanted.index(example.row["position"])
+                    cards.append((turn, _card(run, model, attack, eps, example, images)))
 
     fill(0, 1)  # tells how much a round takes
     if cards:
@@ -298,22 +298,19 @@ class _Images:
         return len(self.uris) - 1
 
 
-def _card(run: Run, example: gallery.Example, images: _Images) -> list[Any]:
-    model = list(run.models).index(example.model)
-    norm = UNDEFINED if math.isnan(example.norm) else shown_eps(example.norm, run.norm)
+def _card(run: Run, model: str, attack: str, eps: float | None, example: gallery.Example, images: _Images) -> list[Any]:
+    row = example.row
     return [
-        model,
-        list(run.attacks).index(example.attack),
-        -1 if example.eps is None else run.radii.index(example.eps),
-        run.class_name(example.model, example.label),
-        run.class_name(example.model, example.clean_prediction),
-        run.class_name(example.model, example.adversarial_prediction),
-        int(example.success),
-        norm,
-        number(".1e", example.cosine),
+        list(run.models).index(model),
+        list(run.attacks).index(attack),
+        -1 if eps is None else run.radii.index(eps),
+        *(run.class_name(model, row[name]) for name in ("label", "clean_prediction", "adversarial_prediction")),
+        int(row["success"] is True),
+        UNDEFINED if row[run.norm] is None else shown_eps(row[run.norm], run.norm),
+        number(".1e", row["cosine"]),
         f"{example.magnification:.3g}",
-        example.name,
-        images.add(example.clean, key=(example.model, example.position)),
+        str(row["name"]),
+        images.add(example.clean, key=(model, row["position"])),
         images.add(example.adversarial),
         images.add(example.perturbation, exact=True),
     ]
