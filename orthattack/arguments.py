@@ -13,27 +13,6 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "FLOATS",
-    "check_batch",
-    "check_bounds",
-    "check_choice",
-    "check_count",
-    "check_flag",
-    "check_labels",
-    "check_model",
-    "check_real",
-    "check_tensor",
-    "is_number",
-    "plain",
-    "plain_fields",
-    "same_values",
-    "uploaded",
-    "warn",
-    "why_outside",
-    "why_too_dark",
-]
-
 FLOATS = {torch.float16: "half", torch.bfloat16: "bfloat16", torch.float32: "float", torch.float64: "double"}
 """The dtypes that images may have, each with the name of the method that casts to it."""
 

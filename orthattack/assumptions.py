@@ -18,18 +18,6 @@ from torch import Tensor, nn
 from orthattack.arguments import FLOATS, same_values, warn
 from orthattack.lending import Model, global_random_numbers, random_stream
 
-__all__ = [
-    "DRAWS",
-    "NEEDED",
-    "PROBABILITIES",
-    "SIGMOIDS",
-    "Behaviour",
-    "Observer",
-    "are_probabilities",
-    "batch_statistics",
-    "observe",
-]
-
 DRAWS, NEEDED = 10, 8
 """A model that draws at random is fooled by an image if `NEEDED` of `DRAWS` fresh answers are wrong: were it right as
 often as wrong, so many would come by chance once in 18 times (a sign test), where a mere majority would twice in 5."""

@@ -22,17 +22,6 @@ from torch import Tensor, nn, overrides
 from torch.nn.parameter import is_lazy
 from torch.utils import _device, _python_dispatch
 
-__all__ = [
-    "Model",
-    "ModelChangedError",
-    "borrowed",
-    "global_random_numbers",
-    "guarded",
-    "in_evaluation",
-    "is_foreign",
-    "random_stream",
-]
-
 Model = Callable[[Tensor], Tensor]
 """Images (N, C, H, W) to logits (N, K): an nn.Module or any differentiable function."""
 

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["Goal", "Loss", "LossName", "attack_loss", "margin"]
-
 LossName = Literal["ce", "margin", "dlr", "logit-difference", "kl"]
 Loss = LossName | Callable[[Tensor, Tensor], Tensor]
 

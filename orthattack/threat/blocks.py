@@ -9,8 +9,6 @@ from torch import Tensor
 from orthattack.projection import Scope, cut, joined
 from orthattack.threat.plane import Plane
 
-__all__ = ["Blocks"]
-
 # Of few pixels round-off does not average out; what it leaves is settled.
 _SLACK = 3.0
 

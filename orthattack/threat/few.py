@@ -12,8 +12,6 @@ from torch import Tensor
 from orthattack.projection import reciprocal
 from orthattack.threat.rootfind import try_all
 
-__all__ = ["best_sparse", "nearest", "nudged"]
-
 # A function of K pixels is piecewise linear with 2K or 4K pieces, and Newton's method skips most of them.
 _TRIALS = 6
 # The duality gap of an L1 step, relative to the objective.

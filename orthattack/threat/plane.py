@@ -22,8 +22,6 @@ from orthattack.threat.rounding import Box, settled_rows
 from orthattack.threat.sets import soften
 from orthattack.threat.sparse import best_sparse, by_group
 
-__all__ = ["Plane"]
-
 _IMAGE = scope_dims("image")
 # A pixel's colour has so few breakpoints that trying them all beats a search.
 _FEW = 4

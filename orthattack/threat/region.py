@@ -26,8 +26,6 @@ from orthattack.threat.subspace import Subspace
 if TYPE_CHECKING:
     from orthattack.threat import ThreatModel
 
-__all__ = ["Region"]
-
 # A group whose values are all below this many times the smallest normal number is not perturbed.
 _DARK = 2.0**46
 

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from orthattack.projection import reciprocal, total
 
-__all__ = ["Bracket", "by_sorting", "ends_of", "search", "try_all"]
-
 Bracket = tuple[Tensor, Tensor, Tensor, Tensor]
 """a, f(a), b, f(b) per group, with f(a) >= 0 >= f(b)."""
 

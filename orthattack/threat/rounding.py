@@ -12,8 +12,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-__all__ = ["Box", "settled_rows"]
-
 Box = tuple[Tensor, Tensor]
 """The smallest and the largest value of each pixel."""
 

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from orthattack.threat.norms import by_secant, by_threshold, greedy_step, in_l1_ball, unit
 
-__all__ = ["Allowed", "Free", "soften"]
-
 
 class Allowed(Protocol):
     """The allowed points y around a batch of images x: a box, and vectors b_j to which y - x is orthogonal.

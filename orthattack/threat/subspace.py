@@ -18,8 +18,6 @@ from orthattack.projection import dot, orthonormal_basis, reciprocal, remove_dir
 from orthattack.threat.norms import by_secant, greedy_step, unit
 from orthattack.threat.sets import soften
 
-__all__ = ["Subspace"]
-
 _IMAGE = scope_dims("image")
 # The duality gap at which a step is done.
 _GAP = 1e-5
