@@ -21,8 +21,6 @@ from orthattack.losses import LossName, attack_loss
 from orthattack.models import Model
 from orthattack.threat import Norm
 
-__all__ = ["AutoAttack", "OrthoAutoAttack", "Part", "Version"]
-
 Part = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"]
 Version = Literal["standard", "plus", "rand"]
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from typing_extensions import Unpack
 
 from orthattack.arguments import check_choice, check_count, check_model, check_real
@@ -19,7 +20,7 @@ from orthattack.attacks.rules import Ascent, State
 from orthattack.attacks.scoring import Draws, Evaluation, LossFunction, Scorer, input_gradient
 from orthattack.losses import Goal
 from orthattack.models import Model
-from orthattack.projection import Scope, is_fine, orthogonalize
+from orthattack.projection import is_fine, orthogonalize
 from orthattack.threat import Norm
 
 Mode = Literal["orthogonal", "selective"]
@@ -58,68 +59,60 @@ class _AvoidingStep:
         return ascent.region.step(points, evaluation.gradient, ascent.alpha, evaluation.avoid), state
 
 
-class _DetectorOracle:
+@dataclass(frozen=True)
+class _DetectorOracle(Scorer):
     """A classifier and a detector as one oracle: success needs both, each gradient is that of one of them."""
 
-    def __init__(
-        self,
-        classifier: Scorer,
-        detector: Model,
-        is_random: bool,
-        samples: int,
-        threshold: float,
-        mode: Mode,
-        every: int | None,
-        enforce: Enforce,
-    ) -> None:
-        self._classifier, self._is_random, self._samples = classifier, is_random, samples
-        self._detector, self._threshold = detector, threshold
-        self._mode, self._every, self._enforce = mode, every, enforce
+    classifier: Scorer
+    detector: Model
+    is_random: bool
+    samples: int
+    threshold: float
+    mode: Mode
+    every: int | None
+    enforce: Enforce
 
     def evaluate(
         self, points: Tensor, goal: Goal, loss: LossFunction, solved: Tensor | None, with_gradient: bool, step: int = 0,
         draws: Draws | None = None, by_copy: bool = False,
     ) -> Evaluation:  # fmt: skip
-        found = self._classifier.evaluate(points, goal, loss, solved, with_gradient, step, draws, by_copy)
+        found = self.classifier.evaluate(points, goal, loss, solved, with_gradient, step, draws, by_copy)
         if not with_gradient:
-            return self._with_slack(found, torch.stack([self._slack(points) for _ in range(self._samples)]).mean(0))
+            return self._with_slack(found, torch.stack([self._slack(points) for _ in range(self.samples)]).mean(0))
         slack, unseen = self._descended(points)
         assert found.gradient is not None
         unseen = torch.where(unseen.isfinite().all((1, 2, 3), True), unseen, 0)
-        hide = found.success if self._every is None else torch.full_like(found.success, (step + 1) % self._every == 0)
+        hide = found.success if self.every is None else torch.full_like(found.success, (step + 1) % self.every == 0)
         hide = hide.view(-1, 1, 1, 1)
         gradient, other = torch.where(hide, unseen, found.gradient), torch.where(hide, found.gradient, unseen)
         avoid = None
-        if self._mode == "orthogonal" and self._enforce == "perturbation":
+        if self.mode == "orthogonal" and self.enforce == "perturbation":
             avoid = other
-        elif self._mode == "orthogonal":
+        elif self.mode == "orthogonal":
             gradient = orthogonalize(gradient, other)
         return self._with_slack(found, slack, gradient, avoid)
 
     def _descended(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Slack and its gradient, means over the EOT samples, one of these in memory at a time."""
         total: list[Tensor] = []
-        for _ in range(self._samples):
+        for _ in range(self.samples):
             leaf = points.detach().requires_grad_()
             with torch.enable_grad():
                 slack = self._slack(leaf)
                 found = [slack.detach(), input_gradient(slack.sum(), leaf, "the detector")]
             total = found if not total else [a + b for a, b in zip(total, found, strict=True)]
-        return total[0] / self._samples, total[1] / self._samples
-
-    def gradient(self, points: Tensor, goal: Goal, loss: LossFunction, draws: Draws | None = None) -> Evaluation:
-        return self.evaluate(points, goal, loss, None, True, 0, draws)
+        return total[0] / self.samples, total[1] / self.samples
 
     def judge(self, points: Tensor, goal: Goal, loss: LossFunction) -> Evaluation:
-        found = self._classifier.judge(points, goal, loss)
-        if not self._is_random:
+        found = self.classifier.judge(points, goal, loss)
+        if not self.is_random:
             return self._with_slack(found, self._slack(points))
         slack = torch.stack([self._slack(points) for _ in range(DRAWS)])
         enough = (slack >= 0).sum(0) >= NEEDED
         return self._with_slack(found, slack.mean(0), is_undetected=enough)
 
     def logits(self, points: Tensor, goal: Goal) -> Tensor:
-        return self._classifier.logits(points, goal)
+        return self.classifier.logits(points, goal)
 
     @staticmethod
     def _with_slack(
@@ -132,17 +125,16 @@ class _DetectorOracle:
         merit = torch.minimum(found.margin, slack.to(found.margin.dtype))
         stuck = found.stuck if gradient is None else (gradient == 0).flatten(1).all(1)
         success = found.success & (slack >= 0 if is_undetected is None else is_undetected)
-        known = {field.name: getattr(found, field.name) for field in fields(Evaluation)}
-        known |= {"success": success, "loss": merit, "margin": merit, "gradient": gradient}
-        return _BothEvaluated(**{**known, "unusable": stuck, "stuck": stuck, "avoid": avoid})
+        changed = {"success": success, "loss": merit, "margin": merit, "gradient": gradient, "avoid": avoid}
+        return _BothEvaluated(**{**vars(found), **changed, "unusable": stuck, "stuck": stuck})
 
     def _slack(self, points: Tensor) -> Tensor:
         """(N,) how far each score is below the threshold: not detected if at least 0."""
-        scores = self._detector(points.clone())  # which it may write into
+        scores = self.detector(points.clone())  # which it may write into
         if not isinstance(scores, Tensor) or scores.shape not in ((len(points),), (len(points), 1)):
             found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(f"detector must return one score per sample, ({len(points)},); got {found}")
-        return self._threshold - scores.reshape(-1).float()
+        return self.threshold - scores.reshape(-1).float()
 
 
 class DetectorEvasion(Attack, loss="margin"):
@@ -200,7 +192,14 @@ class DetectorEvasion(Attack, loss="margin"):
         **options: Unpack[GradientOptions],
     ) -> None:
         check_model("detector", detector)
-        _check(threshold, mode, every, options.get("scope"))
+        check_choice("mode", mode, get_args(Mode))
+        check_real("threshold", threshold, "a finite score")
+        if every is not None:
+            check_count("every", every)
+        if is_fine(scope := options.get("scope")):
+            raise ValueError(
+                f'scope must be None, "image" or "channel" here: "{scope}" leaves no room for another gradient'
+            )
         search = Climb(_AvoidingStep(), steps, rate(2.5, steps), alpha, random_start, restarts)
         super().__init__(model, norm, eps, search, **options)
         self._models["detector"] = detector
@@ -213,25 +212,12 @@ class DetectorEvasion(Attack, loss="margin"):
 
     def _observed(self, lent: Mapping[str, Model], images: Tensor) -> bool:
         is_random = super()._observed(lent, images)
-        other = self._second.of(self._models["detector"], _as_logits(lent["detector"]), images, self.threat.bounds)
+
+        def as_logits(images: Tensor) -> Tensor:  # the score is the second, the first is 0
+            return functional.pad(lent["detector"](images).reshape(-1, 1), (1, 0))
+
+        other = self._second.of(self._models["detector"], as_logits, images, self.threat.bounds)
         self._second.say("batch", other.on_batches("the detector"))
         if self.eot_samples == 1:
             self._second.say("random", other.on_randomness("the detector"))
         return is_random or other.is_random
-
-
-def _check(threshold: float, mode: Mode, every: int | None, scope: Scope | None) -> None:
-    """ValueError for an option out of its range."""
-    check_choice("mode", mode, get_args(Mode))
-    check_real("threshold", threshold, "a finite score")
-    if every is not None:
-        check_count("every", every)
-    if is_fine(scope):
-        raise ValueError(
-            f'scope must be None, "image" or "channel" here: "{scope}" leaves no room for another gradient'
-        )
-
-
-def _as_logits(detector: Model) -> Model:
-    """A detector's score as the second of two logits, the first of which is 0."""
-    return lambda images: torch.nn.functional.pad(detector(images).reshape(-1, 1), (1, 0))

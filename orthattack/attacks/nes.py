@@ -20,7 +20,7 @@ from orthattack.threat import Norm
 
 
 @dataclass(frozen=True)
-class _Estimated:
+class _Estimated(Scorer):
     """A scorer whose gradients are differences of losses at random points to both sides, and which differentiates
     nothing."""
 
@@ -47,9 +47,6 @@ class _Estimated:
             rise = (sides[0].loss - sides[1].loss).float() / (2 * self.sigma * self.pairs)
             gradient += rise.nan_to_num().view(-1, 1, 1, 1) * noise
         return replace(found, gradient=gradient.to(points.dtype), forward_calls=calls)
-
-    def gradient(self, points: Tensor, goal: Goal, loss: LossFunction, draws: Draws | None = None) -> Evaluation:
-        return self.evaluate(points, goal, loss, None, True, 0, draws)
 
     def judge(self, points: Tensor, goal: Goal, loss: LossFunction) -> Evaluation:
         return self.scorer.judge(points, goal, loss)

@@ -128,6 +128,7 @@ class Scorer(Protocol):
 
     def gradient(self, points: Tensor, goal: Goal, loss: LossFunction, draws: Draws | None = None) -> Evaluation:
         """Which way is up at `points`, and no more than that: the rest is what the gradient's passes claim."""
+        return self.evaluate(points, goal, loss, None, True, 0, draws)
 
     def judge(self, points: Tensor, goal: Goal, loss: LossFunction) -> Evaluation:
         """Score `points` for good, by the model itself: one that draws at random by several fresh answers."""
