@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -133,24 +134,20 @@ class _Ascended:
             assert goal.clean is not None
             answers = [functional.log_softmax(z, dim=1) for z in (logits, goal.clean)]
             return functional.kl_div(answers[0], answers[1], reduction="none", log_target=True).sum(1)
-        chosen = _NAMED[self.loss] if isinstance(self.loss, str) else self._of_copies
+        own = goal.classes if goal.targets is None else goal.targets
         if self.loss == "margin":
-            own = goal.classes if goal.targets is None else goal.targets
             values = margin(logits, own, goal.rank)
-            values = values if goal.targets is None else -values
-            values = values - goal.confidence if goal.confidence else values
-        elif goal.targets is None:
-            values = chosen(logits, goal.classes)
-        elif self.loss == "dlr":
-            values = -_targeted_dlr(logits, goal.labels, goal.targets)
+        elif self.loss == "dlr" and goal.targets is not None:
+            values = _targeted_dlr(logits, goal.labels, goal.targets)
         else:
-            values = -chosen(logits, goal.targets)
+            values = (_NAMED[self.loss] if isinstance(self.loss, str) else self._of_copies)(logits, own)
         if not isinstance(values, Tensor) or values.shape != goal.classes.shape:
             found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(f"loss must return one value per sample, {tuple(goal.classes.shape)}; got {found}")
         if values.is_complex():
             raise ValueError(f"loss must return real values; got {values.dtype}: return values.real or .abs()")
-        return values
+        values = values if goal.targets is None else -values
+        return values - goal.confidence if goal.confidence and self.loss == "margin" else values
 
     def _of_copies(self, logits: Tensor, labels: Tensor) -> Tensor:
         """A function's values: it may write into logits and labels, which judge, and into what it has returned."""
@@ -174,10 +171,6 @@ def rival(others: Tensor, top_k: int) -> Tensor:
     if top_k >= others.shape[1]:
         raise ValueError(f"top_k must be below the number of classes; got {top_k}, and the model has {others.shape[1]}")
     return others.topk(top_k, dim=1).indices[:, -1:]
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return functional.cross_entropy(logits, labels, reduction="none")
 
 
 def _logit_difference(logits: Tensor, labels: Tensor) -> Tensor:
@@ -204,8 +197,7 @@ def _targeted_dlr(logits: Tensor, labels: Tensor | None, targets: Tensor) -> Ten
 
 
 _NAMED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "ce": _cross_entropy,
-    "margin": margin,
+    "ce": partial(functional.cross_entropy, reduction="none"),
     "dlr": _dlr,
     "logit-difference": _logit_difference,
 }

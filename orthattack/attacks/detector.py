@@ -16,7 +16,7 @@ from orthattack.assumptions import DRAWS, NEEDED, Observer
 from orthattack.attacks.ascent import Climb, rate
 from orthattack.attacks.base import Attack, GradientOptions
 from orthattack.attacks.gradient_form import Enforce
-from orthattack.attacks.rules import Ascent, State
+from orthattack.attacks.rules import Ascent, State, Stateless
 from orthattack.attacks.scoring import Draws, Evaluation, LossFunction, Scorer, input_gradient
 from orthattack.losses import Goal
 from orthattack.models import Model
@@ -38,11 +38,8 @@ class _BothEvaluated(Evaluation):
 
 
 @dataclass(frozen=True)
-class _AvoidingStep:
+class _AvoidingStep(Stateless):
     """The step rule: along one gradient and, if asked, orthogonal to the other."""
-
-    def init(self, ascent: Ascent, points: Tensor) -> State:  # noqa: ARG002
-        return {}
 
     def update(
         self,

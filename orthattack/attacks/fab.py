@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from orthattack.arguments import check_count
 from orthattack.attacks.ascent import Climb
 from orthattack.attacks.base import Attack, GradientOptions, unlimited
-from orthattack.attacks.rules import Ascent, State
+from orthattack.attacks.rules import Ascent, State, Stateless
 from orthattack.attacks.scoring import Evaluation
-from orthattack.attacks.task import Merit, Task
+from orthattack.attacks.task import Counts, Merit, Task
 from orthattack.losses import Goal
 from orthattack.models import Model
 from orthattack.projection import dot, reciprocal, scope_dims
@@ -21,13 +21,16 @@ from orthattack.threat import Norm, Region, perturbation_norm
 from orthattack.threat.norms import BALLS
 
 _IMAGE = scope_dims("image")
+# As published: the largest a; how far beyond the boundary a step ends, relative to the way to it; how far from the
+# image it starts where the point fools, relative to the perturbation.
+_BIAS, _OVERSHOOT, _BACK = 0.1, 1.05, 0.9
 # How often a step's size is corrected, and how close to the boundary, relative to the way, is close enough.
 _CORRECTIONS = 4
 _NEAR = 0.01
 
 
 @dataclass(frozen=True)
-class Boundary:
+class Boundary(Stateless):
     """A step rule: to where the loss, taken as linear, is 0, from the point and from the image, and a mixture of both::
 
         x_{t+1} = (1 - a) N(y_t) + a N(x),   N(s) = the point nearest to s at which the loss is 0, or a little beyond
@@ -37,20 +40,8 @@ class Boundary:
     The nearest point is that of the bounds and of what the region is orthogonal to: the end of the best step of the
     smallest size that gains enough (`Region.step`). A mixture of two allowed points is allowed.
 
-    Args:
-        bias: the largest a.
-        overshoot: how far beyond the boundary, relative to the way to it.
-        back: how far the step starts from the image where the point fools, relative to the perturbation.
-
     Source: Croce & Hein 2020, arXiv:1907.02044.
     """
-
-    bias: float = 0.1
-    overshoot: float = 1.05
-    back: float = 0.9
-
-    def init(self, ascent: Ascent, points: Tensor) -> State:  # noqa: ARG002
-        return {}
 
     def update(
         self, ascent: Ascent, state: State, points: Tensor, evaluation: Evaluation, step: int  # noqa: ARG002
@@ -61,14 +52,14 @@ class Boundary:
         g = gradient if form is None else form(gradient, points, images)
         g = g.to(images.dtype)
         fools = (evaluation.margin > 0).view(-1, 1, 1, 1)
-        start = torch.where(fools, torch.lerp(images, points, self.back), points)
+        start = torch.where(fools, torch.lerp(images, points, _BACK), points)
         missing = -evaluation.loss.double().view(-1, 1, 1, 1)
         ends, ways = [], []
         for origin in (start, images):
-            needed = self.overshoot * (missing - dot(g.double(), origin.double() - points.double(), _IMAGE))
+            needed = _OVERSHOOT * (missing - dot(g.double(), origin.double() - points.double(), _IMAGE))
             ends.append(_reached(region, origin, g, needed))
             ways.append(perturbation_norm(ends[-1].to(images.dtype) - origin, region.threat.norm).view(-1, 1, 1, 1))
-        share = (ways[0] * reciprocal(ways[0] + ways[1])).clamp(max=self.bias)
+        share = (ways[0] * reciprocal(ways[0] + ways[1])).clamp(max=_BIAS)
         return region.project(torch.lerp(ends[0].to(images.dtype), ends[1].to(images.dtype), share)), {}
 
 
@@ -107,7 +98,7 @@ def _lead(logits: Tensor, goal: Goal) -> Tensor:
 
 
 @dataclass(frozen=True)
-class BoundarySearch:
+class BoundarySearch(Counts):
     """Walks along boundaries, with points of any norm; only those within the radius count.
 
     Args:
@@ -121,17 +112,7 @@ class BoundarySearch:
     steps: int = 100
     restarts: int = 1
     targets: int | None = None
-    merit: Merit = "norm"
-
-    def __post_init__(self) -> None:
-        check_count("steps", self.steps)
-        check_count("restarts", self.restarts)
-        if self.targets is not None:
-            check_count("targets", self.targets)
-
-    def options(self, eps: float | Tensor) -> dict[str, object]:  # noqa: ARG002
-        given = {"steps": self.steps, "restarts": self.restarts, "targets": self.targets}
-        return {name: value for name, value in given.items() if name == "steps" or value not in (1, None)}
+    merit: ClassVar[Merit] = "norm"
 
     def __call__(self, task: Task, start: Tensor | None = None) -> None:
         task = replace(unlimited(task), loss=_lead)

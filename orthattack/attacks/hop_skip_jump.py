@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ class JumpSearch(Counts):
 
     queries: int = 5000
     probes: int = 100
-    merit: Merit = "norm"
+    merit: ClassVar[Merit] = "norm"
 
     def __call__(self, task: Task, start: Tensor | None = None) -> None:
         task = replace(unlimited(task), goal=_Decision(**vars(task.goal)), loss=attack_loss("margin"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class Shrinking(Counts):
     """
 
     gradients: int
-    merit: Merit = "norm"
+    merit: ClassVar[Merit] = "norm"
 
     def __call__(self, task: Task, start: Tensor | None = None) -> None:
         images = task.region.images.to(task.region.dtype)

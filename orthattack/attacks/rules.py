@@ -213,13 +213,15 @@ def accumulated(schedule: Schedule, momentum_: float, nesterov: bool, first: Seq
     return chain(*first, *links, schedule=schedule, look_ahead=momentum_ if nesterov else 0.0)
 
 
-class _Stateless:
+class Stateless:
+    """A rule, or a link, that remembers nothing."""
+
     def init(self, ascent: Ascent, points: Tensor) -> State:  # noqa: ARG002
         return {}
 
 
 @dataclass(frozen=True)
-class normalize(_Stateless):  # noqa: N801
+class normalize(Stateless):  # noqa: N801
     """A link: the direction scaled to the norm of a vector of ones; a zero direction stays.
 
     Args:
@@ -267,7 +269,7 @@ class momentum:  # noqa: N801
 
 
 @dataclass(frozen=True, eq=False)
-class smooth(_Stateless):  # noqa: N801
+class smooth(Stateless):  # noqa: N801
     """A link: each channel convolved with a kernel, zeros beyond the border (Dong et al. 2019, arXiv:1904.02884).
 
     The gradient of a mean over shifted images is about the gradient smoothed by the shifts' weights.

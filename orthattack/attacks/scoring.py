@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Protocol, TypeVar
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -103,17 +103,13 @@ class Evaluation:
 
     def select(self, index: Tensor) -> Evaluation:
         """The evaluation of the samples at `index` only."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: value[index] for name, value in values.items() if value is not None})
+        return replace(self, **{name: value[index] for name, value in vars(self).items() if value is not None})
 
     @staticmethod
     def joined(parts: Sequence[Evaluation]) -> Evaluation:
         """The evaluations of consecutive samples as one."""
-        values: dict[str, Any] = {}
-        for field in fields(parts[0]):
-            each = [getattr(part, field.name) for part in parts]
-            values[field.name] = None if each[0] is None else torch.cat(each)
-        return replace(parts[0], **values)
+        known = [name for name, value in vars(parts[0]).items() if value is not None]
+        return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in known})
 
 
 class Scorer(Protocol):
@@ -229,24 +225,19 @@ class Oracle:
 
     def judge(self, points: Tensor, goal: Goal, loss: LossFunction) -> Evaluation:
         """Score `points` by the model itself: a success is one answer, or `NEEDED` of `DRAWS` if the model draws."""
-        no = torch.zeros_like(goal.classes, dtype=torch.bool)
-        if not self._is_random:
-            logits, value, *_ = self._pass(points, goal, loss, rough=False, with_gradient=False)
-            calls = torch.full_like(goal.classes, self._samples)
-            reached, margin = goal.reached(logits), goal.margin(logits)
-            return Evaluation(reached, value, margin, None, no, no, calls, torch.zeros_like(calls), ~no)
-        wrong = torch.zeros_like(goal.classes)
+        draws, needed, samples = (DRAWS, NEEDED, 1) if self._is_random else (1, 1, self._samples)
+        wrong, none = torch.zeros_like(goal.classes), torch.zeros_like(goal.classes)
         values: list[Tensor] = []
         margins: list[Tensor] = []
         # As soon as no sample can still have enough of them, the rest of the draws is spared.
-        while len(values) < DRAWS and bool((wrong + DRAWS - len(values) >= NEEDED).any()):
-            logits, value, *_ = self._pass(points, goal, loss, rough=False, with_gradient=False, samples=1)
+        while not values or (len(values) < draws and bool((wrong + draws - len(values) >= needed).any())):
+            logits, value, *_ = self._pass(points, goal, loss, rough=False, with_gradient=False, samples=samples)
             wrong = wrong + goal.reached(logits)
             values.append(value)
             margins.append(goal.margin(logits))
-        calls = torch.full_like(wrong, len(values))
-        value, margin = torch.stack(values).mean(0), torch.stack(margins).mean(0)
-        return Evaluation(wrong >= NEEDED, value, margin, None, no, no, calls, torch.zeros_like(calls), ~no)
+        calls, no = none + samples * len(values), none > 0
+        value, margin = (each[0] if draws == 1 else torch.stack(each).mean(0) for each in (values, margins))
+        return Evaluation(wrong >= needed, value, margin, None, no, no, calls, none, ~no)
 
     def logits(self, points: Tensor, goal: Goal) -> Tensor:
         """The logits (N, K) in full precision, the mean over the EOT samples."""

@@ -61,7 +61,7 @@ class FewestPixels(Counts):
     """One ascent by `Threshold`, of so many steps; of its points, with any number of pixels, those within eps count."""
 
     steps: int = 100
-    merit: Merit = "norm"
+    merit: ClassVar[Merit] = "norm"
 
     def __call__(self, task: Task, start: Tensor | None = None) -> None:
         Climb(Threshold(), self.steps, alpha=0.0)(unlimited(task), start)

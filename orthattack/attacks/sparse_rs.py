@@ -27,7 +27,7 @@ class PixelSearch(Counts):
     queries, the first point's included."""
 
     queries: int = 5000
-    merit: Merit = "margin"
+    merit: ClassVar[Merit] = "margin"
 
     def __call__(self, task: Task, start: Tensor | None = None) -> None:
         def propose(task: Task, points: Tensor, query: int) -> Tensor:

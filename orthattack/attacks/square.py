@@ -5,25 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from orthattack.arguments import check_count, is_number, uploaded
+from orthattack.arguments import uploaded
 from orthattack.attacks.base import Attack, Options
-from orthattack.attacks.task import Merit, Task
+from orthattack.attacks.task import Counts, Merit, Task
 from orthattack.losses import attack_loss
 from orthattack.models import Model
 from orthattack.projection import reciprocal
 from orthattack.threat import Norm, Region, perturbation_norm
 
-# After which share of the queries the squares' area is halved (Andriushchenko et al. 2020, for 10,000 queries).
+# Part of the image's area that the first squares cover, and after which share of the queries it is halved
+# (Andriushchenko et al. 2020, for 10,000 queries).
+_SHARE = 0.8
 _HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 
 
 @dataclass(frozen=True)
-class SquareSearch:
+class SquareSearch(Counts):
     """Random squares, kept where they raise the margin, and projected onto the region before they are tried.
 
     All samples of a batch get the same squares: that makes no difference to any of them, needs no loop over samples,
@@ -31,23 +34,13 @@ class SquareSearch:
 
     Args:
         queries: evaluations of the model per sample, the first point included, at least 1.
-        share: part of the image's area that the first squares cover, in (0, 1].
         by_copy: ask the model's faster copy, if there is one; what it calls a success the model confirms, with one more
             evaluation.
     """
 
     queries: int = 5000
-    share: float = 0.8
     by_copy: bool = False
-    merit: Merit = "margin"
-
-    def __post_init__(self) -> None:
-        check_count("queries", self.queries)
-        if not is_number(self.share) or not 0 < self.share <= 1:
-            raise ValueError(f"share must lie in (0, 1]; got {self.share!r}")
-
-    def options(self, eps: float | Tensor) -> dict[str, object]:  # noqa: ARG002
-        return {"queries": self.queries}
+    merit: ClassVar[Merit] = "margin"
 
     def __call__(self, task: Task, start: Tensor | None = None) -> None:
         change = _stamped if task.region.threat.norm == "linf" else _moved
@@ -61,7 +54,7 @@ class SquareSearch:
         """The side of the squares at a query."""
         halvings = sum(query > share * self.queries for share in _HALVINGS)
         height, width = size
-        side = round(math.sqrt(self.share / 2**halvings * height * width))
+        side = round(math.sqrt(_SHARE / 2**halvings * height * width))
         return min(max(side, 1), height, width)
 
 

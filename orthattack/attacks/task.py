@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -367,15 +367,20 @@ class Task:
         return self.select(rows) if len(rows) > 0 else None
 
 
+@dataclass(frozen=True)
 class Counts:
-    """A search whose options are counts, at least 1: the fields of its dataclass but for `merit`."""
+    """A search whose options are counts, at least 1: its fields that are no flags. None, as a default, and one restart
+    go unsaid."""
 
     def __post_init__(self) -> None:
-        for name, count in self.options(0.0).items():
-            check_count(name, count)
+        for field in fields(self):
+            value, is_flag = getattr(self, field.name), isinstance(field.default, bool)
+            if not is_flag and (field.default is not None or value is not None):
+                check_count(field.name, value)
 
     def options(self, eps: float | Tensor) -> dict[str, Any]:  # noqa: ARG002
-        return {name: count for name, count in vars(self).items() if name != "merit"}
+        counts = {name: n for name, n in vars(self).items() if n is not None and not isinstance(n, bool)}
+        return {name: n for name, n in counts.items() if (name, n) != ("restarts", 1)}
 
 
 class Search(Protocol):

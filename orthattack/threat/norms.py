@@ -35,20 +35,20 @@ class Ball:
     Attributes:
         order: of `torch.linalg.vector_norm`; 0 for L0, of pixels.
         dual: the norm whose value at g is the most that ⟨g, δ⟩ is where this one of δ is 1, and its entries at most 1.
-        is_box: whether its ball is a box; the set of allowed points then lies in it.
-        counts: whether it counts pixels, so that neither rounding a perturbation nor shortening it makes a difference.
         step: the best step (allowed, start, gradient, alpha, count), which may leave the ball unless that is a box.
         project: the nearest allowed point in the ball (allowed, points, radius), but for round-off.
         direction: a random direction (draw, shape), uniform on the ball's surface, or in it if that is a box.
+        is_box: whether its ball is a box; the set of allowed points then lies in it.
+        counts: whether it counts pixels, so that neither rounding a perturbation nor shortening it makes a difference.
     """
 
     order: float
     dual: Norm
-    is_box: bool
-    counts: bool
     step: Callable[[Allowed, Tensor, Tensor, Tensor, Tensor | int | None], Tensor]
     project: Callable[[Allowed, Tensor, Tensor], Tensor]
     direction: Callable[[Callable[..., Tensor], Sequence[int]], Tensor]
+    is_box: bool = False
+    counts: bool = False
 
     def of_ones(self, count: int) -> float:
         """The norm of `count` ones, and so of what is nowhere larger, at most."""
@@ -67,7 +67,6 @@ BALLS: dict[Norm, Ball] = {
         order=torch.inf,
         dual="l1",
         is_box=True,
-        counts=False,
         step=lambda allowed, start, g, alpha, _: allowed.step(start, g, alpha),
         project=lambda allowed, points, _: allowed.nearest(points),
         direction=lambda draw, shape: 2 * draw(shape) - 1,
@@ -75,8 +74,6 @@ BALLS: dict[Norm, Ball] = {
     "l2": Ball(
         order=2,
         dual="l2",
-        is_box=False,
-        counts=False,
         step=lambda allowed, start, g, alpha, _: torch.addcmul(start, allowed.unit_tangent(g), alpha),
         project=lambda allowed, points, radius: allowed.nearest_in_l2_ball(points, radius),
         direction=lambda draw, shape: draw(shape, torch.randn),
@@ -84,8 +81,6 @@ BALLS: dict[Norm, Ball] = {
     "l1": Ball(
         order=1,
         dual="linf",
-        is_box=False,
-        counts=False,
         step=lambda allowed, start, g, alpha, count: allowed.sparse_step(start, g, alpha, count),
         project=lambda allowed, points, radius: allowed.nearest_in_l1_ball(points, radius),
         direction=_laplace,
@@ -93,7 +88,6 @@ BALLS: dict[Norm, Ball] = {
     "l0": Ball(
         order=0,
         dual="linf",
-        is_box=False,
         counts=True,
         step=lambda allowed, start, g, alpha, _: allowed.step(start, g, alpha),
         project=lambda allowed, points, radius: by_support(allowed, points, radius),

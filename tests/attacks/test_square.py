@@ -29,8 +29,9 @@ def test_the_area_halves_after_the_shares_of_the_paper():
     assert [sides[k] for k in changes] == [round(math.sqrt(0.8 / 2**j) * 224) for j in range(10)]
     assert SquareSearch(100)._side(3, torch.Size([224, 224])) == sides[201]
     assert SquareSearch(10)._side(9, torch.Size([2, 2])) == 1
-    assert SquareSearch(10, share=1.0)._side(0, torch.Size([4, 30])) == 4
-    assert SquareSearch(10, share=0.5)._side(0, torch.Size([8, 10])) == round(math.sqrt(40))
+    assert SquareSearch(10)._side(0, torch.Size([4, 30])) == 4
+    assert SquareSearch(10)._side(0, torch.Size([8, 15])) == 8
+    assert SquareSearch(10)._side(0, torch.Size([11, 10])) == round(math.sqrt(88))
 
 
 def test_windows_reach_every_place_and_lie_inside():
@@ -167,8 +168,7 @@ def test_proposals_are_points_of_the_region(norm, eps, scope):
         assert made.region.threat.cosine(delta, made.region.images).max() <= 1e-9
 
 
-@pytest.mark.parametrize("share", [0, -0.5, 1.5])
-def test_a_share_of_the_image_is_one(share):
-    with pytest.raises(ValueError, match=r"share must lie in \(0, 1\]"):
-        SquareSearch(10, share)
-    assert SquareSearch(1, 1.0).options(0.1) == {"queries": 1}
+def test_its_option_is_the_number_of_queries():
+    assert SquareSearch(1).options(0.1) == {"queries": 1}
+    with pytest.raises(ValueError, match="queries must be an integer >= 1; got None"):
+        SquareSearch(None)
