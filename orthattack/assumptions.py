@@ -7,7 +7,7 @@ it finds (`Observer`); the evaluation can do as it likes with the `Behaviour`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -82,11 +82,8 @@ class Behaviour:
         """What to say of a model, or whoever it is, whose answers depend on the batch; None of one whose do not."""
         if not self.is_of_the_batch:
             return None
-        found = (
-            f", beside another image it moves by {self.dependence:.2g} of the answers' spread"
-            if self.dependence > 0
-            else ""
-        )
+        found = f", beside another image it moves by {self.dependence:.2g} of the answers' spread"
+        found *= self.dependence > 0
         cause = "it may use statistics of the batch, or mix its images"
         if self.statistics:
             names = ", ".join(map(repr, self.statistics[:3])) + (", ..." if len(self.statistics) > 3 else "")
@@ -118,10 +115,10 @@ def observe(lent: Model, images: Tensor, bounds: tuple[float, float] = (0, 1), m
     image = 0.95 * image + 0.025 * (low + high)  # off the bounds, which the other one reaches, as a maximum would show
     beside = [low + 0.8 * (high - image.flip(-1)), low + 0.8 * (image.flip(-2) - low)]
     beside[0][..., 0, 0], beside[0][..., -1, -1] = low, high
-    with _untouched(image.device), torch.no_grad():
-        before = _random_states(image.device)
+    with _untouched(image.device) as random_states, torch.no_grad():
+        before = random_states()
         alone = _answer(ask, image)
-        draws = not same_values(before, _random_states(image.device))
+        draws = not same_values(before, random_states())
         alone, pair = _finite(alone, _answer(ask, torch.cat([image, beside[0]])))
         if pair is None or (alone is not None and alone.shape[1] != pair.shape[1]):
             return Behaviour()
@@ -243,15 +240,6 @@ def _state(model: Model) -> tuple[object, ...]:
     return (id(model), [id(module) for module in modules], settings, missing)
 
 
-def _streams(device: torch.device) -> list[str]:
-    """The streams of random numbers that a model may draw from."""
-    return ["Python", "NumPy", "cpu", *([str(device)] if device.type == "cuda" else [])]
-
-
-def _random_states(device: torch.device) -> list[Any]:
-    return [random_stream(name)[0]() for name in _streams(device)]
-
-
 def _twin(model: Model) -> Model:
     """A module with the same weights and settings, which remembers for itself what it is asked; or the model itself."""
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
@@ -274,12 +262,13 @@ def _twin(model: Model) -> Model:
 
 
 @contextmanager
-def _untouched(device: torch.device) -> Iterator[None]:
-    """Random states come back as they were."""
+def _untouched(device: torch.device) -> Iterator[Callable[[], list[Any]]]:
+    """The states of all streams that a model may draw from, which come back as they were."""
+    streams = list(map(random_stream, ["Python", "NumPy", "cpu", *([str(device)] if device.type == "cuda" else [])]))
     with global_random_numbers:
-        states = _random_states(device)
+        before = [read() for read, _ in streams]
         try:
-            yield
+            yield lambda: [read() for read, _ in streams]
         finally:
-            for name, state in zip(_streams(device), states, strict=True):
-                random_stream(name)[1](state)
+            for (_, write), state in zip(streams, before, strict=True):
+                write(state)

@@ -177,7 +177,10 @@ def fooled(
             part = slice(first, first + batch_size)
             hits = torch.zeros_like(labels[part])
             for _ in range(draws):
-                hit, is_nan = _answered(lent, adversarials[part], labels, part)
+                logits = checked_logits(lent(adversarials[part].clone()), len(hits))  # a copy, to write into
+                check_finite(logits.nan_to_num(posinf=torch.inf, neginf=-torch.inf))
+                check_labels(labels, logits.shape[1])
+                hit, is_nan = logits.argmax(1) == labels[part], logits.isnan().any(1)
                 hits += (hit if targeted else ~hit) & ~is_nan
                 unanswered[part] |= is_nan
             found[part] = hits >= needed
@@ -187,14 +190,6 @@ def fooled(
             "fooled and is no sign of robustness: look for a division, a root or an overflow in it"
         )
     return found
-
-
-def _answered(model: Model, images: Tensor, labels: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-    """Whether the answer about each image is its label, and whether it is none: NaN."""
-    logits = checked_logits(model(images.clone()), len(images))  # a copy, which it may write into
-    check_finite(logits.nan_to_num(posinf=torch.inf, neginf=-torch.inf))
-    check_labels(labels, logits.shape[1])
-    return logits.argmax(1) == labels[part], logits.isnan().any(1)
 
 
 _OF_DTYPE = re.compile(r"dtype|scalar type|data type|[Ii]nput type")

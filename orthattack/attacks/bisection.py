@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from orthattack.arguments import check_count, check_real, warn
 from orthattack.attacks.base import Attack, Card, checked_seeds, updated
 from orthattack.attacks.configured import Configured
-from orthattack.attacks.task import AttackResult, Merit, Task
+from orthattack.attacks.task import AttackResult, Counts, Merit, Task
 
 
 @final
@@ -134,13 +134,10 @@ class Bisection(Configured):
             middle = torch.where(high.isfinite(), (low + high) / 2, 2 * eps)
             eps = threat.on_grid(middle.clamp(max=self.max_eps)).clamp(min=step)
         attack._warn_of_gradients(result, stuck)
-        self._warn_of_cap(int(((low >= self.max_eps * (1 - 1e-6)) & ~result.success).sum()), images)
+        missed = int(((low >= self.max_eps * (1 - 1e-6)) & ~result.success).sum())
+        if missed > 0 and self.max_eps * (1 + 1e-6) < threat.diameter(images.shape[1:]):
+            attack._observer.say("max_eps", cap_reached(missed, len(images), self.max_eps))
         return result
-
-    def _warn_of_cap(self, missed: int, images: Tensor) -> None:
-        """Warn once of so many images that the largest radius did not fool, if there are larger ones."""
-        if missed > 0 and self.max_eps * (1 + 1e-6) < self.attack.threat.diameter(images.shape[1:]):
-            self.attack._observer.say("max_eps", cap_reached(missed, len(images), self.max_eps))
 
 
 def cap_reached(missed: int, count: int, max_eps: float) -> str:
@@ -151,13 +148,10 @@ def cap_reached(missed: int, count: int, max_eps: float) -> str:
     )
 
 
-class _Look:
+class _Look(Counts):
     """The search that only scores the images themselves."""
 
-    merit: Merit = "loss"
-
-    def options(self, eps: float | Tensor) -> dict[str, object]:  # noqa: ARG002
-        return {}
+    merit: ClassVar[Merit] = "loss"
 
     def __call__(self, task: Task, start: Tensor | None) -> None:  # noqa: ARG002
         task.score(task.region.images.to(task.region.dtype).clone(), 0, with_gradient=False)

@@ -127,7 +127,7 @@ def _around_the_image(task: Task) -> Tensor:
     """Random points of half the radius, or half as far as the best that fools."""
     region, images = task.region, task.region.images
     assert task.limit is not None
-    found = perturbation_norm(task.best.adversarials[task.index].double() - images.double(), region.threat.norm)
+    found = task.length(task.best.adversarials[task.index])
     largest = torch.full_like(found, region.threat.diameter(images.shape[1:]))
     radius = torch.minimum(torch.where(task.best.success[task.index], found, largest), task.limit.flatten())
     near = replace(region.threat, eps=radius / 2).around(images.to(region.dtype))

@@ -16,7 +16,7 @@ from orthattack.attacks.base import Attack, Options, unlimited
 from orthattack.attacks.task import Counts, Merit, Task
 from orthattack.losses import Goal, attack_loss
 from orthattack.models import Model
-from orthattack.threat import Norm, perturbation_norm
+from orthattack.threat import Norm
 from orthattack.threat.norms import unit
 
 # How far from the boundary the directions are probed, in L2 and relative to the perturbation; how many sizes of a step,
@@ -57,10 +57,6 @@ class _Walk:
             self.left[rows] -= found.forward_calls
             told[rows] = found.success | (found.margin > 0)  # beyond the radius there is no success
         return told
-
-    def length(self, norm: Norm) -> Tensor:
-        """(n,) the norms of the perturbations, in float64."""
-        return perturbation_norm(self.points.double() - self.task.region.images.double(), norm)
 
 
 @dataclass(frozen=True)
@@ -123,7 +119,7 @@ def _begun(walk: _Walk, start: Tensor | None) -> _Walk | None:
 def _return(walk: _Walk, bisections: int, step: int) -> None:
     """Back to the boundary, where points are beyond it: the smallest ball about the image whose nearest point fools."""
     region, far = walk.task.region, walk.points
-    radius, asked = walk.length(region.threat.norm), walk.beyond
+    radius, asked = walk.task.length(far), walk.beyond
     low, high = torch.zeros_like(radius), torch.ones_like(radius)
     for _ in range(bisections):
         middle = (low + high) / 2
@@ -139,7 +135,11 @@ def _way_out(walk: _Walk, counts: Tensor, step: int) -> Tensor:
     region, points = walk.task.region, walk.points.to(walk.task.region.images.dtype)
     # On the grid of what is stored, points have to be so far apart that they differ.
     grain = region.threat.unit or torch.finfo(region.dtype).eps
-    reach = (_REACH * walk.length("l2")).clamp(min=0.5 * grain * math.sqrt(points[0].numel())).to(points.dtype)
+    reach = (
+        (_REACH * walk.task.length(walk.points, "l2"))
+        .clamp(min=0.5 * grain * math.sqrt(points[0].numel()))
+        .to(points.dtype)
+    )
     signed, plain, signs = torch.zeros_like(points), torch.zeros_like(points), torch.zeros_like(reach)
     for k in range(int(counts.max())):
         noise = unit(walk.task.draws.normal(*points.shape[1:]))
@@ -154,7 +154,7 @@ def _way_out(walk: _Walk, counts: Tensor, step: int) -> Tensor:
 def _jump(walk: _Walk, way: Tensor, step: int) -> None:
     """The largest step along the direction that fools, of some sizes, each half of the last."""
     region, points = walk.task.region, walk.points
-    alpha = _each(walk.length(region.threat.norm) / math.sqrt(step)).to(way.dtype)
+    alpha = _each(walk.task.length(points) / math.sqrt(step)).to(way.dtype)
     for halved in range(_HALVINGS):
         if bool(walk.beyond.all()):
             return

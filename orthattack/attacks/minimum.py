@@ -61,7 +61,7 @@ class Shrinking(Counts):
         best = _Best(images, torch.full((len(images),), torch.inf, dtype=torch.float64, device=images.device))
         if start is not None:
             found = task.score(start, 0, with_gradient=False)
-            best, passes = best.offered(*_measured(task, start), found.success), passes - 1
+            best, passes = best.offered(start, task.length(start), found.success), passes - 1
         goals = self._explored(task)
         each = int(_EXPLORED[task.region.threat.norm][0] * self.gradients / max(1, len(goals)))
         for goal in goals:
@@ -86,12 +86,6 @@ class Shrinking(Counts):
         return task.towards(most)
 
 
-def _measured(task: Task, points: Tensor) -> tuple[Tensor, Tensor]:
-    """The points, and their perturbations' norms in float64."""
-    x = task.region.images
-    return points.to(x.dtype), perturbation_norm(points.double() - x.double(), task.region.threat.norm)
-
-
 def _ascend(
     task: Task, points: Tensor, best: _Best, steps: int, number: int, first: float = 1.0, fresh: bool = False
 ) -> _Best:
@@ -104,15 +98,16 @@ def _ascend(
     velocity = torch.zeros_like(x)
     # With levels, what is asked about is rounded, and what moves is not, or short steps would come to nothing.
     level, rounds = region.threat.unit if norm == "linf" else 0.0, region.threat.levels is not None
-    for step in range(steps):
+    for step in range(steps + 1):
         moving = points
         points = region.stored(points.to(region.dtype))
-        found = task.score(points, number + step, with_gradient=True)
-        points, length = _measured(task, points)
+        found = task.score(points, number + step, with_gradient=step < steps)
+        points, length = points.to(x.dtype), task.length(points)
         best = best.offered(points, length, found.success)
+        if found.gradient is None:
+            break
         falling = (1 + math.cos(math.pi * step / steps)) / 2
         gamma, rate = 0.001 + 0.049 * falling, 0.01 + (first - 0.01) * falling
-        assert found.gradient is not None
         gradient = found.gradient.to(x.dtype)
         gradient = task.form(gradient, points, x) if task.form is not None else region.threat.tangent(gradient, x)
         slope = perturbation_norm(gradient.double(), BALLS[norm].dual).clamp(min=1e-30)
@@ -120,7 +115,7 @@ def _ascend(
         reached = length
         if rounds:
             points = moving.to(x.dtype)
-            reached = length.maximum(perturbation_norm(points.double() - x.double(), norm))
+            reached = length.maximum(task.length(points))
         edge = torch.maximum(reached + (2 if norm == "l1" else 1) * found.loss.double().abs() / slope, 1.01 * reached)
         smaller = torch.minimum(radius, length) * (1 - gamma)
         if level > 0:  # whole numbers of levels are all the radii there are
@@ -135,9 +130,7 @@ def _ascend(
         else:
             points = ball.step(ball.shrunk(points), gradient, alpha)
         del ball, gradient, found
-    points = region.stored(points.to(region.dtype))
-    found = task.score(points, number + steps, with_gradient=False)
-    return best.offered(*_measured(task, points), found.success)
+    return best
 
 
 def _pull(task: Task, best: _Best, evaluations: int, number: int) -> None:

@@ -144,7 +144,9 @@ class Chain:
         self, ascent: Ascent, state: State, points: Tensor, evaluation: Evaluation, step: int
     ) -> tuple[Tensor, State]:
         assert evaluation.gradient is not None
-        alpha = ascent.alpha * self._factor(step / ascent.steps)
+        share = step / ascent.steps
+        falling = {"fixed": 1.0, "linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2}
+        alpha = ascent.alpha * falling[self.schedule]
         direction, at = evaluation.gradient, Iterate(ascent, points, step, state.get("base", points))
         kept: State = {}
         for k, link in enumerate(self.links):
@@ -168,11 +170,6 @@ class Chain:
             return ascent.step(base, direction, self.look_ahead * alpha), kept
         ahead = torch.addcmul(base, direction, alpha.to(base.dtype), value=self.look_ahead)
         return ascent.region.project(ahead), kept
-
-    def _factor(self, progress: float) -> float:
-        if self.schedule == "linear":
-            return 1 - progress
-        return (1 + math.cos(math.pi * progress)) / 2 if self.schedule == "cosine" else 1.0
 
 
 def chain(*links: Link, schedule: Schedule = "fixed", look_ahead: float = 0.0) -> Chain:

@@ -310,7 +310,7 @@ class Task:
             solved = torch.zeros_like(self.index, dtype=torch.bool)
         allowed = None
         if self.limit is not None:  # what lies beyond it is asked about, and neither confirmed nor kept
-            allowed = self._norm(points) <= self.limit.flatten()
+            allowed = self.length(points) <= self.limit.flatten()
             solved = ~allowed if solved is None else solved | ~allowed
         if self.pulse is not None:
             self.pulse(step)
@@ -325,11 +325,12 @@ class Task:
         self.best.offer(self.index, points, evaluation, step, allowed)
         if self.on_step is not None:
             told = [t.clone() for t in (self.index, evaluation.success, evaluation.loss, evaluation.margin)]
-            self.on_step(ScoredStep(step, told[0], told[1], told[2], told[3], self._norm(points)))
+            self.on_step(ScoredStep(step, told[0], told[1], told[2], told[3], self.length(points)))
         return evaluation
 
-    def _norm(self, points: Tensor) -> Tensor:
-        return perturbation_norm(points.double() - self.region.images.double(), self.region.threat.norm)
+    def length(self, points: Tensor, norm: Norm | None = None) -> Tensor:
+        """(n,) the norms of the perturbations, in float64."""
+        return perturbation_norm(points.double() - self.region.images.double(), norm or self.region.threat.norm)
 
     def gradient(self, points: Tensor) -> Tensor:
         """The loss's gradient (n, C, H, W) at any `points`: they need not be allowed, and are no candidates."""

@@ -414,13 +414,8 @@ def _of_user(what: str, vector: Tensor | Callable[[Tensor], Tensor], images: Ten
     fits = found.ndim == 5 and found.shape[2:] == images.shape[1:] and found.shape[0] in (1, len(images))
     if not fits or (found.shape[1] != 1 and not several):
         raise ValueError(
-            f"{what} must have the images' shape {tuple(images.shape[1:])}, one"
-            + (
-                " or several for all images, or as a function (N, K, C, H, W)"
-                if several
-                else " for all images, or as a function (N, C, H, W)"
-            )
-            + f"; got {tuple(given.shape)}"
+            f"{what} must have the images' shape {tuple(images.shape[1:])}, one{' or several' * several} for all "
+            f"images, or as a function (N, {'K, ' * several}C, H, W); got {tuple(given.shape)}"
         )
     if not bool(found.isfinite().all()):
         raise ValueError(f"{what} must be finite; found NaN or infinity")

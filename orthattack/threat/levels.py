@@ -8,6 +8,7 @@ moving some pixels by one level each: docs/method.md, "Exact in 8 bits".
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from fractions import Fraction
 from functools import cache
@@ -155,8 +156,7 @@ class Grid:
 
     def select(self, index: Tensor) -> Grid:
         """The grid around the images at `index` only."""
-        grid = object.__new__(Grid)
-        vars(grid).update(vars(self))
+        grid = copy.copy(self)
         grid._k, grid._radius, grid._ends = self._k[index], self._radius[index], None
         grid._given = grid._mask = None if self._given is None else self._given[index]
         return grid

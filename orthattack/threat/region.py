@@ -131,13 +131,12 @@ class Region:
 
     def select(self, index: Tensor) -> Region:
         """The region around the images at `index`, positions in the batch, only."""
-        region = object.__new__(Region)
-        region.threat, region.dtype, region._ball = self.threat, self.dtype, self._ball
-        region.eps, region._fixed = self.eps[index], None if self._fixed is None else self._fixed[index]
-        region._mask = None if self._mask is None else self._mask[index]
-        region._grid = None if self._grid is None else self._grid.select(index)
-        vectors = None if self._vectors is None else self._vectors[index]
-        normals = None if self._normals is None else self._normals[index]
+        region = copy.copy(self)
+        region.eps, region._grid = self.eps[index], None if self._grid is None else self._grid.select(index)
+        region._fixed, region._mask, vectors, normals = (
+            None if tensor is None else tensor[index]
+            for tensor in (self._fixed, self._mask, self._vectors, self._normals)
+        )
         region._set(self.images[index], self._allowed.lower[index], self._allowed.upper[index], vectors, normals)
         return region
 
