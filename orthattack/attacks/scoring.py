@@ -169,7 +169,6 @@ class Oracle:
         # What the passes for gradients say is then nothing about the model, which is asked for itself.
         own = gradient_model is not None and not is_copy
         self._apart = " of ".join(["the transform"] * (len(transforms) > 0) + ["gradient_model"] * own)
-        self._is_apart = self._apart != ""
         self._unwatched = {False, True}
         self._classes: dict[bool, int] = {}
 
@@ -188,7 +187,7 @@ class Oracle:
         Where the loss is flat, a cross-entropy that is saturated for example, and the goal is not reached, the margin
         is climbed in its place: each sample for itself, in the same passes.
         """
-        apart = with_gradient and self._is_apart
+        apart = with_gradient and self._apart != ""
         rough = self._is_rough and not apart if with_gradient else by_copy and self._has_copy
         calls = torch.full_like(goal.classes, self._passes if with_gradient else self._samples)
         own, forward_calls = None, calls
@@ -252,26 +251,21 @@ class Oracle:
         samples = self._passes if with_gradient else self._samples if samples is None else samples
         total: list[Tensor] = []
         for k in range(samples):
-            if with_gradient:
-                leaf = points.detach().requires_grad_()
-                with torch.enable_grad(), _blamed(self._apart):
-                    own = self._transforms[k % len(self._transforms)] if self._transforms else None
-                    seen = leaf if own is None else _transformed(own, leaf, draws)
-                    logits = self._forward(seen, goal, rough or self._is_apart)
-                value, flat, gradient = _climbed(logits, goal, loss, leaf, True, self._apart or "the model")
-                assert gradient is not None
-                parts = [logits.detach(), value, flat.to(value.dtype), gradient]
-            else:
-                logits = self._forward(points, goal, rough)
-                value, flat, _ = _climbed(logits, goal, loss, points, False)
-                parts = [logits, value, flat.to(value.dtype)]
+            apart = self._apart if with_gradient else ""
+            leaf = points.detach().requires_grad_(with_gradient)
+            with torch.set_grad_enabled(with_gradient), _blamed(apart):
+                own = self._transforms[k % len(self._transforms)] if self._transforms and with_gradient else None
+                seen = leaf if own is None else _transformed(own, leaf, draws)
+                logits = self._forward(seen, goal, rough or apart != "")
+            value, flat, gradient = _climbed(logits, goal, loss, leaf, with_gradient, apart or "the model")
+            parts = [logits.detach(), value, flat.to(value.dtype)] + ([] if gradient is None else [gradient])
             total = parts if not total else [a + b for a, b in zip(total, parts, strict=True)]
         means = total if samples == 1 else [part / samples for part in total]
         return means[0], means[1], means[3] if with_gradient else None, means[2] == 1
 
     def _forward(self, points: Tensor, goal: Goal, rough: bool) -> Tensor:
         written = points._version
-        other = rough and self._is_apart
+        other = rough and self._apart != ""
         kept = points.detach().clone() if other in self._unwatched else None
         with torch.autocast(
             points.device.type, dtype=torch.bfloat16, enabled=rough and self._is_bfloat16 and points.requires_grad

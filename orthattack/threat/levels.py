@@ -388,7 +388,10 @@ def _moved(excess: Tensor, d: Tensor, target: Tensor, n: Tensor, limits: Limits,
             rows = ((excess != 0) & ~stuck).squeeze(1).nonzero().squeeze(1)
             if len(rows) == 0:
                 break
-        for chunk in _chunks(rows, len(d)):
+        # In parts, so that what is tried for each fits the memory.
+        firsts = range(0, len(d), _CHUNK)
+        parts = [slice(k, k + _CHUNK) for k in firsts] if rows is None else torch.split(rows, _CHUNK)
+        for chunk in parts:
             part, goal, normal = (t[:, columns][chunk] for t in (d, target, n))
             inner, outer, level = limits(part, chunk, columns)
             goal = goal - level
@@ -405,13 +408,6 @@ def _moved(excess: Tensor, d: Tensor, target: Tensor, n: Tensor, limits: Limits,
             if columns == slice(None):
                 stuck[chunk] = left.abs() >= before.abs()
     return excess
-
-
-def _chunks(rows: Tensor | None, count: int) -> list[Any]:
-    """Parts of the rows, so that what is tried for each fits the memory."""
-    if rows is None:
-        return [slice(first, first + _CHUNK) for first in range(0, count, _CHUNK)]
-    return list(torch.split(rows, _CHUNK))
 
 
 def _bulk(

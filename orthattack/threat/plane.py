@@ -59,7 +59,6 @@ class Plane:
         is_whole: bool = True,
     ) -> None:
         self.images, self.lower, self.upper, self.scope, self._slack = images, lower, upper, scope, slack
-        self._is_whole = is_whole
         self.dims = scope_dims(scope)
         # In a range where its square neither overflows nor vanishes.
         scaled_normal, exponent = scaled(images if normal is None else normal, self.dims)
@@ -74,8 +73,7 @@ class Plane:
         self._grid = self._normal2 if normal is None else dot(images.abs(), self.normal.abs(), self.dims)
         self._normal1 = total(self.normal.abs(), self.dims)
         self.is_small = images.numel() <= _FEW * self._normal2.numel()
-        is_coarse = is_whole and images.numel() >= _MANY * self._normal2.numel()
-        self._wide, self._is_coarse = wide, is_coarse and is_wide
+        self._is_coarse = is_wide and is_whole and images.numel() >= _MANY * self._normal2.numel()
 
     def boxed(self, lower: Tensor, upper: Tensor) -> Plane:
         """The same planes in another box, which holds x; made without a question to a GPU."""
@@ -83,8 +81,7 @@ class Plane:
         plane.release()
         plane.lower, plane.upper = lower, upper
         plane._width2 = total((upper - lower).square_(), self.dims)
-        is_coarse = self.images.numel() >= _MANY * self._normal2.numel() and not self.images.is_cuda
-        plane._is_coarse = is_coarse and self._is_whole and bool((plane._width2 > self._wide**2).all())
+        plane._is_coarse = False  # not that it is known: only a GPU makes use of it, which asking would stop
         return plane
 
     @cached_property
