@@ -99,15 +99,7 @@ def _lead(logits: Tensor, goal: Goal) -> Tensor:
 
 @dataclass(frozen=True)
 class BoundarySearch(Counts):
-    """Walks along boundaries, with points of any norm; only those within the radius count.
-
-    Args:
-        steps: gradient steps per restart, at least 1.
-        restarts: the first from the image, the others from random points half as far as the radius, or as what has been
-            found.
-        targets: how many of the likeliest other classes to walk to, one after the other; None: to the likeliest at
-            each step.
-    """
+    """Walks along boundaries, see `FAB`, with points of any norm; only those within the radius count."""
 
     steps: int = 100
     restarts: int = 1
@@ -146,7 +138,8 @@ class FAB(Attack):
         model: as for `PGD`, like `norm`.
         eps: the largest norm that counts as a success; None for any.
         steps: gradient steps per restart and target, at least 1.
-        restarts: the first from the image, the others from random points about it.
+        restarts: the first from the image, the others from random points half as far as the radius, or as what has been
+            found.
         targets: how many of the likeliest other classes to go to, one after the other; None: to the likeliest at each
             step.
         **options: as for `PGD`; `loss` makes no difference.

@@ -39,12 +39,7 @@ class _Best:
 @dataclass(frozen=True)
 class Shrinking(Counts):
     """A short ascent towards each of the likeliest other classes, a long one from the smallest point that fooled, and
-    in the end a few evaluations between this and the image.
-
-    Args:
-        gradients: of each sample at most, at least 1. It takes no more than twice as many passes through the model,
-            forward and backward, of which a gradient is two.
-    """
+    in the end a few evaluations between this and the image; of so many `gradients`, see `MinimumNorm`."""
 
     gradients: int
     merit: ClassVar[Merit] = "norm"

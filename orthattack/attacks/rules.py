@@ -344,10 +344,7 @@ class variance:  # noqa: N801
 
 @dataclass(frozen=True)
 class AutoStep:
-    """The automatic schedule of APGD: large steps that are halved where they stop paying, and momentum::
-
-        z_{t+1} = step of size α from x_t along ∇L(x_t)
-        x_{t+1} = project(x_t + 3/4 (z_{t+1} - x_t) + 1/4 (x_t - x_{t-1}))
+    """The automatic schedule of APGD: large steps that are halved where they stop paying, and momentum, see `APGD`.
 
     At checkpoints, whose distance shrinks from 22 % of the steps to 6 %, each sample's α is halved, and the sample goes
     back to its best point so far, if the loss rose in no more than a share `rho` of the steps since the last one, or if

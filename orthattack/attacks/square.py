@@ -30,12 +30,9 @@ class SquareSearch(Counts):
     """Random squares, kept where they raise the margin, and projected onto the region before they are tried.
 
     All samples of a batch get the same squares: that makes no difference to any of them, needs no loop over samples,
-    and what becomes of a sample does not depend on its batch.
-
-    Args:
-        queries: evaluations of the model per sample, the first point included, at least 1.
-        by_copy: ask the model's faster copy, if there is one; what it calls a success the model confirms, with one more
-            evaluation.
+    and what becomes of a sample does not depend on its batch. The first point counts as one of the `queries`.
+    `by_copy` asks the model's faster copy, if there is one; what it calls a success the model confirms, with one more
+    evaluation.
     """
 
     queries: int = 5000
@@ -43,9 +40,8 @@ class SquareSearch(Counts):
     merit: ClassVar[Merit] = "margin"
 
     def __call__(self, task: Task, start: Tensor | None = None) -> None:
-        change = _stamped if task.region.threat.norm == "linf" else _moved
-
         def propose(task: Task, points: Tensor, query: int) -> Tensor:
+            change = _stamped if task.region.threat.norm == "linf" else _moved
             return change(task, points, self._side(query, [len(part) for part in _framed(task)]))
 
         search_at_random(task, _stripes, start, self.queries, propose, self.by_copy)

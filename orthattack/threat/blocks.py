@@ -17,11 +17,7 @@ class Blocks:
     """The points y of a box with ⟨y - x, n⟩ = 0 in every block of pixels, a set of `sets.Allowed`.
 
     Args:
-        images: x, (N, C, H, W), float32 or float64.
-        lower, upper: the box, which holds x.
-        scope: the blocks, such as "block8".
-        normal: n, the images' shape; x by default.
-        is_whole: as for `Plane`.
+        scope: the blocks, such as "block8"; the rest is as for `Plane`.
     """
 
     def __init__(

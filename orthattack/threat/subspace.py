@@ -41,8 +41,7 @@ class Subspace:
     """The points y of a box with ⟨y - x, b_j⟩ = 0 for every direction b_j, a set of `sets.Allowed`.
 
     Args:
-        images: x, (N, C, H, W), float32 or float64.
-        lower, upper: the box, which holds x.
+        images, lower, upper: as for `Plane`.
         directions: b, (N, K, C, H, W), any scale; they may be zero or depend on each other.
     """
 
