@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -46,22 +46,15 @@ class Goal:
 
     def select(self, index: Tensor) -> Goal:
         """The goal of the samples at `index` only."""
-        known = (self.labels, self.targets, self.clean)
-        labels, targets, clean = (None if value is None else value[index] for value in known)
-        return replace(self, labels=labels, targets=targets, clean=clean)
+        known: dict[str, Any] = {k: value[index] for k, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **known)
 
     @staticmethod
     def joined(parts: Sequence[Goal]) -> Goal:
         """The goals of consecutive samples as one."""
-
-        def cat(each: Sequence[Tensor | None]) -> Tensor | None:
-            known = [values for values in each if values is not None]
-            return torch.cat(known) if known else None
-
-        labels, targets, clean = (
-            cat(each) for each in zip(*((p.labels, p.targets, p.clean) for p in parts), strict=True)
-        )
-        return replace(parts[0], labels=labels, targets=targets, clean=clean)
+        names = [name for name, value in vars(parts[0]).items() if isinstance(value, Tensor)]
+        known: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        return replace(parts[0], **known)
 
     @property
     def rank(self) -> int:

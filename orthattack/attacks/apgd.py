@@ -30,9 +30,7 @@ class APGD(Attack):
     step moves that adapts (Croce & Hein 2021, arXiv:2103.01208; `orthattack.attacks.rules.AutoSparse`).
 
     Args:
-        model: as for `PGD`, like `norm` and `eps`.
-        steps: gradient steps per restart, at least 1.
-        restarts: random starts; the best result of each sample is kept.
+        model: as for `PGD`, like `norm`, `eps`, `steps` and `restarts`, each from a random point.
         rho: share of the steps in which the loss must rise for the step size to stay, in (0, 1); not in L1.
         **options: as for `PGD`.
     """

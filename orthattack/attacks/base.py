@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypedDict, TypeGuard, get_args
+from typing import Any, ClassVar, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -175,7 +175,8 @@ class Attack(Configured):
         self._models = {"model": model} | ({} if gradient_model is None else {"gradient_model": gradient_model})
         for name, asked in self._models.items():
             check_model(name, asked)
-        self._transforms = tuple(transform) if _is_list(transform) else () if transform is None else (transform,)
+        several = transform if isinstance(transform, Sequence) else () if transform is None else (transform,)
+        self._transforms = tuple(several)
         if transform is not None and not self._transforms:
             raise ValueError("transform must be a function, or a list of one or more of them; got an empty list")
         for name, function in [*(("transform", one) for one in self._transforms), ("on_step", on_step)]:
@@ -203,16 +204,8 @@ class Attack(Configured):
         self.model = model
         if eps is None and search.merit != "norm":
             raise ValueError("eps must be a radius in pixel units, such as 8/255: only a minimal search goes without")
-        self.threat = ThreatModel(
-            norm,
-            UNLIMITED if eps is None else eps,
-            bounds,
-            scope,
-            tuple(directions) if _is_list(directions) else directions,
-            normal,
-            levels,
-            mask,
-        )
+        radius = UNLIMITED if eps is None else eps
+        self.threat = ThreatModel(norm, radius, bounds, scope, directions, normal, levels, mask)
         check_choice("norm", norm, self.norms)
         self.search = search
         self.enforce, self.reference = enforce, reference
@@ -365,8 +358,8 @@ class Attack(Configured):
             for first in range(0, len(x), size):
                 rows = slice(first, first + size)
                 here = threat if size == len(x) else _of_rows(threat, rows)
-                form, free = GradientForm.of(here, self.enforce, self.reference)
-                region = free.around(x.clone() if strangers else x[rows])
+                form = GradientForm(here, self.reference) if self.enforce == "gradient" and here.is_orthogonal else None
+                region = (here if form is None else here.free()).around(x.clone() if strangers else x[rows])
                 if is_first and isinstance(asked, Oracle):
                     asked.unchecked = len(index[rows])
                 goal = Goal(labels[rows], None, self.top_k, self.confidence)
@@ -674,7 +667,3 @@ def _shown(value: object) -> str:
     if isinstance(value, Tensor):
         return f"tensor{tuple(value.shape)}" if value.ndim else f"{float(value):.6g}"
     return f"{value:.6g}" if isinstance(value, float) else repr(value)
-
-
-def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
-    return isinstance(value, Sequence) and not isinstance(value, str)

@@ -147,18 +147,12 @@ class DetectorEvasion(Attack, loss="margin"):
     by the linear program; ``enforce="gradient"`` only projects g, as published, and the sign undoes most of it.
 
     Args:
-        model: as for `PGD`.
+        model: as for `PGD`, like `norm`, `eps`, `alpha`, `steps`, `random_start` and `restarts`.
         detector: images (N, C, H, W) to scores (N,) or (N, 1), differentiable; larger is more suspicious. It comes back
             as it was, like the model.
         threshold: an image is detected if its score exceeds this.
-        norm: "linf", "l2" or "l1".
-        eps: radius of the ball, in pixel units.
-        alpha: step size in pixel units; by default ``2.5 * eps / steps``.
-        steps: gradient steps per restart, at least 1.
         mode: "orthogonal", or "selective", which climbs the same loss without regard to the other.
         every: descend the detector's score at every so-many-th step instead of where the classifier is fooled.
-        random_start: start at a random point instead of the image.
-        restarts: how often to start.
         **options: as for `PGD`, with ``loss="margin"`` and ``scope=None`` by default; the scope "pixel" and blocks
             leave no room. ``enforce="perturbation"`` is for exact steps, "gradient" the published form. The
             classifier's alone are `loss`, `precision` and `optimize`; ``early_stop`` stops where it is fooled and

@@ -39,13 +39,6 @@ class GradientForm:
     threat: ThreatModel
     reference: Reference = "clean"
 
-    @classmethod
-    def of(cls, threat: ThreatModel, enforce: Enforce, reference: Reference) -> tuple[GradientForm | None, ThreatModel]:
-        """The form of an attack, None for the exact one, and the threat model that is left for its region."""
-        if enforce == "perturbation" or not threat.is_orthogonal:
-            return None, threat
-        return cls(threat, reference), threat.free()
-
     def __call__(self, direction: Tensor, points: Tensor, images: Tensor) -> Tensor:
         """(N, C, H, W) the direction without its components along the clean `images` or the iterates `points`."""
         against = points if self.reference == "iterate" else images

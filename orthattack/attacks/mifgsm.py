@@ -22,9 +22,8 @@ class MIFGSM(Attack):
         x_{t+1} = project(x_t + alpha * sign(v_{t+1}))
 
     Args:
-        model: as for `PGD`, like `norm` and `eps`.
+        model: as for `PGD`, like `norm`, `eps` and `steps`.
         alpha: step size in pixel units; by default ``eps / steps``.
-        steps: gradient steps, at least 1.
         decay: how much of the momentum is kept at each step, at least 0.
         links: what is done to each gradient before that, first to last, such as ``[smooth(gaussian(15))]`` or
             ``[variance(20)]`` of `orthattack.attacks.rules`.

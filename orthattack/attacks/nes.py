@@ -63,13 +63,11 @@ class NES(Attack, optimize="none"):
     It asks for logits and nothing else, and takes as many steps as its queries allow: ``(queries - 1) // (2 n + 1)``.
 
     Args:
-        model: as for `PGD`, like `norm` and `eps`; it need not be differentiable, and is asked outside the bounds too,
-            by about σ.
+        model: as for `PGD`, like `norm`, `eps`, `alpha` and `momentum`; it need not be differentiable, and is asked
+            outside the bounds too, by about σ.
         queries: evaluations per sample, at most; at least ``2 pairs + 2``, for one step.
         pairs: n, how many pairs of points an estimate takes, at least 1.
         sigma: σ, how far from the point they are, in pixel units.
-        alpha: step size in pixel units; by default ``2.5 * eps / steps``.
-        momentum: as for `PGD`.
         **options: as for `PGD`, without those of gradients.
 
     Raises:

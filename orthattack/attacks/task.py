@@ -324,8 +324,8 @@ class Task:
             evaluation = replace(evaluation, gradient=self.region.masked(evaluation.gradient))
         self.best.offer(self.index, points, evaluation, step, allowed)
         if self.on_step is not None:
-            told = [t.clone() for t in (self.index, evaluation.success, evaluation.loss, evaluation.margin)]
-            self.on_step(ScoredStep(step, told[0], told[1], told[2], told[3], self.length(points)))
+            told = (self.index, evaluation.success, evaluation.loss, evaluation.margin, self.length(points))
+            self.on_step(ScoredStep(step, *(t.clone() for t in told)))
         return evaluation
 
     def length(self, points: Tensor, norm: Norm | None = None) -> Tensor:
