@@ -16,13 +16,13 @@ from orthattack.attacks.fgsm import OrthoFGSM as OrthoFGSM
 from orthattack.attacks.hop_skip_jump import HopSkipJump as HopSkipJump
 from orthattack.attacks.hop_skip_jump import OrthoHopSkipJump as OrthoHopSkipJump
 from orthattack.attacks.mifgsm import MIFGSM as MIFGSM
+from orthattack.attacks.mifgsm import NIFGSM as NIFGSM
 from orthattack.attacks.mifgsm import OrthoMIFGSM as OrthoMIFGSM
+from orthattack.attacks.mifgsm import OrthoNIFGSM as OrthoNIFGSM
 from orthattack.attacks.minimum import MinimumNorm as MinimumNorm
 from orthattack.attacks.minimum import OrthoMinimumNorm as OrthoMinimumNorm
 from orthattack.attacks.nes import NES as NES
 from orthattack.attacks.nes import OrthoNES as OrthoNES
-from orthattack.attacks.nifgsm import NIFGSM as NIFGSM
-from orthattack.attacks.nifgsm import OrthoNIFGSM as OrthoNIFGSM
 from orthattack.attacks.pgd import PGD as PGD
 from orthattack.attacks.pgd import OrthoPGD as OrthoPGD
 from orthattack.attacks.scoring import Draws as Draws

@@ -19,11 +19,10 @@ class Climb:
 
     Args:
         rule: how gradients become steps.
-        steps: gradient steps per restart, at least 1.
         rate: first step size in units of eps.
         alpha: or in pixel units, which overrides `rate`.
-        random_start: start at a random point of the region instead of the image.
-        restarts: how often to start.
+        steps, random_start, restarts: as for `orthattack.PGD`.
+        merit: what makes a point the better one, the larger "loss" or "margin", or the smaller "norm".
 
     Raises:
         ValueError: a number out of its range.

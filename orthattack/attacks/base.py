@@ -351,7 +351,8 @@ class Attack(Configured):
             is_random = self._observed(lent, x)
             asked = self._scorer(lent, x, is_random, len(x) if is_first else 0)
             oracle = asked if batch_size is None or batch_size >= len(x) else InBatches(asked, batch_size)
-            streams, index = self._streams(seeds, len(x)), torch.arange(len(x), device=x.device)
+            streams = Streams(self.generator, None if seeds is None else checked_seeds(seeds, len(x)), len(x))
+            index = torch.arange(len(x), device=x.device)
             may = type(asked) is Oracle and not (is_random or strangers or several)
             size = _piece(search, batch_size, x, streams, threat) if may else len(x)
             whole, goals = None, list[Goal]()
@@ -521,8 +522,7 @@ class Attack(Configured):
         Success never falls as eps grows.
 
         Args:
-            images: as for `run`.
-            labels: as for `run`.
+            images, labels: as for `run`.
             eps: radii in pixel units, a list or a tensor (K,), in any order, without repetition.
 
         Returns:
@@ -567,14 +567,6 @@ class Attack(Configured):
             getattr(search, "stranger", "the search"): hasattr(search, "stranger") or is_foreign(search),
         }
         return " or ".join(name for name, is_there in strangers.items() if is_there)
-
-    def _streams(self, seeds: Sequence[int] | None, count: int) -> Streams:
-        """The random numbers of a call."""
-        if seeds is None:
-            return Streams(self.generator, None, count)
-        numbers = checked_seeds(seeds, count)
-        shared = torch.Generator(self.generator.device).manual_seed(self.generator.initial_seed())
-        return Streams(shared, numbers, count)
 
     def _checked(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of images and labels, the images clamped to the bounds; ValueError if they are not what is needed."""

@@ -57,15 +57,11 @@ class PGD(Attack):
         momentum: 0, or the factor by which the sum of the past gradients is kept at each step (MI-FGSM).
         nesterov: take the gradient where the momentum leads (NI-FGSM).
         eot_samples: evaluations to average for a model that draws at random.
-        directions: what else the perturbation stays orthogonal to (see `orthattack.ThreatModel`), for example
-            ``["constant"]`` for the mean brightness.
-        normal: what the perturbation is orthogonal to in every vector of the `scope`: the "image", "constant", so that
-            means stay, "luma", a tensor or a function of the images (see `orthattack.ThreatModel`).
-        levels: what images are stored with, such as 256 for 8 bits (see `orthattack.ThreatModel`): every point that is
-            scored, and so the adversarials, lie on that grid, and orthogonality and ball hold for the integers. The
-            images must lie on it.
-        mask: which pixels may move, True where they may: (H, W), (C, H, W) or a function of the images (see
-            `orthattack.ThreatModel`). A patch is a mask with a large `eps`.
+        directions: what else the perturbation stays orthogonal to, such as ``["constant"]`` for the mean brightness.
+            `orthattack.ThreatModel` says more of this option and of the next three.
+        normal: the "image", or what the perturbation is orthogonal to in its place.
+        levels: what images are stored with, such as 256 for 8 bits: all points that are scored lie on that grid.
+        mask: which pixels may move. A patch is a mask with a large `eps`.
         transform: what is done to the images before the model, for gradients only, such as a random resize: a
             differentiable function of (images (N, C, H, W), draws) that returns as many images of any size.
             ``draws.uniform(3)`` and ``draws.normal(3)`` are random numbers (N, 3), each image's from its own stream.

@@ -124,7 +124,7 @@ class Best:
         self._merit = torch.full(
             (n,), -torch.inf, dtype=torch.promote_types(images.dtype, torch.float32), device=device
         )
-        self._loss = self._merit.clone() if by == "norm" else None  # otherwise the merit
+        self._loss = self._merit.clone()  # which the merit is too, unless it is a norm
         self._steps, self._zero, self._forwards, self._gradients, self.stuck = torch.zeros(
             5, n, dtype=torch.long, device=device
         )
@@ -136,9 +136,9 @@ class Best:
     ) -> None:
         """Keep each of `points`, candidates of the samples at `index` or `allowed` ones of them, that beats what there
         is."""
-        success, merit = evaluation.success, self._told(evaluation)
-        loss = merit
-        if self._loss is not None:
+        success, loss = evaluation.success, self._told(evaluation)
+        merit = loss
+        if self.by == "norm":
             length = perturbation_norm(points.double() - self._images[index].double(), self._norm)
             merit = torch.where(success, -length.to(merit.dtype), merit)
         better = success & ~self.success[index]
@@ -154,16 +154,14 @@ class Best:
             torch.where(better.view(-1, 1, 1, 1), points, self.adversarials, out=self.adversarials)
             self.success = torch.where(better, success, self.success)
             self._merit = torch.where(better, merit, self._merit)
-            self._loss = None if self._loss is None else torch.where(better, loss, self._loss)
+            self._loss = torch.where(better, loss, self._loss)
             self._steps.masked_fill_(better, step)
             self.exact = torch.where(better, evaluation.exact, self.exact)
             return
         rows = index[better]
         self.adversarials[rows] = points[better]
         self.success[rows], self._merit[rows], self._steps[rows] = success[better], merit[better], step
-        if self._loss is not None:
-            self._loss[rows] = loss[better]
-        self.exact[rows] = evaluation.exact[better]
+        self._loss[rows], self.exact[rows] = loss[better], evaluation.exact[better]
 
     def count(self, index: Tensor, forward_calls: Tensor, gradient_calls: Tensor) -> None:
         """Count calls of the model for the samples at `index`."""
@@ -178,7 +176,7 @@ class Best:
     def judge(self, rows: Tensor, evaluation: Evaluation) -> None:
         """Replace success and loss by those of a final evaluation of the adversarials at `rows`."""
         self.success[rows] = evaluation.success
-        (self._merit if self._loss is None else self._loss)[rows] = self._told(evaluation)
+        self._loss[rows] = self._told(evaluation)
         self._forwards[rows] += evaluation.forward_calls
 
     def result(self, images: Tensor, threat: ThreatModel, size: int | None = None) -> AttackResult:
@@ -190,8 +188,7 @@ class Best:
             found = [threat.sizes(images[part], self.adversarials[part]) for part in parts]
             norm, cosine = (torch.cat(values) for values in zip(*found, strict=True))
         return AttackResult(
-            self.adversarials, self.success, self._merit if self._loss is None else self._loss, self._steps,
-            cosine, norm, self._zero, self._forwards,
+            self.adversarials, self.success, self._loss, self._steps, cosine, norm, self._zero, self._forwards,
             self._gradients, torch.where(self.success, self.part, -1), self.targets,
         )  # fmt: skip
 
@@ -203,13 +200,14 @@ class Streams:
     """Random numbers of a batch: those that all samples share, and each sample's own.
 
     Args:
-        shared: where shared numbers come from.
-        seeds: of the samples' own; None: drawn from `shared` when they are first needed.
+        generator: where shared numbers come from; with `seeds`, they start anew from its seed.
+        seeds: of the samples' own; None: drawn from the shared ones when they are first needed.
         count: how many samples there are.
     """
 
-    def __init__(self, shared: torch.Generator, seeds: Sequence[int] | None, count: int) -> None:
-        self.shared, self.is_seeded, self._count = shared, seeds is not None, count
+    def __init__(self, generator: torch.Generator, seeds: Sequence[int] | None, count: int) -> None:
+        anew = generator if seeds is None else torch.Generator(generator.device).manual_seed(generator.initial_seed())
+        self.shared, self.is_seeded, self._count = anew, seeds is not None, count
         self._own: list[torch.Generator] | None = None if seeds is None else self._made(seeds)
         self._turns: list[tuple[torch.Generator, int]] = []
 

@@ -7,8 +7,7 @@ too: ``DIFGSM(model, links=[smooth(gaussian())])`` is DI-TI-MI-FGSM. The papers 
 
 from __future__ import annotations
 
-from orthattack.attacks.mifgsm import MIFGSM
-from orthattack.attacks.nifgsm import NIFGSM
+from orthattack.attacks.mifgsm import MIFGSM, NIFGSM
 from orthattack.attacks.rules import gaussian, smooth, variance
 from orthattack.attacks.transforms import diversity, scales
 

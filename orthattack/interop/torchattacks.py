@@ -54,8 +54,7 @@ from orthattack.attacks.base import Attack
 from orthattack.attacks.configured import options_of
 from orthattack.attacks.fab import OrthoFAB
 from orthattack.attacks.fgsm import OrthoFGSM
-from orthattack.attacks.mifgsm import OrthoMIFGSM
-from orthattack.attacks.nifgsm import OrthoNIFGSM
+from orthattack.attacks.mifgsm import OrthoMIFGSM, OrthoNIFGSM
 from orthattack.attacks.pgd import OrthoPGD
 from orthattack.attacks.rules import gaussian, smooth, variance
 from orthattack.attacks.square import OrthoSquare
