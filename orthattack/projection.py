@@ -125,7 +125,11 @@ def orthogonalize(gradient: Tensor, images: Tensor, scope: Scope = "image") -> T
     working = torch.promote_types(gradient.dtype, torch.float32)
     g, exponent = scaled(cut(gradient, scope).to(working), dims)
     x, _ = scaled(cut(images, scope).to(working), dims)
-    rest = without(g, x, reciprocal(dot(x, x, dims)), dims, 4 * torch.finfo(gradient.dtype).eps)
+    before, inverse = dot(g, g, dims), reciprocal(dot(x, x, dims))
+    for _ in range(2):
+        g = torch.addcmul(g, x, dot(g, x, dims) * inverse, value=-1)
+    tolerance = 4 * torch.finfo(gradient.dtype).eps
+    rest = g * (dot(g, g, dims) > tolerance**2 * before)
     return joined(times_power(rest, exponent), gradient).to(gradient.dtype)
 
 
@@ -225,23 +229,6 @@ def remove_directions(gradient: Tensor, basis: Tensor) -> Tensor:
     tolerance = 16 * torch.finfo(gradient.dtype).eps
     inside = dot(rest, rest, dims) <= tolerance**2 * dot(g, g, dims)
     return times_power(torch.where(inside, 0, rest), exponent).to(gradient.dtype)
-
-
-def without(
-    g: Tensor,
-    x: Tensor,
-    inverse: Tensor,
-    dims: tuple[int, ...],
-    tolerance: float,
-) -> Tensor:
-    """`g` without its component along `x`, zero if less than `tolerance` of it is left; g and x of moderate size.
-
-    `inverse` is 1 / ⟨x, x⟩ per group.
-    """
-    before = dot(g, g, dims)
-    for _ in range(2):
-        g = torch.addcmul(g, x, dot(g, x, dims) * inverse, value=-1)
-    return g * (dot(g, g, dims) > tolerance**2 * before)
 
 
 def dot(a: Tensor, b: Tensor, dims: tuple[int, ...], scratch: Tensor | None = None) -> Tensor:

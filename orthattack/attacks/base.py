@@ -25,6 +25,7 @@ from orthattack.arguments import (
     check_tensor,
     is_number,
     plain,
+    same_values,
     warn,
     why_too_dark,
 )
@@ -40,7 +41,7 @@ from orthattack.lending import borrowed, guarded, in_evaluation, is_foreign
 from orthattack.losses import Goal, Loss, attack_loss
 from orthattack.models import Model, explained
 from orthattack.projection import Scope
-from orthattack.threat import Direction, Mask, Norm, Normal, Region, ThreatModel, is_same, kept, perturbation_norm
+from orthattack.threat import Direction, Mask, Norm, Normal, Region, ThreatModel, kept, perturbation_norm
 from orthattack.threat.levels import snapped
 from orthattack.threat.norms import BALLS
 
@@ -109,7 +110,7 @@ class Card:
     loss: Loss | None = None
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Card) and all(map(is_same, vars(self).values(), vars(other).values()))
+        return isinstance(other, Card) and same_values(vars(self), vars(other))
 
     def __hash__(self) -> int:
         return hash((self.family, self.scope, self.exact, self.minimal))

@@ -380,13 +380,10 @@ class AutoStep:
     def update(
         self, ascent: Ascent, state: State, points: Tensor, evaluation: Evaluation, step: int
     ) -> tuple[Tensor, State]:
-        gradient, s = evaluation.gradient, dict(state)
-        assert gradient is not None
-        loss = evaluation.loss.to(s["loss"].dtype)
+        s, loss, gradient = _with_best(state, points, evaluation)
         if step > 0:
             s["rises"] = s["rises"] + (loss > s["loss"])
         s["loss"] = loss
-        _keep_best(s, loss, points, gradient)
         if step == 0:
             s["checked_loss"] = loss
         window = self.checkpoints(ascent.steps).get(step)
@@ -445,10 +442,7 @@ class AutoSparse:
     def update(
         self, ascent: Ascent, state: State, points: Tensor, evaluation: Evaluation, step: int
     ) -> tuple[Tensor, State]:
-        gradient, s = evaluation.gradient, dict(state)
-        assert gradient is not None
-        loss = evaluation.loss.to(s["best_loss"].dtype)
-        _keep_best(s, loss, points, gradient)
+        s, _, gradient = _with_best(state, points, evaluation)
         if step > 0 and step % max(int(0.04 * ascent.steps), 1) == 0:
             images = ascent.region.images
             changed = (s["best"].to(images.dtype) != images).sum((1, 2, 3), keepdim=True).to(s["count"].dtype)
@@ -474,12 +468,15 @@ class AutoSparse:
         return points.to(g.dtype) + (alpha / moving).to(g.dtype) * signs
 
 
-def _keep_best(s: State, loss: Tensor, points: Tensor, gradient: Tensor) -> None:
-    """Note in `s` each sample's point, with its gradient, of the largest loss so far."""
+def _with_best(state: State, points: Tensor, evaluation: Evaluation) -> tuple[State, Tensor, Tensor]:
+    """A state with each sample's point, and its gradient, of the largest loss so far; and loss and gradient of now."""
+    assert evaluation.gradient is not None
+    s, loss, gradient = dict(state), evaluation.loss.to(state["best_loss"].dtype), evaluation.gradient
     is_best = loss > s["best_loss"]
     s["best_loss"] = torch.where(is_best, loss, s["best_loss"])
     s["best"] = _where(is_best, points, s["best"])
     s["best_gradient"] = _where(is_best, gradient, s["best_gradient"])
+    return s, loss, gradient
 
 
 def _where(chosen: Tensor, a: Tensor, b: Tensor) -> Tensor:

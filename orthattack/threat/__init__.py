@@ -44,27 +44,6 @@ NAMED = {"normal": ("image", "constant", "luma"), "directions": ("constant", "ch
 """The normals and directions that have names."""
 
 
-class _Directions(tuple[Any, ...]):
-    """Directions of our own, equal to others by their values."""
-
-    def __new__(cls, given: Sequence[Direction | Normal]) -> _Directions:
-        owned = isinstance(given, _Directions)
-        return super().__new__(
-            cls, given if owned else (d.detach().clone() if isinstance(d, Tensor) else d for d in given)
-        )
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, tuple) and len(self) == len(other) and all(map(is_same, self, other))
-
-    def __hash__(self) -> int:
-        return hash(tuple(None if isinstance(direction, Tensor) else direction for direction in self))
-
-
-def is_same(a: object, b: object) -> bool:
-    is_either = isinstance(a, Tensor) or isinstance(b, Tensor)
-    return same_values(a, b) if is_either else a == b
-
-
 @dataclass(frozen=True)
 class ThreatModel:
     """The set of perturbations an attack may use::
@@ -126,8 +105,9 @@ class ThreatModel:
                 f'normal={_name(self.normal)} needs a scope, the vectors that it is for: scope="image", "channel", '
                 '"pixel", or blocks such as "block8"'
             )
-        object.__setattr__(self, "directions", _Directions(self.directions))
-        object.__setattr__(self, "normal", _Directions([self.normal])[0])
+        vectors = (v.detach().clone() if isinstance(v, Tensor) else v for v in (self.normal, *self.directions))
+        object.__setattr__(self, "normal", next(vectors))
+        object.__setattr__(self, "directions", tuple(vectors))
         if self._more and is_fine(self.scope):
             raise ValueError(
                 f'directions cannot be combined with scope="{self.scope}", which has a constraint for every '
@@ -171,16 +151,17 @@ class ThreatModel:
 
     def __eq__(self, other: object) -> bool:
         """Whether all of it is the same, a radius per sample included."""
-        return isinstance(other, ThreatModel) and self._rest == other._rest and is_same(self.eps, other.eps)
+        if not isinstance(other, ThreatModel) or self._names != other._names:
+            return False
+        mine, others = ((t.eps, t.normal, t.directions, t.mask) for t in (self, other))  # which may be tensors
+        return same_values(mine, others)
 
     def __hash__(self) -> int:
-        return hash(self._rest)
+        return hash(self._names)
 
     @property
-    def _rest(self) -> tuple[object, ...]:
-        """What it is besides its radius."""
-        normal, mask = _Directions([self.normal]), _Directions([] if self.mask is None else [self.mask])
-        return self.norm, self.bounds, self.scope, self.directions, normal, self.levels, mask
+    def _names(self) -> tuple[object, ...]:
+        return self.norm, self.bounds, self.scope, self.levels
 
     @property
     def is_orthogonal(self) -> bool:

@@ -418,20 +418,20 @@ class Plane:
         _, fa, _, fb = bracket
         rise = torch.where(fa - fb > 0, fa - fb, 1)
         share = fa / rise  # exactly 0 if y(a) is on the plane, exactly 1 if y(b) is
+
+        def between() -> Box:
+            """Where y(a) and y(b) differ, anything between them is as good: a pixel to move is best found there."""
+            at_a, at_b = (mix(torch.full_like(share, end), torch.empty_like(self.images)) for end in (0.0, 1.0))
+            return torch.minimum(at_a, at_b), torch.maximum(at_a, at_b)
+
         y = mix(share, torch.empty_like(self.images))
         lost = self._lost(y)
         if y.is_cuda or bool(lost.any()):
             # Rounding has moved the mixture off the plane; where many pixels are mixed, a corrected share may help.
             error = dot(y - self.images, self.normal, self.dims)
             corrected = torch.where(lost, (share + error / rise).clamp(0, 1), share)
-            y = self._settled(mix(corrected, y), [partial(self._between, mix, share), self._box], fallback)
+            y = self._settled(mix(corrected, y), [between, self._box], fallback)
         return y
-
-    def _between(self, mix: Callable[[Tensor, Tensor], Tensor], like: Tensor) -> Box:
-        """The box between y(a) and y(b): where they differ, anything between them is as good, so a pixel to move is
-        best found there."""
-        at_a, at_b = (mix(torch.full_like(like, end), torch.empty_like(self.images)) for end in (0.0, 1.0))
-        return torch.minimum(at_a, at_b), torch.maximum(at_a, at_b)
 
     def _at_kinks(self, points: Tensor, shrink: Tensor | None) -> Tensor:
         """0, so that a point on the plane is found to be, and the λ at which a pixel of y(λ) meets a bound or x."""

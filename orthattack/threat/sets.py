@@ -34,6 +34,7 @@ class Allowed(Protocol):
 
     def unit_tangent(self, gradient: Tensor) -> Tensor:
         """The same at length 1 for the whole image; 0 stays 0."""
+        return unit(self.tangent(gradient))
 
     def step(self, start: Tensor, gradient: Tensor, alpha: Tensor) -> Tensor:
         """max_y ⟨g, y⟩ subject to ``|y - s| <= α``: the best L-infinity step from s, a point of the set."""
@@ -63,7 +64,7 @@ class Allowed(Protocol):
         """Give back the working memory; the next call takes it again."""
 
 
-class Free:
+class Free(Allowed):
     """The box alone: lower <= y <= upper."""
 
     def __init__(self, images: Tensor, lower: Tensor, upper: Tensor) -> None:
@@ -74,9 +75,6 @@ class Free:
 
     def tangent(self, gradient: Tensor) -> Tensor:
         return gradient
-
-    def unit_tangent(self, gradient: Tensor) -> Tensor:
-        return unit(gradient)
 
     def step(self, start: Tensor, gradient: Tensor, alpha: Tensor) -> Tensor:
         signs = torch.sign(gradient)

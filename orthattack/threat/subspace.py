@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from orthattack.projection import dot, orthonormal_basis, reciprocal, remove_directions, scaled, scope_dims
-from orthattack.threat.norms import by_secant, greedy_step, unit
-from orthattack.threat.sets import soften
+from orthattack.threat.norms import by_secant, greedy_step
+from orthattack.threat.sets import Allowed, soften
 
 _IMAGE = scope_dims("image")
 # The duality gap at which a step is done.
@@ -37,7 +37,7 @@ _ASKING = _Trials(9, 100, 30, 24)
 _ON_GPU = _Trials(5, 5, 2, 6)
 
 
-class Subspace:
+class Subspace(Allowed):
     """The points y of a box with ⟨y - x, b_j⟩ = 0 for every direction b_j, a set of `sets.Allowed`.
 
     Args:
@@ -61,9 +61,6 @@ class Subspace:
 
     def tangent(self, gradient: Tensor) -> Tensor:
         return remove_directions(gradient, self.basis)
-
-    def unit_tangent(self, gradient: Tensor) -> Tensor:
-        return unit(self.tangent(gradient))
 
     def step(self, start: Tensor, gradient: Tensor, alpha: Tensor) -> Tensor:
         """`ascend`, settled; where that cannot be, `start`."""
