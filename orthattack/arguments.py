@@ -180,15 +180,8 @@ def check_batch(
     models: Iterable[tuple[str, object]],
     name: str = "images",
 ) -> None:
-    """ValueError unless these are images within bounds, with a label each, where the models are.
-
-    Args:
-        images: should be (N, C, H, W), floating point; up to round-off inside the bounds.
-        labels: should be (N,), integers.
-        bounds: smallest and largest pixel value.
-        models: what they go into, each with its name in messages.
-        name: that of the images in messages.
-    """
+    """ValueError unless these are images (N, C, H, W), floating point and up to round-off inside the bounds, with
+    integer labels (N,), where the models are; the models' names, and `name`, the images', are for messages."""
     check_tensor(name, images)
     check_tensor("labels", labels)
     shape = tuple(images.shape)

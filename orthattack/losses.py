@@ -130,8 +130,8 @@ class _Ascended:
         own = goal.classes if goal.targets is None else goal.targets
         if self.loss == "margin":
             values = margin(logits, own, goal.rank)
-        elif self.loss == "dlr" and goal.targets is not None:
-            values = _targeted_dlr(logits, goal.labels, goal.targets)
+        elif self.loss == "dlr":
+            values = _dlr(logits, goal)
         else:
             values = (_NAMED[self.loss] if isinstance(self.loss, str) else self._of_copies)(logits, own)
         if not isinstance(values, Tensor) or values.shape != goal.classes.shape:
@@ -171,26 +171,23 @@ def _logit_difference(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.sum(1) - own) / (logits.shape[1] - 1) - own
 
 
-def _dlr(logits: Tensor, labels: Tensor) -> Tensor:
-    if logits.shape[1] < 3:
-        raise ValueError(f'loss "dlr" needs at least 3 classes; the model has {logits.shape[1]}: use "margin"')
-    top = logits.topk(3, dim=1).values
-    spread = top[:, 0] - top[:, 2]
-    return margin(logits, labels) / torch.where(spread > 0, spread, 1)
-
-
-def _targeted_dlr(logits: Tensor, labels: Tensor | None, targets: Tensor) -> Tensor:
-    """How far the target is below the label, or else the top. Not _dlr, constant while the target is in third place."""
-    if logits.shape[1] < 4:
-        raise ValueError(f'targeted "dlr" needs at least 4 classes; the model has {logits.shape[1]}: use "margin"')
-    top = logits.topk(4, dim=1).values
-    spread = top[:, 0] - (top[:, 2] + top[:, 3]) / 2
-    own = top[:, 0] if labels is None else logits.gather(1, labels.unsqueeze(1)).squeeze(1)
-    return (own - logits.gather(1, targets.unsqueeze(1)).squeeze(1)) / torch.where(spread > 0, spread, 1)
+def _dlr(logits: Tensor, goal: Goal) -> Tensor:
+    """The margin or, with a target, how far that is below the label, or else the top; divided by a spread, another one
+    with a target, for beside the third place it would be constant while the target is there."""
+    what, fewest = ('loss "dlr"', 3) if goal.targets is None else ('targeted "dlr"', 4)
+    if logits.shape[1] < fewest:
+        raise ValueError(f'{what} needs at least {fewest} classes; the model has {logits.shape[1]}: use "margin"')
+    top = logits.topk(fewest, dim=1).values
+    spread = top[:, 0] - (top[:, 2] if goal.targets is None else (top[:, 2] + top[:, 3]) / 2)
+    if goal.targets is None:
+        lead = margin(logits, goal.classes)
+    else:
+        own = top[:, 0] if goal.labels is None else logits.gather(1, goal.labels.unsqueeze(1)).squeeze(1)
+        lead = own - logits.gather(1, goal.targets.unsqueeze(1)).squeeze(1)
+    return lead / torch.where(spread > 0, spread, 1)
 
 
 _NAMED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ce": partial(functional.cross_entropy, reduction="none"),
-    "dlr": _dlr,
     "logit-difference": _logit_difference,
 }

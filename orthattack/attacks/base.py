@@ -367,8 +367,7 @@ class Attack(Configured):
                 goal = Goal(labels[rows], None, self.top_k, self.confidence)
                 if self.loss == "kl":
                     goal = replace(goal, clean=oracle.logits(region.images.to(region.dtype), goal))
-                    once = torch.full_like(index[rows], self.eot_samples)
-                    best.count(index[rows], once, torch.zeros_like(once))
+                    best.count(index[rows], self.eot_samples)
                 task = Task(
                     oracle, self._loss, goal, region, index[rows], best, early_stop, streams, form, is_random,
                     self.on_step, self._pulse, turn=None if size == len(x) else streams.turn(first, size),
@@ -468,14 +467,13 @@ class Attack(Configured):
         offset = left.random_start(torch.Generator().manual_seed(0)).double() - left.images.double()
         eps = left.eps.flatten().double().clamp(max=left.threat.diameter(left.images.shape[1:]))
         fixed = int(((perturbation_norm(offset, left.threat.norm) <= 1e-6 * eps) & (eps > 0)).sum())
-        self._observer.say(
-            "room",
-            f"the threat model leaves nothing but the image itself for {fixed} of {count} images (eps, "
-            "bounds, mask and what it is orthogonal to): that they were not fooled is no sign of robustness. Choose a "
-            "larger eps, another scope or fewer directions"
-            if fixed > 0
-            else None,
-        )
+        if fixed > 0:
+            self._observer.say(
+                "room",
+                f"the threat model leaves nothing but the image itself for {fixed} of {count} images (eps, bounds, "
+                "mask and what it is orthogonal to): that they were not fooled is no sign of robustness. Choose a "
+                "larger eps, another scope or fewer directions",
+            )
 
     def _warn_of_gradients(self, result: AttackResult, stuck: Tensor | None) -> None:
         """Say, once for a call, for how many samples there was no usable gradient at half of the steps or more."""

@@ -28,13 +28,9 @@ Mode = Literal["orthogonal", "selective"]
 
 @dataclass(frozen=True)
 class _BothEvaluated(Evaluation):
-    """The classifier and the detector at a batch of points.
+    """The classifier and the detector at a batch of points."""
 
-    Attributes:
-        avoid: (N, C, H, W) the other's gradient, to which the step should be orthogonal, or None.
-    """
-
-    avoid: Tensor | None = None
+    avoid: Tensor | None = None  # (N, C, H, W) the other's gradient, to which the step should be orthogonal
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,7 @@ def aimed(task: Task, targeted: Targeted, known: Tensor | None, samples: int) ->
         targets = known
     else:
         logits = task.oracle.logits(task.region.images.to(task.region.dtype), task.goal)
-        calls = torch.full_like(task.index, samples)
-        task.best.count(task.index, calls, torch.zeros_like(calls))
+        task.best.count(task.index, samples)
         if targeted == "random":
             others, streams = logits.shape[1] - 1, task.streams.of(task.index)
             drawn = [torch.randint(others, (1,), generator=own, device=own.device) for own in streams]

@@ -29,12 +29,7 @@ def check_form(enforce: Enforce, reference: Reference) -> None:
 
 @dataclass(frozen=True)
 class GradientForm:
-    """The projection of directions against the clean images or the iterates.
-
-    Args:
-        threat: what they are projected against.
-        reference: whose images that is about.
-    """
+    """The projection of directions against what the threat model says of the `reference`, clean images or iterates."""
 
     threat: ThreatModel
     reference: Reference = "clean"

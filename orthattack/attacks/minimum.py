@@ -77,7 +77,7 @@ class Shrinking(Counts):
         most = max(min(usual, shared // fewest), shared // (4 * fewest))
         if task.goal.labels is None or most == 0:
             return ()
-        task.best.count(task.index, torch.ones_like(task.index), torch.zeros_like(task.index))
+        task.best.count(task.index, 1)
         return task.towards(most)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from orthattack.arguments import check_count
+from orthattack.arguments import check_count, same_values
 from orthattack.attacks.gradient_form import GradientForm
 from orthattack.attacks.scoring import Draws, Evaluation, LossFunction, Scorer
 from orthattack.losses import Goal
@@ -56,8 +56,7 @@ class AttackResult:
 
     def __eq__(self, other: object) -> bool:
         """Whether all of it is the same."""
-        mine, theirs = vars(self), vars(other) if isinstance(other, AttackResult) else {}
-        return bool(theirs) and all(torch.equal(value, theirs[name]) for name, value in mine.items())
+        return isinstance(other, AttackResult) and same_values(vars(self), vars(other))
 
     def __repr__(self) -> str:
         n = len(self.success)
@@ -163,7 +162,7 @@ class Best:
         self.success[rows], self._merit[rows], self._steps[rows] = success[better], merit[better], step
         self._loss[rows], self.exact[rows] = loss[better], evaluation.exact[better]
 
-    def count(self, index: Tensor, forward_calls: Tensor, gradient_calls: Tensor) -> None:
+    def count(self, index: Tensor, forward_calls: Tensor | int, gradient_calls: Tensor | int = 0) -> None:
         """Count calls of the model for the samples at `index`."""
         self._forwards[index] += forward_calls
         self._gradients[index] += gradient_calls
