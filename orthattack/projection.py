@@ -34,7 +34,9 @@ __all__ = ["Scope", "alignment", "orthogonalize", "orthonormal_basis", "remove_d
 Scope = str
 """Which entries form one vector: "image", "channel", "pixel", or "block" and a size, such as "block8"."""
 
-_DIMS: dict[Scope, tuple[int, ...]] = {"image": (-3, -2, -1), "channel": (-2, -1), "pixel": (-3,)}
+IMAGE = (-3, -2, -1)
+"""The dimensions of an image."""
+_DIMS: dict[Scope, tuple[int, ...]] = {"image": IMAGE, "channel": (-2, -1), "pixel": (-3,)}
 
 
 def scope_dims(scope: Scope) -> tuple[int, ...]:
@@ -184,16 +186,15 @@ def orthonormal_basis(directions: Tensor) -> Tensor:
             f"got {tuple(directions.shape)} of {directions.dtype}"
         )
     working = torch.promote_types(directions.dtype, torch.float32)
-    dims = scope_dims("image")
     tolerance = 16 * torch.finfo(directions.dtype).eps
     kept: list[Tensor] = []
     for direction in directions.to(working).unbind(-4):
-        vector, _ = scaled(direction, dims)
-        length2 = dot(vector, vector, dims)
+        vector, _ = scaled(direction, IMAGE)
+        length2 = dot(vector, vector, IMAGE)
         for _ in range(2):
             for known in kept:
-                vector = vector - dot(vector, known, dims) * known
-        rest2 = dot(vector, vector, dims)
+                vector = vector - dot(vector, known, IMAGE) * known
+        rest2 = dot(vector, vector, IMAGE)
         independent = rest2 > tolerance**2 * length2
         kept.append(torch.where(independent, vector / rest2.sqrt(), 0))
     return torch.stack(kept, dim=-4)
@@ -220,14 +221,13 @@ def remove_directions(gradient: Tensor, basis: Tensor) -> Tensor:
     for vector in basis.unbind(-4):
         _check_pair("gradient", gradient, "a direction of basis", vector, same_dtype=False)
     working = torch.promote_types(torch.promote_types(gradient.dtype, basis.dtype), torch.float32)
-    dims = scope_dims("image")
-    g, exponent = scaled(gradient.to(working), dims)
+    g, exponent = scaled(gradient.to(working), IMAGE)
     rest = g
     for _ in range(2):
         for vector in basis.to(working).unbind(-4):
-            rest = rest - dot(rest, vector, dims) * vector
+            rest = rest - dot(rest, vector, IMAGE) * vector
     tolerance = 16 * torch.finfo(gradient.dtype).eps
-    inside = dot(rest, rest, dims) <= tolerance**2 * dot(g, g, dims)
+    inside = dot(rest, rest, IMAGE) <= tolerance**2 * dot(g, g, IMAGE)
     return times_power(torch.where(inside, 0, rest), exponent).to(gradient.dtype)
 
 

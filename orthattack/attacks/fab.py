@@ -16,11 +16,10 @@ from orthattack.attacks.scoring import Evaluation
 from orthattack.attacks.task import Counts, Merit, Task
 from orthattack.losses import Goal
 from orthattack.models import Model
-from orthattack.projection import dot, reciprocal, scope_dims
+from orthattack.projection import IMAGE, dot, reciprocal
 from orthattack.threat import Norm, Region, perturbation_norm
 from orthattack.threat.norms import BALLS
 
-_IMAGE = scope_dims("image")
 # As published: the largest a; how far beyond the boundary a step ends, relative to the way to it; how far from the
 # image it starts where the point fools, relative to the perturbation.
 _BIAS, _OVERSHOOT, _BACK = 0.1, 1.05, 0.9
@@ -56,7 +55,7 @@ class Boundary(Stateless):
         missing = -evaluation.loss.double().view(-1, 1, 1, 1)
         ends, ways = [], []
         for origin in (start, images):
-            needed = _OVERSHOOT * (missing - dot(g.double(), origin.double() - points.double(), _IMAGE))
+            needed = _OVERSHOOT * (missing - dot(g.double(), origin.double() - points.double(), IMAGE))
             ends.append(_reached(region, origin, g, needed))
             ways.append(perturbation_norm(ends[-1].to(images.dtype) - origin, region.threat.norm).view(-1, 1, 1, 1))
         share = (ways[0] * reciprocal(ways[0] + ways[1])).clamp(max=_BIAS)
@@ -79,7 +78,7 @@ def _reached(region: Region, start: Tensor, gradient: Tensor, needed: Tensor) ->
     end, asks = start, not start.is_cuda  # which would stop the GPU
     for trial in range(_CORRECTIONS):
         end = region.step(start, g, alpha.to(start.dtype), count=1)
-        gain = dot(g.double(), end.double() - start.double(), _IMAGE)
+        gain = dot(g.double(), end.double() - start.double(), IMAGE)
         short = (gain - needed).abs() > _NEAR * needed
         if trial + 1 == _CORRECTIONS or (asks and not bool(short.any())):
             break

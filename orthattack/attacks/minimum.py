@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -57,8 +56,14 @@ class Shrinking(Counts):
         if start is not None:
             found = task.score(start, 0, with_gradient=False)
             best, passes = best.offered(start, task.length(start), found.success), passes - 1
-        goals = self._explored(task)
-        each = int(_EXPLORED[task.region.threat.norm][0] * self.gradients / max(1, len(goals)))
+        share, fewest, usual = _EXPLORED[task.region.threat.norm]
+        shared = int(share * self.gradients)
+        most = max(min(usual, shared // fewest), shared // (4 * fewest))
+        goals: list[Goal] = []  # the classes to ascend towards; none for targets or few gradients
+        if task.goal.labels is not None and most > 0:
+            task.best.count(task.index, 1)
+            goals = task.towards(most)
+        each = int(share * self.gradients / max(1, len(goals)))
         for goal in goals:
             best = _ascend(replace(task, goal=goal), images, best, each, step, fresh=True)
             passes, step = passes - 2 * each - 1, step + each
@@ -69,16 +74,6 @@ class Shrinking(Counts):
         first = 0.3 if len(goals) > 0 and task.region.threat.norm != "l1" else 1.0
         best = _ascend(task, begin, best, steps, step, first)
         _pull(task, best, evaluations, step + steps)
-
-    def _explored(self, task: Task) -> Sequence[Goal]:
-        """The classes to ascend towards, the likeliest first; none for targets or few gradients."""
-        share, fewest, usual = _EXPLORED[task.region.threat.norm]
-        shared = int(share * self.gradients)
-        most = max(min(usual, shared // fewest), shared // (4 * fewest))
-        if task.goal.labels is None or most == 0:
-            return ()
-        task.best.count(task.index, 1)
-        return task.towards(most)
 
 
 def _ascend(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from orthattack.projection import Scope, block_size, cut, is_fine, joined, reciprocal, scope_dims, total
+from orthattack.projection import IMAGE, Scope, block_size, cut, is_fine, joined, reciprocal, scope_dims, total
 from orthattack.threat.norms import BALLS, length
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ __all__ = ["LUMA", "Grid", "grid_units", "level_values", "levels_of", "radius_in
 LUMA = (299, 587, 114)
 """Thousandths of red, green and blue in the luma of ITU-R BT.601, which is JPEG's and PIL's grey."""
 
-_IMAGE = scope_dims("image")
 # How many pixels of a group a trial looks at and may move, and among how many of each kind the last moves are sought.
 _LOOKED, _MOVED, _LAST, _FORCED = 4096, 512, 32, 4
 # How often all pixels are tried for a group that nothing else has helped.
@@ -205,7 +204,7 @@ class Grid:
             return length(torch.mul(v, s.to(v.dtype), out=room).round_().clamp_(down, up), order)
 
         def halved(wanted: Tensor, v: Tensor = target, *sample: Tensor) -> Tensor:
-            largest = v.abs().amax(_IMAGE, keepdim=True).double()
+            largest = v.abs().amax(IMAGE, keepdim=True).double()
             low = torch.where(largest > 0, 0.4999 * reciprocal(largest), 1)
             high = torch.maximum(2 * reciprocal(wanted / v[0].numel() ** (1 / order)), 2 * low).clamp(min=2)
             best = low
@@ -263,7 +262,7 @@ class Grid:
         if not target.is_cuda and bool(((some - some.round()).abs().amax(1) >= 1e-3).all()):
             return torch.zeros_like(radius, dtype=torch.bool)
         d = target.round()
-        found = ((target - d).abs().amax(_IMAGE, keepdim=True) < 1e-3) & (
+        found = ((target - d).abs().amax(IMAGE, keepdim=True) < 1e-3) & (
             length(d, BALLS[self._norm].order) <= radius * (1 + 1e-7)
         )
         if self._is_bound and (d.is_cuda or bool(found.any())):  # asking would stop the GPU

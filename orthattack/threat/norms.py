@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from orthattack.projection import dot, reciprocal, scaled, scope_dims, total
+from orthattack.projection import IMAGE, dot, reciprocal, scaled, total
 
 if TYPE_CHECKING:
     from orthattack.threat.sets import Allowed
@@ -23,7 +23,6 @@ __all__ = ["BALLS", "Ball", "Norm", "perturbation_norm"]
 Norm = Literal["linf", "l2", "l1", "l0"]
 """L0 is the number of pixels that move, in whichever of their channels."""
 
-_IMAGE = scope_dims("image")
 # How often Newton's method is tried before the search that cannot fail.
 _NEWTON = 12
 
@@ -108,14 +107,14 @@ def perturbation_norm(delta: Tensor, norm: Norm) -> Tensor:
 def length(delta: Tensor, order: float) -> Tensor:
     """Norms in float64, (N, 1, 1, 1); rows first, as `orthattack.projection.total` does."""
     rows = torch.linalg.vector_norm(delta, order, dim=-1, keepdim=True)
-    size: Tensor = torch.linalg.vector_norm(rows, order, dim=_IMAGE, keepdim=True, dtype=torch.float64)
+    size: Tensor = torch.linalg.vector_norm(rows, order, dim=IMAGE, keepdim=True, dtype=torch.float64)
     return size
 
 
 def unit(gradient: Tensor, order: float = 2) -> Tensor:
     """The gradient at length 1, or 0 if it is zero."""
-    gradient, _ = scaled(gradient, _IMAGE)
-    return gradient * reciprocal(torch.linalg.vector_norm(gradient, order, dim=_IMAGE, keepdim=True))
+    gradient, _ = scaled(gradient, IMAGE)
+    return gradient * reciprocal(torch.linalg.vector_norm(gradient, order, dim=IMAGE, keepdim=True))
 
 
 def by_secant(allowed: Allowed, points: Tensor, radius: Tensor, onto: Callable[..., Tensor] | None = None) -> Tensor:
@@ -158,12 +157,12 @@ def by_threshold(
 
     def moving(points: Tensor) -> Tensor:
         free = (points != x) & (points > allowed.lower) & (points < allowed.upper)
-        count = free.sum(_IMAGE, keepdim=True).double()
+        count = free.sum(IMAGE, keepdim=True).double()
         return count if held is None else count - held((points - x).sign_().mul_(free), free)
 
     nearest = onto(points)
     size = length(nearest - x, 1)
-    low, high = torch.zeros_like(size), (points - x).abs().amax(_IMAGE, keepdim=True).double()
+    low, high = torch.zeros_like(size), (points - x).abs().amax(IMAGE, keepdim=True).double()
     f_low, slope = size - radius, moving(nearest)
     done = size <= radius * (1 + 1e-7)
     inside = torch.where(done, nearest, x)
@@ -226,7 +225,7 @@ def in_l1_ball(
         moved = delta if normal is None else torch.addcmul(delta, normal, multiplier, value=-1, out=v)
         torch.sub(moved, torch.clamp(moved, -threshold, threshold, out=scratch), out=v)
         torch.clamp(v, low, high, out=d)
-        size = total(torch.abs(d, out=scratch), _IMAGE)
+        size = total(torch.abs(d, out=scratch), IMAGE)
         right = torch.where(threshold == 0, size <= radius, (size - inside).abs() <= 5e-7 * radius)
         if normal is not None:
             f = dot(d, normal, dims, scratch)
@@ -235,13 +234,13 @@ def in_l1_ball(
         if trial + 1 == _NEWTON or (asks and bool(found.all())):
             break
         signs = torch.eq(d, v, out=v).mul_(torch.sign(d, out=scratch))
-        excess, count = size - inside, total(torch.abs(signs, out=scratch), _IMAGE).double()
+        excess, count = size - inside, total(torch.abs(signs, out=scratch), IMAGE).double()
         binds = (threshold > 0) | (size > radius)
         if normal is not None:
             across = total(signs.mul_(normal), dims)
             inverse = reciprocal(dot(signs, signs, dims, scratch))
-            excess = excess - (across * inverse * f).sum(_IMAGE, keepdim=True, dtype=torch.float64)
-            count = count - (across * inverse * across).sum(_IMAGE, keepdim=True, dtype=torch.float64)
+            excess = excess - (across * inverse * f).sum(IMAGE, keepdim=True, dtype=torch.float64)
+            count = count - (across * inverse * across).sum(IMAGE, keepdim=True, dtype=torch.float64)
         change = torch.where(binds & ~found, excess * reciprocal(count), 0).to(delta.dtype)
         threshold, before = (threshold + change).clamp(min=0), threshold
         if normal is not None:
@@ -288,12 +287,12 @@ def greedy_step(
     The pixels with the largest gradient take what they may, one after the other, until α is spent; those that tie for
     the last share what is left.
     """
-    gradient, _ = scaled(gradient, _IMAGE)
+    gradient, _ = scaled(gradient, IMAGE)
     room = torch.where(gradient > 0, upper - points, points - lower) * (gradient != 0)
     count = sparsity(points) if count is None else count
     size, limit = gradient.abs() * (room > 0), torch.minimum(room, alpha / count)
     spent = filled(size, limit, alpha)
-    left = alpha - total(spent, _IMAGE)
+    left = alpha - total(spent, IMAGE)
     if points.is_cuda or not bool((left <= 1e-6 * alpha).all()):  # asking would stop the GPU
         spent = spent + filled(size, room - spent, left)
     return points + spent.copysign_(gradient)
@@ -314,5 +313,5 @@ def filled(size: Tensor, limit: Tensor, amount: Tensor) -> Tensor:
     last = last.view(-1, 1, 1, 1)
     full = limit * (size > last)
     tied = limit * ((size == last) & (size > 0))
-    rest = (amount.view(-1, 1, 1, 1).to(size.dtype) - total(full, _IMAGE)).clamp(min=0)
-    return full + tied * (rest * reciprocal(total(tied, _IMAGE))).clamp(max=1)
+    rest = (amount.view(-1, 1, 1, 1).to(size.dtype) - total(full, IMAGE)).clamp(min=0)
+    return full + tied * (rest * reciprocal(total(tied, IMAGE))).clamp(max=1)

@@ -14,7 +14,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from orthattack.projection import Scope, dot, orthogonalize, reciprocal, scaled, scope_dims, total
+from orthattack.projection import IMAGE, Scope, dot, orthogonalize, reciprocal, scaled, scope_dims, total
 from orthattack.threat import few
 from orthattack.threat.norms import by_secant, by_threshold, in_l1_ball, sparsity
 from orthattack.threat.rootfind import Bracket, by_sorting, ends_of, search, try_all
@@ -22,7 +22,6 @@ from orthattack.threat.rounding import Box, settled_rows
 from orthattack.threat.sets import soften
 from orthattack.threat.sparse import best_sparse, by_group
 
-_IMAGE = scope_dims("image")
 # A pixel's colour has so few breakpoints that trying them all beats a search.
 _FEW = 4
 # In a group of fewer pixels round-off does not average out.
@@ -150,8 +149,8 @@ class Plane:
         Source: docs/method.md, "The L1 step".
         """
         count, start = sparsity(start) if count is None else count, start.contiguous()
-        g, size = self._projected(gradient.contiguous(), _IMAGE)
-        g, moves = g.clone(), size.sum(_IMAGE, keepdim=True) > 0
+        g, size = self._projected(gradient.contiguous(), IMAGE)
+        g, moves = g.clone(), size.sum(IMAGE, keepdim=True) > 0
         up = torch.minimum(self.upper - start, alpha / count)
         down = torch.minimum(start - self.lower, alpha / count)
         if self.is_small and not g.is_cuda:
@@ -177,8 +176,8 @@ class Plane:
 
     def unit_tangent(self, gradient: Tensor) -> Tensor:
         """See `sets.Allowed`. It is in the plane's working memory, until the next call."""
-        g, _ = self._projected(gradient.contiguous(), _IMAGE)
-        length2 = dot(g, g, self.dims, self._scratch[3]).sum(_IMAGE, keepdim=True)
+        g, _ = self._projected(gradient.contiguous(), IMAGE)
+        length2 = dot(g, g, self.dims, self._scratch[3]).sum(IMAGE, keepdim=True)
         return g.mul_(reciprocal(length2.sqrt()))
 
     def _projected(self, gradient: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -251,7 +250,7 @@ class Plane:
         """‖P s‖² for the signs s of free pixels, (N, 1, 1, 1), P projecting onto their part of the normals: with s they
         would leave the planes, so λ takes that up."""
         along, length2 = dot(signs, self.normal, self.dims), total(self.normal.square().mul_(free), self.dims)
-        return total(along.square_().mul_(reciprocal(length2)), _IMAGE).double()
+        return total(along.square_().mul_(reciprocal(length2)), IMAGE).double()
 
     def _newton(self, points: Tensor, radius: Tensor | None) -> tuple[Tensor, Tensor]:
         """y(s, λ) = clip(x + s (p - x) - λx) on the plane and, with a radius, in the ball; per sample, whether it is.
@@ -270,7 +269,7 @@ class Plane:
         noise = self._noise(distance2)
         s = torch.ones_like(x[:, :1, :1, :1])
         if radius is not None:
-            s = (radius * reciprocal(distance2.sum(_IMAGE, keepdim=True).sqrt())).clamp(max=1)
+            s = (radius * reciprocal(distance2.sum(IMAGE, keepdim=True).sqrt())).clamp(max=1)
         multiplier = s * along * reciprocal(self._normal2)
         found = torch.zeros_like(s, dtype=torch.bool)
         y = torch.empty_like(x)
@@ -281,7 +280,7 @@ class Plane:
             f = dot(delta, normal, dims, scratch)
             right = (f.abs() <= noise).flatten(1).all(1).view(-1, 1, 1, 1)
             if radius is not None:
-                length = dot(delta, delta, dims, scratch).sum(_IMAGE, keepdim=True).sqrt()
+                length = dot(delta, delta, dims, scratch).sum(IMAGE, keepdim=True).sqrt()
                 binds = (s < 1) | (length > radius)
                 right &= (length <= radius * (1 + 3e-7)) & ((s >= 1) | (length >= radius * (1 - 3e-7)))
             found = found | right
@@ -291,14 +290,14 @@ class Plane:
             more = f
             if radius is not None:
                 moved = torch.mul(free, delta0, out=y)
-                f_s, e_s = dot(moved, normal, dims, scratch), dot(moved, delta, _IMAGE, scratch)
+                f_s, e_s = dot(moved, normal, dims, scratch), dot(moved, delta, IMAGE, scratch)
             free.mul_(normal)
             inverse = reciprocal(dot(free, normal, dims, scratch))
             if radius is not None:
                 e_multiplier = dot(free, delta, dims, scratch) * inverse
                 e = (length - radius) * (length + radius) / 2
-                rise = e_s - (e_multiplier * f_s).sum(_IMAGE, keepdim=True)
-                s_next = (s + ((e_multiplier * f).sum(_IMAGE, keepdim=True) - e) * reciprocal(rise)).clamp(0, 1)
+                rise = e_s - (e_multiplier * f_s).sum(IMAGE, keepdim=True)
+                s_next = (s + ((e_multiplier * f).sum(IMAGE, keepdim=True) - e) * reciprocal(rise)).clamp(0, 1)
                 s_next = torch.where(binds & ~found, s_next, s)
                 more, s = f + f_s * (s_next - s), s_next
             multiplier = torch.where(found, multiplier, multiplier + more * inverse)

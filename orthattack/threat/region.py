@@ -61,13 +61,11 @@ class Region:
         if eps.shape not in ((), (len(x),)):
             raise ValueError(f"eps has {eps.numel()} values for {len(x)} images: it must have one per sample or be one")
         self.eps = eps.expand(len(x)).view(-1, 1, 1, 1)
-        self._grid: Grid | None = None
         if threat.levels is not None:
             x = snapped(x.to(self.dtype), threat.levels, threat.bounds).to(x.dtype)
             self.eps = threat.on_grid(self.eps)
         self._mask = threat.moving(x)
-        if threat.levels is not None:
-            self._grid = Grid(threat, x, self.dtype, self.eps, self._mask)
+        self._grid = None if threat.levels is None else Grid(threat, x, self.dtype, self.eps, self._mask)
         fixed = self.eps == 0
         normals = threat.normals(x) if threat.scope is not None else x
         if threat.scope is not None and normals is x:

@@ -10,12 +10,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from orthattack.projection import dot, reciprocal, scope_dims, total
+from orthattack.projection import IMAGE, dot, reciprocal, total
 from orthattack.threat.rootfind import search, try_all
 
 __all__ = ["best_sparse", "by_group"]
 
-_IMAGE = scope_dims("image")
 # The duality gap, relative to the objective.
 _GAP = 1e-5
 # How many times the pixels that move at least are looked at first.
@@ -45,7 +44,7 @@ def best_sparse(
     """
     if g.is_cuda or g[0].numel() <= 8 * count:  # asking would stop the GPU
         return _beyond(g, normal, up, down, alpha, count, dims, None)[:2]
-    groups = 1 if dims == _IMAGE else g.shape[1]
+    groups = 1 if dims == IMAGE else g.shape[1]
     flat = [t.reshape(len(g), groups, -1) for t in (g, normal, up, down)]
     size = flat[0].abs()
     if groups > _GROUPS:
@@ -102,7 +101,7 @@ def _beyond(
             tried = chord if attempt % 2 == 0 else low + (high - low) * (1 - share).clamp(0.1, 0.9)
             tried = torch.where(spent < torch.inf, tried, high / 4 if attempt == 2 else 0)
         found, size = problem.moved(tried)
-        value = dot(g, found, _IMAGE)
+        value = dot(g, found, IMAGE)
         over, under = ~done & (size > alpha), ~done & (size <= alpha)
         if others is not None:
             stay = problem.stay(*others, tried)
@@ -157,7 +156,7 @@ class _Problem:
         found = torch.lerp(move(a), move(b), fa * reciprocal(fa - fb))
         self._near = a / 2 + b / 2, (fb - fa) * reciprocal(b - a)
         self._reach = torch.maximum(a.abs(), b.abs())
-        return found, total(found.abs(), _IMAGE)
+        return found, total(found.abs(), IMAGE)
 
     def stay(self, size: Tensor, normal: Tensor | None, threshold: Tensor) -> Tensor:
         """Whether, for the last λ, no g - λx of at most these ``|g|`` and ``|x|`` reaches the ν."""

@@ -14,11 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from orthattack.projection import dot, orthonormal_basis, reciprocal, remove_directions, scaled, scope_dims
+from orthattack.projection import IMAGE, dot, orthonormal_basis, reciprocal, remove_directions, scaled
 from orthattack.threat.norms import by_secant, greedy_step
 from orthattack.threat.sets import Allowed, soften
 
-_IMAGE = scope_dims("image")
 # The duality gap at which a step is done.
 _GAP = 1e-5
 
@@ -83,8 +82,8 @@ class Subspace(Allowed):
         """
         s, width = start.double(), alpha.double()
         lower, upper = torch.maximum(self.lower.double(), s - width), torch.minimum(self.upper.double(), s + width)
-        g, _ = scaled(self.tangent(gradient).double(), _IMAGE)
-        size = g.abs().sum(_IMAGE, keepdim=True)
+        g, _ = scaled(self.tangent(gradient).double(), IMAGE)
+        size = g.abs().sum(IMAGE, keepdim=True)
         allowed = _GAP * width * size
         y, moves = s, size > 0
         primal, dual = torch.zeros_like(size), torch.where(moves, torch.inf, 0.0)
@@ -100,15 +99,15 @@ class Subspace(Allowed):
 
             multiplier, tried = self._newton(point, multiplier, s, tau, active)
             rest = g - self._along(multiplier)
-            bound = torch.maximum(rest * (upper - s), rest * (lower - s)).sum(_IMAGE, keepdim=True)
+            bound = torch.maximum(rest * (upper - s), rest * (lower - s)).sum(IMAGE, keepdim=True)
             # Only what is on the planes counts, and the last stages, with few pixels between their bounds, may miss.
-            length = torch.linalg.vector_norm(tried - s, dim=_IMAGE)
+            length = torch.linalg.vector_norm(tried - s, dim=IMAGE)
             missed = active & (self._components(tried - s).abs().amax(1) > 1e-9 * length)
             if not self._asks:
                 active = active & ~missed
             elif bool(missed.any()):
                 tried = self._nearest(tried, lower, upper, s, None, missed)
-            value = dot(g, tried - s, _IMAGE)
+            value = dot(g, tried - s, IMAGE)
             running = active.view(-1, 1, 1, 1)
             dual = torch.where(running, torch.minimum(dual, bound), dual)
             better = running & (value > primal)
@@ -131,7 +130,7 @@ class Subspace(Allowed):
         """
         x, lower, upper = self.images.double(), self.lower.double(), self.upper.double()
         y = self._nearest(points.double(), lower, upper, x, None)
-        outside = ((y - x).abs().sum(_IMAGE, keepdim=True) > eps).flatten()
+        outside = ((y - x).abs().sum(IMAGE, keepdim=True) > eps).flatten()
         if not self._asks or bool(outside.any()):
             inside = self._nearest(points.double(), lower, upper, x, None, outside, eps)
             y = torch.where(outside.view(-1, 1, 1, 1), inside, y)
@@ -150,7 +149,7 @@ class Subspace(Allowed):
 
         def off(points: Tensor) -> Tensor:
             delta = points.double() - x
-            length = torch.linalg.vector_norm(delta, dim=_IMAGE)
+            length = torch.linalg.vector_norm(delta, dim=IMAGE)
             misses: Tensor = self._components(delta).abs().amax(1) > unit * length
             return misses
 
@@ -165,7 +164,7 @@ class Subspace(Allowed):
                 if attempt % 3 == 2:  # where pixels at a bound are all there is, they may have to do
                     room = torch.where(self._along(excess) > 0, y - lower, upper - y)
                 room = room * self._few(room, points, (attempt - 1) // 3, 2 if attempt % 3 == 0 else 1)
-            room = room * reciprocal(room.amax(_IMAGE, keepdim=True))
+            room = room * reciprocal(room.amax(IMAGE, keepdim=True))
             shift = self._along(self._solve(room, excess))
             moved = (y - shift * room).clamp_(lower, upper).to(points.dtype)
             points = torch.where(lost.view(-1, 1, 1, 1), moved, points)
@@ -235,14 +234,14 @@ class Subspace(Allowed):
             f = self._components(y - anchor)
             if radius is None:
                 return f
-            excess = (y - anchor).abs().sum(_IMAGE, keepdim=True) - radius
+            excess = (y - anchor).abs().sum(IMAGE, keepdim=True) - radius
             return torch.cat([f, unit * excess.flatten(1)], dim=1)
 
         m, (y, free) = start, point(start)
         f = residual(y)
         reach = f.abs().amax(1)
         for _ in range(self._trials.newton):
-            length = torch.linalg.vector_norm(y - anchor, dim=_IMAGE)
+            length = torch.linalg.vector_norm(y - anchor, dim=IMAGE)
             active = active & (f.abs().amax(1) > 2e-13 * length)
             if self._asks and not bool(active.any()):
                 break
@@ -279,14 +278,14 @@ class Subspace(Allowed):
 
     def _components(self, delta: Tensor) -> Tensor:
         """⟨δ, b_j⟩, (N, K)."""
-        return torch.stack([(delta * row).sum(_IMAGE) for row in self._rows], dim=1)
+        return torch.stack([(delta * row).sum(IMAGE) for row in self._rows], dim=1)
 
     def _solve(
         self, weight: Tensor, f: Tensor, damping: Tensor | float = 0.0, rows: list[Tensor] | None = None
     ) -> Tensor:
         """(BᵀDB + damping)⁻¹ f with D the weights of the pixels; always regularised a little."""
         rows = list(self._rows) if rows is None else rows
-        columns = [torch.stack([(row * other * weight).sum(_IMAGE) for other in rows], 1) for row in rows]
+        columns = [torch.stack([(row * other * weight).sum(IMAGE) for other in rows], 1) for row in rows]
         matrix = torch.stack(columns, 1)
         known = len(self._rows)
         matrix[:, :known, :known] += self._dropped
