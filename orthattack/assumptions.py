@@ -123,7 +123,8 @@ def observe(lent: Model, images: Tensor, bounds: tuple[float, float] = (0, 1), m
         if pair is None or (alone is not None and alone.shape[1] != pair.shape[1]):
             return Behaviour()
         seen = pair if alone is None else torch.cat([alone, pair])
-        sums, tolerance = seen.double().sum(1).tolist(), max(1e-4, 1.5 * _epsilon(seen))
+        epsilon = torch.finfo(pair.dtype).eps
+        sums, tolerance = seen.double().sum(1).tolist(), max(1e-4, 1.5 * epsilon)
         ends = float(seen.amin()), float(seen.amax())
         probabilities = are_probabilities(*ends, sums, tolerance)
         sigmoids = ends[0] >= 0 and ends[1] <= 1 and not probabilities and _ends_in_sigmoid(ask, image)
@@ -137,17 +138,17 @@ def observe(lent: Model, images: Tensor, bounds: tuple[float, float] = (0, 1), m
         if not draws and alone is not None and share(alone, pair[:1]) == 0:
             return Behaviour(0.0, 0.0, statistics, probabilities, sigmoids)
         # Something differs, if only by round-off: twice the same question, in a batch of the same size.
-        smallest = max(1e-4 if image.is_cuda else 1e-5, 8 * _epsilon(pair))
+        smallest = max(1e-4 if image.is_cuda else 1e-5, 8 * epsilon)
         for _ in range(DRAWS if draws else 1):
             answers = [_answer(ask, torch.cat([image, another])) for another in beside]
             again, other = _finite(*answers)
             if again is not None and (noise := share(again[:1], pair[:1])) > smallest:
                 return Behaviour(noise, 0.0, statistics, probabilities, sigmoids)
         dependence = 0.0 if other is None else share(other[:1], pair[:1])
-        tolerance = max(_NOISE, 8 * _epsilon(pair))
+        tolerance = max(_NOISE, 8 * epsilon)
         if dependence <= tolerance and alone is not None:
             # A rounding inside the model may turn round-off into a whole unit, so more is asked of the size alone.
-            dependence, tolerance = share(alone, pair[:1]), max(0.05, 8 * _epsilon(pair))
+            dependence, tolerance = share(alone, pair[:1]), max(0.05, 8 * epsilon)
         return Behaviour(0.0, dependence if dependence > tolerance else 0.0, statistics, probabilities, sigmoids)
 
 
@@ -221,10 +222,6 @@ def _answer(model: Model, images: Tensor) -> Tensor | None:
         return None
     is_plain = logits.dtype in FLOATS and logits.layout == torch.strided and not logits.is_meta
     return logits if is_plain else None
-
-
-def _epsilon(logits: Tensor) -> float:
-    return torch.finfo(logits.dtype).eps
 
 
 def _state(model: Model) -> tuple[object, ...]:

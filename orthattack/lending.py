@@ -371,7 +371,9 @@ class _Was:
         if isinstance(thing, Tensor):
             # The memory too: `.data` may have been pointed elsewhere.
             self.memory = thing if thing.is_inference() else thing.data
-            self.values = _copy(thing)
+            self.values: Tensor | None = None  # of a lazy module, or of a kind that cannot be copied
+            with suppress(RuntimeError, NotImplementedError, ValueError):
+                self.values = thing.detach().clone()
 
 
 _PICTURE = _Aspect(_Was, None)  # _mend puts it back
@@ -564,14 +566,6 @@ def _address(tensor: Tensor) -> int | None:
     try:
         return tensor.data_ptr()
     except RuntimeError:  # sparse
-        return None
-
-
-def _copy(tensor: Tensor) -> Tensor | None:
-    """The values, or None for a tensor that has none yet, of a lazy module, or that cannot be copied."""
-    try:
-        return tensor.detach().clone()
-    except (RuntimeError, NotImplementedError, ValueError):
         return None
 
 

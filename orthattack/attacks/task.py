@@ -180,12 +180,10 @@ class Best:
 
     def result(self, images: Tensor, threat: ThreatModel, size: int | None = None) -> AttackResult:
         """What was found; `size` samples are measured at a time, in float64."""
-        if size is None or size >= len(images):
-            norm, cosine = threat.sizes(images, self.adversarials)
-        else:
-            parts = [slice(at, at + size) for at in range(0, len(images), size)]
-            found = [threat.sizes(images[part], self.adversarials[part]) for part in parts]
-            norm, cosine = (torch.cat(values) for values in zip(*found, strict=True))
+        count = max(1, len(images))
+        parts = [slice(at, at + (size or count)) for at in range(0, count, size or count)]
+        found = [threat.sizes(images[part], self.adversarials[part]) for part in parts]
+        norm, cosine = (torch.cat(values) for values in zip(*found, strict=True))
         return AttackResult(
             self.adversarials, self.success, self._loss, self._steps, cosine, norm, self._zero, self._forwards,
             self._gradients, torch.where(self.success, self.part, -1), self.targets,

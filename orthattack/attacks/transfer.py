@@ -13,9 +13,8 @@ from orthattack.attacks.transforms import diversity, scales
 
 
 class DIFGSM(MIFGSM, family="DIFGSM", transform=diversity()):
-    """`MIFGSM` with input diversity (Xie et al. 2019, arXiv:1803.06978): gradients at images resized at random.
-
-    Arguments as for `MIFGSM`, with ``transform=diversity()`` by default, of `orthattack.attacks.transforms`.
+    """`MIFGSM` with input diversity (Xie et al. 2019, arXiv:1803.06978): gradients at images resized at random, by
+    ``transform=diversity()``, of `orthattack.attacks.transforms`. Arguments as for `MIFGSM`.
     """
 
 
@@ -24,9 +23,8 @@ class OrthoDIFGSM(DIFGSM, scope="image"):
 
 
 class TIFGSM(MIFGSM, family="TIFGSM", links=(smooth(gaussian()),)):
-    """`MIFGSM` with translation invariance (Dong et al. 2019, arXiv:1904.02884): gradients smoothed by a Gaussian.
-
-    Arguments as for `MIFGSM`, with ``links=[smooth(gaussian())]`` by default, of `orthattack.attacks.rules`.
+    """`MIFGSM` with translation invariance (Dong et al. 2019, arXiv:1904.02884): gradients smoothed by a Gaussian, by
+    ``links=[smooth(gaussian())]``, of `orthattack.attacks.rules`. Arguments as for `MIFGSM`.
     """
 
 
@@ -35,9 +33,8 @@ class OrthoTIFGSM(TIFGSM, scope="image"):
 
 
 class SINIFGSM(NIFGSM, family="SINIFGSM", transform=scales()):
-    """`NIFGSM` with scale invariance (Lin et al. 2020, arXiv:1908.06281): gradients averaged over darker copies.
-
-    Arguments as for `NIFGSM`, with ``transform=scales(5)`` by default, of `orthattack.attacks.transforms`.
+    """`NIFGSM` with scale invariance (Lin et al. 2020, arXiv:1908.06281): gradients averaged over darker copies, by
+    ``transform=scales(5)``, of `orthattack.attacks.transforms`. Arguments as for `NIFGSM`.
     """
 
 
@@ -46,10 +43,9 @@ class OrthoSINIFGSM(SINIFGSM, scope="image"):
 
 
 class VMIFGSM(MIFGSM, family="VMIFGSM", links=(variance(),)):
-    """`MIFGSM` with variance tuning (Wang & He 2021, arXiv:2103.15571): gradients tuned by the neighbours' before.
-
-    Arguments as for `MIFGSM`, with ``links=[variance(20)]`` by default, of `orthattack.attacks.rules`: 20 gradients
-    more at each step but the last.
+    """`MIFGSM` with variance tuning (Wang & He 2021, arXiv:2103.15571): gradients tuned by the neighbours' before, by
+    ``links=[variance(20)]``, of `orthattack.attacks.rules`: 20 gradients more at each step but the last. Arguments as
+    for `MIFGSM`.
     """
 
 
@@ -59,7 +55,6 @@ class OrthoVMIFGSM(VMIFGSM, scope="image"):
 
 class VNIFGSM(NIFGSM, family="VNIFGSM", links=(variance(),)):
     """`NIFGSM` with variance tuning (Wang & He 2021, arXiv:2103.15571), the neighbours those of the point itself.
-
     Arguments as for `VMIFGSM`.
     """
 
