@@ -135,11 +135,8 @@ def _way_out(walk: _Walk, counts: Tensor, step: int) -> Tensor:
     region, points = walk.task.region, walk.points.to(walk.task.region.images.dtype)
     # On the grid of what is stored, points have to be so far apart that they differ.
     grain = region.threat.unit or torch.finfo(region.dtype).eps
-    reach = (
-        (_REACH * walk.task.length(walk.points, "l2"))
-        .clamp(min=0.5 * grain * math.sqrt(points[0].numel()))
-        .to(points.dtype)
-    )
+    least = 0.5 * grain * math.sqrt(points[0].numel())
+    reach = (_REACH * walk.task.length(points, "l2")).clamp(min=least).to(points.dtype)
     signed, plain, signs = torch.zeros_like(points), torch.zeros_like(points), torch.zeros_like(reach)
     for k in range(int(counts.max())):
         noise = unit(walk.task.draws.normal(*points.shape[1:]))
