@@ -100,6 +100,11 @@ def grid_units(levels: int, bounds: tuple[float, float]) -> tuple[int, int]:
     return near.numerator, near.denominator
 
 
+def asks(tensor: Tensor) -> bool:
+    """Whether what is done next may depend on values: asking for them would stop a GPU."""
+    return not tensor.is_cuda
+
+
 def radius_in_levels(norm: Norm, eps: Tensor, per_unit: float) -> Tensor:
     """A radius in units of the grid: a whole number of levels for L-infinity."""
     radius = eps * per_unit * (1 + _SLACK)
@@ -216,7 +221,7 @@ class Grid:
 
         count, found = target[0].numel(), wanted == 0  # where all are 0
         best = torch.ones_like(wanted)
-        if not target.is_cuda and count > 8 * _LOOKED:  # some of the pixels tell about where it is
+        if asks(target) and count > 8 * _LOOKED:  # some of the pixels tell about where it is
             every = count // (4 * _LOOKED) | 1
             few = [t.flatten(1)[:, ::every].reshape(len(k), 1, 1, -1).contiguous() for t in (target, down, up)]
             few.append(torch.empty_like(few[0]))
@@ -225,7 +230,7 @@ class Grid:
             if not bool(found.all()):
                 near = torch.where(found, near, halved(share, *few))
             best, found = self._approached(size, near, wanted)
-        if target.is_cuda or not bool(found.all()):
+        if not asks(target) or not bool(found.all()):
             best = torch.where(found, best, halved(wanted))
         target.mul_(torch.where(stays, 1, best).to(target.dtype))
         return torch.round(target, out=room).clamp_(down, up)
@@ -259,13 +264,13 @@ class Grid:
     def _is_settled(self, target: Tensor, radius: Tensor) -> Tensor:
         """(N, 1, 1, 1) whether d is on the grid and keeps all there is to keep: of its ball nothing is kept back."""
         some = target.flatten(1)[:, :: target[0].numel() // _LOOKED | 1]
-        if not target.is_cuda and bool(((some - some.round()).abs().amax(1) >= 1e-3).all()):
+        if asks(target) and bool(((some - some.round()).abs().amax(1) >= 1e-3).all()):
             return torch.zeros_like(radius, dtype=torch.bool)
         d = target.round()
         found = ((target - d).abs().amax(IMAGE, keepdim=True) < 1e-3) & (
             length(d, BALLS[self._norm].order) <= radius * (1 + 1e-7)
         )
-        if self._is_bound and (d.is_cuda or bool(found.any())):  # asking would stop the GPU
+        if self._is_bound and (not asks(d) or bool(found.any())):
             scope = None if self._normal is None else self._scope
             for n, where in ((torch.ones_like(d), self._sums), (self._normals(), scope)):
                 if where is not None:
@@ -295,7 +300,7 @@ class Grid:
             kept = kept & self._repaired(d, target, self._normals(), self._scope, self._sums)
         if not self._is_box:
             kept = kept & (length(d, BALLS[self._norm].order) <= self._radius)
-        if d.is_cuda or not bool(kept.all()):  # asking would stop the GPU
+        if not asks(d) or not bool(kept.all()):
             together = "image" in (self._scope if self._normal else None, self._sums)
             d.mul_(kept.amin((1, 2, 3), keepdim=True) if together else kept)
 
@@ -373,12 +378,12 @@ def _moved(excess: Tensor, d: Tensor, target: Tensor, n: Tensor, limits: Limits,
     """
     stride = d.shape[1] // (wide * _LOOKED) | 1
     trials = [slice(first % stride, None, stride) for first in range(3)]
-    if not d.is_cuda:
+    if asks(d):
         trials = [*trials[:stride], *[slice(None)] * _TRIALS]
     excess, stuck = excess.clone(), torch.zeros_like(excess, dtype=torch.bool)
     for columns in trials:
         rows = None
-        if not d.is_cuda:
+        if asks(d):
             rows = ((excess != 0) & ~stuck).squeeze(1).nonzero().squeeze(1)
             if len(rows) == 0:
                 break
@@ -393,7 +398,7 @@ def _moved(excess: Tensor, d: Tensor, target: Tensor, n: Tensor, limits: Limits,
             before = excess[chunk]
             left, change = _bulk(before, part, goal, normal, inner, count, pairs)
             part = part + change
-            if d.is_cuda or bool(left.any()):
+            if not asks(d) or bool(left.any()):
                 some = slice(None, None, wide)  # enough for a few moves
                 ends = outer[0][:, some], outer[1][:, some]
                 left, change = _last(left, part[:, some], goal[:, some], normal[:, some], ends, pairs)
