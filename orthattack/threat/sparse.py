@@ -13,8 +13,6 @@ from torch import Tensor
 from orthattack.projection import IMAGE, dot, reciprocal, total
 from orthattack.threat.rootfind import search, try_all
 
-__all__ = ["best_sparse", "by_group"]
-
 # The duality gap, relative to the objective.
 _GAP = 1e-5
 # How many times the pixels that move at least are looked at first.
