@@ -128,7 +128,7 @@ class Asked:
     def __init__(self):
         self.asked = []
 
-    def evaluate(self, points, goal, loss, solved, with_gradient, step=0, draws=None):
+    def evaluate(self, points, goal, loss, solved, with_gradient, step=0, draws=None, by_copy=False):
         self.asked.append((points[:, 0, 0, 0].tolist(), goal.classes.tolist(), solved, with_gradient, step))
         first = points[:, 0, 0, 0]
         return scored((first > 0.5).tolist(), first.tolist())
