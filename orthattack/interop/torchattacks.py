@@ -12,7 +12,7 @@ and, with one argument more, the perturbation is orthogonal to the image: ``torc
 Of the arguments, these mean the same in every class that has them; one out of its range is a ValueError:
 
 - ``model``: an nn.Module, images in [0, 1] to logits;
-- ``norm``, ``eps``: radius in pixel units, in L-infinity where there is no `norm` (but for `PGDL2`);
+- ``norm``, ``eps``: "Linf", "L2" or "L1", and the radius in pixel units; without a norm it is "Linf" (`PGDL2`: "L2");
 - ``alpha``, ``steps``: step size in pixel units, and how many gradient steps there are, at least 1;
 - ``random_start``: start at a random point of the ball, drawn with torch's global random numbers;
 - ``decay``: how much of the momentum is kept at each step, at least 0;
