@@ -23,7 +23,7 @@ from orthattack.eval.data.load import load_dataset
 from orthattack.eval.errors import EvaluationError, say
 from orthattack.eval.models.classifier import Classifier, checked
 from orthattack.eval.models.load import load_classifier
-from orthattack.eval.report.text import reported
+from orthattack.eval.report.text import reported, reported_once
 from orthattack.eval.results.stored_run import Run
 from orthattack.eval.running.detector import DetectorMaker
 from orthattack.eval.running.run import run_suite, suite_inputs
@@ -104,7 +104,7 @@ def evaluate(
         run_suite(suite, inputs, folder, command=sys.argv, say=say, **how)
     manifest = folder.manifest()
     if report and (shard is None or manifest["status"] == "complete"):
-        return reported(folder)
+        return reported_once(folder)
     return Run(folder, manifest)
 
 

@@ -248,7 +248,7 @@ def _carry_out(options: argparse.Namespace, suite: Suite, source: Inputs, folder
         print(f"shard {i}/{n} is done; the last of the {n}, or the command without --shard, completes {folder}")
         return 0
     if complete:
-        return _tell(folder)
+        return _tell(folder, is_again=True)
     _show(folder)
     return _stopped(options.resume)
 
@@ -347,20 +347,20 @@ def _device(name: str | None) -> str:
     return name
 
 
-def _tell(folder: RunFolder, to: Path | None = None) -> int:
+def _tell(folder: RunFolder, to: Path | None = None, is_again: bool = False) -> int:
     """Write the report of a run and print its table; returns the exit code."""
-    scored = [row["scored"] for view in _show(folder, to) for row in view.table().to_dict("records")]
+    scored = [row["scored"] for view in _show(folder, to, is_again) for row in view.table().to_dict("records")]
     if scored and not any(count > 0 for count in scored):
         print("orthattack: no attack returned anything that could be scored", file=sys.stderr)
         return 1
     return 0
 
 
-def _show(folder: RunFolder, to: Path | None = None) -> list[Run]:
+def _show(folder: RunFolder, to: Path | None = None, is_again: bool = False) -> list[Run]:
     """Write the report of a run and print its table; returns the run, seen in each norm."""
-    from orthattack.eval.report.text import leaderboard_table, reported
+    from orthattack.eval.report.text import leaderboard_table, reported, reported_once
 
-    run = reported(folder, to)
+    run = reported_once(folder) if is_again else reported(folder, to)
     views = [run, *map(run.in_norm, run.other_norms)]
     print(leaderboard_table(*views))
     print(f"\nreport: {to or folder}/report.html", flush=True)

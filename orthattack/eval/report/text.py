@@ -10,6 +10,7 @@ import textwrap
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,18 @@ def reported(folder: RunFolder, to: Path | None = None) -> Run:
             f"and write the report with: orthattack report {folder}, which --to DIR writes elsewhere"
         ) from error
     return run
+
+
+def reported_once(folder: RunFolder) -> Run:
+    """The same, but a report is left as it is if this version wrote it when all was done, and nothing was since."""
+    manifest = folder.manifest()
+    try:
+        stored = json.loads(folder.read_text("results.json") or "{}") if folder.read_text("report.html") else {}
+        wrote = stored["status"], stored["manifest"]["sessions"][-1]["versions"]["orthattack"]
+        idle = wrote == ("complete", version("orthattack")) and manifest["sessions"][-1]["units"] == 0
+    except (OSError, ValueError, LookupError, TypeError):  # not there, damaged, or of an older version
+        idle = False
+    return Run(folder, manifest) if idle else reported(folder)
 
 
 def write_report(run: Run, folder: RunFolder | None = None) -> list[Path | str]:

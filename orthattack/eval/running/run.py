@@ -156,7 +156,7 @@ def run_suite(
                 engine = _Here(inputs, device, on_step)
             session["workers"] = engine.workers
             with _recorded(folder, session):
-                session["outcome"] = outcome = _everything(plan, share, engine, progress, say)
+                session["outcome"] = outcome = _everything(plan, share, engine, progress, say, session)
             return outcome != "interrupted"
 
 
@@ -273,11 +273,19 @@ def _cannot_write(folder: RunFolder, error: OSError) -> EvaluationError:
     )
 
 
-def _everything(plan: Plan, share: Share | None, engine: Engine, progress: bool, say: Callable[[str], None]) -> str:
+def _everything(
+    plan: Plan,
+    share: Share | None,
+    engine: Engine,
+    progress: bool,
+    say: Callable[[str], None],
+    session: dict[str, Any],
+) -> str:
     """Do what is left; returns how it ended: complete, part (this share is done, others are not), or interrupted."""
     try:
         with plan.folder.at_once():
             todo = plan.todo(share)
+        session["units"] = len(todo.units)
         if found := todo.done + sum(todo.kept.values()):
             say(f"resuming: {found:,} of {todo.total:,} results kept")
         with Progress(plan, todo, progress) as watch:
@@ -291,6 +299,7 @@ def _everything(plan: Plan, share: Share | None, engine: Engine, progress: bool,
             if plan.suite.checks:
                 with plan.folder.at_once():
                     last = plan.last()
+                session["units"] += len(last)
                 if last:
                     engine(last, plan, watch, say)
             plan.folder.forget()

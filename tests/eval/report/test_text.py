@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+from importlib.metadata import version
 
 import pytest
 
@@ -11,6 +12,7 @@ from orthattack.eval.report import table as tables
 from orthattack.eval.report.text import compare, leaderboard_table, markdown, write_report
 from orthattack.eval.results.stored_run import WORST, Run
 from tests.eval.synthetic import ATTACKS, EPS, make_run
+from tests.eval.tiny import evaluated
 
 CHECKS = [
     {"model": "standard", "check": "more steps", "status": "passed", "figures": "1", "why": "no fall"},
@@ -208,3 +210,29 @@ def test_a_comparison_reads_as_a_table_and_a_list(run, tmp_path):
     assert re.search(r"robust +OrthoPGD +8/255 +58 ", text)
     assert "  config.steps: 10 -> 20" in text
     assert "\n  nothing" in compare(run, run)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        None,
+        lambda run: (run / "report.html").unlink(),
+        lambda run: (run / "results.json").write_text("{"),
+        lambda run: (run / "results.json").write_text(
+            (run / "results.json").read_text().replace(version("orthattack"), "0")
+        ),
+        lambda run: next(run.glob("shards/**/*.parquet")).unlink(),
+    ],
+    ids=["nothing", "no report", "damaged", "another version", "a shard is gone"],
+)
+def test_a_finished_run_is_reported_again_only_where_something_changed(tmp_path, spoil):
+    evaluated(tmp_path / "run", ["FGSM"], report=True)
+    if spoil is not None:
+        spoil(tmp_path / "run")
+    mark, report = "<!-- as it was -->", tmp_path / "run" / "report.html"
+    if report.exists():
+        report.write_text(report.read_text() + mark)
+    run = evaluated(tmp_path / "run", ["FGSM"], report=True)
+    assert (mark in report.read_text()) == (spoil is None)
+    assert run.status == "complete"
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["status"] == "complete"
