@@ -21,7 +21,7 @@ from orthattack.eval.data import load_dataset
 from orthattack.eval.models import load_classifier
 from orthattack.eval.models.classifier import Classifier
 
-LOSSES = ("ce", "margin", "dlr")
+LOSSES = ("ce", "margin", "dlr", "scaled-ce")
 FORMS: dict[str, dict[str, Any]] = {
     "fixed": {},
     "fixed, no random start": {"random_start": False},

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-LossName = Literal["ce", "margin", "dlr", "logit-difference", "kl"]
+LossName = Literal["ce", "margin", "dlr", "scaled-ce", "logit-difference", "kl"]
 Loss = LossName | Callable[[Tensor, Tensor], Tensor]
 
 
@@ -87,6 +87,9 @@ def attack_loss(loss: Loss) -> Callable[[Tensor, Goal], Tensor]:
             "margin"
                 ``max_k z_k - z_y - confidence``, the loss of Carlini & Wagner 2017 (arXiv:1608.04644), not cut off
                 where it is reached; with a goal's `top_k`, the k-th largest z_k in place of the largest.
+            "scaled-ce"
+                the margin in value, with the slope of the cross-entropy of ``z / (z_(1) - z_(2))``, the divisor held
+                fixed, which makes it independent of the logits' scale (MIFPE, with T = 1: Yu & Xu, CVPR 2023).
             "logit-difference"
                 ``mean_k z_k - z_y``: the margin to all classes at once, so its gradient never changes sides.
             "dlr"
@@ -166,6 +169,16 @@ def rival(others: Tensor, top_k: int) -> Tensor:
     return others.topk(top_k, dim=1).indices[:, -1:]
 
 
+def _scaled_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """With the margin's value: that of the scaled logits hardly says how near an image is to being fooled."""
+    known = logits.detach()
+    top = known.topk(2, dim=1).values
+    gap = (top[:, :1] - top[:, 1:]).maximum(1e-6 * (top[:, :1] - known.amin(1, keepdim=True)))
+    scaled = (logits - top[:, :1]) / torch.where(gap > 0, gap, 1)
+    climbed = functional.cross_entropy(scaled, labels, reduction="none")
+    return margin(known, labels) + (climbed - climbed.detach())
+
+
 def _logit_difference(logits: Tensor, labels: Tensor) -> Tensor:
     own = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
     return (logits.sum(1) - own) / (logits.shape[1] - 1) - own
@@ -189,5 +202,6 @@ def _dlr(logits: Tensor, goal: Goal) -> Tensor:
 
 _NAMED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ce": partial(functional.cross_entropy, reduction="none"),
+    "scaled-ce": _scaled_cross_entropy,
     "logit-difference": _logit_difference,
 }

@@ -22,10 +22,10 @@ def defined(name: str, z: list[float], y: int) -> float:
         return torch.tensor(z, dtype=torch.float64).exp().sum().log().item() - z[y]
     if name == "logit-difference":
         return sum(others) / len(others) - z[y]
-    return max(others) - z[y] if name == "margin" else (max(others) - z[y]) / (top[0] - top[2])
+    return max(others) - z[y] if name in ("margin", "scaled-ce") else (max(others) - z[y]) / (top[0] - top[2])
 
 
-@given(st.integers(0, 10_000), st.sampled_from(["ce", "margin", "dlr", "logit-difference"]))
+@given(st.integers(0, 10_000), st.sampled_from(["ce", "margin", "dlr", "scaled-ce", "logit-difference"]))
 def test_losses_agree_with_their_definitions(seed, name):
     logits, labels = drawn(seed)
     values = attack_loss(name)(logits, Goal(labels))
@@ -33,7 +33,7 @@ def test_losses_agree_with_their_definitions(seed, name):
         assert value == pytest.approx(defined(name, z, y))
 
 
-@given(st.integers(0, 10_000), st.sampled_from(["ce", "margin", "logit-difference"]))
+@given(st.integers(0, 10_000), st.sampled_from(["ce", "margin", "scaled-ce", "logit-difference"]))
 def test_targeting_flips_the_sign_and_nothing_else(seed, name):
     logits, labels = drawn(seed)
     loss = attack_loss(name)
@@ -93,6 +93,30 @@ def test_dlr_of_tied_logits_is_finite():
         (gradient,) = torch.autograd.grad(value.sum(), logits)
         assert value.item() == 0
         assert gradient.isfinite().all()
+
+
+@given(st.integers(0, 10_000), st.floats(1e-4, 1e4), st.floats(-100, 100))
+def test_the_scaled_cross_entropy_has_the_slope_of_logits_whose_first_two_are_1_apart(seed, scale, shift):
+    logits, labels = drawn(seed)
+    (slope,) = torch.autograd.grad(attack_loss("scaled-ce")(logits.requires_grad_(), Goal(labels)).sum(), logits)
+    top = logits.detach().sort(1, descending=True).values
+    unit = (logits.detach() / (top[:, :1] - top[:, 1:2])).requires_grad_()
+    (known,) = torch.autograd.grad(torch.nn.functional.cross_entropy(unit, labels, reduction="sum"), unit)
+    torch.testing.assert_close(slope, known / (top[:, :1] - top[:, 1:2]), rtol=1e-9, atol=1e-12)
+    other = (scale * logits.detach() + shift).requires_grad_()
+    (scaled,) = torch.autograd.grad(attack_loss("scaled-ce")(other, Goal(labels)).sum(), other)
+    torch.testing.assert_close(scale * scaled, slope, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("logits", [[1.0, 1, 1, 1], [1.0, 1, 0, -1e30], [0.0, 1e-30, 0, 5]])
+def test_the_scaled_cross_entropy_of_tied_logits_is_finite(logits):
+    z = torch.tensor([logits], requires_grad=True)
+    for goal in (Goal(torch.tensor([0])), Goal(None, torch.tensor([1]))):
+        value = attack_loss("scaled-ce")(z, goal)
+        (gradient,) = torch.autograd.grad(value.sum(), z)
+        assert value.isfinite().all()
+        assert gradient.isfinite().all()
+        assert gradient.abs().sum() > 0
 
 
 def test_targeted_dlr_leads_to_a_target_in_any_place():

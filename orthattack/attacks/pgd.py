@@ -31,8 +31,9 @@ class PGD(Attack):
         steps: gradient steps per restart, at least 1.
         random_start: start at a random point of the threat model instead of the image.
         restarts: how often to start; the best result of each sample is kept.
-        loss: "margin", the default, "ce", the default if targeted with ``top_k=1``, "dlr", "logit-difference" (see
-            `orthattack.losses.attack_loss` for the formulas), or a function of (logits, labels) returning (N,) values.
+        loss: "margin", the default, "ce", the default if targeted with ``top_k=1``, "dlr", "scaled-ce",
+            "logit-difference" (see `orthattack.losses.attack_loss` for the formulas), or a function of (logits,
+            labels) returning (N,) values.
         targeted: True: labels are the classes to reach. "random" and "least-likely": labels are the true ones, and each
             sample has another class to reach, at random from its stream or the one with the smallest logit. "each":
             each other class is climbed to in turn, the likeliest first, and the point with the largest margin is kept;

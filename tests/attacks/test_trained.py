@@ -242,7 +242,7 @@ def test_targeted_attacks_reach_targets_on_the_standard_model():
 
 
 @pytest.mark.parametrize("attack", [FGSM, OrthoFGSM, PGD, OrthoPGD])
-@pytest.mark.parametrize("loss", ["ce", "margin", "dlr", "logit-difference"])
+@pytest.mark.parametrize("loss", ["ce", "margin", "dlr", "scaled-ce", "logit-difference"])
 def test_every_loss_fools(trained, attack, loss):
     model, images, labels = trained
     assert robust(model, attack(model, eps=EPS, loss=loss)(images, labels), labels) < robust(model, images, labels)
