@@ -23,8 +23,8 @@ __all__ = ["BALLS", "Ball", "Norm", "perturbation_norm"]
 Norm = Literal["linf", "l2", "l1", "l0"]
 """L0 is the number of pixels that move, in whichever of their channels."""
 
-# How often Newton's method is tried before the search that cannot fail.
-_NEWTON = 12
+# How often Newton's method is tried before the search that cannot fail; on a GPU always, since asking would stop it.
+_NEWTON, _NEWTON_ON_GPU = 24, 12
 
 
 @dataclass(frozen=True)
@@ -217,11 +217,12 @@ def in_l1_ball(
     if normal is not None:
         inverse = reciprocal(dot(normal, normal, dims, v))
         multiplier = total(torch.mul(delta, normal, out=v), dims) * inverse
-        reach = total(v.abs_(), dims) * inverse  # where few pixels are free, λ could go anywhere
+        reach = total(v.abs_(), dims) * inverse  # where few pixels are free, λ could go anywhere at once
     found = torch.zeros_like(radius, dtype=torch.bool)
     asks = not delta.is_cuda
     inside = radius * (1 - 8 * torch.finfo(delta.dtype).eps)  # rounding x + d should not lead out
-    for trial in range(_NEWTON):
+    trials = _NEWTON if asks else _NEWTON_ON_GPU
+    for trial in range(trials):
         moved = delta if normal is None else torch.addcmul(delta, normal, multiplier, value=-1, out=v)
         torch.sub(moved, torch.clamp(moved, -threshold, threshold, out=scratch), out=v)
         torch.clamp(v, low, high, out=d)
@@ -231,7 +232,7 @@ def in_l1_ball(
             f = dot(d, normal, dims, scratch)
             right &= (f.abs() <= noise).flatten(1).all(1).view(-1, 1, 1, 1)
         found = found | right
-        if trial + 1 == _NEWTON or (asks and bool(found.all())):
+        if trial + 1 == trials or (asks and bool(found.all())):
             break
         signs = torch.eq(d, v, out=v).mul_(torch.sign(d, out=scratch))
         excess, count = size - inside, total(torch.abs(signs, out=scratch), IMAGE).double()
@@ -241,10 +242,12 @@ def in_l1_ball(
             inverse = reciprocal(dot(signs, signs, dims, scratch))
             excess = excess - (across * inverse * f).sum(IMAGE, keepdim=True, dtype=torch.float64)
             count = count - (across * inverse * across).sum(IMAGE, keepdim=True, dtype=torch.float64)
-        change = torch.where(binds & ~found, excess * reciprocal(count), 0).to(delta.dtype)
+        rate = 0.5 if trial % 3 == 2 and trial > 3 else 1.0  # between two kinks it may go to and fro
+        change = torch.where(binds & ~found, rate * excess * reciprocal(count), 0).to(delta.dtype)
         threshold, before = (threshold + change).clamp(min=0), threshold
         if normal is not None:
-            more = ((f - across * (threshold - before)) * inverse).clamp(-reach, reach)
+            more = ((rate * f - across * (threshold - before)) * inverse).clamp(-reach, reach)
+            reach = 2 * reach
             multiplier = torch.where(found, multiplier, multiplier + more)
     return d, found
 
@@ -287,27 +290,56 @@ def greedy_step(
     The pixels with the largest gradient take what they may, one after the other, until α is spent; those that tie for
     the last share what is left.
     """
-    gradient, _ = scaled(gradient, IMAGE)
-    room = torch.where(gradient > 0, upper - points, points - lower) * (gradient != 0)
     count = sparsity(points) if count is None else count
-    size, limit = gradient.abs() * (room > 0), torch.minimum(room, alpha / count)
-    spent = filled(size, limit, alpha)
-    left = alpha - total(spent, IMAGE)
-    if points.is_cuda or not bool((left <= 1e-6 * alpha).all()):  # asking would stop the GPU
-        spent = spent + filled(size, room - spent, left)
-    return points + spent.copysign_(gradient)
+
+    def fill(points: Tensor, gradient: Tensor, lower: Tensor, upper: Tensor, is_whole: bool) -> tuple[Tensor, Tensor]:
+        gradient, _ = scaled(gradient, IMAGE)
+        room = torch.where(gradient > 0, upper - points, points - lower) * (gradient != 0)
+        size, limit = gradient.abs() * (room > 0), torch.minimum(room, alpha / count)
+        spent = filled(size, limit, alpha)
+        left = alpha - total(spent, IMAGE)
+        if is_whole and (points.is_cuda or not bool((left <= 1e-6 * alpha).all())):  # asking would stop the GPU
+            spent = spent + filled(size, room - spent, left)
+        return spent.copysign_(gradient), left <= 1e-6 * alpha
+
+    if points.is_cuda:
+        return points + fill(points, gradient, lower, upper, True)[0]
+    index, is_one, _ = leading(gradient.abs().flatten(1), 2 * sparsity(points))
+    part = (t.flatten(1).gather(1, index).view(len(t), 1, 1, -1) for t in (points, gradient, lower, upper))
+    some, slope, low, high = part
+    move, found = fill(some, slope * is_one.view_as(slope), low, high, False)
+    y = points.flatten(1).scatter_add(1, index, move.flatten(1)).view_as(points)
+    return y if bool(found.all()) else torch.where(found, y, points + fill(points, gradient, lower, upper, True)[0])
+
+
+def leading(size: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the largest entries of rows (R, n) are, about `count` or all that are as large: positions (R, K), of which
+    some stand for none; which do not; and what the other entries are at most, (R, 1), smaller than all of these.
+
+    The bound is that of a sample of the row, which is quicker than to select exactly.
+    """
+    slots = min(size.shape[1], 2 * count)
+    sample = size[:, :: max(1, count // 128)]
+    bound = sample.topk(min(sample.shape[1], -(-count * sample.shape[1] // size.shape[1])), dim=1).values[:, -1:]
+    beyond = size > bound
+    number = beyond.sum(1, keepdim=True)
+    row, column = beyond.nonzero().unbind(1)
+    place = torch.arange(len(row)) - (number.cumsum(0) - number).squeeze(1)[row]
+    index = torch.zeros(len(size), slots, dtype=torch.long)
+    fits = place < slots
+    index[row[fits], place[fits]] = column[fits]
+    if bool((number > slots).any()):
+        top = size.topk(slots, dim=1)
+        index = torch.where(number > slots, top.indices, index)
+        bound = torch.where(number > slots, top.values[:, -1:], bound)
+    return index, (torch.arange(slots) < number) & (size.gather(1, index) > bound), bound
 
 
 def filled(size: Tensor, limit: Tensor, amount: Tensor) -> Tensor:
     """Amounts of at most `limit`, the pixels of the largest `size` first, that add up to `amount` or all they may."""
     flat, limits, amount = size.flatten(1), limit.flatten(1), amount.flatten(1).double()
-    count = flat.shape[1]
-    few = count if size.is_cuda else min(count, 4 * sparsity(size))
-    for number in (few, count):
-        top = flat.topk(number, dim=1)
-        reached = limits.gather(1, top.indices).double().cumsum(1) >= amount
-        if number == count or bool(reached[:, -1].all()):
-            break
+    top = flat.sort(dim=1, descending=True)
+    reached = limits.gather(1, top.indices).double().cumsum(1) >= amount
     # The size of the pixel at which the amount is reached; 0 where it never is.
     last = torch.where(reached.any(1), top.values.gather(1, reached.long().argmax(1, keepdim=True)).squeeze(1), 0)
     last = last.view(-1, 1, 1, 1)

@@ -20,7 +20,7 @@ from orthattack.threat.norms import by_secant, by_threshold, in_l1_ball, sparsit
 from orthattack.threat.rootfind import Bracket, by_sorting, ends_of, search, try_all
 from orthattack.threat.rounding import Box, settled_rows
 from orthattack.threat.sets import soften
-from orthattack.threat.sparse import best_sparse, by_group
+from orthattack.threat.sparse import best_sparse, by_group, room
 
 # A pixel's colour has so few breakpoints that trying them all beats a search.
 _FEW = 4
@@ -151,13 +151,12 @@ class Plane:
         count, start = sparsity(start) if count is None else count, start.contiguous()
         g, size = self._projected(gradient.contiguous(), IMAGE)
         g, moves = g.clone(), size.sum(IMAGE, keepdim=True) > 0
-        up = torch.minimum(self.upper - start, alpha / count)
-        down = torch.minimum(start - self.lower, alpha / count)
+        within = start, self.lower, self.upper, alpha / count
         if self.is_small and not g.is_cuda:
-            move, spent = self._by_column(g, up, down, alpha)
+            move, spent = self._by_column(g, *room(*within), alpha)
         else:
-            move, spent = best_sparse(g, self.normal, up, down, alpha, sparsity(g), self.dims)
-        y = self._settled((start + move * moves).clamp_(self.lower, self.upper), [self._box], start)
+            move, spent = best_sparse(g, self.normal, *within, alpha, sparsity(g), self.dims)
+        y = self._settled(torch.addcmul(start, move, moves).clamp_(self.lower, self.upper), [self._box], start)
         short = moves & (spent < (1 - 1e-6) * alpha)
         is_capped = isinstance(count, Tensor) or count > 1
         if is_capped and (y.is_cuda or bool(short.any())):  # asking would stop the GPU
@@ -231,14 +230,15 @@ class Plane:
 
     def nearest_in_l1_ball(self, points: Tensor, radius: Tensor) -> Tensor:
         """Where a group has a few pixels, less than the radius by what settling takes from groups that hardly move."""
-        if self.is_small:
-            return self.settle(by_threshold(self, points, radius, self._unsettled, self._held))
         x, delta, scratch = self.images, self._scratch[0], self._scratch[1]
         torch.sub(points, x, out=delta)
         noise = self._noise(dot(delta, delta, self.dims, scratch))
         d, found = in_l1_ball(delta, self.lower - x, self.upper - x, radius, self.normal, self.dims, noise)
-        y = self._settled(d.add_(x).clamp_(self.lower, self.upper), [self._box], x)
-        return y if y.is_cuda or bool(found.all()) else torch.where(found, y, by_threshold(self, points, radius))
+        y = d.add_(x).clamp_(self.lower, self.upper)
+        if not y.is_cuda and not bool(found.all()):
+            onto = self._unsettled if self.is_small else self.nearest
+            y = torch.where(found, y, by_threshold(self, points, radius, onto, self._held))
+        return self.settle(y)
 
     def _noise(self, distance2: Tensor) -> Tensor:
         """What round-off may leave of ⟨y - x, n⟩: of equal pixels with a perturbation below their grid, all round the

@@ -11,28 +11,38 @@ import torch
 from torch import Tensor
 
 from orthattack.projection import IMAGE, dot, reciprocal, total
+from orthattack.threat.norms import leading
 from orthattack.threat.rootfind import search, try_all
 
 # The duality gap, relative to the objective.
 _GAP = 1e-5
 # How many times the pixels that move at least are looked at first.
-_LOOKED = 3
+_LOOKED = 2
 # Of more groups than channels, those are chosen that move, not some pixels of each.
 _GROUPS = 16
 
 
 def best_sparse(
-    g: Tensor, normal: Tensor, up: Tensor, down: Tensor, alpha: Tensor, count: int, dims: tuple[int, ...]
+    g: Tensor,
+    normal: Tensor,
+    start: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    limit: Tensor,
+    alpha: Tensor,
+    count: int,
+    dims: tuple[int, ...],
 ) -> tuple[Tensor, Tensor]:
     """Solve::
 
-        max_d ⟨g, d⟩  subject to  -down <= d <= up,  ⟨d, n⟩ = 0 in each group,  ‖d‖₁ <= α
+        max_d ⟨g, d⟩  subject to  lower <= s + d <= upper, |d| <= limit,  ⟨d, n⟩ = 0 in each group,  ‖d‖₁ <= α
 
     Args:
         g: the gradient, (N, C, H, W), without its components along the normals.
         normal: n, the same shape.
-        up: at least 0, like `down`; the same shape.
-        down: how far each pixel may move.
+        start: s, the same shape.
+        lower, upper: the box, which holds s; the same shape.
+        limit: how far each pixel may move, (N, 1, 1, 1).
         alpha: α, (N, 1, 1, 1), greater than 0.
         count: how many pixels will move, to start with.
         dims: those of a group.
@@ -41,25 +51,26 @@ def best_sparse(
         d, with a duality gap below 1e-5 of the optimum as a rule, and its norm, or some number above α if that is α.
     """
     if g.is_cuda or g[0].numel() <= 8 * count:  # asking would stop the GPU
-        return _beyond(g, normal, up, down, alpha, count, dims, None)[:2]
+        return _beyond(g, normal, *room(start, lower, upper, limit), alpha, count, dims, None)[:2]
     groups = 1 if dims == IMAGE else g.shape[1]
-    flat = [t.reshape(len(g), groups, -1) for t in (g, normal, up, down)]
+    flat = [t.reshape(len(g), groups, -1) for t in (g, normal, start, lower, upper)]
     size = flat[0].abs()
     if groups > _GROUPS:
         top = size.amax(2).topk(min(groups, 1 + 2 * count // 3), dim=1)  # in each, two or more move
         index, shape = top.indices.unsqueeze(2).expand(-1, -1, size.shape[2]), (-1, *g.shape[2:])
-        along, outside, slope = 1, top.values[:, -1:], None
+        along, outside, slope, weight = 1, top.values[:, -1:], None, torch.ones(())
     else:
-        top = size.topk(min(size.shape[2], _LOOKED * count), dim=2)
-        index, shape = top.indices, (groups, 1, -1)
-        along, outside, slope = 2, top.values[..., -1], normal.abs().amax(dims, keepdim=True)
-    g_, normal_, up_, down_ = (t.gather(along, index).view(len(g), *shape) for t in flat)
+        index, is_one, outside = leading(size.flatten(0, 1), _LOOKED * count // min(groups, 2))
+        index, weight = index.view(len(g), groups, -1), is_one.view(len(g), groups, -1)
+        shape, along, slope = (groups, 1, -1), 2, normal.abs().amax(dims, keepdim=True)
+    part = (t.gather(along, index).mul_(weight).view(len(g), *shape) for t in flat)
+    slope_of, normal_of, at, low, high = part
     others = outside.view(len(g), -1, 1, 1), slope
-    move, spent, whole = _beyond(g_, normal_, up_, down_, alpha, count, dims, others)
-    found = torch.zeros_like(flat[0]).scatter_(along, index, move.view_as(index)).view_as(g)
+    move, spent, whole = _beyond(slope_of, normal_of, *room(at, low, high, limit), alpha, count, dims, others)
+    found = torch.zeros_like(flat[0]).scatter_add_(along, index, move.view_as(index)).view_as(g)
     if bool(whole.all()):
         return found, spent
-    move, size, _ = _beyond(g, normal, up, down, alpha, count, dims, None)
+    move, size, _ = _beyond(g, normal, *room(start, lower, upper, limit), alpha, count, dims, None)
     return torch.where(whole, found, move), torch.where(whole, spent, size)
 
 
@@ -165,6 +176,11 @@ class _Problem:
 def _at(multiplier: Tensor, g: Tensor, normal: Tensor, up: Tensor, down: Tensor, threshold: Tensor) -> Tensor:
     rest = torch.addcmul(g, normal, multiplier, value=-1)
     return torch.where(rest > threshold, up, torch.where(rest < -threshold, down, 0))
+
+
+def room(start: Tensor, lower: Tensor, upper: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    """How far each pixel may move up, and down."""
+    return torch.minimum(upper - start, limit), torch.minimum(start - lower, limit)
 
 
 def by_group(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:

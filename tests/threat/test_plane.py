@@ -341,7 +341,7 @@ def test_settling_leaves_good_points_alone():
     assert plane.settle(y) is y
 
 
-@pytest.mark.parametrize(("scope", "searches", "products"), [("image", 100, 1300), ("channel", 60, 1000)])
+@pytest.mark.parametrize(("scope", "searches", "products"), [("image", 100, 1300), ("channel", 120, 1800)])
 def test_an_l1_step_takes_few_searches_and_those_few_products(monkeypatch, scope, searches, products):
     counts, search, dot = [0, 0], sparse.search, sparse.dot
 

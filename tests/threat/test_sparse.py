@@ -26,6 +26,10 @@ def problem(scope: str, image: str, gradient: str, seed: int) -> tuple[Tensor, T
     return g, n, (1 - n).clamp(max=0.05), n.clamp(max=0.05)
 
 
+def full(value: float) -> Tensor:
+    return torch.full((1, 1, 1, 1), value, dtype=torch.float64)
+
+
 def best(g: Tensor, n: Tensor, up: Tensor, down: Tensor, alpha: float, dims: tuple[int, ...]) -> float:
     """The linear program's value, of moves up and down, both at least 0."""
     rows = n[0].reshape(-1 if len(dims) == 2 else 1, 1, n[0].numel() // (n.shape[1] if len(dims) == 2 else 1)).numpy()
@@ -48,9 +52,7 @@ def best(g: Tensor, n: Tensor, up: Tensor, down: Tensor, alpha: float, dims: tup
 @given(st.sampled_from(list(SHAPES)), image_kinds, gradient_kinds, seeds, st.sampled_from([0.02, 0.4, 100.0]))
 def test_the_step_is_the_linear_programs(scope, image, gradient, seed, alpha):
     g, n, up, down = problem(scope, image, gradient, seed)
-    move, spent = sparse.best_sparse(
-        g, n, up, down, torch.full((1, 1, 1, 1), alpha, dtype=torch.float64), 8, DIMS[scope]
-    )
+    move, spent = sparse.best_sparse(g, n, n, 0 * n, 0 * n + 1, full(0.05), full(alpha), 8, DIMS[scope])
     assert bool(((move >= -down - 1e-12) & (move <= up + 1e-12)).all())
     along = (move * n).sum(DIMS[scope]).abs()
     assert bool((along <= 1e-9 * (1e-3 + (move * n).abs().sum(DIMS[scope]))).all())
@@ -65,10 +67,10 @@ def test_few_pixels_are_looked_at_where_they_suffice_and_all_where_they_do_not(m
     looked, beyond = [], sparse._beyond
     monkeypatch.setattr(sparse, "_beyond", lambda *args: looked.append(args[0].numel()) or beyond(*args))
     g, n, up, down = problem(scope, "uniform", "normal", 0)
-    alpha = torch.full((1, 1, 1, 1), 0.4, dtype=torch.float64)
-    few = sparse.best_sparse(g, n, up, down, alpha, 16, DIMS[scope])
+    alpha, within = full(0.4), (n, 0 * n, 0 * n + 1, full(0.05))
+    few = sparse.best_sparse(g, n, *within, alpha, 16, DIMS[scope])
     assert len(looked) == 1
     assert looked[0] < 0.6 * g.numel()
     torch.testing.assert_close(few[0], beyond(g, n, up, down, alpha, 16, DIMS[scope], None)[0], rtol=0, atol=1e-3)
-    sparse.best_sparse(g, n, up, down, 20 * alpha, 16, DIMS[scope])
+    sparse.best_sparse(g, n, *within, 20 * alpha, 16, DIMS[scope])
     assert looked[2:] == [g.numel()]
