@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from torch import nn
 
 from benchmarks.study.panel import Group, Study
+from orthattack import PGD, Bisection, OrthoPGD
 from orthattack.eval.results.outcomes import FOOLED, ROBUST, UNSCORED
 from orthattack.eval.results.stored_run import Run
+from orthattack.projection import Scope
 
 __all__ = ["SCOPES", "cost", "smallest"]
 
-SCOPES = ("image", "channel", "pixel")
+SCOPES: tuple[Scope, ...] = ("image", "channel", "pixel")
 AGAIN = "PGD, another start"
 
 
@@ -75,18 +79,20 @@ def _rows(run: Run) -> list[pd.DataFrame]:
 
 
 def smallest(study: Study, group: Group) -> pd.DataFrame:
-    """The smallest L-infinity radius at which each attack fools each image that the model gets right; inf if none."""
-    attacks = [
-        {
-            "name": "Bisection",
-            "label": label,
-            "attack": label.split(",")[0],
-            "loss": "ce",
-            "trials": group.trials,
-            **more,
-        }
-        for label, more in [("PGD", {}), *((f"OrthoPGD, {scope}", {"scope": scope}) for scope in SCOPES)]
-    ]
+    """The smallest L-infinity radius at which each attack fools each image that the model gets right; inf if none.
+
+    Each search begins at the group's radius, so that its trials are not spent on much larger ones.
+    """
+
+    def searching(scope: Scope | None) -> Callable[[nn.Module, int], Bisection]:
+        def search(model: nn.Module, steps: int) -> Bisection:
+            options: dict[str, Any] = {"eps": group.eps, "steps": steps, "loss": "ce"}
+            attack = PGD(model, **options) if scope is None else OrthoPGD(model, **options, scope=scope)
+            return Bisection(attack, trials=group.trials)
+
+        return search
+
+    attacks = {"PGD": searching(None)} | {f"OrthoPGD, {scope}": searching(scope) for scope in SCOPES}
     run = study.attack(f"smallest-{group.key}", group, attacks, group.images["smallest"], eps=[group.eps])
     parts = []
     for model in run.models:

@@ -145,7 +145,10 @@ def depth(read: Read) -> Figure:
     for ax, title in ((axes[0], "∇ₓ⟨v, f⟩ and the image"), (axes[1], "∂loss/∂f and f itself")):
         ax.axhline(1, color="0.6", linewidth=0.8)
         ax.set(yscale="log", xlim=(-0.05, 1.05), xlabel="depth of the block f, from input to last", title=title)
-        ax.set_yticks([0.2, 0.5, 1, 2, 5, 10, 20], ["0.2", "0.5", "1", "2", "5", "10", "20"])
+        shown = [
+            k * 10.0**e for e in range(-2, 3) for k in (1, 2, 5) if ax.get_ylim()[0] <= k * 10.0**e <= ax.get_ylim()[1]
+        ]
+        ax.set_yticks(shown, [f"{tick:g}" for tick in shown])
         ax.minorticks_off()
         ax.title.set_size(9)
     axes[0].set_ylabel("mean |cos|, random direction = 1")

@@ -285,14 +285,18 @@ def smallest_table(read: Read) -> str:
     rows = []
     for model, part in table.groupby("model", sort=False) if len(table) else ():
         plain = part.loc[part["attack"] == "PGD", "norm"]
-        n, _ = ratio_of_smallest(table, str(model), PER_SCOPE[0])
-        ratios = [_show(ratio_of_smallest(table, str(model), attack)[1]) for attack in PER_SCOPE]
-        rows.append([model, n, f"{255 * plain.median():.2f}/255", *ratios])
+        found = [ratio_of_smallest(table, str(model), attack) for attack in PER_SCOPE]
+        ratios = [_show(ratio) for _, ratio in found]
+        fewest, most = min(n for n, _ in found), max(n for n, _ in found)
+        count = f"{fewest} to {most}" if fewest < most else most
+        rows.append([model, count, f"{255 * plain.median():.2f}/255", *ratios])
     return _markdown(["model", "n", "median ε of PGD", *PER_SCOPE], rows)
 
 
 def likeness_table(read: Read) -> str:
     table = read("likeness")
+    # Perturbations far below a grey level change less than four places show.
+    places = 6 if len(table) and table["ssim"].min() > 0.99 else 4
     rows = []
     for (model, attack), part in table.groupby(["model", "attack"], sort=False) if len(table) else ():
         plain = table[(table["model"] == model) & (table["attack"] == "PGD")].set_index("position")
@@ -302,13 +306,13 @@ def likeness_table(read: Read) -> str:
             [
                 f"{model} ({len(part)})",
                 str(attack).removeprefix("OrthoPGD, "),
-                f"{part['ssim'].mean():.4f}",
-                "" if attack == "PGD" else _show(ssim, "+.4f"),
-                *(f"{part[name].mean():.4f}" for name in ("fsim", "haarpsi", "gmsd")),
+                f"{part['ssim'].mean():.{places}f}",
+                "" if attack == "PGD" else _show(ssim, f"+.{places}f"),
+                *(f"{part[name].mean():.{places}f}" for name in ("fsim", "haarpsi", "gmsd")),
                 f"{part['l2'].mean():.3f}",
-                f"{100 * part['along'].abs().mean():.3f}",
-                f"{255 * part['brightness'].abs().mean():.3f}",
-                f"{100 * part['contrast'].abs().mean():.2f}",
+                f"{100 * part['along'].abs().mean():.{places - 1}f}",
+                f"{255 * part['brightness'].abs().mean():.{places - 1}f}",
+                f"{100 * part['contrast'].abs().mean():.{places - 2}f}",
             ]
         )
     head = ["source (images)", "attack or scope", "SSIM", "SSIM − PGD's", "FSIM", "HaarPSI", "GMSD"]
@@ -322,10 +326,16 @@ def transfer_table(read: Read) -> str:
     for (source, target), part in table.groupby(["source", "target"], sort=False) if len(table) else ():
         if source == target:
             continue
-        wide = part.pivot(index="position", columns="attack", values="fooled").astype(bool)
-        cells = [_points(Paired.of(wide[attack].to_numpy(), wide["PGD"].to_numpy())) for attack in PER_SCOPE]
-        rows.append([source, target, len(wide), _accuracy(Rate(int(wide["PGD"].sum()), len(wide))), *cells])
+        plain = part.loc[part["attack"] == "PGD", "fooled"]
+        cells = [_points(pair) for pair in transfer_pairs(part).values()]
+        rows.append([source, target, len(plain), _accuracy(Rate(int(plain.sum()), len(plain))), *cells])
     return _markdown(["source", "target", "n", "PGD fools", *PER_SCOPE], rows)
+
+
+def transfer_pairs(part: pd.DataFrame) -> dict[str, Paired]:
+    """Of one source and target, each scope's attack against PGD: which images it fools."""
+    wide = part.pivot(index="position", columns="attack", values="fooled").astype(bool)
+    return {attack: Paired.of(wide[attack].to_numpy(), wide["PGD"].to_numpy()) for attack in PER_SCOPE}
 
 
 MEASURES = {

@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from benchmarks.study import figures, numbers
 from benchmarks.study.contrast import CHECKED
 from benchmarks.study.cost import AGAIN, SCOPES
+from benchmarks.study.gradients import random_cosine
 from benchmarks.study.numbers import Read
 from benchmarks.study.stages import TRAINED, Store
 from benchmarks.study.training import BASE
@@ -26,6 +27,7 @@ MAIN, APPENDIX = "study", "study-appendix"
 LARGE = ("imagenet", "samples")
 SHARED = ("slopes", "contrast", "sensitivity", "twins", "smallest")
 SHARED_FIGURES = ("alignment", "contrast", "sensitivity", "smallest")
+SPARED = ("OrthoPGD, image", "OrthoPGD, channel")  # what the constraint costs little
 NOTHING = "*Not measured yet.*"
 
 
@@ -120,7 +122,8 @@ def _main_facts(read: Read) -> dict[str, Any]:
     lite = [model for model in along["model"].unique() if model in ("lite0", "lite1", "lite2")]
     medians = along.groupby("model")[[*numbers.SLOPES]].median()
     ratios, lengths = medians["along"] / medians["homogeneous"], medians["homogeneous"] / medians["random_slope"]
-    found, small, cost = read("gradients"), read("smallest"), read("cost")
+    found, smallest = read("gradients"), read("smallest")
+    of_lite = smallest["model"].isin(lite)
     curves = read("contrast")
     return {
         "units": {d: _span(units[d][lite], ".2f") for d in units.index.unique("direction")},
@@ -130,15 +133,17 @@ def _main_facts(read: Read) -> dict[str, Any]:
         "ratios": {"lite": _span(ratios[lite], ".2f")} | {model: f"{ratios[model]:.2f}" for model in ratios.index},
         "lengths": {"lite": _span(lengths[lite], ".1f")} | {model: f"{lengths[model]:.1f}" for model in lengths.index},
         "kept": {
-            (model, direction): _right(curves, model, direction)
-            for model in (curves["model"].unique() if len(curves) else ())
+            (name, direction): _right(curves[curves["model"].isin(models)], direction)
+            for name, models in [("lite", lite), *((m, [m]) for m in (curves["model"].unique() if len(curves) else ()))]
             for direction in ("none", "contrast", "noise")
         },
-        "small_ratio": _ratios(small, "OrthoPGD, image", "OrthoPGD, channel"),
-        "pixel_ratio": _ratios(small, "OrthoPGD, pixel"),
-        "significant": _significant(cost, "OrthoPGD, image", "OrthoPGD, channel") if len(cost) else "",
+        "small": _needed(smallest[~of_lite]),
+        "lite": _needed(smallest[of_lite]),
+        "robust_channel": _ratios(smallest[smallest["model"].str.endswith("-robust")], "OrthoPGD, channel"),
         "answers": _answers(read("sensitivity")),
         "radii": "0.5/255 to 8/255",
+        "depth": _depth(read("depth")),
+        "likeness": _likeness(read("likeness")),
         "twins": _twins(read("scratch")),
     }
 
@@ -152,17 +157,37 @@ def _answers(table: pd.DataFrame) -> dict[str, str]:
     return {"contrast": _span(mean["contrast"], ".1f")} | {model: f"{value:.1f}" for model, value in logits.items()}
 
 
-def _right(curves: pd.DataFrame, model: str, direction: str) -> str:
-    """How many images are classified correctly at the ends of a curve, in %, or unchanged."""
-    rows = curves[(curves["model"] == model) & (curves["direction"] == direction)]
-    ends = [rows.loc[rows["shift"] == t, "right"].mean() for t in ([0.0] if direction == "none" else [-0.5, 0.5])]
-    return _span(100 * np.array(ends), ".0f")
+def _right(curves: pd.DataFrame, direction: str) -> str:
+    """How many images are classified correctly at the ends of models' curves, in %, or unchanged."""
+    rows = curves[
+        (curves["direction"] == direction) & curves["shift"].isin([0.0] if direction == "none" else [-0.5, 0.5])
+    ]
+    return _span(100 * rows.groupby(["model", "shift"])["right"].mean(), ".0f")
+
+
+def _needed(table: pd.DataFrame) -> dict[str, str]:
+    """What smallest radii are, relative to plain PGD's, on how many images per model, and how many of image and channel
+    are plain PGD's to a thousandth."""
+    wide = table.pivot(index=["model", "position"], columns="attack", values="norm")
+    ratios = wide[[*SPARED]].div(wide["PGD"], axis=0).to_numpy()
+    return {
+        "same": f"{(np.abs(ratios - 1) < 1e-3).sum()} of {np.isfinite(ratios).sum()}",
+        "spared": _ratios(table, *SPARED),
+        "pixel": _ratios(table, "OrthoPGD, pixel"),
+        "images": _counts(table),
+    }
 
 
 def _ratios(table: pd.DataFrame, *attacks: str) -> str:
     """From the smallest to the largest ratio of these attacks' smallest radii to plain PGD's."""
     models = table["model"].unique() if len(table) else ()
     return _span([numbers.ratio_of_smallest(table, m, attack)[1][0] for m in models for attack in attacks], ".2f")
+
+
+def _counts(table: pd.DataFrame) -> str:
+    """From the fewest to the most images per model, in whose smallest radii two attacks are compared."""
+    models = table["model"].unique() if len(table) else ()
+    return _span([numbers.ratio_of_smallest(table, m, f"OrthoPGD, {s}")[0] for m in models for s in SCOPES], ".0f")
 
 
 def _twins(table: pd.DataFrame) -> dict[tuple[str, str], dict[str, str]]:
@@ -183,38 +208,77 @@ def _twins(table: pd.DataFrame) -> dict[tuple[str, str], dict[str, str]]:
 
 def _facts(read: Any) -> dict[str, Any]:
     """The numbers in the text of the appendix."""
-    found = read("gradients")
+    found, small = read("gradients"), read("smallest")
     cosine = found["cosine"].abs().groupby(found["model"]).mean()
     other = found["cosine_other"].abs().groupby(found["model"]).mean()
-    small = read("smallest")
-    models = small["model"].unique() if len(small) else []
-    ratios = [numbers.ratio_of_smallest(small, model, "OrthoPGD, pixel")[1][0] for model in models]
-    others = [
-        numbers.ratio_of_smallest(small, model, attack)[1][0]
-        for model in models
-        for attack in ("OrthoPGD, image", "OrthoPGD, channel")
-    ]
     constant = found.groupby("model")["image_constant"].mean()
     signs = [
         part[f"{scope}_sign"].mean() / part[f"{scope}_plain_sign"].mean()
         for _, part in found.groupby("model")
         for scope in ("image", "channel")
     ]
-    clipped = found[[f"{scope}_l2_clip" for scope in SCOPES]].mean()
+    clipped = found.groupby("model")[[f"{scope}_l2_clip" for scope in SCOPES]].mean()
     return {
         "robust_factor": {g: f"{cosine[f'{g}-robust'] / cosine[f'{g}-standard']:.0f}" for g in ("tiny", "cifar10")},
         "image_constant": {g: f"{constant[f'{g}-standard']:.2f}" for g in ("tiny", "cifar10")},
         "grey": _span(100 * found.groupby("model")["grey_share"].mean(), ".0f"),
         "other_share": _span(other / cosine, ".1f"),
         "sign_ratio": _span(signs, ".1f"),
-        "clip_l2": _span(clipped, ".1g"),
-        "pixel_ratio": _span(ratios, ".1f"),
-        "small_ratio": _span(others, ".2f"),
-        "significant": _significant(read("cost"), "OrthoPGD, image", "OrthoPGD, channel"),
+        "clip_l2": f"{clipped.to_numpy().max():.1g}",
+        "pixel_ratio": _ratios(small, "OrthoPGD, pixel"),
+        "small_ratio": _ratios(small, *SPARED),
+        "small_images": _counts(small),
+        "robust_channel": _ratios(small[small["model"].str.endswith("-robust")], "OrthoPGD, channel"),
+        "likeness": _likeness(read("likeness")),
+        "transfer": _transfer(read("transfer")),
+        "significant": _significant(read("cost"), *SPARED),
         "significant_pixel": _significant(read("cost"), "OrthoPGD, pixel"),
         "significant_gradient": _significant(read("cost"), "OrthoPGD, gradient only"),
         "significant_again": _significant(read("cost"), AGAIN),
     }
+
+
+def _likeness(table: pd.DataFrame) -> dict[str, str]:
+    """The largest mean change of SSIM by planes per image and channel; what is left of PGD's 1 - SSIM per pixel."""
+    if table.empty:
+        return {}
+    means = table.groupby(["model", "attack"])[["ssim", "l2"]].mean().astype(float).unstack()
+    apart = means["ssim"][[*SPARED]].sub(means["ssim", "PGD"], axis=0).abs().to_numpy().max()
+    return {
+        "ssim": np.format_float_positional(float(f"{apart:.2g}"), trim="-"),
+        "unlike": _span((1 - means["ssim", "OrthoPGD, pixel"]) / (1 - means["ssim", "PGD"]), ".2f"),
+        "length": _span(means["l2", "OrthoPGD, pixel"] / means["l2", "PGD"], ".2f"),
+        "images": _span(table[table["attack"] == "PGD"].groupby("model").size(), ".0f"),
+    }
+
+
+def _depth(table: pd.DataFrame) -> dict[str, str]:
+    """Mean |cos|, in units of a random direction's: of the image and the gradient of random functions of a network's
+    first block and of the others; of the loss's gradient by the last block's output, and that output."""
+    if table.empty:
+        return {}
+    first, rest, last = [], [], []
+    for _, part in table.groupby("model"):
+        pixels, *blocks = (rows for _, rows in part.groupby("block", sort=False))
+        unit = random_cosine(int(pixels["size"].iloc[0]))
+        forward = [block["forward"].abs().mean() / unit for block in blocks]
+        first.append(forward[0])
+        rest += forward[1:]
+        last.append(blocks[-1]["backward"].abs().mean() / random_cosine(int(blocks[-1]["size"].iloc[0])))
+    return {"first": _span(first, ".1f"), "rest": _span(rest, ".2f"), "last": _span(last, ".0f")}
+
+
+def _transfer(table: pd.DataFrame) -> dict[str, str]:
+    """How many pairs of networks show a difference per pixel, and how many points the other scopes' intervals reach."""
+    if table.empty:
+        return {}
+    pairs = [
+        numbers.transfer_pairs(part)
+        for _, part in table[table["source"] != table["target"]].groupby(["source", "target"])
+    ]
+    reach = [100 * abs(bound) for pair in pairs for attack in SPARED for bound in pair[attack].interval() or ()]
+    shown = sum((pair["OrthoPGD, pixel"].p or 1) < 0.05 for pair in pairs)
+    return {"pixel": f"{shown} of the {len(pairs)}", "rest": str(len(pairs) - shown), "reach": f"{max(reach):.0f}"}
 
 
 def _span(values: Any, form: str) -> str:

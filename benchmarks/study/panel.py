@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,7 +36,7 @@ class Group:
         labels: a CSV file with the images' classes, where their folders do not say them.
         resize: the shorter side that images get before they are cropped, where the models' own sides differ.
         batch: how many images at once.
-        trials: radii that the bisection of the stage "smallest" tries.
+        trials: radii that the bisection of the stage "smallest" tries, `eps` first.
     """
 
     key: str
@@ -159,7 +159,7 @@ class Study:
         self,
         name: str,
         group: Group,
-        attacks: Sequence[Mapping[str, Any]],
+        attacks: Sequence[Mapping[str, Any]] | Mapping[str, Callable[..., Any]],
         count: int,
         models: Mapping[str, Classifier] | None = None,
         keep_images: bool = False,
