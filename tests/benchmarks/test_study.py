@@ -17,10 +17,11 @@ from torchvision.models import resnet18, vit_b_16
 
 from benchmarks.study import numbers
 from benchmarks.study.command import main
+from benchmarks.study.cost import smallest
 from benchmarks.study.figures import FIGURES
 from benchmarks.study.gradients import blocks, random_cosine
 from benchmarks.study.page import APPENDIX, MAIN, PUBLISHED, render
-from benchmarks.study.panel import unpacked
+from benchmarks.study.panel import Budget, Group, Study, unpacked
 from benchmarks.study.stages import Store
 from benchmarks.study.training import small_network
 from orthattack import Normalized, alignment
@@ -75,6 +76,29 @@ def test_smallest_radii_are_compared_image_by_image():
     assert n == 2  # the third image withstood one of them
     assert mean == pytest.approx(1.0)  # 0.5 and 2
     assert (low, high) == pytest.approx((0.5, 2.0))
+
+
+def test_the_smallest_radius_is_searched_from_the_groups(tmp_path, monkeypatch):
+    group = Group("one", "one", {}, "", 0.25 / 255, {"smallest": 2}, trials=6)
+    asked = {}
+
+    def attack(self, name, group, attacks, count, **options):
+        asked.update(attacks)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Study, "attack", attack)
+    with pytest.raises(KeyboardInterrupt):
+        smallest(Study((group,), Budget(), tmp_path), group)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    searches = {label: make(model, 7) for label, make in asked.items()}
+    assert {label: search.attack.threat.scope for label, search in searches.items()} == {
+        "PGD": None,
+        "OrthoPGD, image": "image",
+        "OrthoPGD, channel": "channel",
+        "OrthoPGD, pixel": "pixel",
+    }
+    for search in searches.values():
+        assert (search.attack.threat.eps, search.attack.steps, search.trials) == (0.25 / 255, 7, 6)
 
 
 def test_outcomes_are_paired_by_image():
