@@ -21,6 +21,9 @@ _NEIGHBOURS = ((1, 1), (8, 2), (64, 16))
 _AT_A_TIME = 2**16
 """Rows for which a GPU tries neighbouring values at a time: 70 MB for each of them in float64."""
 
+_IN_CACHE = 2**9
+"""The same for a CPU, so that what is tried stays in its cache."""
+
 
 def settled_rows(
     points: Tensor,
@@ -53,7 +56,7 @@ def settled_rows(
         if len(tried) == 0:
             return y.to(dtype)
         lower, upper = box()
-        for rows in torch.split(tried, _AT_A_TIME if y.is_cuda else len(tried)):
+        for rows in torch.split(tried, _AT_A_TIME if y.is_cuda else _IN_CACHE):
             part, n_part = y[rows][:, columns], n[rows][:, columns]
             # No pixel moves by more than the whole perturbation: that would not repair it but replace it.
             size = torch.linalg.vector_norm(y[rows] - x[rows], dim=1, keepdim=True)
