@@ -117,7 +117,7 @@ def sensitivity(read: Read) -> Figure:
                         marker=MARKERS[k], markersize=3, linewidth=1.2, label=label)  # fmt: skip
         ax.axhline(1, color="0.6", linewidth=0.8)
         ax.set(yscale="log", title=model)
-        ax.set_yticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
+        ax.set_yticks([0.2, 0.5, 1, 2, 5, 10], ["0.2", "0.5", "1", "2", "5", "10"])
         ax.minorticks_off()
         ax.title.set_size(9)
     return _labelled(figure, axes, "depth, from image to logits", "‖J d‖ / ‖f‖")
