@@ -251,14 +251,19 @@ class Oracle:
         samples = self._passes if with_gradient else self._samples if samples is None else samples
         total: list[Tensor] = []
         for k in range(samples):
-            apart = self._apart if with_gradient else ""
-            leaf = points.detach().requires_grad_(with_gradient)
-            with torch.set_grad_enabled(with_gradient), _blamed(apart):
-                own = self._transforms[k % len(self._transforms)] if self._transforms and with_gradient else None
-                seen = leaf if own is None else _transformed(own, leaf, draws)
-                logits = self._forward(seen, goal, rough or apart != "")
-            value, flat, gradient = _climbed(logits, goal, loss, leaf, with_gradient, apart or "the model")
-            parts = [logits.detach(), value, flat.to(value.dtype)] + ([] if gradient is None else [gradient])
+            if with_gradient:
+                leaf = points.detach().requires_grad_()
+                with torch.enable_grad(), _blamed(self._apart):
+                    own = self._transforms[k % len(self._transforms)] if self._transforms else None
+                    seen = leaf if own is None else _transformed(own, leaf, draws)
+                    logits = self._forward(seen, goal, rough or self._apart != "")
+                value, flat, gradient = _climbed(logits, goal, loss, leaf, True, self._apart or "the model")
+                assert gradient is not None
+                parts = [logits.detach(), value, flat.to(value.dtype), gradient]
+            else:  # through which others, such as Foolbox's attacks, may differentiate for themselves
+                logits = self._forward(points, goal, rough)
+                value, flat, _ = _climbed(logits, goal, loss, points, False)
+                parts = [logits, value, flat.to(value.dtype)]
             total = parts if not total else [a + b for a, b in zip(total, parts, strict=True)]
         means = total if samples == 1 else [part / samples for part in total]
         return means[0], means[1], means[3] if with_gradient else None, means[2] == 1
