@@ -542,7 +542,10 @@ def test_bad_models_are_explained(model, message):
         ({"restarts": 0}, "restarts must be an integer >= 1; got 0"),
         ({"restarts": 2, "random_start": False}, "restarts=2 needs random_start=True"),
         ({"norm": "l0"}, "norm must be one of 'linf', 'l2', 'l1'; got 'l0'"),
-        ({"loss": "mse"}, "loss must be one of 'ce', 'margin', 'dlr', 'logit-difference', 'kl' or callable; got 'mse'"),
+        (
+            {"loss": "mse"},
+            "loss must be one of 'ce', 'margin', 'dlr', 'scaled-ce', 'logit-difference', 'kl' or callable; got 'mse'",
+        ),
         ({"scope": "row"}, "scope must be one of"),
         ({"enforce": "both"}, "enforce must be one of 'perturbation', 'gradient'; got 'both'"),
         ({"reference": "start"}, "reference must be one of 'clean', 'iterate'; got 'start'"),

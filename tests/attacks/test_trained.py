@@ -178,7 +178,7 @@ def test_one_l1_step_spends_its_radius(trained, eps):
             result = attack(model, norm="l1", eps=eps).run(x, labels)
             moved = result.steps == 1  # the image itself is returned where the step lowers the loss
             assert moved.sum() >= 10
-            torch.testing.assert_close(result.norm[moved], torch.full_like(result.norm[moved], eps), rtol=1e-6, atol=0)
+            torch.testing.assert_close(result.norm[moved], torch.full_like(result.norm[moved], eps), rtol=2e-6, atol=0)
 
 
 def test_one_l1_step_fools_more_than_foolboxs_on_digits():
