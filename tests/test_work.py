@@ -31,9 +31,9 @@ class Sums(TorchDispatchMode):
 RADII = {"linf": (8 / 255, 2 / 255), "l2": (0.5, 0.125), "l1": (8.0, 2.0)}
 DIRECTIONS = {"none": (), "one": ("constant",), "many": ("channel-constant", lambda x: x.flip(3))}
 # Scope "pixel" sums over the colours that are not done, channel by channel: more sums, of fewer numbers. At 224 pixels
-# its projections took 300 ms and take 69 in L1, 160 and 23 in L2, but 12 and 31 in L-infinity. In L1 so do the other
-# scopes with one plane for each vector, over candidates: a step and a projection took 70 ms and take 2 without a plane, 82
-# and 5 in scope "image", 82 and 8 in "channel".
+# its projections took 300 ms and take 69 in L1, 160 and 23 in L2, but 12 and 31 in L-infinity. In L1 so do the
+# other scopes of one plane per vector, over candidates: a step and a projection took 70 ms and take 2 without a plane,
+# 82 and 5 in scope "image", 82 and 8 in "channel".
 EXPECTED: dict[tuple[str, str, str], tuple[int, int, int, int]] = {
     ("linf", "none", "none"): (0, 0, 0, 0),
     ("linf", "none", "one"): (8, 26, 256, 90),
