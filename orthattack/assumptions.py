@@ -82,8 +82,9 @@ class Behaviour:
         """What to say of a model, or whoever it is, whose answers depend on the batch; None of one whose do not."""
         if not self.is_of_the_batch:
             return None
-        found = f", beside another image it moves by {self.dependence:.2g} of the answers' spread"
-        found *= self.dependence > 0
+        found = ""
+        if self.dependence > 0:
+            found = f", beside another image it moves by {self.dependence:.2g} of the answers' spread"
         cause = "it may use statistics of the batch, or mix its images"
         if self.statistics:
             names = ", ".join(map(repr, self.statistics[:3])) + (", ..." if len(self.statistics) > 3 else "")
