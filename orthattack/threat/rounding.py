@@ -21,7 +21,7 @@ _NEIGHBOURS = ((1, 1), (8, 2), (64, 16))
 _AT_A_TIME = 2**16
 """Rows for which a GPU tries neighbouring values at a time: 70 MB for each of them in float64."""
 
-_IN_CACHE = 2**9
+_IN_CACHE = 2**12
 """The same for a CPU, so that what is tried stays in its cache."""
 
 
