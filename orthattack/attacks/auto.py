@@ -76,7 +76,7 @@ class _Sequence:
 
     def _run(self, part: Part, left: Task) -> None:
         if part == "square":
-            SquareSearch(self.queries, by_copy=True)(left, None)
+            SquareSearch(self.queries)(left, None)
             return
         if part in ("fab", "fab-t"):
             is_targeted = part == "fab-t"

@@ -30,13 +30,11 @@ class SquareSearch(Counts):
     """Random squares, kept where they raise the margin, and projected onto the region before they are tried.
 
     All samples of a batch get the same squares: that makes no difference to any of them, needs no loop over samples,
-    and what becomes of a sample does not depend on its batch. The first point counts as one of the `queries`.
-    `by_copy` asks the model's faster copy, if there is one; what it calls a success the model confirms, with one more
-    evaluation.
+    and what becomes of a sample does not depend on its batch. The first point counts as one of the `queries`. A faster
+    copy of the model is asked, if there is one; what it calls a success the model confirms, with one more evaluation.
     """
 
     queries: int = 5000
-    by_copy: bool = False
     merit: ClassVar[Merit] = "margin"
 
     def __call__(self, task: Task, start: Tensor | None = None) -> None:
@@ -44,7 +42,7 @@ class SquareSearch(Counts):
             change = _stamped if task.region.threat.norm == "linf" else _moved
             return change(task, points, self._side(query, [len(part) for part in _framed(task)]))
 
-        search_at_random(task, _stripes, start, self.queries, propose, self.by_copy)
+        search_at_random(task, _stripes, start, self.queries, propose, by_copy=True)
 
     def _side(self, query: int, size: Sequence[int]) -> int:
         """The side of the squares at a query."""
@@ -196,8 +194,7 @@ class Square(Attack, optimize="none"):
         queries: int = 5000,
         **options: Unpack[Options],
     ) -> None:
-        by_copy = options.get("optimize", "none") != "none"
-        super().__init__(model, norm, eps, SquareSearch(queries, by_copy=by_copy), **options)
+        super().__init__(model, norm, eps, SquareSearch(queries), **options)
 
 
 class OrthoSquare(Square, scope="image"):

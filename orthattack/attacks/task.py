@@ -365,18 +365,16 @@ class Task:
 
 @dataclass(frozen=True)
 class Counts:
-    """A search whose options are counts, at least 1: its fields that are no flags. None, as a default, and one restart
-    go unsaid."""
+    """A search whose options are counts, at least 1: its fields. None, as a default, and one restart go unsaid."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, is_flag = getattr(self, field.name), isinstance(field.default, bool)
-            if not is_flag and (field.default is not None or value is not None):
+            value = getattr(self, field.name)
+            if field.default is not None or value is not None:
                 check_count(field.name, value)
 
     def options(self, eps: float | Tensor) -> dict[str, Any]:  # noqa: ARG002
-        counts = {name: n for name, n in vars(self).items() if n is not None and not isinstance(n, bool)}
-        return {name: n for name, n in counts.items() if (name, n) != ("restarts", 1)}
+        return {name: n for name, n in vars(self).items() if n is not None and (name, n) != ("restarts", 1)}
 
 
 class Search(Protocol):
