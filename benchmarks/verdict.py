@@ -109,13 +109,12 @@ def _torchattacks(
     return [attack(x, y) for x, y in batches], float(steps)
 
 
-def _ours(kind: Any, is_falling: bool = False, **options: Any) -> Attack:
+def _ours(kind: Any, **options: Any) -> Attack:
     """With early stop, as the evaluation has it."""
 
     def run(model: nn.Module, images: Tensor, labels: Tensor, eps: float, steps: int) -> tuple[list[Tensor], float]:
-        more = {"schedule": "linear"} if is_falling else {}
         generator = torch.Generator().manual_seed(0)
-        attack = kind(model, eps=eps, steps=steps, early_stop=True, generator=generator, **options, **more)
+        attack = kind(model, eps=eps, steps=steps, early_stop=True, generator=generator, **options)
         found = attack.run(images, labels, batch_size=BATCH)
         return list(found.adversarials.split(BATCH)), float(found.gradient_calls.double().mean())
 
@@ -129,13 +128,13 @@ CANDIDATES: dict[str, Attack] = dict(
         *(
             [
                 (kind.__name__, _ours(kind)),
-                (f"{kind.__name__}{_FALLING}", _ours(kind, is_falling=True)),
+                (f"{kind.__name__}{_FALLING}", _ours(kind, schedule="linear")),
                 (f"{kind.__name__}, bfloat16", _ours(kind, precision="bfloat16")),
-                (f"{kind.__name__}, bfloat16{_FALLING}", _ours(kind, is_falling=True, precision="bfloat16")),
-                (f"{kind.__name__}, ce{_FALLING}", _ours(kind, is_falling=True, loss="ce")),
+                (f"{kind.__name__}, bfloat16{_FALLING}", _ours(kind, schedule="linear", precision="bfloat16")),
+                (f"{kind.__name__}, ce{_FALLING}", _ours(kind, schedule="linear", loss="ce")),
                 (
                     f"{kind.__name__}, ce, bfloat16{_FALLING}",
-                    _ours(kind, is_falling=True, loss="ce", precision="bfloat16"),
+                    _ours(kind, schedule="linear", loss="ce", precision="bfloat16"),
                 ),
             ]
             for kind in (PGD, OrthoPGD)
