@@ -247,9 +247,11 @@ def _carry_out(options: argparse.Namespace, suite: Suite, source: Inputs, folder
         i, n = options.shard
         print(f"shard {i}/{n} is done; the last of the {n}, or the command without --shard, completes {folder}")
         return 0
+    from orthattack.eval.report.text import reported, reported_once
+
     if complete:
-        return _tell(folder, is_again=True)
-    _show(folder)
+        return _tell(reported_once(folder))
+    _show(reported(folder))
     return _stopped(options.resume)
 
 
@@ -347,30 +349,30 @@ def _device(name: str | None) -> str:
     return name
 
 
-def _tell(folder: RunFolder, to: Path | None = None, is_again: bool = False) -> int:
-    """Write the report of a run and print its table; returns the exit code."""
-    scored = [row["scored"] for view in _show(folder, to, is_again) for row in view.table().to_dict("records")]
+def _tell(run: Run, to: Path | None = None) -> int:
+    """Print the table of a run that has been reported; returns the exit code."""
+    scored = [row["scored"] for view in _show(run, to) for row in view.table().to_dict("records")]
     if scored and not any(count > 0 for count in scored):
         print("orthattack: no attack returned anything that could be scored", file=sys.stderr)
         return 1
     return 0
 
 
-def _show(folder: RunFolder, to: Path | None = None, is_again: bool = False) -> list[Run]:
-    """Write the report of a run and print its table; returns the run, seen in each norm."""
-    from orthattack.eval.report.text import leaderboard_table, reported, reported_once
+def _show(run: Run, to: Path | None = None) -> list[Run]:
+    """Print the table of a run, and where its report is; returns the run, seen in each norm."""
+    from orthattack.eval.report.text import leaderboard_table
 
-    run = reported_once(folder) if is_again else reported(folder, to)
     views = [run, *map(run.in_norm, run.other_norms)]
     print(leaderboard_table(*views))
-    print(f"\nreport: {to or folder}/report.html", flush=True)
+    print(f"\nreport: {to or run.folder}/report.html", flush=True)
     return views
 
 
 def _report(options: argparse.Namespace) -> int:
+    from orthattack.eval.report.text import reported
     from orthattack.eval.storage.run_folder import RunFolder
 
-    return _tell(RunFolder(options.folder, say), options.to)
+    return _tell(reported(RunFolder(options.folder, say), options.to), options.to)
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -10,7 +10,6 @@ import textwrap
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,9 +65,10 @@ def reported_once(folder: RunFolder) -> Run:
     """The same, but a report is left as it is if this version wrote it when all was done, and nothing was since."""
     manifest = folder.manifest()
     try:
-        stored = json.loads(folder.read_text("results.json") or "{}") if folder.read_text("report.html") else {}
-        wrote = stored["status"], stored["manifest"]["sessions"][-1]["versions"]["orthattack"]
-        idle = wrote == ("complete", version("orthattack")) and manifest["sessions"][-1]["units"] == 0
+        stored = json.loads(folder.read_text("results.json") or "{}")
+        before, now = (each["sessions"][-1] for each in (stored["manifest"], manifest))
+        same = before["versions"]["orthattack"] == now["versions"]["orthattack"]
+        idle = stored["status"] == "complete" and same and now["units"] == 0 and folder.has("report.html")
     except (OSError, ValueError, LookupError, TypeError):  # not there, damaged, or of an older version
         idle = False
     return Run(folder, manifest) if idle else reported(folder)

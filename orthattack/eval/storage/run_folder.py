@@ -224,6 +224,10 @@ class RunFolder:
         self._ended.pop(f"{session['id']}.json", None)
         self._files.write(f"sessions/{session['id']}.json", _json(session))
 
+    def has(self, name: str) -> bool:
+        """Whether there is a file of that name."""
+        return self._files.exists(name)
+
     def read_text(self, name: str) -> str | None:
         """A file of the run as text, None if there is none; OSError or UnicodeDecodeError if it cannot be read."""
         return self._files.read(name).decode("utf-8") if self._files.exists(name) else None
