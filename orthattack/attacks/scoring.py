@@ -224,19 +224,24 @@ class Oracle:
 
     def judge(self, points: Tensor, goal: Goal, loss: LossFunction) -> Evaluation:
         """Score `points` by the model itself: a success is one answer, or `NEEDED` of `DRAWS` if the model draws."""
-        draws, needed, samples = (DRAWS, NEEDED, 1) if self._is_random else (1, 1, self._samples)
-        wrong, none = torch.zeros_like(goal.classes), torch.zeros_like(goal.classes)
+        none = torch.zeros_like(goal.classes)
+        no = torch.zeros_like(none, dtype=torch.bool)
+        if not self._is_random:
+            logits, value, *_ = self._pass(points, goal, loss, rough=False, with_gradient=False)
+            calls = torch.full_like(none, self._samples)
+            return Evaluation(goal.reached(logits), value, goal.margin(logits), None, no, no, calls, none, ~no)
+        wrong = none
         values: list[Tensor] = []
         margins: list[Tensor] = []
         # As soon as no sample can still have enough of them, the rest of the draws is spared.
-        while not values or (len(values) < draws and bool((wrong + draws - len(values) >= needed).any())):
-            logits, value, *_ = self._pass(points, goal, loss, rough=False, with_gradient=False, samples=samples)
+        while len(values) < DRAWS and bool((wrong + DRAWS - len(values) >= NEEDED).any()):
+            logits, value, *_ = self._pass(points, goal, loss, rough=False, with_gradient=False, samples=1)
             wrong = wrong + goal.reached(logits)
             values.append(value)
             margins.append(goal.margin(logits))
-        calls, no = none + samples * len(values), none > 0
-        value, margin = (each[0] if draws == 1 else torch.stack(each).mean(0) for each in (values, margins))
-        return Evaluation(wrong >= needed, value, margin, None, no, no, calls, none, ~no)
+        calls = torch.full_like(none, len(values))
+        value, margin = torch.stack(values).mean(0), torch.stack(margins).mean(0)
+        return Evaluation(wrong >= NEEDED, value, margin, None, no, no, calls, none, ~no)
 
     def logits(self, points: Tensor, goal: Goal) -> Tensor:
         """The logits (N, K) in full precision, the mean over the EOT samples."""
