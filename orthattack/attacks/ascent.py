@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,8 +34,6 @@ class Climb:
     random_start: bool = False
     restarts: int = 1
     merit: Merit = "loss"
-    is_apart: ClassVar[bool] = True
-    """Nothing but starting points is drawn for all samples, so some may be searched after others."""
 
     def __post_init__(self) -> None:
         plain_fields(self)
@@ -57,6 +54,10 @@ class Climb:
         }
 
     def __call__(self, task: Task, start: Tensor | None = None) -> None:
+        for piece, begin in task.pieces(start):
+            self._climb(piece, begin)
+
+    def _climb(self, task: Task, start: Tensor | None) -> None:
         for attempt in range(self.restarts):
             # No name for the starting points here: it would keep them in memory during the whole ascent.
             if not task.early_stop:

@@ -54,9 +54,10 @@ class _Sequence:
 
     def __call__(self, task: Task, start: Tensor | None = None) -> None:
         task = replace(task, early_stop=True)  # a sample that has fallen needs nothing more
-        task.score(task.region.images.to(task.region.dtype).clone(), 0, with_gradient=False)
-        if start is not None:
-            task.score(start, 0, with_gradient=False)
+        for piece, begin in task.pieces(start):
+            piece.score(piece.region.images.to(piece.region.dtype).clone(), 0, with_gradient=False)
+            if begin is not None:
+                piece.score(begin, 0, with_gradient=False)
         self._tell(task, "the images themselves", time.perf_counter())
         is_blind = False
         for number, part in enumerate(self.parts):
@@ -85,11 +86,11 @@ class _Sequence:
         goals = [left.goal]
         loss: LossName = "ce"
         if part != "apgd-ce":
-            classes = left.oracle.logits(left.region.images.to(left.region.dtype), left.goal).shape[1]
+            classes = left.logits().shape[1]
             goals = left.towards(self.targets) if part == "apgd-t" else goals
             loss = "dlr" if classes >= (3 if goals[0].targets is None else 4) else "margin"
         restarts = 1 if part == "apgd-t" else self.restarts
-        climb = climb_of(left.region.threat.norm, self.steps, restarts)
+        climb = climb_of(left.best.norm, self.steps, restarts)
         for goal in goals:
             climb(replace(left, goal=goal, loss=attack_loss(loss)), None)
 

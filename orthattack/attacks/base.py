@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -36,7 +37,7 @@ from orthattack.attacks.goals import Targeted, aimed, check_targeted, turns
 from orthattack.attacks.gradient_form import Enforce, GradientForm, Reference, check_form
 from orthattack.attacks.rules import variance
 from orthattack.attacks.scoring import InBatches, Oracle, Precision, Scorer, Transform, has_bfloat16
-from orthattack.attacks.task import AttackResult, Best, Keep, Merit, OnStep, Search, Streams, Task
+from orthattack.attacks.task import Around, AttackResult, Best, Keep, Merit, OnStep, Search, Streams, Task
 from orthattack.lending import borrowed, guarded, in_evaluation, is_foreign
 from orthattack.losses import Goal, Loss, attack_loss
 from orthattack.models import Model, explained
@@ -53,7 +54,7 @@ def unlimited(task: Task) -> Task:
     """The task without a radius, with points of any norm; only those within the task's own count."""
     region = task.region
     wide = replace(region.threat, eps=UNLIMITED).around(region.images.to(region.dtype))
-    return replace(task, region=wide, limit=region.eps)
+    return replace(task, around=wide, limit=region.eps)
 
 
 class Options(TypedDict, total=False):
@@ -287,8 +288,9 @@ class Attack(Configured):
                 and do not depend on its batch or on earlier calls. What all samples share (the squares of `Square`)
                 starts anew from the seed of the attack's generator.
             batch_size: how many images the model is given at a time; by default all. With `early_stop`, the samples
-                that still stand are packed into full batches at each step. It bounds what gradient attacks need on a
-                CPU: they search a few batches at a time, with the random numbers of one search.
+                that still stand are packed into full batches at each step. It bounds the memory too: a few batches
+                are searched at a time, with the random numbers of one search, but where a search, step rule, link,
+                direction, normal or mask is code of yours, or `on_step` is given, which may look at all samples.
 
         Raises:
             ValueError: images or labels of the wrong kind (the message says what and where), or a model whose output
@@ -340,58 +342,54 @@ class Attack(Configured):
             lent = {name: stack.enter_context(borrowed(model, x.device)) for name, model in self._models.items()}
             if strangers := self._strangers(search):
                 for model in reversed(self._models.values()):  # which may reach the model, which is looked at first
-                    stack.enter_context(guarded(model, x[:batch_size], strangers))
+                    stack.enter_context(guarded(model, x[:batch_size], " or ".join(strangers)))
             threat = self.threat if eps is None else replace(self.threat, eps=eps)
             if start is not None:
                 _check_start(start, x)
             several = turns(self.targeted) if search is self.search else None
             merit = search.merit if several is None else "margin"
-            best = Best(x.clone() if strangers else x, merit, threat.norm, self.keep)
+            size = _piece(strangers, batch_size, x, self.generator, threat)
+            hides = strangers and size >= len(x)  # in pieces no stranger sees more than copies
+            best = Best(x.clone() if hides else x, merit, threat.norm, self.keep)
             if len(x) == 0:
                 return best.result(x, threat), None
             is_random = self._observed(lent, x)
-            asked = self._scorer(lent, x, is_random, len(x) if is_first else 0)
+            own = self._oracle(lent, x, is_random, len(x) if is_first else 0)
+            asked = self._scorer(own, lent, is_random)
             oracle = asked if batch_size is None or batch_size >= len(x) else InBatches(asked, batch_size)
             streams = Streams(self.generator, None if seeds is None else checked_seeds(seeds, len(x)), len(x))
             index = torch.arange(len(x), device=x.device)
-            may = type(asked) is Oracle and not (is_random or strangers or several)
-            size = _piece(search, batch_size, x, streams, threat) if may else len(x)
-            whole, goals = None, list[Goal]()
-            for first in range(0, len(x), size):
-                rows = slice(first, first + size)
-                here = threat if size == len(x) else _of_rows(threat, rows)
-                form = GradientForm(here, self.reference) if self.enforce == "gradient" and here.is_orthogonal else None
-                region = (here if form is None else here.free()).around(x.clone() if strangers else x[rows])
-                if is_first and isinstance(asked, Oracle):
-                    asked.unchecked = len(index[rows])
-                goal = Goal(labels[rows], None, self.top_k, self.confidence)
-                if self.loss == "kl":
-                    goal = replace(goal, clean=oracle.logits(region.images.to(region.dtype), goal))
-                    best.count(index[rows], self.eot_samples)
-                task = Task(
-                    oracle, self._loss, goal, region, index[rows], best, early_stop, streams, form, is_random,
-                    self.on_step, self._pulse, turn=None if size == len(x) else streams.turn(first, size),
-                )  # fmt: skip
-                task = aimed(task, self.targeted, None if targets is None else targets[rows], self.eot_samples)
-                goals.append(task.goal.select(torch.arange(len(region.images), device=x.device)))
-                begin = None if start is None else region.shrunk(start[rows].detach().to(x))
-                for aim in [task.goal] if several is None else task.towards(several):
-                    search(replace(task, goal=aim), begin)
-                whole = region if size == len(x) else None
+            form = GradientForm(threat, self.reference) if self.enforce == "gradient" and threat.is_orthogonal else None
+            allowed = threat if form is None else threat.free()
+            pieces = Around(x, allowed, size, own, own.unchecked)
+            task = Task(
+                oracle, self._loss, Goal(labels, None, self.top_k, self.confidence),
+                pieces if size < len(x) else allowed.around(x.clone() if hides else x), index, best, early_stop,
+                streams, form, is_random, self.on_step, self._pulse,
+            )  # fmt: skip
+            if self.loss == "kl":
+                task = replace(task, goal=replace(task.goal, clean=task.logits()))
+                best.count(index, self.eot_samples)
+            task = aimed(task, self.targeted, targets, self.eot_samples)
+            goal = task.goal.select(index)
+            if start is not None and isinstance(task.around, Region):
+                start = task.around.shrunk(start.detach().to(x))
+            for aim in [task.goal] if several is None else task.towards(several):
+                search(replace(task, goal=aim), start)
             if strangers and (not in_evaluation(list(self._models.values())) or is_foreign(search)):
                 best.exact[:] = False
             # The model itself judges what is returned, unless it has already.
-            if len(left := (~best.exact).nonzero().squeeze(1)) > 0:
-                best.judge(left, oracle.judge(best.adversarials[left], Goal.joined(goals).select(left), self._loss))
-            result = best.result(x, threat, size)
+            for left in torch.split((~best.exact).nonzero().squeeze(1), size):
+                if len(left) > 0:
+                    best.judge(left, oracle.judge(best.adversarials[left], goal.select(left), self._loss))
+            return self._told(task, best.result(x, threat, size), x, threat)
 
-            def around(rows: Tensor) -> Region:
-                return _of_rows(threat, rows).around(x[rows]) if whole is None else whole.select(rows)
+    def _scorer(self, oracle: Oracle, lent: Mapping[str, Model], is_random: bool) -> Scorer:  # noqa: ARG002
+        """What the search asks."""
+        return oracle
 
-            return self._told(best, result, x, threat, around)
-
-    def _scorer(self, lent: Mapping[str, Model], images: Tensor, is_random: bool, unchecked: int) -> Scorer:
-        """What the search asks: the borrowed model, and where its gradients come from."""
+    def _oracle(self, lent: Mapping[str, Model], images: Tensor, is_random: bool, unchecked: int) -> Oracle:
+        """The borrowed model, and where its gradients come from."""
         other = lent.get("gradient_model")
         whose = "model" if other is None else "gradient_model"
         fast, why_not = None, ""
@@ -425,16 +423,11 @@ class Attack(Configured):
         return found.is_random
 
     def _told(
-        self,
-        best: Best,
-        result: AttackResult,
-        images: Tensor,
-        threat: ThreatModel,
-        around: Callable[[Tensor], Region],
+        self, task: Task, result: AttackResult, images: Tensor, threat: ThreatModel
     ) -> tuple[AttackResult, Tensor | None]:
         """What `_run` returns, without the successes of what left the threat model's ball or bounds; warned of, as are
         NaN and images to which nothing may be done."""
-        (low, high), size = threat.bounds, images[:1].numel()
+        (low, high), size, best = threat.bounds, images[:1].numel(), task.best
         # Foreign attacks round where ours round inwards.
         slack = torch.finfo(images.dtype).eps * max(abs(low), abs(high))
         eps = threat.eps.to(result.norm) if isinstance(threat.eps, Tensor) else threat.eps
@@ -452,7 +445,7 @@ class Attack(Configured):
                 "tried: no success, and no sign of robustness. Look for a division, a root or an overflow in the model",
             )
         if odd[1]:
-            self._warn_of_room(around(idle.nonzero().squeeze(1)), len(images))
+            self._warn_of_room(task.select(idle.nonzero().squeeze(1)))
         if not odd[2]:
             return result, stuck
         warn(
@@ -462,17 +455,19 @@ class Attack(Configured):
         )
         return replace(result, success=result.success & ~beyond), stuck
 
-    def _warn_of_room(self, left: Region, count: int) -> None:
-        """Warn once of those of `count` images, the ones of this region, that nothing may be done to."""
-        offset = left.random_start(torch.Generator().manual_seed(0)).double() - left.images.double()
-        eps = left.eps.flatten().double().clamp(max=left.threat.diameter(left.images.shape[1:]))
-        fixed = int(((perturbation_norm(offset, left.threat.norm) <= 1e-6 * eps) & (eps > 0)).sum())
+    def _warn_of_room(self, idle: Task) -> None:
+        """Warn once of those of these samples that nothing may be done to."""
+        fixed = 0
+        for left in (piece.region for piece, _ in idle.pieces()):
+            offset = left.random_start(torch.Generator().manual_seed(0)).double() - left.images.double()
+            eps = left.eps.flatten().double().clamp(max=left.threat.diameter(left.images.shape[1:]))
+            fixed += int(((perturbation_norm(offset, left.threat.norm) <= 1e-6 * eps) & (eps > 0)).sum())
         if fixed > 0:
             self._observer.say(
                 "room",
-                f"the threat model leaves nothing but the image itself for {fixed} of {count} images (eps, bounds, "
-                "mask and what it is orthogonal to): that they were not fooled is no sign of robustness. Choose a "
-                "larger eps, another scope or fewer directions",
+                f"the threat model leaves nothing but the image itself for {fixed} of {len(idle.best.success)} images "
+                "(eps, bounds, mask and what it is orthogonal to): that they were not fooled is no sign of robustness. "
+                "Choose a larger eps, another scope or fewer directions",
             )
 
     def _warn_of_gradients(self, result: AttackResult, stuck: Tensor | None) -> None:
@@ -550,8 +545,8 @@ class Attack(Configured):
             found[radius] = last
         return [found[radius] for radius in radii]
 
-    def _strangers(self, search: Search) -> str:
-        """What takes part in an attack and is not code of this package, in words; "" if nothing is."""
+    def _strangers(self, search: Search) -> list[str]:
+        """What takes part in an attack and is not code of this package, in words."""
         rule = getattr(search, "rule", None)
         parts = [] if rule is None else [rule, *getattr(rule, "links", ())]
         strangers = {
@@ -565,7 +560,7 @@ class Attack(Configured):
             "the step rule": any(is_foreign(type(part)) for part in parts),
             getattr(search, "stranger", "the search"): hasattr(search, "stranger") or is_foreign(search),
         }
-        return " or ".join(name for name, is_there in strangers.items() if is_there)
+        return [name for name, is_there in strangers.items() if is_there]
 
     def _checked(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of images and labels, the images clamped to the bounds; ValueError if they are not what is needed."""
@@ -636,22 +631,19 @@ def updated(before: AttackResult, found: AttackResult, rows: Tensor, better: Ten
     return AttackResult(**values)
 
 
-def _piece(search: Search, batch_size: int | None, images: Tensor, streams: Streams, threat: ThreatModel) -> int:
+def _piece(
+    strangers: Sequence[str], batch_size: int | None, images: Tensor, generator: torch.Generator, threat: ThreatModel
+) -> int:
     """How many samples are searched at a time: all, or several batches of them, so that early stop can pack these.
 
-    What is as large as the images, some twenty tensors, is then as large as the batches. A GPU would be asked more.
+    Code of others that is asked with the model sees no more than a batch anyway; other code may look at all samples.
     """
     count, odd = len(images), isinstance(threat.eps, Tensor) and threat.eps.shape not in ((), (len(images),))
-    if batch_size is None or images.is_cuda or streams.shared.device.type != "cpu" or images[0].numel() < 16 or odd:
+    of_batches = all(name in ("the loss", "the transform", "the gradient model", "the detector") for name in strangers)
+    few = math.prod(images.shape[1:]) < 16
+    if batch_size is None or generator.device.type != "cpu" or few or odd or not of_batches:
         return count
-    size = batch_size * (8 if batch_size % 2 == 0 else 16)  # a multiple of 16, see `Streams.turn`
-    return size if getattr(search, "is_apart", False) and size < count else count
-
-
-def _of_rows(threat: ThreatModel, rows: slice | Tensor) -> ThreatModel:
-    """The threat model of some samples only."""
-    eps = threat.eps
-    return replace(threat, eps=eps[rows]) if isinstance(eps, Tensor) and eps.ndim > 0 else threat
+    return batch_size * (8 if batch_size % 2 == 0 else 16)  # a multiple of 16, see `Turns.each`
 
 
 def _shown(value: object) -> str:

@@ -76,8 +76,10 @@ class Bisection(Configured):
         """Adversarial images for (N, C, H, W) images and (N,) labels (targeted: the classes to reach)."""
         return self.run(images, labels).adversarials
 
-    def run(self, images: Tensor, labels: Tensor, *, seeds: Sequence[int] | None = None) -> AttackResult:
-        """Search and report, as `Attack.run` does, with its `seeds`; ``norm`` is the smallest norm found.
+    def run(
+        self, images: Tensor, labels: Tensor, *, seeds: Sequence[int] | None = None, batch_size: int | None = None
+    ) -> AttackResult:
+        """Search and report, as `Attack.run` does, with its `seeds` and `batch_size`; ``norm`` is the smallest found.
 
         A sample that is misclassified as it is (targeted: classified as the target) has norm 0; one that nothing
         fooled comes back as the last attack left it, with ``success`` false.
@@ -89,7 +91,7 @@ class Bisection(Configured):
             beyond = self.max_eps > 1.0001 * attack.threat.diameter(images.shape[1:])
             attack._warn_of_radius(images, self.max_eps if beyond else 0.0, "max_eps")
         each = None if seeds is None or not isinstance(images, Tensor) else checked_seeds(seeds, len(images))
-        result, flat = attack._run(images, labels, 0.0, None, _Look(), True)
+        result, flat = attack._run(images, labels, 0.0, None, _Look(), True, batch_size=batch_size)
         stuck = torch.zeros_like(result.steps) if flat is None else flat
         eps = torch.as_tensor(attack.threat.eps, dtype=torch.float64, device=images.device)
         if eps.ndim == 1 and len(eps) not in (1, len(images)):
@@ -116,6 +118,7 @@ class Bisection(Configured):
                     attack.search,
                     early_stop=True,
                     seeds=None if each is None else [each[row] for row in rows.tolist()],
+                    batch_size=batch_size,
                     is_first=False,
                     targets=result.targets[rows],
                 )
@@ -131,6 +134,7 @@ class Bisection(Configured):
             low[rows] = torch.where(found.success, low[rows], eps[rows])
             high[rows] = torch.where(fooling, found.norm.double(), high[rows])
             result = updated(result, found, rows, fooling | ~result.success[rows], adds=True)
+            del found  # which the next trial needs the memory of
             middle = torch.where(high.isfinite(), (low + high) / 2, 2 * eps)
             eps = threat.on_grid(middle.clamp(max=self.max_eps)).clamp(min=step)
         attack._warn_of_gradients(result, stuck)
@@ -154,4 +158,5 @@ class _Look(Counts):
     merit: ClassVar[Merit] = "loss"
 
     def __call__(self, task: Task, start: Tensor | None) -> None:  # noqa: ARG002
-        task.score(task.region.images.to(task.region.dtype).clone(), 0, with_gradient=False)
+        for piece, _ in task.pieces():
+            piece.score(piece.region.images.to(piece.region.dtype).clone(), 0, with_gradient=False)

@@ -17,7 +17,7 @@ from orthattack.attacks.ascent import Climb, rate
 from orthattack.attacks.base import Attack, GradientOptions
 from orthattack.attacks.gradient_form import Enforce
 from orthattack.attacks.rules import Ascent, State, Stateless
-from orthattack.attacks.scoring import Draws, Evaluation, LossFunction, Scorer, input_gradient
+from orthattack.attacks.scoring import Draws, Evaluation, LossFunction, Oracle, Scorer, input_gradient
 from orthattack.losses import Goal
 from orthattack.models import Model
 from orthattack.projection import is_fine, orthogonalize
@@ -193,9 +193,8 @@ class DetectorEvasion(Attack, loss="margin"):
         self._second = Observer()
         self._detects = threshold, mode, every, self.enforce
 
-    def _scorer(self, lent: Mapping[str, Model], images: Tensor, is_random: bool, unchecked: int) -> Scorer:
-        classifier = super()._scorer(lent, images, is_random, unchecked)
-        return _DetectorOracle(classifier, lent["detector"], is_random, self.eot_samples, *self._detects)
+    def _scorer(self, oracle: Oracle, lent: Mapping[str, Model], is_random: bool) -> Scorer:
+        return _DetectorOracle(oracle, lent["detector"], is_random, self.eot_samples, *self._detects)
 
     def _observed(self, lent: Mapping[str, Model], images: Tensor) -> bool:
         is_random = super()._observed(lent, images)

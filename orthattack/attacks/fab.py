@@ -106,12 +106,12 @@ class BoundarySearch(Counts):
     merit: ClassVar[Merit] = "norm"
 
     def __call__(self, task: Task, start: Tensor | None = None) -> None:
-        task = replace(unlimited(task), loss=_lead)
         climb = Climb(Boundary(), self.steps, alpha=0.0)
-        for goal in [task.goal] if self.targets is None else task.towards(self.targets):
-            for attempt in range(self.restarts):
-                begin = start if attempt == 0 else _around_the_image(task)
-                climb(replace(task, goal=goal), begin)
+        for piece, own in task.pieces(start):
+            wide = replace(unlimited(piece), loss=_lead)
+            for goal in [wide.goal] if self.targets is None else wide.towards(self.targets):
+                for attempt in range(self.restarts):
+                    climb(replace(wide, goal=goal), own if attempt == 0 else _around_the_image(wide))
 
 
 def _around_the_image(task: Task) -> Tensor:
@@ -122,7 +122,7 @@ def _around_the_image(task: Task) -> Tensor:
     largest = torch.full_like(found, region.threat.diameter(images.shape[1:]))
     radius = torch.minimum(torch.where(task.best.success[task.index], found, largest), task.limit.flatten())
     near = replace(region.threat, eps=radius / 2).around(images.to(region.dtype))
-    return replace(task, region=near).random_start()
+    return replace(task, around=near).random_start()
 
 
 class FAB(Attack):

@@ -52,7 +52,7 @@ def aimed(task: Task, targeted: Targeted, known: Tensor | None, samples: int) ->
     elif known is not None:
         targets = known
     else:
-        logits = task.oracle.logits(task.region.images.to(task.region.dtype), task.goal)
+        logits = task.logits()
         task.best.count(task.index, samples)
         if targeted == "random":
             others, streams = logits.shape[1] - 1, task.streams.of(task.index)

@@ -68,10 +68,20 @@ class JumpSearch(Counts):
     merit: ClassVar[Merit] = "norm"
 
     def __call__(self, task: Task, start: Tensor | None = None) -> None:
+        lost = sum(self._jump(piece, begin) for piece, begin in task.pieces(start))
+        if lost > 0:
+            warn(
+                f"no random point fools the model, of {_TRIES} or as many as the queries allow, for {lost} of "
+                f"{len(task.index)} images: they come back as they are, which is no sign of robustness. Pass images of "
+                "other classes, or of the targets, to begin with: run(images, labels, start=others)"
+            )
+
+    def _jump(self, task: Task, start: Tensor | None) -> int:
+        """Walk with all samples; how many there are that nothing fools to begin with."""
         task = replace(unlimited(task), goal=_Decision(**vars(task.goal)), loss=attack_loss("margin"))
         images = task.region.images.to(task.region.dtype)
         left = torch.full_like(task.index, self.queries)
-        walk, step = _begun(_Walk(task, images, left < 0, left), start), 1
+        (walk, lost), step = _begun(_Walk(task, images, left < 0, left), start), 1
         bisections = math.ceil(math.log2(math.sqrt(images[0].numel()) / _REACH))
         while walk is not None:
             _return(walk, bisections, step)
@@ -82,11 +92,12 @@ class JumpSearch(Counts):
                 counts = (walk.left - bisections - 1).clamp(max=int(self.probes * math.sqrt(step)))
                 _jump(walk, _way_out(walk, counts, step), step)
             step += 1
+        return lost
 
 
-def _begun(walk: _Walk, start: Tensor | None) -> _Walk | None:
+def _begun(walk: _Walk, start: Tensor | None) -> tuple[_Walk | None, int]:
     """The samples that the model is right on, at points that fool it: at `start`, or at random ones between image and
-    noise. Those without such a point come back as they are."""
+    noise. Those without such a point, so many, come back as they are."""
     task, images = walk.task, walk.points
     region, (low, high) = task.region, task.region.threat.bounds
     right = ~walk.fools(images, 0, ~walk.beyond)
@@ -106,14 +117,8 @@ def _begun(walk: _Walk, start: Tensor | None) -> _Walk | None:
         walk.beyond |= walk.fools(tried, 0, todo)
         walk.points = torch.where(_each(walk.beyond & todo), tried, walk.points)
     lost = (right & ~walk.beyond).nonzero().squeeze(1)
-    if len(lost) > 0:
-        task.best.adversarials[task.index[lost]] = images[lost]
-        warn(
-            f"no random point fools the model, of {_TRIES} or as many as the queries allow, for {len(lost)} of "
-            f"{len(images)} images: they come back as they are, which is no sign of robustness. Pass images of other "
-            "classes, or of the targets, to begin with: run(images, labels, start=others)"
-        )
-    return walk.only(walk.beyond)
+    task.best.adversarials[task.index[lost]] = images[lost]
+    return walk.only(walk.beyond), len(lost)
 
 
 def _return(walk: _Walk, bisections: int, step: int) -> None:

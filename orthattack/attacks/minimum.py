@@ -44,6 +44,10 @@ class Shrinking(Counts):
     merit: ClassVar[Merit] = "norm"
 
     def __call__(self, task: Task, start: Tensor | None = None) -> None:
+        for piece, begin in task.pieces(start):
+            self._shrink(piece, begin)
+
+    def _shrink(self, task: Task, start: Tensor | None) -> None:
         images = task.region.images.to(task.region.dtype)
         task.score(images.clone(), 0, with_gradient=False)
         if (left := task.unsolved()) is None:

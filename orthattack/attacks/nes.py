@@ -13,7 +13,7 @@ from orthattack.arguments import check_count, check_real
 from orthattack.attacks.ascent import Climb, rate
 from orthattack.attacks.base import Attack, Options
 from orthattack.attacks.rules import accumulated
-from orthattack.attacks.scoring import Draws, Evaluation, LossFunction, Scorer
+from orthattack.attacks.scoring import Draws, Evaluation, LossFunction, Oracle, Scorer
 from orthattack.losses import Goal
 from orthattack.models import Model
 from orthattack.threat import Norm
@@ -102,8 +102,8 @@ class NES(Attack, optimize="none"):
         super().__init__(model, norm, eps, Climb(rule, steps, rate(2.5, steps), alpha), **options)
         self._estimate = pairs, float(sigma)
 
-    def _scorer(self, lent: Mapping[str, Model], images: Tensor, is_random: bool, unchecked: int) -> Scorer:
-        return _Estimated(super()._scorer(lent, images, is_random, unchecked), *self._estimate)
+    def _scorer(self, oracle: Oracle, lent: Mapping[str, Model], is_random: bool) -> Scorer:  # noqa: ARG002
+        return _Estimated(oracle, *self._estimate)
 
 
 class OrthoNES(NES, scope="image"):

@@ -64,7 +64,8 @@ class FewestPixels(Counts):
     merit: ClassVar[Merit] = "norm"
 
     def __call__(self, task: Task, start: Tensor | None = None) -> None:
-        Climb(Threshold(), self.steps, alpha=0.0)(unlimited(task), start)
+        for piece, begin in task.pieces(start):
+            Climb(Threshold(), self.steps, alpha=0.0)(unlimited(piece), begin)
 
 
 class SigmaZero(Attack, loss="margin"):

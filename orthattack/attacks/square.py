@@ -63,7 +63,14 @@ def search_at_random(
         return
     if start is not None and left is not task:
         start = start[~task.best.success[task.index]]
-    task = replace(left, loss=attack_loss("margin"))
+    for piece, own in replace(left, loss=attack_loss("margin")).pieces(start):
+        _search(piece, begin, own, queries, propose, by_copy)
+
+
+def _search(
+    task: Task, begin: Callable[[Task], Tensor], start: Tensor | None, queries: int,
+    propose: Callable[[Task, Tensor, int], Tensor], by_copy: bool,
+) -> None:  # fmt: skip
     points = begin(task) if start is None else start
     margin = torch.full((len(points),), -torch.inf, device=points.device)
     tried = points
@@ -84,9 +91,7 @@ def search_at_random(
 def drawn(task: Task, *shape: int) -> Tensor:
     """Uniform numbers in [0, 1), drawn where the generator is, so that they are the same on every device."""
     images = task.region.images
-    generator = task.generator
-    numbers = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
-    return uploaded(numbers.to(images.dtype), images.device)
+    return uploaded(task.uniform(*shape).to(images.dtype), images.device)
 
 
 def _signs(task: Task, *shape: int) -> Tensor:
@@ -101,9 +106,8 @@ def _framed(task: Task) -> tuple[range, range]:
 
 
 def _window(task: Task, side: int) -> tuple[slice, slice]:
-    generator, (rows, columns) = task.generator, _framed(task)
-    drawn = torch.rand(2, generator=generator, device=generator.device, dtype=torch.float64)
-    uniform = drawn.to(task.region.images.dtype).tolist()
+    rows, columns = _framed(task)
+    uniform = task.uniform(2).to(task.region.images.dtype).tolist()
     top, left = (part.start + int(u * (len(part) - side + 1)) for u, part in zip(uniform, (rows, columns), strict=True))
     return slice(top, top + side), slice(left, left + side)
 

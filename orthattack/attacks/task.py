@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from orthattack.arguments import check_count, same_values
 from orthattack.attacks.gradient_form import GradientForm
-from orthattack.attacks.scoring import Draws, Evaluation, LossFunction, Scorer
+from orthattack.attacks.scoring import Draws, Evaluation, LossFunction, Oracle, Scorer
 from orthattack.losses import Goal
 from orthattack.threat import Norm, Region, ThreatModel, perturbation_norm
 
@@ -119,7 +119,7 @@ class Best:
         self.adversarials = images.clone()
         self.exact = torch.zeros_like(self.success)
         self.by: Merit = by
-        self._images, self._norm, self._keeps_last = images, norm, keep == "last"
+        self.images, self.norm, self._keeps_last = images, norm, keep == "last"
         self._merit = torch.full(
             (n,), -torch.inf, dtype=torch.promote_types(images.dtype, torch.float32), device=device
         )
@@ -138,7 +138,7 @@ class Best:
         success, loss = evaluation.success, self._told(evaluation)
         merit = loss
         if self.by == "norm":
-            length = perturbation_norm(points.double() - self._images[index].double(), self._norm)
+            length = perturbation_norm(points.double() - self.images[index].double(), self.norm)
             merit = torch.where(success, -length.to(merit.dtype), merit)
         better = success & ~self.success[index]
         # The later of two equals: a confident model's loss is exactly 0 long before its gradient is.
@@ -149,18 +149,17 @@ class Best:
         self.stuck[index] += evaluation.stuck
         self.unanswered[index] |= ~evaluation.margin.isfinite()
         self.count(index, evaluation.forward_calls, evaluation.gradient_calls)
-        if len(index) == len(self.success):  # all samples, in order: one pass, and nothing that stops a GPU
-            torch.where(better.view(-1, 1, 1, 1), points, self.adversarials, out=self.adversarials)
-            self.success = torch.where(better, success, self.success)
-            self._merit = torch.where(better, merit, self._merit)
-            self._loss = torch.where(better, loss, self._loss)
-            self._steps.masked_fill_(better, step)
-            self.exact = torch.where(better, evaluation.exact, self.exact)
-            return
-        rows = index[better]
-        self.adversarials[rows] = points[better]
-        self.success[rows], self._merit[rows], self._steps[rows] = success[better], merit[better], step
-        self._loss[rows], self.exact[rows] = loss[better], evaluation.exact[better]
+        steps = torch.full_like(self._steps[index], step)
+        kept = self.adversarials, self.success, self._merit, self._loss, self._steps, self.exact
+        rows = None if points.is_cuda or len(index) == len(self.success) else index[better]  # which would stop a GPU
+        for old, new in zip(kept, (points, success, merit, loss, steps, evaluation.exact), strict=True):
+            chosen = better.view(-1, *[1] * (old.ndim - 1))
+            if len(index) == len(old):  # all samples, in order: one pass
+                torch.where(chosen, new, old, out=old)
+            elif rows is None:
+                old[index] = torch.where(chosen, new, old[index])
+            else:
+                old[rows] = new[better]
 
     def count(self, index: Tensor, forward_calls: Tensor | int, gradient_calls: Tensor | int = 0) -> None:
         """Count calls of the model for the samples at `index`."""
@@ -206,7 +205,6 @@ class Streams:
         anew = generator if seeds is None else torch.Generator(generator.device).manual_seed(generator.initial_seed())
         self.shared, self.is_seeded, self._count = anew, seeds is not None, count
         self._own: list[torch.Generator] | None = None if seeds is None else self._made(seeds)
-        self._turns: list[tuple[torch.Generator, int]] = []
 
     def _made(self, seeds: Sequence[int]) -> list[torch.Generator]:
         return [torch.Generator(self.shared.device).manual_seed(seed) for seed in seeds]
@@ -219,32 +217,75 @@ class Streams:
             self._own = self._made(seeds.tolist())
         return [self._own[row] for row in index.tolist()]
 
-    def turn(self, first: int, size: int) -> Callable[..., Tensor]:
-        """Draws shared numbers, ``torch.rand`` or ``torch.randn``, for the samples from the one at `first` on.
 
-        Each call of what is returned is one drawing, and gives these samples what drawing for all at once would give
-        them, and leaves the stream as that would. Samples come in order, `size` at a time. That takes numbers which do
-        not depend on how many are drawn at a time, as is so on a CPU in multiples of 16.
+class Turns:
+    """Shared random numbers for `count` samples that are searched in order, `size` at a time.
+
+    Each piece gets what drawing for all at once would give it, and the stream is left as that would leave it. A search
+    draws either `each` sample's numbers or such as are `alike` for all.
+    """
+
+    def __init__(self, shared: torch.Generator, count: int, size: int) -> None:
+        self._shared, self._count, self._size = shared, count, size
+        self._begin, self._farthest = shared.get_state(), 0
+        self._drawings: list[tuple[torch.Generator, int]] = []
+
+    def each(self, first: int) -> Callable[..., Tensor]:
+        """Draws, by ``torch.rand`` or ``torch.randn``, for the samples from the one at `first` on.
+
+        Each call of what is returned is one drawing. That takes numbers which do not depend on how many are drawn at a
+        time, as is so on a CPU in multiples of 16.
         """
         drawing = itertools.count()
 
         def draw(shape: Sequence[int], draws: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
             def skip(generator: torch.Generator, start: int, stop: int) -> None:
-                for at in range(start, stop, size):
-                    draws((min(size, stop - at), *shape[1:]), generator=generator, dtype=dtype)
+                for at in range(start, stop, self._size):
+                    draws((min(self._size, stop - at), *shape[1:]), generator=generator, dtype=dtype)
 
             number = next(drawing)
-            if number == len(self._turns):
-                begin = torch.Generator()
-                begin.set_state(self.shared.get_state())
-                self._turns.append((begin, 0))
-                skip(self.shared, 0, self._count)
-            generator, reached = self._turns[number]
+            if number == len(self._drawings):
+                self._drawings.append((torch.Generator().set_state(self._shared.get_state()), 0))
+                skip(self._shared, 0, self._count)
+            generator, reached = self._drawings[number]
             skip(generator, reached, first)
-            self._turns[number] = generator, first + shape[0]
+            self._drawings[number] = generator, first + shape[0]
             return draws(tuple(shape), generator=generator, dtype=dtype)
 
         return draw
+
+    def alike(self) -> Callable[..., Tensor]:
+        """Draws, uniformly in float64, for one piece."""
+        drawing, own = itertools.count(1), torch.Generator().set_state(self._begin)
+
+        def draw(*shape: int) -> Tensor:
+            numbers = torch.rand(shape, generator=own, dtype=torch.float64)
+            if (number := next(drawing)) > self._farthest:
+                self._farthest = number
+                self._shared.set_state(own.get_state())
+            return numbers
+
+        return draw
+
+
+@dataclass
+class Around:
+    """Makes regions of some of all `images`, to be searched `size` at a time; of those `unseen` the oracle is to check
+    its first answers."""
+
+    images: Tensor
+    threat: ThreatModel
+    size: int
+    oracle: Oracle
+    unseen: int
+
+    def __call__(self, index: Tensor) -> Region:
+        if self.unseen > 0:
+            self.oracle.unchecked, self.unseen = len(index), self.unseen - len(index)
+        threat, eps = self.threat, self.threat.eps
+        if isinstance(eps, Tensor) and eps.ndim > 0:
+            threat = replace(threat, eps=eps[index.to(eps.device)])
+        return threat.around(self.images[index])
 
 
 @dataclass(frozen=True)
@@ -255,7 +296,7 @@ class Task:
         oracle: the model.
         loss: what to climb.
         goal: what counts as success.
-        region: the allowed images; ``region.images`` are the clean ones.
+        around: the allowed images, or what makes them when they are first needed.
         index: positions of these samples in the batch, for `best`.
         best: where to offer every point that was scored.
         early_stop: whether a sample is done as soon as it is fooled.
@@ -265,13 +306,14 @@ class Task:
         on_step: who is told of every point that was scored.
         pulse: is told the number of each step, and nothing else of it, which costs nothing.
         limit: (n, 1, 1, 1) the radius of what may be found, where the region is larger than that; None: it is not.
-        turn: gives these samples the numbers that all share, where others come after them; see `Streams.turn`.
+        each: draws the numbers that samples share for each of these, where others come after them; see `Turns`.
+        alike: likewise, those that are the same for all.
     """
 
     oracle: Scorer
     loss: LossFunction
     goal: Goal
-    region: Region
+    around: Region | Around
     index: Tensor
     best: Best
     early_stop: bool
@@ -281,7 +323,16 @@ class Task:
     on_step: OnStep | None = None
     pulse: Callable[[int], object] | None = None
     limit: Tensor | None = None
-    turn: Callable[..., Tensor] | None = None
+    each: Callable[..., Tensor] | None = None
+    alike: Callable[..., Tensor] | None = None
+
+    @property
+    def region(self) -> Region:
+        """The allowed images; ``region.images`` are the clean ones."""
+        if not isinstance(self.around, Region):
+            object.__setattr__(self, "around", self.around(self.index))
+            return self.region
+        return self.around
 
     @property
     def generator(self) -> torch.Generator:
@@ -336,21 +387,48 @@ class Task:
 
     def select(self, rows: Tensor) -> Task:
         """The task for the samples at `rows`, positions in this task, only."""
-        limit, region = None if self.limit is None else self.limit[rows], self.region.select(rows)
-        return replace(self, goal=self.goal.select(rows), region=region, index=self.index[rows], limit=limit)
+        limit = None if self.limit is None else self.limit[rows]
+        around = self.around.select(rows) if isinstance(self.around, Region) else self.around
+        return replace(self, goal=self.goal.select(rows), around=around, index=self.index[rows], limit=limit)
+
+    def pieces(self, start: Tensor | None = None) -> Iterator[tuple[Task, Tensor | None]]:
+        """These samples, some after others if they are many, and where they start: points of their regions. What is as
+        large as the images, some twenty tensors, is then as large as a piece."""
+        if isinstance(self.around, Region):
+            yield self, start
+            return
+        turns = Turns(self.generator, len(self.index), self.around.size)
+        for k, rows in enumerate(self._rows()):
+            piece = replace(self.select(rows), each=turns.each(k * self.around.size), alike=turns.alike())
+            yield piece, start if start is None else piece.region.shrunk(start[rows].detach().to(self.best.images))
+
+    def _rows(self) -> tuple[Tensor, ...]:
+        rows = torch.arange(len(self.index), device=self.index.device)
+        return (rows,) if isinstance(self.around, Region) else torch.split(rows, self.around.size)
+
+    def logits(self) -> Tensor:
+        """(n, K) of the model at the images."""
+        images, rows = self.best.images, self._rows()
+        return torch.cat([self.oracle.logits(images[self.index[r]], self.goal.select(r)) for r in rows])
 
     def random_start(self) -> Tensor:
         """A random point of the region, each sample's from its own stream if it was given one."""
         if self.streams.is_seeded:
             return self.region.random_start(self.streams.of(self.index))
-        return self.region.random_start(self.generator if self.turn is None else self.turn)
+        return self.region.random_start(self.generator if self.each is None else self.each)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Numbers in [0, 1) that are the same for all samples, in float64, where the generator is."""
+        if self.alike is not None:
+            return self.alike(*shape)
+        return torch.rand(shape, generator=self.generator, device=self.generator.device, dtype=torch.float64)
 
     def towards(self, count: int) -> list[Goal]:
         """Goals towards each of the `count` likeliest other classes of the images, the likeliest first; the goal as it
         is if that is a target."""
         if self.goal.labels is None:
             return [self.goal]
-        logits = self.oracle.logits(self.region.images.to(self.region.dtype), self.goal)
+        logits = self.logits()
         others = logits.scatter(1, self.goal.labels.unsqueeze(1), float("-inf"))
         ranked = others.argsort(dim=1, descending=True, stable=True)
         return [replace(self.goal, targets=ranked[:, k]) for k in range(min(count, logits.shape[1] - 1))]

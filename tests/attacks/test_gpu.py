@@ -167,6 +167,35 @@ def test_a_step_asks_a_gpu_nothing(make, device, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("OrthoPGD", {"norm": "l2", "eps": 1.0, "random_start": True}),
+        ("PGD", {"eps": torch.linspace(2, 8, 36) / 255}),
+        ("Square", {"eps": 8 / 255}),
+        ("MinimumNorm", {"norm": "l2"}),
+    ],
+)
+def test_pieces_ask_a_gpu_nothing_at_a_step_either(kind, options, monkeypatch):
+    images = batch()[0].repeat(9, 1, 1, 1)
+    labels = small_model()(images).argmax(1)
+
+    def run(steps: int, batch_size: int | None) -> tuple[Counter[tuple[str, str]], Tensor]:
+        torch.manual_seed(1)
+        with pretended(monkeypatch) as mode:
+            here = images.to("cuda"), labels.to("cuda")
+            attack = _made(kind, to_gpu(small_model()), steps, **options)
+            mode.asked.clear()
+            found = attack.run(*here, batch_size=batch_size).adversarials
+            return Counter(mode.asked), found.as_subclass(Tensor)
+
+    (few, _), (many, pieces), (once, whole) = run(1, 4), run(2, 4), run(2, None)  # 32 images and 4
+    assert few == many
+    # Each batch asks whether its first logits are finite, and a piece whether anything but the plane is in the way.
+    assert sum(many.values()) <= sum(once.values()) + 9 + 3
+    torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
     ("norm", "name"), [pytest.param(n, c, marks=lane(n, c)) for n, c in itertools.product(RADII, CONSTRAINTS)]
 )
 def test_a_step_on_a_gpu_gains_as_much(norm, name, monkeypatch):

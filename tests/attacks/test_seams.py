@@ -712,7 +712,7 @@ class Writing:
         return {}
 
     def __call__(self, task, start):
-        task.best._images.copy_(task.best.adversarials.fill_(0.5))
+        task.best.images.copy_(task.best.adversarials.fill_(0.5))
         task.region.images.fill_(0.5)
         task.best.success[:] = task.best.exact[:] = True
 

@@ -17,7 +17,8 @@ from tests.conftest import make_images
 def task(norm="linf", eps=0.1, seed=0, shape=(2, 3, 12, 16), scope=None):
     images = 0.25 + 0.5 * make_images("uniform", shape, 0, torch.float64)
     region = ThreatModel(norm, eps, scope=scope).around(images)
-    return SimpleNamespace(region=region, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return SimpleNamespace(region=region, uniform=lambda *s: torch.rand(s, generator=generator, dtype=torch.float64))
 
 
 def test_the_area_halves_after_the_shares_of_the_paper():
