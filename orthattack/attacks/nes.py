@@ -24,7 +24,7 @@ class _Estimated(Scorer):
     """A scorer whose gradients are differences of losses at random points to both sides, and which differentiates
     nothing."""
 
-    scorer: Scorer
+    scorer: Oracle
     pairs: int
     sigma: float
 
@@ -37,6 +37,7 @@ class _Estimated(Scorer):
             return found
         assert draws is not None
         gradient, calls = torch.zeros_like(points, dtype=torch.float32), found.forward_calls
+        left, self.scorer.unchecked = self.scorer.unchecked, 0  # of the images: those are their neighbours
         for _ in range(self.pairs):
             noise = draws.normal(*points.shape[1:]).to(points)
             sides = []
@@ -46,6 +47,7 @@ class _Estimated(Scorer):
                 calls = calls + sides[-1].forward_calls
             rise = (sides[0].loss - sides[1].loss).float() / (2 * self.sigma * self.pairs)
             gradient += rise.nan_to_num().view(-1, 1, 1, 1) * noise
+        self.scorer.unchecked = left
         return replace(found, gradient=gradient.to(points.dtype), forward_calls=calls)
 
     def judge(self, points: Tensor, goal: Goal, loss: LossFunction) -> Evaluation:

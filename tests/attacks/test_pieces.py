@@ -135,7 +135,8 @@ def test_what_looks_at_all_samples_is_given_all_of_them():
 def test_no_piece_escapes_the_checks_of_labels_and_logits():
     labels, images = LABELS.clone(), IMAGES.clone()
     labels[-1], images[-1] = 5, 0
-    for attack in (PGD(Alone(), steps=2), detected(Alone(), steps=2), attacks.Square(Alone(), queries=3)):
+    nes = attacks.NES(Alone(), queries=12, pairs=1)
+    for attack in (PGD(Alone(), steps=2), detected(Alone(), steps=2), attacks.Square(Alone(), queries=3), nes):
         with pytest.raises(ValueError, match="labels must lie in"):
             attack.run(IMAGES, labels, batch_size=2)
     model = Alone()
