@@ -322,8 +322,8 @@ def leading(size: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     sample = size[:, :: max(1, count // 128)]
     bound = sample.topk(min(sample.shape[1], -(-count * sample.shape[1] // size.shape[1])), dim=1).values[:, -1:]
     beyond = size > bound
-    number = beyond.sum(1, keepdim=True)
     row, column = beyond.nonzero().unbind(1)
+    number = row.bincount(minlength=len(size)).unsqueeze(1)
     place = torch.arange(len(row)) - (number.cumsum(0) - number).squeeze(1)[row]
     index = torch.zeros(len(size), slots, dtype=torch.long)
     fits = place < slots

@@ -232,7 +232,8 @@ def test_the_image_alone_gives_the_plane(image, gradient, seed, eps, scope):
 def test_settling_does_not_give_the_perturbation_up(image, directions, seed, eps):
     x = make_images(image, (2, 3, 16, 16), seed)
     subspace, b = around(x, eps, directions, seed)
-    rough = subspace.nearest(noisy(x, eps, seed).double()).float().clamp(subspace.lower, subspace.upper)
+    exact = Subspace(x.double(), subspace.lower.double(), subspace.upper.double(), b)
+    rough = exact.nearest(noisy(x, eps, seed).double()).float().clamp(subspace.lower, subspace.upper)
     y = subspace.settle(rough)
     assert_feasible(subspace, b, y)
     if eps >= 1 / 255 and image != "sparse":  # of a plane through a dozen pixels float32 has few points
@@ -253,7 +254,7 @@ def test_a_step_ends_when_its_certificate_says_so(monkeypatch):
     monkeypatch.setattr(Subspace, "_newton", lambda self, *args: searches.append(1) or newton(self, *args))
     x = make_images("uniform", (2, 3, 16, 16), 0)
     subspace, _ = around(x, 8 / 255, "three", 0)
-    subspace.ascend(x, make_gradient("normal", x, 0), per_sample(x, 2 / 255))
+    subspace._ascend(x, make_gradient("normal", x, 0), per_sample(x, 2 / 255))
     assert len(searches) == 4  # of at most 9
 
 
