@@ -33,9 +33,9 @@ DIRECTIONS = {"none": (), "one": ("constant",), "many": ("channel-constant", lam
 # Scope "pixel" sums over the colours that are not done, channel by channel: more sums, of fewer numbers. At 224 pixels
 # its projections took 300 ms and take 69 in L1, 160 and 23 in L2, but 12 and 31 in L-infinity. In L1 so do the
 # other scopes of one plane per vector, over candidates: a step and a projection took 70 ms and take 2 without a plane,
-# 82 and 5 in scope "image", 82 and 8 in "channel". Of several directions the quick search, most of whose sums are over a
-# few pixels, comes before the slow one, which images as small and gradients as heavy as these often need: at 224 pixels
-# a step with the image and the constant took 72, 39 and 52 ms and takes 3, 2 and 6 in L-infinity, L2 and L1.
+# 82 and 5 in scope "image", 82 and 8 in "channel". Of several directions the quick search, most of whose sums are over
+# a few pixels, comes before the slow one, which images as small and gradients as heavy as these often need: at 224
+# pixels a step with the image and the constant took 77, 32 and 59 ms and takes 3, 2 and 6 in L-infinity, L2 and L1.
 EXPECTED: dict[tuple[str, str, str], tuple[int, int, int, int]] = {
     ("linf", "none", "none"): (0, 0, 0, 0),
     ("linf", "none", "one"): (8, 26, 256, 90),
