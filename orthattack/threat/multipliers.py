@@ -122,28 +122,23 @@ def _search(
     floor = _FEW * (rows * rows).sum(2).mean(1, keepdim=True) / rows.shape[2]
     certain = failed = torch.zeros_like(tau, dtype=torch.bool)
     for stage in range(stages):
-        base, step, rate, matrix, least = (
-            m,
-            0 * m,
-            0 * tau,
-            0 * m.unsqueeze(2) * m.unsqueeze(1),
-            torch.full_like(tau, torch.inf),
-        )
+        base, step, rate, stays = m, 0 * m, 0 * tau, certain | failed
+        matrix, least = rows.new_zeros(*m.shape, m.shape[1]), torch.full_like(tau, torch.inf)
         for trial in range(_TRIALS):
             rest = g - (m.unsqueeze(2) * rows).sum(1)
             free = centre + rest * tau
             y = free.clamp(low, high)
             f = offset + (rows * y.unsqueeze(1)).sum(2)
             right = (f.abs() <= noise * torch.linalg.vector_norm(y, dim=1, keepdim=True)).all(1, keepdim=True)
-            stays = right | certain | failed
-            if trial + 1 == _TRIALS or bool(stays.all()):
-                break
             dual = (rest * y - (y - centre).square_() / (2 * tau)).sum(1, keepdim=True)
             dual = dual - (m * offset).sum(1, keepdim=True)
             keeps = stays | (dual > least + 1e-12 * least.abs())
-            base, least = torch.where(keeps, base, m), torch.where(keeps, least, dual)
             now = ((rows * (free == y).unsqueeze(1)).unsqueeze(2) * rows.unsqueeze(1)).sum(3)
             matrix = torch.where(keeps.unsqueeze(2), matrix, now)
+            stays = right | certain | failed
+            if trial + 1 == _TRIALS or bool(stays.all()):
+                break
+            base, least = torch.where(keeps, base, m), torch.where(keeps, least, dual)
             step = torch.where(keeps, step, _solved(matrix, f, floor) / tau)
             rate = torch.where(keeps, rate / 4, 1)
             m = torch.where(stays, m, base + rate * step)

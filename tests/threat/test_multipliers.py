@@ -119,6 +119,14 @@ def test_on_ordinary_images_nothing_is_left_to_the_slow_search(norm, found):
     assert found[0].all()
 
 
+def test_a_step_is_found_for_any_ordinary_gradient(found):
+    """Also where the sample that is looked at first has nothing to correct."""
+    x = make_images("uniform", (60, 3, 48, 48), 0)
+    s, _ = around(x, 8 / 255, "brightness", 0)
+    s.step(x, make_gradient("normal", x, 0), per_sample(x, 2 / 255))
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize("directions", ["brightness", "channels"])
 def test_a_large_batch_is_its_samples(directions):
     x = torch.cat([make_images(kind, (1, 3, 48, 48), 0) for kind in ("uniform", "8-bit", "sparse", "white", "black")])
