@@ -108,6 +108,21 @@ def test_the_scaled_cross_entropy_has_the_slope_of_logits_whose_first_two_are_1_
     torch.testing.assert_close(scale * scaled, slope, rtol=1e-6, atol=1e-9)
 
 
+@given(st.integers(0, 10_000), st.integers(0, 29))
+def test_the_scaled_cross_entropy_is_among_the_label_and_ten_others(seed, label):
+    logits = torch.randn(4, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    labels = torch.full((4,), label)
+    (slope,) = torch.autograd.grad(attack_loss("scaled-ce")(logits.requires_grad_(), Goal(labels)).sum(), logits)
+    for row, z in zip(slope, logits.detach(), strict=True):
+        order = z.argsort(descending=True)
+        among = [label, *(k for k in order.tolist() if k != label)][:11]
+        gap = z[order[0]] - z[order[1]]
+        p = (z[among] / gap).softmax(0)
+        p[0] -= 1
+        torch.testing.assert_close(row[among], p / gap, rtol=1e-9, atol=1e-12)
+        assert row.count_nonzero() <= 11
+
+
 @pytest.mark.parametrize("logits", [[1.0, 1, 1, 1], [1.0, 1, 0, -1e30], [0.0, 1e-30, 0, 5]])
 def test_the_scaled_cross_entropy_of_tied_logits_is_finite(logits):
     z = torch.tensor([logits], requires_grad=True)
