@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-ATTACKS = ["FGSM", "OrthoFGSM", "foolbox:FGSM", "PGD", "OrthoPGD", "OrthoPGD,loss=ce", "foolbox:PGD"]
+ATTACKS = ["FGSM", "OrthoFGSM", "foolbox:FGSM", "PGD", "OrthoPGD", "OrthoPGD,loss=ce,schedule=fixed", "foolbox:PGD"]
 
 
 def main() -> None:
@@ -70,9 +70,11 @@ def main() -> None:
         single_step = accuracy.get("FGSM", accuracy["PGD"])
         assert accuracy["PGD"] <= single_step <= rows["clean_accuracy"].max(), (model, eps, accuracy)
         if "foolbox:PGD" in accuracy:
-            assert accuracy["OrthoPGD"] <= accuracy["OrthoPGD,loss=ce"] + 1 / args.images + 1e-9, accuracy
+            assert accuracy["OrthoPGD"] <= accuracy["OrthoPGD,loss=ce,schedule=fixed"] + 1 / args.images + 1e-9, (
+                accuracy
+            )
             # Of the same loss. Random starts differ: a couple of the demo's 20 images, a few of a hundred.
-            difference = abs(accuracy["OrthoPGD,loss=ce"] - accuracy["foolbox:PGD"])
+            difference = abs(accuracy["OrthoPGD,loss=ce,schedule=fixed"] - accuracy["foolbox:PGD"])
             assert difference <= max(0.05, 2 / args.images) + 1e-9, accuracy
     checks = json.loads((args.run / "checks.json").read_text())
     assert len(checks) == (0 if args.no_checks else 12 * args.models)

@@ -50,7 +50,7 @@ def train(adversarial: bool, epochs: int) -> list[tuple[float, float, float]]:
     torch.manual_seed(0)
     model = network()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    attack = OrthoPGD(model, eps=EPS, steps=5, loss="ce")  # as adversarial training has it
+    attack = OrthoPGD(model, eps=EPS, steps=5, loss="ce", schedule="fixed")  # as adversarial training has it
     history = []
     for epoch in range(epochs):
         for index in torch.randperm(len(y)).split(64):

@@ -633,9 +633,9 @@ def test_a_loss_of_ones_own_is_climbed_by_the_margin_where_it_is_flat_and_not_be
         return orthattack.losses.margin(logits, labels).clamp(-1e-3, 1e-3)
 
     with pytest.warns(UserWarning, match="climbed the margin instead"):
-        result = PGD(model, eps=0.5, steps=20, loss=hinge, random_start=False).run(images, labels)
+        result = PGD(model, eps=0.5, alpha=0.05, steps=20, loss=hinge, random_start=False).run(images, labels)
     assert result.success.all()
-    further = PGD(model, eps=0.5, steps=20, loss="margin", random_start=False).run(images, labels)
+    further = PGD(model, eps=0.5, alpha=0.05, steps=20, loss="margin", random_start=False).run(images, labels)
     with torch.no_grad():  # it stops where the loss does
         assert (orthattack.losses.margin(model(result.adversarials), labels) < 0.5 * further.loss).all()
 

@@ -16,7 +16,8 @@ def test_the_examples_run(capsys):
     exec(first, {})
     written = capsys.readouterr().out
     cosine = r"\d\.?\d*e-\d+"  # its last digits are the machine's
-    assert re.sub(cosine, "", written).split() == re.sub(cosine, "", printed).split()
+    varies = rf"{cosine}|22\d forward"  # one more for each image whose best point is not the last, by the random start
+    assert re.sub(varies, "", written).split() == re.sub(varies, "", printed).split()
     assert float(re.search(cosine, written)[0]) <= 1e-6
 
     torch.manual_seed(0)

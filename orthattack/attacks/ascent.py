@@ -47,9 +47,11 @@ class Climb:
 
     def options(self, eps: float | Tensor) -> dict[str, object]:
         alpha = float(self.alpha) if self.alpha is not None else self.rate * eps
+        schedule = getattr(self.rule, "schedule", "fixed")
         return {
             "alpha": alpha,
             "steps": self.steps,
+            **({"schedule": schedule} if schedule != "fixed" else {}),
             **({"restarts": self.restarts} if self.restarts > 1 else {}),
         }
 

@@ -35,11 +35,11 @@ from orthattack.attacks.configured import Configured
 from orthattack.attacks.fast_copy import Optimize, fast_copy
 from orthattack.attacks.goals import Targeted, aimed, check_targeted, turns
 from orthattack.attacks.gradient_form import Enforce, GradientForm, Reference, check_form
-from orthattack.attacks.rules import variance
+from orthattack.attacks.rules import Schedule, variance
 from orthattack.attacks.scoring import InBatches, Oracle, Precision, Scorer, Transform, has_bfloat16
 from orthattack.attacks.task import Around, AttackResult, Best, Keep, Merit, OnStep, Search, Streams, Task
 from orthattack.lending import borrowed, guarded, in_evaluation, is_foreign
-from orthattack.losses import Goal, Loss, attack_loss
+from orthattack.losses import Goal, Loss, LossName, attack_loss
 from orthattack.models import Model, explained
 from orthattack.projection import Scope
 from orthattack.threat import Direction, Mask, Norm, Normal, Region, ThreatModel, kept, perturbation_norm
@@ -100,6 +100,7 @@ class Card:
         minimal: it looks for the smallest perturbation instead of filling a ball.
         normal: what it is orthogonal to in those vectors.
         loss: what it climbs, where that decides between points; None: it has its own, or none.
+        schedule: of its step size, if it has one to choose, see `PGD`.
     """
 
     family: str
@@ -109,6 +110,7 @@ class Card:
     minimal: bool = False
     normal: Normal = "image"
     loss: Loss | None = None
+    schedule: Schedule | None = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Card) and same_values(vars(self), vars(other))
@@ -138,6 +140,8 @@ class Attack(Configured):
     norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2", "l1")
     """The norms that it works in."""
     _family: ClassVar[str] = "Attack"
+    _climbs: ClassVar[LossName] = "margin"
+    """The loss by default, away from a label."""
     _pulse: Callable[[int], object] | None = None  # see `Task.pulse`
 
     def __init_subclass__(cls, family: str | None = None, **defaults: Any) -> None:
@@ -211,8 +215,10 @@ class Attack(Configured):
         check_choice("norm", norm, self.norms)
         self.search = search
         self.enforce, self.reference = enforce, reference
-        # Towards a class the margin sees one rival at a time, and is the weaker on standard models.
-        self.loss: Loss = ("ce" if targeted and top_k == 1 else "margin") if loss is None else loss
+        if loss is None:  # of targets, the margin sees one rival at a time, and is the weaker on standard models
+            counts = top_k > 1 or confidence > 0  # from there on, which only the margin does
+            loss = "ce" if targeted and top_k == 1 else "margin" if counts else self._climbs
+        self.loss: Loss = loss
         self.targeted, self.top_k, self.confidence = targeted, top_k, float(confidence)
         self.early_stop, self.precision, self.eot_samples = early_stop, precision, eot_samples
         self.optimize: Optimize = optimize

@@ -17,7 +17,8 @@ class FGSM(Attack):
 
         x_adv = clip(x + eps * sign(∇L(x)))
 
-    Equal, bit for bit, to ``PGD(steps=1, alpha=eps, random_start=False)``. Arguments as for `PGD`.
+    Equal, bit for bit, to ``PGD(steps=1, alpha=eps, random_start=False, loss="margin")``. Arguments as for `PGD`, with
+    "margin" as the `loss` by default.
     """
 
     def __init__(
@@ -27,7 +28,7 @@ class FGSM(Attack):
 
 
 class OrthoFGSM(FGSM, scope="image"):
-    """One step of size eps from the image, orthogonal to it: ``OrthoPGD(steps=1, alpha=eps, random_start=False)``.
+    """`FGSM` orthogonal to the image: ``OrthoPGD(steps=1, alpha=eps, random_start=False, loss="margin")``.
 
     The step is the best one there is: the exact solution of the linear program for L-infinity. Arguments as for
     `PGD`. Source: Goodfellow et al. 2015, arXiv:1412.6572, for FGSM.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from torch import Tensor
 from typing_extensions import Unpack
 
 from orthattack.attacks.ascent import Climb, rate
-from orthattack.attacks.base import Attack, GradientOptions
+from orthattack.attacks.base import Attack, Card, GradientOptions
 from orthattack.attacks.rules import Schedule, accumulated
 from orthattack.models import Model
 from orthattack.threat import Norm
@@ -26,14 +29,15 @@ class PGD(Attack):
             that it calls in evaluation mode first.
         norm: "linf", "l2" or "l1".
         eps: radius of the ball, in pixel units, e.g. ``4 / 255``; one number, or (N,) with one per sample.
-        alpha: step size in pixel units; by default ``2.5 * eps / steps``, which reaches any point of the ball, and with
-            a `schedule` that falls ``2 * eps``, which crosses it.
+        alpha: first step size in pixel units; by default ``2 * eps``, which crosses the ball, and with
+            ``schedule="fixed"`` ``2.5 * eps / steps``, so that all steps together cross it.
         steps: gradient steps per restart, at least 1.
         random_start: start at a random point of the threat model instead of the image.
         restarts: how often to start; the best result of each sample is kept.
-        loss: "margin", the default, "ce", the default if targeted with ``top_k=1``, "dlr", "scaled-ce",
-            "logit-difference" (see `orthattack.losses.attack_loss` for the formulas), or a function of (logits,
-            labels) returning (N,) values.
+        loss: "scaled-ce", "ce", "margin", "dlr" or "logit-difference" (see `orthattack.losses.attack_loss` for the
+            formulas), or a function of (logits, labels) returning (N,) values. By default "scaled-ce" (of other
+            attacks "margin"), towards targets "ce", and with a `top_k` above 1 or a `confidence` "margin", which alone
+            counts from there.
         targeted: True: labels are the classes to reach. "random" and "least-likely": labels are the true ones, and each
             sample has another class to reach, at random from its stream or the one with the smallest logit. "each":
             each other class is climbed to in turn, the likeliest first, and the point with the largest margin is kept;
@@ -54,7 +58,8 @@ class PGD(Attack):
             its weights channels last, where one can be made; it takes as much memory as the model, and stays while the
             model does. "compile" compiles that too, and a warning says why where it cannot. "none" takes the model
             itself. Success is judged by the model itself in any case.
-        schedule: of the step size: "fixed", "linear" or "cosine" decay to 0.
+        schedule: of the step size: "linear" or "cosine", which fall to 0, or "fixed". By default "linear", and
+            "fixed" if there is an `alpha`.
         momentum: 0, or the factor by which the sum of the past gradients is kept at each step (MI-FGSM).
         nesterov: take the gradient where the momentum leads (NI-FGSM).
         eot_samples: evaluations to average for a model that draws at random.
@@ -79,6 +84,8 @@ class PGD(Attack):
         ValueError: an option out of its range; the call raises it for bad images, labels or models.
     """
 
+    _climbs = "scaled-ce"
+
     def __init__(
         self,
         model: Model,
@@ -89,14 +96,23 @@ class PGD(Attack):
         random_start: bool = True,
         restarts: int = 1,
         *,
-        schedule: Schedule = "fixed",
+        schedule: Schedule | None = None,
         momentum: float = 0.0,
         nesterov: bool = False,
         **options: Unpack[GradientOptions],
     ) -> None:
+        if schedule is None:
+            schedule = "linear" if alpha is None else "fixed"
         rule = accumulated(schedule, momentum, nesterov)
         first = rate(2.5, steps) if schedule == "fixed" else 2.0
         super().__init__(model, norm, eps, Climb(rule, steps, first, alpha, random_start, restarts), **options)
+
+    @property
+    def card(self) -> Card:
+        return replace(super().card, schedule=self.schedule)
+
+    def _resolved(self) -> dict[str, Any]:
+        return {"schedule": "fixed", **super()._resolved()}
 
 
 class OrthoPGD(PGD, scope="image"):

@@ -28,7 +28,8 @@ else:
 
 DEFAULT_ATTACKS: list[str | dict[str, str]] = [
     "FGSM", "OrthoFGSM", "foolbox:FGSM", "PGD", "OrthoPGD",
-    {"name": "OrthoPGD", "label": "OrthoPGD,loss=ce", "loss": "ce"},  # what Foolbox's is to be compared with
+    # what Foolbox's is to be compared with
+    {"name": "OrthoPGD", "label": "OrthoPGD,loss=ce,schedule=fixed", "loss": "ce", "schedule": "fixed"},
     "foolbox:PGD",
 ]  # fmt: skip
 

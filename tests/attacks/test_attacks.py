@@ -130,7 +130,7 @@ def test_the_step_reaches_the_optimum_of_a_linear_model(scope, kind):
 def test_fgsm_is_one_step_of_pgd_bit_for_bit(norm, eps, single, iterated):
     model, (images, labels) = small_model(), drawn(n=20)
     a = single(model, norm=norm, eps=eps).run(images, labels)
-    b = iterated(model, norm=norm, eps=eps, alpha=eps, steps=1, random_start=False).run(images, labels)
+    b = iterated(model, norm=norm, eps=eps, alpha=eps, steps=1, random_start=False, loss="margin").run(images, labels)
     for name in ("adversarials", "success", "loss", "steps"):
         assert torch.equal(getattr(a, name), getattr(b, name))
 
@@ -566,6 +566,9 @@ def test_a_model_must_be_callable():
 
 def test_repr_shows_what_matters():
     assert repr(OrthoPGD(small_model(), eps=8 / 255, scope="pixel")) == (
-        "OrthoPGD(norm='linf', eps=0.0313725, alpha=0.00784314, steps=10, scope='pixel', enforce='perturbation')"
+        "OrthoPGD(norm='linf', eps=0.0313725, alpha=0.0627451, steps=10, schedule='linear', scope='pixel', "
+        "enforce='perturbation')"
     )
-    assert repr(PGD(small_model(), norm="l2", eps=0.5)) == "PGD(norm='l2', eps=0.5, alpha=0.125, steps=10)"
+    fixed = PGD(small_model(), norm="l2", eps=0.5, schedule="fixed")
+    assert repr(fixed) == "PGD(norm='l2', eps=0.5, alpha=0.125, steps=10)"
+    assert repr(PGD(small_model(), eps=0.5, alpha=0.25)) == "PGD(norm='linf', eps=0.5, alpha=0.25, steps=10)"

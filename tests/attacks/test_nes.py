@@ -51,7 +51,8 @@ def test_with_queries_enough_it_comes_near_what_gradients_reach(kind, gradient, 
     model, (images, _) = small_model(), drawn(n=8)
     labels = model(images).argmax(1)
     eps = 2 * RADII[norm]
-    best = gradient(model, norm, eps, steps=20, random_start=False).run(images, labels)
+    alike = {"loss": "margin", "schedule": "fixed"}
+    best = gradient(model, norm, eps, steps=20, random_start=False, **alike).run(images, labels)
     found = kind(model, norm, eps, queries=1000, pairs=20).run(images, labels, seeds=range(8))
     start = -(model(images).topk(2).values.diff().abs().squeeze(1)).detach()
     assert ((found.loss - start) >= 0.6 * (best.loss - start)).all()

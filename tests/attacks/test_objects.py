@@ -161,8 +161,10 @@ def test_a_batch_that_fits_is_not_split(monkeypatch):
 
 def test_options_read_as_they_are_in_force():
     attack = OrthoPGD(classifier(), "l2", 2, steps=5, bounds=(0, 1))
-    assert (attack.norm, attack.eps, attack.alpha, attack.steps, attack.bounds) == ("l2", 2, 1.0, 5, (0, 1))
-    assert (attack.loss, attack.targeted, attack.scope, attack.restarts) == ("margin", False, "image", 1)
+    assert (attack.norm, attack.eps, attack.alpha, attack.steps, attack.bounds) == ("l2", 2, 4.0, 5, (0, 1))
+    assert (attack.loss, attack.targeted, attack.scope, attack.restarts) == ("scaled-ce", False, "image", 1)
+    assert (attack.schedule, attack.replace(alpha=0.1).schedule) == ("linear", "fixed")
+    assert attack.replace(schedule="fixed").alpha == 1.0
     assert orthattack.FGSM(classifier(), eps=0.1).alpha == pytest.approx(0.1)
     assert orthattack.MIFGSM(classifier(), early_stop=True).early_stop is True
     assert make("DetectorEvasion").threshold == 0.0

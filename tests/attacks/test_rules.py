@@ -163,7 +163,8 @@ def test_momentum_survives_gradients_of_any_size():
 
 @pytest.mark.parametrize(
     ("kind", "options", "rate"),
-    [(FGSM, {}, 1), (OrthoFGSM, {}, 1), (PGD, {}, 0.25), (OrthoPGD, {}, 0.25), (MIFGSM, {"steps": 5}, 0.2),
+    [(FGSM, {}, 1), (OrthoFGSM, {}, 1), (PGD, {}, 2), (OrthoPGD, {}, 2),
+     (PGD, {"schedule": "fixed"}, 0.25), (OrthoPGD, {"schedule": "cosine"}, 2), (MIFGSM, {"steps": 5}, 0.2),
      (NIFGSM, {"steps": 5}, 0.2), (OrthoMIFGSM, {"steps": 5}, 0.2), (OrthoNIFGSM, {"steps": 5}, 0.2), (APGD, {}, 2),
      (OrthoAPGD, {}, 2), *((kind, {"steps": 5}, 0.2) for kind in (DIFGSM, TIFGSM, SINIFGSM, VMIFGSM, OrthoVNIFGSM))],
 )  # fmt: skip
@@ -175,7 +176,8 @@ def test_first_steps_are_a_share_of_eps(kind, options, rate):
 
 @pytest.mark.parametrize(
     ("kind", "rule"),
-    [(FGSM, chain()), (OrthoFGSM, chain()), (PGD, chain()), (OrthoPGD, chain()),
+    [(FGSM, chain()), (OrthoFGSM, chain()), (PGD, chain(schedule="linear")),
+     (OrthoPGD, chain(schedule="linear")),
      (MIFGSM, chain(normalize("l1"), momentum(1.0))), (OrthoMIFGSM, chain(normalize("l1"), momentum(1.0))),
      (NIFGSM, chain(normalize("l1"), momentum(1.0), look_ahead=1.0)),
      (OrthoNIFGSM, chain(normalize("l1"), momentum(1.0), look_ahead=1.0)),

@@ -354,7 +354,7 @@ def test_a_callback_sees_every_scored_point_and_the_best_of_these_comes_back(tra
     assert [one.step for one in seen] == [0, 1, 2, 3, 4]
     assert all(torch.equal(one.index, torch.arange(48)) for one in seen)
     losses = torch.stack([one.loss for one in seen])
-    assert torch.equal(losses.amax(0), result.loss)
+    torch.testing.assert_close(losses.amax(0), result.loss)  # of a faster copy, but for the last iterate's
     at = result.steps.unsqueeze(0)
     assert torch.equal(torch.stack([one.norm for one in seen]).gather(0, at)[0], result.norm)
     assert torch.equal(torch.stack([one.success for one in seen]).any(0), result.success)

@@ -49,12 +49,15 @@ def list_ours() -> list[dict[str, Any]]:
 
 
 def _in_force(kind: Any) -> dict[str, Any]:
-    """The number of steps and their size in a run that says nothing of them."""
+    """The number of steps, and the size of the first, in a run that says nothing of them."""
     options = options_of(kind)
     used: dict[str, Any] = {"steps": Conditions().steps} if "steps" in options else {}
     if "alpha" in options:
         made = kind(Placeholder(), eps=1.0)
-        used["alpha"] = f"{made.alpha * made.steps:g}*eps/steps".removeprefix("1*")
+        if made.card.schedule in (None, "fixed"):
+            used["alpha"] = f"{made.alpha * made.steps:g}*eps/steps".removeprefix("1*")
+        else:
+            used |= {"alpha": f"{made.alpha:g}*eps", "schedule": made.card.schedule}
     return used
 
 

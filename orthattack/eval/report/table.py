@@ -211,15 +211,23 @@ def transferred(run: Run) -> list[str]:
 
 
 _QUERIES = "queries (n): evaluations of the model until an image's first success, median of the n fooled images"
-_LOSSES = {"ce": "the cross-entropy", "margin": "the margin", "dlr": "DLR"}
+_LOSSES = {
+    "ce": "the cross-entropy", "scaled-ce": "the scaled cross-entropy", "margin": "the margin", "dlr": "DLR",
+}  # fmt: skip
+
+
+def _climbed(about: Mapping[str, Any]) -> str:
+    """The loss that an attack climbs, in words, and whether in falling steps; nothing for one of its own."""
+    loss = str(about.get("loss") or "")
+    falls = about.get("schedule") in ("linear", "cosine")
+    return loss and _LOSSES.get(loss, loss) + (", in falling steps" if falls else "")
 
 
 def promised(run: Run, rows: Iterable[Row]) -> list[str]:
     """What attacks promise to leave as it is, and the losses that they climb, a line for those that do the same; and
     which left each image at its first success."""
     kept = {label: "; ".join(about.get("keeps") or ()) for label, about in run.attacks.items()}
-    losses = {label: str(about.get("loss") or "") for label, about in run.attacks.items()}
-    climbed = {label: _LOSSES.get(loss, loss) for label, loss in losses.items()}
+    climbed = {label: _climbed(about) for label, about in run.attacks.items()}
     lines = [_QUERIES] if _have_queries(rows) else []
     for verb, each in (("promised", kept), ("climbed", climbed)):
         for what in dict.fromkeys(filter(None, each.values())):

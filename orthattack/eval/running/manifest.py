@@ -50,6 +50,7 @@ def describe_attacks(entries: Sequence[Entry], baselines: Mapping[str, Sequence[
             + (["exact in 8 bits"] if first.levels else []),
             "levels": first.levels,
             "loss": first.kind.climbs,
+            "schedule": first.kind.card.schedule,
             "minimal": first.kind.card.minimal,
             "early_stop": first.early_stop,
         }
@@ -122,16 +123,17 @@ def to_go_on(
 def _with_defaults(
     config: Mapping[str, Any], old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """A configuration with what its attacks, `old`, did by default: before 0.2.0 they climbed the cross-entropy, and
-    took all steps.
+    """A configuration with what its attacks, `old`, did by default: before 0.2.0 they climbed the cross-entropy in
+    steps of one size, and took all steps.
 
-    What has a loss, the attacks of `new` say."""
-    has = {_unseeded(one["label"]) for one in new if one.get("source") == "orthattack" and one.get("loss") is not None}
-    climbed = {_unseeded(one["label"]): one.get("loss", "ce") for one in old}
-    attacks = [
-        {"loss": climbed[attack["label"]], **attack} if attack["label"] in has & climbed.keys() else attack
-        for attack in config.get("attacks", [])
-    ]
+    What has a loss or a schedule, the attacks of `new` say."""
+    took = {_unseeded(one["label"]): one for one in old}
+    filled = {}
+    for one in (one for one in new if one.get("source") == "orthattack"):
+        label = _unseeded(one["label"])
+        before = {"loss": "ce", "schedule": "fixed", **took.get(label, {})}
+        filled[label] = {what: before[what] for what in ("loss", "schedule") if one.get(what) is not None}
+    attacks = [{**filled.get(attack["label"], {}), **attack} for attack in config.get("attacks", [])]
     return {"early_stop": False, **config, "attacks": attacks}
 
 

@@ -40,12 +40,12 @@ def first_steps(name: str, norm: str, steps: int, model: nn.Module, **options) -
     ],
 )
 def test_foolboxs_iterated_attacks_take_the_steps_of_ours(name, norm):
-    """2.5 eps over the number of steps, as `PGD` does, and not what each of them has of its own."""
+    """2.5 eps over the number of steps, as `PGD` does with fixed steps, and not what each of them has of its own."""
     fixed = {"random_start": False}
     for steps in (10, 40):
         for size in first_steps(name, norm, steps, linear_model(classes=5), **fixed):
             assert size == pytest.approx(2.5 / steps, rel=1e-3)
-    ours = first_steps("PGD", norm, 10, linear_model(classes=5), **fixed)
+    ours = first_steps("PGD", norm, 10, linear_model(classes=5), schedule="fixed", **fixed)
     assert ours == pytest.approx([0.25] * 3, rel=1e-3)
 
 

@@ -153,7 +153,8 @@ def test_what_is_given_classes_to_reach_is_in_the_table():
 
 def test_the_options_that_are_listed_of_ours_are_those_of_a_run():
     ours = {attack["name"]: attack["parameters"] for attack in list_attacks() if ":" not in attack["name"]}
-    assert ours["PGD"]["alpha"] == "2.5*eps/steps"
+    assert (ours["PGD"]["alpha"], ours["PGD"]["schedule"]) == ("2*eps", "linear")
+    assert ours["NES"]["alpha"] == "2.5*eps/steps"
     assert ours["MIFGSM"]["alpha"] == "eps/steps"
     for name, parameters in ours.items():
         made = (
@@ -164,8 +165,9 @@ def test_the_options_that_are_listed_of_ours_are_those_of_a_run():
         for key in {"steps", "restarts", "queries"} & parameters.keys():
             assert getattr(made, key) == parameters[key] or parameters[key] is None, (name, key)
         if "alpha" in parameters:
-            scale = float(parameters["alpha"].removesuffix("eps/steps").removesuffix("*") or 1)
-            assert made.alpha == pytest.approx(scale * 0.1 / made.steps), name
+            scale, _, rest = parameters["alpha"].rpartition("eps")
+            first = float(scale.removesuffix("*") or 1) * 0.1
+            assert made.alpha == pytest.approx(first / made.steps if rest else first), name
 
 
 @pytest.mark.parametrize("prefix", ["foolbox:", "torchattacks:"])

@@ -77,7 +77,7 @@ def test_towards_a_class_it_may_promise_something_else():
         return PGD(model, eps=eps, steps=steps, targeted=targeted)
 
     kind = user_attack("mine", mine)
-    assert (kind.card.loss, kind.aimed_card.loss) == ("margin", "ce")
+    assert (kind.card.loss, kind.aimed_card.loss) == ("scaled-ce", "ce")
     for targeted in (False, True):
         attack = kind.bind(Net().eval(), Conditions("linf", 0.1, 3, targeted=targeted))
         assert attack(images_of(), torch.zeros(COUNT).long(), range(COUNT)).forward_calls.tolist() == [4] * COUNT

@@ -211,15 +211,15 @@ def test_baselines_follow_from_what_attacks_are(run):
 
 def test_the_card_is_that_of_the_threat_model():
     model = Net()
-    assert OrthoPGD(model).card == Card("PGD", "image", loss="margin")
-    assert PGD(model, loss="ce").card == Card("PGD", loss="ce")
+    assert OrthoPGD(model).card == Card("PGD", "image", loss="scaled-ce", schedule="linear")
+    assert PGD(model, loss="ce").card == Card("PGD", loss="ce", schedule="linear")
     assert OrthoPGD(model, scope=None).card == PGD(model).card
     assert OrthoFGSM(model, scope="pixel").card == Card("FGSM", "pixel", loss="margin")
     assert OrthoSquare(model, directions=["constant"]).card == Card("Square", "image", ("constant",))
     assert OrthoAutoAttack(model, enforce="gradient").card == Card("AutoAttack", "image", exact=False)
     assert DetectorEvasion(model, mean_score).card == Card("DetectorEvasion", loss="margin")
     bisected = Bisection(OrthoPGD(model, scope="channel"))
-    assert bisected.card == Card("Bisection", "channel", minimal=True, loss="margin")
+    assert bisected.card == Card("Bisection", "channel", minimal=True, loss="scaled-ce", schedule="linear")
 
 
 def test_every_attack_and_its_orthogonal_form_are_of_one_family():

@@ -55,7 +55,7 @@ def images():
 def test_what_an_attack_scored_last_is_not_evaluated_again(images):
     model = Seen()
     counter, judge = judged(model)
-    adversarials = PGD(counter, steps=3)(images, torch.arange(6) % 5)
+    adversarials = PGD(counter, steps=3, schedule="fixed")(images, torch.arange(6) % 5)
     assert model.calls == [6] * 4  # three steps and the score of the last iterate
     (logits,) = judge.logits(adversarials)
     assert model.calls == [6] * 4

