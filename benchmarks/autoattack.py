@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.stored import Row, by_machine, machine
 from benchmarks.timing import DEVICE
-from orthattack import AutoAttack, OrthoAutoAttack
+from orthattack import PGD, AutoAttack, OrthoAutoAttack, OrthoPGD
 from orthattack.eval.data import load_dataset
 from orthattack.eval.models import load_classifier
 from orthattack.threat import Norm
@@ -56,6 +57,12 @@ def quick(model: nn.Module, images: Tensor, labels: Tensor, norm: Norm, eps: flo
     return _of(attack, images, labels)
 
 
+def single(model: nn.Module, images: Tensor, labels: Tensor, norm: Norm, eps: float, kind: type[PGD] = PGD) -> Judged:
+    """One attack, by its defaults but for twice the steps."""
+    attack = kind(model, norm, eps, steps=20, early_stop=True, generator=_seeded())
+    return attack.run(images, labels, batch_size=BATCH).adversarials, {}
+
+
 def _seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
@@ -70,6 +77,8 @@ CANDIDATES: dict[str, Callable[[nn.Module, Tensor, Tensor, Norm, float], Judged]
     "AutoAttack": ours,
     "OrthoAutoAttack": orthogonal,
     "AutoAttack, 25 steps, apgd-ce and apgd-t": quick,
+    "PGD, 20 steps": single,
+    "OrthoPGD, 20 steps": partial(single, kind=OrthoPGD),
 }
 
 

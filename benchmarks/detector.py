@@ -56,7 +56,7 @@ def rows(model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> Iterat
     shown: dict[str, Tensor] = {}
     for kind, options in PERTURBATIONS.items():
         first = 0 if kind == "plain" else known
-        result = PGD(model, eps=eps / 255, steps=STEPS, **options).run(
+        result = PGD(model, eps=eps / 255, steps=STEPS, loss="margin", schedule="fixed", **options).run(
             images[first:], labels[first:], seeds=range(first, len(images)), batch_size=100
         )
         shown[kind] = (result.adversarials * 255).round() / 255

@@ -73,7 +73,8 @@ def rows(model: nn.Module, images: Tensor, labels: Tensor, eps: float, gradients
         yield {"kept": kept, "radii * 255": _in_255ths(found.norm), "fooled": _digits(found.success)}
     for kept in ("nothing", "orthogonal to the image", "8×8 block means"):
         for bits, levels in (("", None), (", 8 bits", 256)):
-            attack = PGD(model, eps=eps / 255, steps=STEPS, early_stop=True, levels=levels, **CONSTRAINTS[kept])
+            more = {"loss": "margin", "schedule": "fixed", "levels": levels, **CONSTRAINTS[kept]}
+            attack = PGD(model, eps=eps / 255, steps=STEPS, early_stop=True, **more)
             found = attack.run(images, labels, seeds=seeds, batch_size=25)
             yield {"kept": kept + bits, "eps * 255": eps, "fooled": _digits(found.success)}
     for kept, target in CONTRAST.items():

@@ -132,18 +132,27 @@ def _autoattack_table(content: Table) -> str:
     for row in content.rows:
         count = row["robust"].count("1")
         low, high = Rate(count, row["images"]).interval() or (0.0, 1.0)
-        line = [row["attack"], f"{100 * count / row['images']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]", row["parts"]]
+        line = [
+            row["attack"],
+            f"{100 * count / row['images']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]",
+            row["parts"] or "–",
+        ]
         if theirs is not None:
             pairs = list(zip(row["robust"], theirs["robust"], strict=True))
             line += [str(pairs.count(("0", "1"))), str(pairs.count(("1", "0")))]
         line.append(f"{row['seconds']:.0f}")
-        table.append(line if theirs is None else [*line, f"{row['seconds'] / max(theirs['seconds'], 0.1):.2f}"])
+        table.append(line if theirs is None else [*line, _share(row["seconds"] / max(theirs["seconds"], 0.1))])
     head = ["", "robust accuracy", "after each part, %", "CPU seconds"]
     if theirs is not None:
         head[3:] = ["fooled here alone", "fooled there alone", "CPU seconds", "of the first's"]
     versions = ", ".join(f"{name} {at}" for name, at in content.versions.items())
     about = f"{first['images']} images, clean accuracy {100 * first['clean']:.1f} % ({content.hardware}; {versions})"
     return f"{about}:\n\n{tabulate(table, head, 'github', disable_numparse=True)}"
+
+
+def _share(ratio: float) -> str:
+    """Two decimals, or two digits of what is less."""
+    return f"{ratio:.2f}" if ratio >= 0.01 else f"{ratio:.2g}"
 
 
 def _defaults_summary(measured: Sequence[Table]) -> str:

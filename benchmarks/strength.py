@@ -25,7 +25,8 @@ NORMS: tuple[Norm, ...] = ("linf", "l2", "l1")
 GRADIENTS = (10, 20, 50, 100)
 OTHERS = ("Foolbox PGD", "torchattacks PGD")
 OURS = ("PGD", "OrthoPGD")
-SAME_LOSS = tuple(f"{name}, ce" for name in OURS)
+ALIKE = {name: f"{name}, ce, fixed" for name in OURS}
+"""Ours with the loss and the steps of theirs."""
 RADII: dict[str, tuple[float, float]] = {
     "cifar10-robust": (0.5, 12),
     "cifar10-standard": (0.15, 2.5),
@@ -42,13 +43,13 @@ _TORCHATTACKS = {"linf": "PGD", "l2": "PGDL2"}  # it has none in L1
 
 
 def attacks(norm: Norm, gradients: int) -> dict[str, dict[str, Any]]:
-    """By label: the others' climb the cross-entropy, as ours do where their label says so; steps of 2.5 eps / steps."""
+    """By label: the others' climb the cross-entropy in steps of 2.5 eps / steps, and so do ours of that label."""
     found: dict[str, dict[str, Any]] = {"Foolbox PGD": {"name": f"foolbox:{_FOOLBOX[norm]}"}}
     if norm in _TORCHATTACKS:
         found["torchattacks PGD"] = {"name": f"torchattacks:{_TORCHATTACKS[norm]}"}
-    for label in (*OURS, *SAME_LOSS):
-        loss = {"loss": "ce"} if label in SAME_LOSS else {}
-        found[label] = {"name": label.split(",")[0], "early_stop": True, **loss}
+    found |= {name: {"name": name, "early_stop": True} for name in OURS}
+    alike = {"early_stop": True, "loss": "ce", "schedule": "fixed"}
+    found |= {label: {"name": name, **alike} for name, label in ALIKE.items()}
     return {label: {"label": label, "steps": gradients, **attack} for label, attack in found.items()}
 
 
@@ -56,25 +57,33 @@ def tables(
     shared: Path, build: Path, limit: int, names: list[str] | None, norms: Sequence[Norm], budgets: Sequence[int],
     folder: Path,
 ) -> Iterator[tuple[str, list[Row]]]:  # fmt: skip
-    """Each table that is not stored yet for as many images, on whatever machine."""
+    """Each table of which an attack is not stored yet for as many images, on whatever machine."""
     known = models(shared, build)
     for gradients, norm, name in product(budgets, norms, names or known):
         model, data, largest = known[name]
         eps = float(dict(zip(NORMS, (largest, *RADII[name]), strict=True))[norm])
-        table = f"{name}-{norm}-{gradients}"
+        table, wanted = f"{name}-{norm}-{gradients}", attacks(norm, gradients)
         done = _merged(stored(folder)).get(table)
-        if done is None or done.rows[0]["limit"] < limit or done.rows[0]["eps"] != eps:
-            out = build / "strength" / f"{table}-{limit}"
-            yield table, _rows(model | {"label": name}, data | {"limit": limit}, out, norm, eps, gradients)
+        have: dict[str, Row] = {}
+        size = limit
+        if done is not None and done.rows[0]["limit"] >= limit and done.rows[0]["eps"] == eps:
+            have, size = {row["attack"]: row for row in done.rows}, done.rows[0]["limit"]
+        if missing := [attack for label, attack in wanted.items() if label not in have]:
+            out = build / "strength" / f"{table}-{size}-{len(missing)}"
+            have |= {
+                row["attack"]: row
+                for row in _rows(model | {"label": name}, data | {"limit": size}, missing, out, norm, eps)
+            }
+            yield table, [have[label] for label in wanted]
 
 
 def _rows(
-    network: dict[str, Any], data: dict[str, Any], out: Path, norm: Norm, eps: float, gradients: int
+    network: dict[str, Any], data: dict[str, Any], asked: list[dict[str, Any]], out: Path, norm: Norm, eps: float
 ) -> list[Row]:
     """A row per attack; `robust` has a digit for each image, 1 where it is right, clean and adversarial."""
     run = evaluate(
-        [network], data, [*attacks(norm, gradients).values()], out=out, norm=norm, eps=eps, checks=False, report=False,
-        save_images="none", batch_size=50,
+        [network], data, asked, out=out, norm=norm, eps=eps, checks=False, report=False, save_images="none",
+        batch_size=50,
     )  # fmt: skip
     (model,) = run.models
     found = []
@@ -183,7 +192,7 @@ def _lost(cells: Sequence[Table]) -> str:
     for cell in cells:
         (model, norm, gradients), robust = _place(cell), _robust(cell)
         other = _strongest(robust)
-        for name in (*OURS, *SAME_LOSS):
+        for name in (*OURS, *ALIKE.values()):
             pair = Paired.of(robust[name], robust[other])
             if pair.first_only > pair.second_only:
                 where = [model, SIGN[NORMS[norm]], gradients]
@@ -195,26 +204,35 @@ def _lost(cells: Sequence[Table]) -> str:
 
 
 def _loss(cells: Sequence[Table]) -> str:
-    """The default loss less the cross-entropy, over all images of all models, and of the model where it is worst."""
+    """The default loss and steps less theirs, over all images of all models, and of the model where it is worst."""
     table = []
     for norm, gradients in sorted({_place(cell)[1:] for cell in cells}):
         here = {_place(cell)[0]: _robust(cell) for cell in cells if _place(cell)[1:] == (norm, gradients)}
         for name in OURS:
-            pairs = {model: Paired.of(robust[name], robust[f"{name}, ce"]) for model, robust in here.items()}
-            every = [np.concatenate([robust[each] for robust in here.values()]) for each in (name, f"{name}, ce")]
+            pairs = {model: Paired.of(robust[name], robust[ALIKE[name]]) for model, robust in here.items()}
+            every = [np.concatenate([robust[each] for robust in here.values()]) for each in (name, ALIKE[name])]
             worst = max(pairs, key=lambda model: pairs[model].difference or 0.0)
             table.append([
                 SIGN[NORMS[norm]], gradients, name, f"{len(every[0])} of {len(here)}", *map(_percent, reversed(every)),
                 _told(Paired.of(*every)), f"{100 * (pairs[worst].difference or 0.0):+.1f}, {worst}",
             ])  # fmt: skip
-    head = ["norm", "gradients", "attack", "images, models", "ce", "margin", "margin less ce", "at worst"]
+    head = [
+        "norm",
+        "gradients",
+        "attack",
+        "images, models",
+        "ce, fixed",
+        "default",
+        "default less ce, fixed",
+        "at worst",
+    ]
     return _show(table, head)
 
 
 def _kept(cells: Sequence[Table]) -> str:
     """What the returned images keep, and what part of the gradients was needed, over all that was attacked."""
     table = []
-    for name in (*OTHERS, *OURS, *SAME_LOSS):
+    for name in (*OTHERS, *OURS, *ALIKE.values()):
         rows = [(cell, row) for cell in cells for row in cell.rows if row["attack"] == name]
         if rows:
             share = np.mean([row["gradients"] / _place(cell)[2] for cell, row in rows])
@@ -228,7 +246,7 @@ def _kept(cells: Sequence[Table]) -> str:
 
 def _details(cells: Sequence[Table]) -> str:
     """Robust accuracy in %, a row per model and number of gradients."""
-    names = [name for name in (*OTHERS, *OURS, *SAME_LOSS) if any(name in _robust(cell) for cell in cells)]
+    names = [name for name in (*OTHERS, *OURS, *ALIKE.values()) if any(name in _robust(cell) for cell in cells)]
     table = []
     for cell in cells:
         (model, _, gradients), robust = _place(cell), _robust(cell)

@@ -121,21 +121,15 @@ def _ours(kind: Any, **options: Any) -> Attack:
     return run
 
 
-_FALLING = ", falling steps"
 CANDIDATES: dict[str, Attack] = dict(
     chain(
         [("Foolbox LinfPGD, fewest steps", _foolbox), ("torchattacks PGD, fewest steps", _torchattacks)],
         *(
             [
                 (kind.__name__, _ours(kind)),
-                (f"{kind.__name__}{_FALLING}", _ours(kind, schedule="linear")),
                 (f"{kind.__name__}, bfloat16", _ours(kind, precision="bfloat16")),
-                (f"{kind.__name__}, bfloat16{_FALLING}", _ours(kind, schedule="linear", precision="bfloat16")),
-                (f"{kind.__name__}, ce{_FALLING}", _ours(kind, schedule="linear", loss="ce")),
-                (
-                    f"{kind.__name__}, ce, bfloat16{_FALLING}",
-                    _ours(kind, schedule="linear", loss="ce", precision="bfloat16"),
-                ),
+                (f"{kind.__name__}, ce", _ours(kind, loss="ce")),
+                (f"{kind.__name__}, ce, bfloat16", _ours(kind, loss="ce", precision="bfloat16")),
             ]
             for kind in (PGD, OrthoPGD)
         ),

@@ -22,7 +22,7 @@ AGAIN = "PGD, another start"
 
 
 def _attacks(group: Group) -> list[dict[str, Any]]:
-    common: dict[str, Any] = {"early_stop": True, "loss": "ce"}
+    common: dict[str, Any] = {"early_stop": True, "loss": "ce", "schedule": "fixed"}
     linf: list[dict[str, Any]] = [
         {"name": "PGD", **common},
         *({"name": "OrthoPGD", "label": f"OrthoPGD, {scope}", "scope": scope, **common} for scope in SCOPES),
@@ -86,7 +86,7 @@ def smallest(study: Study, group: Group) -> pd.DataFrame:
 
     def searching(scope: Scope | None) -> Callable[[nn.Module, int], Bisection]:
         def search(model: nn.Module, steps: int) -> Bisection:
-            options: dict[str, Any] = {"eps": group.eps, "steps": steps, "loss": "ce"}
+            options: dict[str, Any] = {"eps": group.eps, "steps": steps, "loss": "ce", "schedule": "fixed"}
             attack = PGD(model, **options) if scope is None else OrthoPGD(model, **options, scope=scope)
             return Bisection(attack, trials=group.trials)
 

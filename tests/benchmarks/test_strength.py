@@ -25,7 +25,13 @@ def test_a_table_of_a_run_is_not_measured_again(tmp_path, monkeypatch):
 
     ((name, rows),) = measured(6)
     assert name == "one-l1-2"
-    assert [row["attack"] for row in rows] == ["Foolbox PGD", "PGD", "OrthoPGD", "PGD, ce", "OrthoPGD, ce"]
+    assert [row["attack"] for row in rows] == [
+        "Foolbox PGD",
+        "PGD",
+        "OrthoPGD",
+        "PGD, ce, fixed",
+        "OrthoPGD, ce, fixed",
+    ]
     for row in rows:
         assert len(row["robust"]) == row["images"] == 6
         assert row["robust"].count("1") + row["fooled"] == round(6 * row["clean"])
@@ -37,8 +43,19 @@ def test_a_table_of_a_run_is_not_measured_again(tmp_path, monkeypatch):
     keep("strength", name, rows, 1, tmp_path / "results")
     assert not list(measured(6))
     assert not list(measured(5))
-    monkeypatch.setattr(strength, "_rows", lambda *_: ["more"])
-    assert list(measured(7)) == [(name, ["more"])]
+    keep("strength", name, [row for row in rows if row["attack"] != "PGD"], 1, tmp_path / "results")
+    ((_, again),) = measured(5)  # of the stored images
+    assert again == rows
+    asked: list[str] = []
+
+    def noted(network: object, data: dict[str, int], attacks: list[dict[str, str]], *_: object) -> list[Row]:
+        asked.extend(attack["label"] for attack in attacks)
+        return [{"attack": attack["label"], "limit": data["limit"]} for attack in attacks]
+
+    monkeypatch.setattr(strength, "_rows", noted)
+    ((_, more),) = measured(7)
+    assert asked == [row["attack"] for row in more] == [row["attack"] for row in rows]
+    assert {row["limit"] for row in more} == {7}
 
 
 def _table(name: str, digits: dict[str, str], eps: float = 0.5) -> Table:
@@ -55,9 +72,11 @@ def _cells(text: str) -> list[list[str]]:
 
 
 def test_the_pages_pair_ours_with_the_stronger_of_the_others():
-    ten = {"Foolbox PGD": "1110", "torchattacks PGD": "1100", "PGD": "0010", "OrthoPGD": "0011", "PGD, ce": "1111",
-           "OrthoPGD, ce": "1100"}  # fmt: skip
-    hundred = {"Foolbox PGD": "1100", **dict.fromkeys((*strength.OURS, *strength.SAME_LOSS), "0000")}
+    ten = {
+        "Foolbox PGD": "1110", "torchattacks PGD": "1100", "PGD": "0010", "OrthoPGD": "0011",
+        "PGD, ce, fixed": "1111", "OrthoPGD, ce, fixed": "1100",
+    }  # fmt: skip
+    hundred = {"Foolbox PGD": "1100", **dict.fromkeys((*strength.OURS, *strength.ALIKE.values()), "0000")}
     file = Stored(what="strength", machine="m", tables=[_table("a-b-l2-10", ten), _table("a-b-l2-100", hundred)])
     found = strength.pages([file])
     row, every = _cells(found["strength/summary"])
@@ -66,7 +85,7 @@ def test_the_pages_pair_ours_with_the_stronger_of_the_others():
     assert row[7].startswith("+25.0 (")
     assert every == ["L2", "all", *row[2:]]
     lost = _cells(found["strength/lost"])
-    assert [row[:7] for row in lost] == [["a-b", "L2", "10", "PGD, ce", "torchattacks PGD", "0", "2"]]
+    assert [row[:7] for row in lost] == [["a-b", "L2", "10", "PGD, ce, fixed", "torchattacks PGD", "0", "2"]]
     loss = _cells(found["strength/loss"])
     assert [row[:6] for row in loss[:2]] == [
         ["L2", "10", "PGD", "4 of 1", "100.0", "25.0"],
@@ -82,7 +101,7 @@ def test_the_pages_pair_ours_with_the_stronger_of_the_others():
 
 
 def test_of_two_machines_the_one_with_more_images_counts():
-    names = ("Foolbox PGD", *strength.OURS, *strength.SAME_LOSS)
+    names = ("Foolbox PGD", *strength.OURS, *strength.ALIKE.values())
     few, more = (dict.fromkeys(names, digits) for digits in ("11", "0000"))
     small = [row | {"images": 2} for row in _table("a-linf-10", few).rows]
     tables = {"m": Table(name="a-linf-10", hardware="", versions={}, rows=small), "n": _table("a-linf-10", more)}
