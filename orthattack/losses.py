@@ -176,13 +176,14 @@ _RIVALS = 10
 def _scaled_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """With the margin's value: that of the scaled logits hardly says how near an image is to being fooled."""
     known, own = logits.detach(), labels.unsqueeze(1)
-    top = known.topk(2, dim=1).values
+    rivals = known.scatter(1, own, -torch.inf).topk(min(_RIVALS, known.shape[1] - 1), dim=1)
+    values = torch.cat([known.gather(1, own), rivals.values], dim=1)  # the largest rival's second
+    asked = logits.gather(1, torch.cat([own, rivals.indices], dim=1))
+    top = values.topk(2, dim=1).values
     gap = (top[:, :1] - top[:, 1:]).maximum(1e-6 * (top[:, :1] - known.amin(1, keepdim=True)))
-    rivals = known.scatter(1, own, -torch.inf).topk(min(_RIVALS, known.shape[1] - 1), dim=1).indices
-    asked = logits.gather(1, torch.cat([own, rivals], dim=1))
     scaled = (asked - top[:, :1]) / torch.where(gap > 0, gap, 1)
     climbed = scaled.logsumexp(1) - scaled[:, 0]
-    return margin(known, labels) + (climbed - climbed.detach())
+    return values[:, 1] - values[:, 0] + (climbed - climbed.detach())
 
 
 def _logit_difference(logits: Tensor, labels: Tensor) -> Tensor:

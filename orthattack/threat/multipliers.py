@@ -82,10 +82,9 @@ def best_step(
         for _ in range(2):  # by now the matrix is that of all pixels, but for what a sample misses
             m = m + _solved(every * matrix, components(point(tau), rows, v)) / tau
         torch.abs(rest(), out=y).masked_fill_(low == high, torch.inf)
-        most = looked * round(
-            (16 * count * len(rows)) ** 0.5
-        )  # more of them, and torch would share a sum among threads
-        index, is_one, bound = leading(y.neg_().flatten(1), min(most, 2**14 - 1))
+        # Of 2^14 and more, torch would share a sum among threads.
+        most = min(looked * round((16 * count * len(rows)) ** 0.5), 2**14 - 1)
+        index, is_one, bound = leading(y.neg_().flatten(1), most)
         # All others are at their ends, and stay there while their g - Bm keeps its sign.
         torch.clamp(v.mul_(torch.finfo(g.dtype).max), low, high, out=y)
         some = [t.flatten(1).gather(1, index).double() * is_one for t in (g, low, high, y, *rows)]
