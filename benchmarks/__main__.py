@@ -88,6 +88,8 @@ def main(argv: list[str] | None = None) -> int:
     auto.add_argument("--weights", type=Path)
     auto.add_argument("--image-size", type=int)
     auto.add_argument("--data", required=True)
+    auto.add_argument("--labels", type=Path, help="a CSV file, where folders are not named by class")
+    auto.add_argument("--build", type=Path, default=ROOT / "build" / "defaults", help="what is done, to go on from")
     auto.add_argument("--limit", type=int, default=200)
     auto.add_argument("--norm", choices=["linf", "l2", "l1"], default="linf")
     auto.add_argument("--eps", type=Fraction, default=Fraction(8, 255), help="such as 8/255")
@@ -171,8 +173,8 @@ def _run(args: argparse.Namespace) -> int:
             keep("verdict", name, rows, args.threads, args.out)
     elif args.what == "autoattack":
         of = args.model, args.weights, args.image_size
-        where = args.data, args.limit, args.norm, float(args.eps), args.only, args.out
-        for rows in autoattack.rows(args.name, of, *where):
+        on = (args.data, args.labels), args.limit, args.norm, float(args.eps)
+        for rows in autoattack.rows(args.name, of, *on, args.only, args.build, args.out):
             keep("autoattack", args.name, rows, args.threads, args.out, "pyautoattack")
     elif args.what == "minimal":
         from benchmarks import minimal

@@ -19,7 +19,7 @@ from orthattack.threat import few
 from orthattack.threat.norms import by_secant, by_threshold, in_l1_ball, sparsity
 from orthattack.threat.rootfind import Bracket, by_sorting, ends_of, search, try_all
 from orthattack.threat.rounding import Box, settled_rows
-from orthattack.threat.sets import soften
+from orthattack.threat.sets import completed, soften
 from orthattack.threat.sparse import best_sparse, by_group, room
 
 # A pixel's colour has so few breakpoints that trying them all beats a search.
@@ -82,6 +82,13 @@ class Plane:
         plane._width2 = total((upper - lower).square_(), self.dims)
         plane._is_coarse = False  # not that it is known: only a GPU makes use of it, which asking would stop
         return plane
+
+    def _some(self, which: Tensor) -> Plane:
+        """The same for some samples, (N,) bool."""
+        some = copy.copy(self)
+        some.release()
+        vars(some).update({name: value[which] for name, value in vars(some).items() if isinstance(value, Tensor)})
+        return some
 
     @cached_property
     def _scratch(self) -> tuple[Tensor, ...]:
@@ -216,8 +223,7 @@ class Plane:
         if shrink is not None:
             return self._searched(points, shrink)
         y, found = self._newton(points, None)
-        if not points.is_cuda and not bool(found.all()):
-            y = torch.where(found, y, self._searched(points, None))
+        y = completed(y, found, lambda which: self._some(which)._searched(points[which], None))
         return self._settled(y, [self._box], self.images)
 
     def nearest_in_l2_ball(self, points: Tensor, radius: Tensor) -> Tensor:
@@ -226,7 +232,7 @@ class Plane:
             return self.settle(by_secant(self, points, radius, self._unsettled))
         y, found = self._newton(points, radius.to(points.dtype))
         y = self._settled(y, [self._box], self.images)
-        return y if y.is_cuda or bool(found.all()) else torch.where(found, y, by_secant(self, points, radius))
+        return completed(y, found, lambda which: by_secant(self._some(which), points[which], radius[which]))
 
     def nearest_in_l1_ball(self, points: Tensor, radius: Tensor) -> Tensor:
         """Where a group has a few pixels, less than the radius by what settling takes from groups that hardly move."""
@@ -235,10 +241,13 @@ class Plane:
         noise = self._noise(dot(delta, delta, self.dims, scratch))
         d, found = in_l1_ball(delta, self.lower - x, self.upper - x, radius, self.normal, self.dims, noise)
         y = d.add_(x).clamp_(self.lower, self.upper)
-        if not y.is_cuda and not bool(found.all()):
-            onto = self._unsettled if self.is_small else self.nearest
-            y = torch.where(found, y, by_threshold(self, points, radius, onto, self._held))
-        return self.settle(y)
+
+        def search(which: Tensor) -> Tensor:
+            some = self._some(which)
+            onto = some._unsettled if self.is_small else some.nearest
+            return by_threshold(some, points[which], radius[which], onto, some._held)
+
+        return self.settle(completed(y, found, search))
 
     def _noise(self, distance2: Tensor) -> Tensor:
         """What round-off may leave of ⟨y - x, n⟩: of equal pixels with a perturbation below their grid, all round the

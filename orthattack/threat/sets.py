@@ -7,6 +7,7 @@ which makes every problem feasible.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -93,13 +94,28 @@ class Free(Allowed):
         x = self.images
         d, found = in_l1_ball(points - x, self.lower - x, self.upper - x, radius, None, (), torch.zeros_like(radius))
         y = d.add_(x).clamp_(self.lower, self.upper)
-        return y if y.is_cuda or bool(found.all()) else torch.where(found, y, by_threshold(self, points, radius))
+
+        def search(which: Tensor) -> Tensor:
+            some = Free(x[which], self.lower[which], self.upper[which])
+            return by_threshold(some, points[which], radius[which])
+
+        return completed(y, found, search)
 
     def settle(self, points: Tensor) -> Tensor:
         return points
 
     def release(self) -> None:
         pass
+
+
+def completed(y: Tensor, found: Tensor, search: Callable[[Tensor], Tensor]) -> Tensor:
+    """y, and where it was not `found`, (N, 1, 1, 1), what a slower `search` finds for those samples, (N,) bool, in
+    place; not on a GPU, which asking would stop."""
+    if y.is_cuda or bool(found.all()):
+        return y
+    which = ~found.flatten()
+    y[which] = search(which)
+    return y
 
 
 def soften(points: Tensor, images: Tensor, shrink: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from orthattack.projection import IMAGE, dot, orthonormal_basis, reciprocal, rem
 from orthattack.threat.multipliers import SMALL, best_step, components, in_ball
 from orthattack.threat.norms import by_secant, greedy_step, length
 from orthattack.threat.rounding import Box
-from orthattack.threat.sets import Allowed, soften
+from orthattack.threat.sets import Allowed, completed, soften
 
 # The duality gap at which a step is done.
 _GAP = 1e-5
@@ -84,15 +84,6 @@ class Subspace(Allowed):
         some._directions, some._dropped, some._peaks = self._directions[which], self._dropped[which], self._peaks[which]
         some._near = tuple(row[which] for row in self._near)
         return some
-
-    def _completed(self, y: Tensor, found: Tensor, search: Callable[[Subspace, Tensor], Tensor]) -> Tensor:
-        """y, and where it was not found what `search` finds for those samples, (N,) bool; on a GPU, y."""
-        if not self._asks or bool(found.all()):
-            return y
-        which = ~found.flatten()
-        y = y.clone()
-        y[which] = search(self._some(which), which)
-        return y
 
     def boxed(self, lower: Tensor, upper: Tensor) -> Subspace:
         subspace = copy.copy(self)
@@ -160,11 +151,11 @@ class Subspace(Allowed):
         move = move if bool(moves.all()) else torch.where(moves, move, 0)
         y = torch.add(start, move).clamp_(self.lower, self.upper)
 
-        def search(some: Subspace, index: Tensor) -> Tensor:
-            given = start[index], gradient[index], alpha[index]
+        def search(which: Tensor) -> Tensor:
+            some, given = self._some(which), (start[which], gradient[which], alpha[which])
             return some._ascended(*given, 8) if looked == 1 and not self._is_small else some._ascend(*given)
 
-        return self._completed(y, found | ~moves, search)
+        return completed(y, found | ~moves, search)
 
     def _ascend(self, start: Tensor, gradient: Tensor, alpha: Tensor) -> Tensor:
         """The same in float64, by a search that goes on for longer.
@@ -213,22 +204,24 @@ class Subspace(Allowed):
         if shrink is not None:
             return self.settle(self._searched(points, shrink))
         no_ball = torch.full((len(points), 1, 1, 1), torch.inf, dtype=torch.float64, device=points.device)
-        return self._in_ball(points, no_ball, 2, lambda some, i: some._searched(points[i]))
+        return self._in_ball(points, no_ball, 2, lambda some, p, _: some._searched(p))
 
     def nearest_in_l2_ball(self, points: Tensor, radius: Tensor) -> Tensor:
-        return self._in_ball(points, radius, 2, lambda some, i: by_secant(some, points[i], radius[i]))
+        return self._in_ball(points, radius, 2, by_secant)
 
     def nearest_in_l1_ball(self, points: Tensor, radius: Tensor) -> Tensor:
-        return self._in_ball(points, radius, 1, lambda some, i: some._searched(points[i], None, radius[i]))
+        return self._in_ball(points, radius, 1, lambda some, p, r: some._searched(p, None, r))
 
     def _in_ball(
-        self, points: Tensor, radius: Tensor, order: int, search: Callable[[Subspace, Tensor], Tensor]
+        self, points: Tensor, radius: Tensor, order: int, search: Callable[[Subspace, Tensor, Tensor], Tensor]
     ) -> Tensor:
         x, (low, high, *scratch) = self.images, self._scratch
         torch.sub(self.lower, x, out=low)
         torch.sub(self.upper, x, out=high)
         d, found = in_ball(points - x, low, high, self._near, radius, order, scratch)
-        return self.settle(self._completed(d.add(x).clamp_(self.lower, self.upper), found, search))
+        y = d.add(x).clamp_(self.lower, self.upper)
+        y = completed(y, found, lambda which: search(self._some(which), points[which], radius[which]))
+        return self.settle(y)
 
     def _searched(self, points: Tensor, shrink: Tensor | None = None, radius: Tensor | None = None) -> Tensor:
         """The same in float64, by a search that goes on for longer; with a radius, in the L1 ball but for 1e-9 of it as

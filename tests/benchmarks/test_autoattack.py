@@ -20,11 +20,11 @@ def test_rows_are_judged_and_tabled(monkeypatch, tmp_path):
     monkeypatch.setattr(
         autoattack, "CANDIDATES", {"official": lambda m, x, *_: (x, {"apgd-ce": 1.0}), "AutoAttack": constant}
     )
-    arguments = ("two", ("cifar10-standard", None, None), "cifar10-samples", 4, "l2", 0.5)
+    arguments = ("two", ("cifar10-standard", None, None), ("cifar10-samples", None), 4, "l2", 0.5)
     for only in (["official"], None, None):  # the second run has one left to do, the third none
-        for found in autoattack.rows(*arguments, only, tmp_path):
+        for found in autoattack.rows(*arguments, only, tmp_path / "build", tmp_path):
             keep("autoattack", "two", found, 1, tmp_path)
-    assert not list(autoattack.rows(*arguments, None, tmp_path))
+    assert not list(autoattack.rows(*arguments, None, tmp_path / "build", tmp_path))
     assert [row["attack"] for row in found] == ["official", "AutoAttack"]
     theirs, ours = found
     assert theirs["clean"] == ours["clean"] == pytest.approx(theirs["robust"].count("1") / 4)
@@ -48,3 +48,24 @@ def test_the_official_code_is_asked_as_it_wants_to_be():
     adversarials, parts = autoattack.official(model, images, labels, "linf", 0.5)
     assert adversarials.shape == images.shape
     assert parts["apgd-ce"] <= 1
+
+
+def test_a_second_start_goes_on_with_the_images_that_are_left(monkeypatch, tmp_path):
+    asked, ends = [], [False, True]
+
+    def attack(model, images, labels, norm, eps):
+        if len(asked) == 1 and ends.pop():
+            raise KeyboardInterrupt
+        asked.append(len(images))
+        return images, {"apgd-ce": 0.5} if len(asked) == 1 else {"apgd-ce": 0.5, "square": 0.0}
+
+    monkeypatch.setattr(autoattack, "CANDIDATES", {"official": attack})
+    monkeypatch.setattr(autoattack, "BATCH", 2)
+    model = ("cifar10-standard", None, None)
+    arguments = ("two", model, ("cifar10-samples", None), 4, "l2", 0.5, None, tmp_path / "build", tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        list(autoattack.rows(*arguments))
+    ((row,),) = autoattack.rows(*arguments)
+    assert asked == [2, 2]
+    assert row["images"] == len(row["robust"]) == 4
+    assert row["parts"] == "apgd-ce 50.0, square 0.0"
