@@ -107,7 +107,7 @@ def rows(
     done.mkdir(parents=True, exist_ok=True)
     for candidate in only or [each for each in CANDIDATES if each not in found]:
         pieces = []
-        for number, (x, y) in enumerate(zip(images.split(BATCH), labels.split(BATCH), strict=True)):
+        for number, (x, y) in enumerate(zip(torch.split(images, BATCH), torch.split(labels, BATCH), strict=True)):
             path = done / f"{re.sub('[^a-z0-9]+', '-', candidate.lower())}-{number}.json"
             if not path.exists():
                 piece = _measured(CANDIDATES[candidate], network, x, y, norm, eps)
