@@ -2,7 +2,7 @@
 
     python -m benchmarks steps [--models NAME ...] [--batches 1 8 32] [--steps 10] [--rounds 4]
     python -m benchmarks arithmetic
-    python -m benchmarks minimal --weights FILE --data FOLDER [--limit 30] [--gradients 100 300] [--only ATTACK ...]
+    python -m benchmarks minimal --shared FOLDER [--limit 50] [--models NAME ...] [--norms l2] [--only ATTACK ...]
     python -m benchmarks verdict --shared FOLDER [--limit 200] [--models NAME ...] [--rounds 2]
     python -m benchmarks autoattack --name TABLE --model NAME [--weights FILE] --data FOLDER [--norm l2 --eps 0.5]
     python -m benchmarks strength --shared FOLDER [--limit 100] [--models NAME ...] [--norms linf] [--gradients 10 100]
@@ -22,18 +22,18 @@
 `steps`: time per gradient step and image, and peak memory, beside the bare step, Foolbox and torchattacks.
 `arithmetic`: the attack's own step beside the model's. `verdict`: seconds of a whole evaluation at the robust
 accuracy that Foolbox's LinfPGD reaches. `autoattack`: robust accuracy and CPU time beside the official code, which is
-`pip install pyautoattack --no-deps`. `minimal`: the norms that attacks find which minimise them, by AttackBench;
-without weights, of the bundled robust model. `strength`: robust accuracy that PGD leaves beside Foolbox's and
-torchattacks', of several models; what is stored, on whatever machine, is not measured again. `defaults`: robust
-accuracy by loss, schedule, start and steps, of several models. `transfer`: on how many images attacks fool a model
-that was not asked. `radii`: what fooling takes if part of the image must stay, by contrast alone and in 8 bits.
+`pip install pyautoattack --no-deps`. `minimal`: the norms that attacks find which minimise them, by AttackBench, of
+several models; what this machine has stored is not measured again. `strength`: robust accuracy that PGD leaves beside
+Foolbox's and torchattacks', of several models; what is stored, on whatever machine, is not measured again. `defaults`:
+robust accuracy by loss, schedule, start and steps, of several models. `transfer`: on how many images attacks fool a
+model that was not asked. `radii`: what fooling takes if part of the image must stay, by contrast alone and in 8 bits.
 `detector`: whether one that knows plain PGD sees the others. `gpu`: steps and arithmetic of several models in large
 batches, for a GPU, in five minutes, after the attacks' tests on it. `growth`: time against image size and number of
-images. `start`: of imports, of an evaluation up to its first attack, and of the resume of a finished run.
-`throughput`: how much of an evaluation's time is the attack. `workers`, `driver`: what Ray costs, and how many
-workers its driver can feed. `report` writes the stored tables into docs/performance.md, docs/strength.md,
-docs/minimal-norm.md, docs/what-it-rules-out.md and docs/attacks/transfer.md, and draws the plots. `study` is
-docs/study.md's; it has options of its own. The device is the GPU if there is one.
+images. `start`: of imports, of an evaluation up to its first attack, and of the resume of a finished run. `throughput`:
+how much of an evaluation's time is the attack. `workers`, `driver`: what Ray costs, and how many workers its driver can
+feed. `report` writes the stored tables into docs/performance.md, docs/strength.md, docs/minimal-norm.md,
+docs/what-it-rules-out.md and docs/attacks/transfer.md, and draws the plots. `study` is docs/study.md's; it has options
+of its own. The device is the GPU if there is one.
 
 torchattacks is needed beside the package, and for `minimal` two more:
 pip install --no-deps torchattacks attackbenchlib adv-lib
@@ -95,12 +95,13 @@ def main(argv: list[str] | None = None) -> int:
     auto.add_argument("--eps", type=Fraction, default=Fraction(8, 255), help="such as 8/255")
     auto.add_argument("--only", nargs="+", metavar="CANDIDATE", help="rows to measure; the others stay")
     minimal = what.add_parser("minimal", parents=[timed])
-    minimal.add_argument("--weights", type=Path, help="of a ResNet-18 for 64x64 images")
-    minimal.add_argument("--data", required=True, help="images of the model")
-    minimal.add_argument("--limit", type=int, default=30)
-    minimal.add_argument("--norms", nargs="+", default=["linf", "l2", "l1"])
+    minimal.add_argument("--shared", type=Path, required=True, help="the folder with data and weights")
+    minimal.add_argument("--build", type=Path, default=ROOT / "build" / "defaults", help="where data is unpacked")
+    minimal.add_argument("--limit", type=int, default=50, help="images, all correctly classified")
+    minimal.add_argument("--models", nargs="+", metavar="NAME")
+    minimal.add_argument("--norms", nargs="+", choices=["linf", "l2", "l1"], default=["linf", "l2", "l1"])
     minimal.add_argument("--gradients", type=int, nargs="+", default=[100, 300, 1000])
-    minimal.add_argument("--only", nargs="+", metavar="ATTACK", help="attacks to measure")
+    minimal.add_argument("--only", nargs="+", metavar="ATTACK", help="attacks to measure; the others stay")
     strength = what.add_parser("strength", parents=[timed])
     strength.add_argument("--shared", type=Path, required=True, help="the folder with data and weights")
     strength.add_argument("--build", type=Path, default=ROOT / "build" / "defaults", help="the runs, which resume")
@@ -179,8 +180,9 @@ def _run(args: argparse.Namespace) -> int:
     elif args.what == "minimal":
         from benchmarks import minimal
 
-        loaded = minimal.loaded(args.weights, args.data, args.limit)
-        minimal.measured(*loaded, args.norms, args.gradients, args.only, args.out)
+        images = args.shared, args.build, args.limit, args.models
+        for name, rows in minimal.tables(*images, args.norms, args.gradients, args.only, args.out):
+            keep("minimal", name, rows, args.threads, args.out, "adv-lib", "attackbenchlib")
     elif args.what == "strength":
         from benchmarks import strength
 

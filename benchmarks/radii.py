@@ -96,7 +96,12 @@ def relative(row: Row, plain: Row) -> tuple[float, float, float]:
     """The geometric mean of the radii over plain's, with its 95 % interval (Student's t of the logarithms), over images
     that both fool."""
     both = [k for k, pair in enumerate(zip(row["fooled"], plain["fooled"], strict=True)) if pair == ("1", "1")]
-    middle, low, high = over_seeds(np.log([row["radii * 255"][k] / plain["radii * 255"][k] for k in both]).tolist())
+    return geometric_mean([row["radii * 255"][k] / plain["radii * 255"][k] for k in both])
+
+
+def geometric_mean(ratios: Sequence[float]) -> tuple[float, float, float]:
+    """With its 95 % interval, by Student's t of the logarithms."""
+    middle, low, high = over_seeds(np.log(ratios).tolist())
     return math.exp(middle), math.exp(low), math.exp(high)
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from benchmarks import constraint, plots, strength
-from benchmarks.minimal import optimality
+from benchmarks import constraint, minimal, plots, strength
 from benchmarks.steps import PEERS
 from benchmarks.stored import RESULTS, Row, Table, by_machine, medians, stored
 from orthattack.eval.results.rates import Rate
@@ -21,12 +20,10 @@ PAGES = ("performance.md", "strength.md", "minimal-norm.md", "what-it-rules-out.
 
 def tables(folder: Path = RESULTS) -> dict[str, str]:
     """Each stored table in Markdown, by "WHAT/MACHINE/NAME", and the summary of the steps."""
-    norms = {table.name: table.rows for file in stored(folder) if file.what == "minimal" for table in file.tables}
     makers: dict[str, Callable[[Table], str]] = {
         "steps": _steps_table,
         "verdict": _verdict_table,
         "autoattack": _autoattack_table,
-        "minimal": partial(_minimal_table, norms),
         "growth": _growth_table,
     }
     found = {}
@@ -34,13 +31,13 @@ def tables(folder: Path = RESULTS) -> dict[str, str]:
     for file in stored(folder):
         if file.what == "defaults":  # one table of all
             choices |= {table.name: table for table in file.tables}
-        if file.what in ("defaults", "strength", "transfer", "radii", "detector"):
+        if file.what in ("defaults", "strength", "minimal", "transfer", "radii", "detector"):
             continue
         for table in file.tables:
             found[f"{file.what}/{file.machine}/{table.name}"] = makers.get(file.what, _plain_table)(table)
     if choices:
         found["defaults"] = _defaults_summary([*choices.values()])
-    found |= strength.pages(stored(folder)) | constraint.pages(stored(folder))
+    found |= strength.pages(stored(folder)) | minimal.pages(stored(folder)) | constraint.pages(stored(folder))
     steps = by_machine(folder, "steps")
     return found | ({"summary": _summary(steps.values())} if steps else {})
 
@@ -176,26 +173,6 @@ def _defaults_summary(measured: Sequence[Table]) -> str:
     )
     head = ["loss", "steps", *(f"{steps} gradients" for steps in budgets)]
     return f"{about}:\n\n{tabulate(lines, head, 'github', disable_numparse=True)}"
-
-
-def _minimal_table(known: Mapping[str, Sequence[Row]], content: Table) -> str:
-    """Best first; the norms as the geometric mean of their ratio to the smallest known."""
-    score = optimality(content.name, content.rows, known)
-    group = content.name.rsplit("-", 1)[0]
-    every = [row["norms"] for name, rows in known.items() if name.rsplit("-", 1)[0] == group for row in rows]
-    smallest = [min(norms) for norms in zip(*every, strict=True)]
-    table = [
-        [
-            row["attack"],
-            f"{score[row['attack']]:.4f}",
-            f"{statistics.geometric_mean(a / b for a, b in zip(row['norms'], smallest, strict=True)):.3f}",
-            f"{row['gradients']:.0f}",
-            f"{row['evaluations']:.0f}",
-        ]
-        for row in sorted(content.rows, key=lambda row: -score[row["attack"]])
-    ]
-    head = ["attack", "optimality", "norm / smallest", "gradients", "forwards"]
-    return tabulate(table, head, "github", disable_numparse=True)
 
 
 def _growth_table(content: Table) -> str:

@@ -71,15 +71,13 @@ def machine() -> tuple[str, str]:
     return capability.lower(), f"CPU with {capability}"
 
 
-def keep(
-    what: str, name: str, rows: Iterable[Row], threads: int, folder: Path = RESULTS, beside: str | None = None
-) -> Path:
-    """Store a table in place of the one of the same name, and show it. `beside`: a package that was measured too."""
+def keep(what: str, name: str, rows: Iterable[Row], threads: int, folder: Path = RESULTS, *beside: str) -> Path:
+    """Store a table in place of the one of the same name, and show it. `beside`: packages that were measured too."""
     rows = list(rows)
     slug, hardware = machine()
     if not torch.cuda.is_available():
         hardware += f", {threads} threads"
-    packages = ("orthattack", "torch", "foolbox", *([beside] if beside else []))
+    packages = ("orthattack", "torch", "foolbox", *beside)
     versions = {package: version(package) for package in packages}
     new = Table(name=name, hardware=hardware, versions=versions, rows=rows)
     path = folder / what / f"{slug}.json"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from benchmarks import minimal, report, steps, timing
+from benchmarks import report, steps, timing
 from benchmarks.__main__ import main
 from benchmarks.stored import RESULTS, Stored, Table, keep, stored
 
@@ -95,18 +95,6 @@ def test_a_table_from_the_command_line_reaches_the_page(tmp_path, capsys):
     page = report.filled(f"<!-- {name} -->\n\nold\n\n<!-- /{name} -->\n", report.tables(tmp_path))
     assert "import torch" in page
     assert "old" not in page
-
-
-def test_optimality_is_attackbench_s():
-    """Its equation 5: norms 1 and 4 at best, so a radius of 4, at which what is found later counts nothing."""
-    known = {
-        "m-l2-100": [{"attack": "a", "norms": [2.0, 9.0]}, {"attack": "b", "norms": [3.0, 4.0]}],
-        "m-l1-100": [{"attack": "a", "norms": [0.1, 0.1]}],
-        "m-l2-300": [{"attack": "a", "norms": [1.0, 5.0]}],
-    }
-    # At best (4 - 1) + (4 - 4).
-    assert minimal.optimality("m-l2-100", known["m-l2-100"], known) == pytest.approx({"a": 2 / 3, "b": 1 / 3})
-    assert minimal.optimality("m-l2-300", known["m-l2-300"], known) == pytest.approx({"a": 1.0})
 
 
 def test_a_default_is_judged_by_how_far_it_is_behind_the_best_choice():
