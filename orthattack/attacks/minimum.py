@@ -19,7 +19,7 @@ from orthattack.threat import Norm, perturbation_norm
 from orthattack.threat.norms import BALLS, unit
 
 # Of the gradients the share that ascents towards single classes take, how many each takes at least, and how many
-# classes there are usually: many gradients are for more. Measured on the models of docs/minimal-norm.md.
+# classes there are usually: many gradients are for more. Chosen on cifar10-robust's and -standard's first images.
 _EXPLORED: dict[Norm, tuple[float, int, int]] = {"linf": (0.45, 5, 9), "l2": (0.45, 5, 9), "l1": (0.36, 12, 3)}
 
 
