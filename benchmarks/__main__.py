@@ -9,7 +9,7 @@
     python -m benchmarks defaults --shared FOLDER [--limit 200] [--models NAME ...]
     python -m benchmarks transfer --shared FOLDER [--limit 100] [--groups NAME ...] [--models NAME ...]
     python -m benchmarks radii --shared FOLDER [--limit 60] [--models NAME ...]
-    python -m benchmarks detector --shared FOLDER [--limit 1600] [--models NAME ...]
+    python -m benchmarks detector --shared FOLDER [--limit 2400] [--models NAME ...]
     python -m benchmarks gpu
     python -m benchmarks growth
     python -m benchmarks start
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     defaults.add_argument("--build", type=Path, default=ROOT / "build" / "defaults", help="the runs, which resume")
     defaults.add_argument("--limit", type=int, default=200, help="images")
     defaults.add_argument("--models", nargs="+", metavar="NAME")
-    for name, limit in (("transfer", 100), ("radii", 60), ("detector", 1600)):
+    for name, limit in (("transfer", 100), ("radii", 60), ("detector", 2400)):
         those = what.add_parser(name, parents=[timed])
         those.add_argument("--shared", type=Path, required=True, help="the folder with data and weights")
         those.add_argument("--build", type=Path, default=ROOT / "build" / "defaults", help="of data and networks")

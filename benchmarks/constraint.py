@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from tabulate import tabulate
 
-from benchmarks import radii, transfer
+from benchmarks import detector, radii, transfer
 from benchmarks.stored import Row, Stored, Table
 from orthattack.eval.results.paired import Paired
 
@@ -17,7 +17,7 @@ def pages(files: Iterable[Stored]) -> dict[str, str]:
     found: dict[str, str] = {}
     for file in files:
         if file.what == "detector":
-            made = {table.name: detector_table(table) for table in file.tables}
+            made = {name: text for table in file.tables for name, text in detector_tables(table).items()}
         else:
             made = MAKERS[file.what](file.tables) if file.what in MAKERS else {}
         found |= {f"{file.what}/{file.machine}/{name}": text for name, text in made.items()}
@@ -25,21 +25,28 @@ def pages(files: Iterable[Stored]) -> dict[str, str]:
 
 
 def transfer_tables(measured: Sequence[Table]) -> dict[str, str]:
-    """Of each group of models two tables: by attack, over all pairs of models, and by pair."""
+    """Of each group of models two tables: by attack, over all pairs of models, and by pair.
+
+    With several seeds of training, "by seed" is what is lost between networks of one seed, the least and the most.
+    """
     found = {}
     for group in dict.fromkeys(row["group"] for table in measured for row in table.rows):
         rows = [row for table in measured for row in table.rows if row["group"] == group]
         pairs = transfer.compared(measured, group)
+        of_seed = [transfer.compared(tables, group) for tables in transfer.by_seed(measured, group).values()]
         lines = []
         for attack in dict.fromkeys(row["attack"] for row in rows):
-            whole = transfer.Compared.joined([of[attack] for of in pairs.values()])
+            whole = _joined(pairs, attack)
+            lost = [_joined(of, attack).loss for of in of_seed]
             differ = sum((pair.p or 0.0) < 0.05 for pair in whole.pairs)
             gradients = next(row["gradients"] for row in rows if row["attack"] == attack)
             lines.append(
                 [attack, gradients, *(f"{100 * whole.rate(form):.1f} %" for form in transfer.FORMS), _points(whole),
+                 *([f"{_sign(min(lost), 100, 1)} to {_sign(max(lost), 100, 1)}"] if len(lost) > 1 else []),
                  f"{differ} of {len(whole.pairs)}"]
             )  # fmt: skip
-        head = ["attack", "gradients", "plain", "orthogonal", "lost", "p < 0.05"]
+        seeds = ["by seed"] if len(of_seed) > 1 else []
+        head = ["attack", "gradients", "plain", "orthogonal", "lost", *seeds, "p < 0.05"]
         images = next(len(value) for key, value in rows[0].items() if key.startswith("fools "))
         about = f"L∞, ε = {rows[0]['eps * 255']:g}/255, {images} images, {len(whole.pairs)} pairs of models"
         found[f"{group}-attacks"] = f"{about}:\n\n{tabulate(lines, head, 'github', disable_numparse=True)}"
@@ -50,16 +57,25 @@ def transfer_tables(measured: Sequence[Table]) -> dict[str, str]:
     return found
 
 
+def _joined(pairs: Mapping[tuple[str, str], Mapping[str, transfer.Compared]], attack: str) -> transfer.Compared:
+    return transfer.Compared.joined([of[attack] for of in pairs.values()])
+
+
 def _points(found: transfer.Compared) -> str:
     low, high = found.interval()
     return _signed(found.loss, low, high, 100, 1)
 
 
 def _signed(value: float, low: float, high: float, unit: float, digits: int) -> str:
-    """A difference with its interval; 0 has no sign."""
-    shown = [round(unit * x, digits) + 0.0 for x in (value, low, high)]
-    told, *ends = (f"{x:{'+' if x else ''}.{digits}f}".replace("-", "−") for x in shown)
+    """A difference with its interval."""
+    told, *ends = (_sign(x, unit, digits) for x in (value, low, high))
     return f"{told} [{', '.join(ends)}]"
+
+
+def _sign(value: float, unit: float, digits: int) -> str:
+    """A difference with its sign; 0 has none."""
+    shown = round(unit * value, digits) + 0.0
+    return f"{shown:{'+' if shown else ''}.{digits}f}".replace("-", "−")
 
 
 def _both(found: transfer.Compared) -> str:
@@ -110,22 +126,28 @@ def _fooled_beside(row: Row, plain: Row) -> str:
     return f"{told}, {_signed(pair.difference or 0.0, low, high, 100, 0)}"
 
 
-def detector_table(content: Table) -> str:
-    """Areas under the ROC curve, the mean of the seeds, and the shares detected at 5 % false positives."""
-    lines = []
-    for row in content.rows:
-        detected = [100 * np.mean(np.array(list(row[key])) == "1") for key in row if key.startswith("flagged, ")]
-        (low, high), (lower, upper) = row["interval"], row["its interval"]
-        lines.append(
-            [row["detector"], row["perturbation"], f"{100 * row['fooled'] / row['images']:.0f} %",
-             f"{row['area']:.2f} [{low:.2f}, {high:.2f}]", f"{min(row['by seed']):.2f} to {max(row['by seed']):.2f}",
-             "–" if row["perturbation"] == "plain" else _signed(row["above plain"], lower, upper, 1, 3),
-             f"{np.mean(detected):.0f} % ({min(detected):.0f} to {max(detected):.0f})"]
-        )  # fmt: skip
-    head = ["detector", "perturbation", "fooled", "area", "by seed", "above plain's", "detected"]
-    first = content.rows[0]
-    about = f"{content.name}, L∞, ε = {first['eps * 255']}/255, {first['images']} images to test on"
-    return f"{about}:\n\n{tabulate(lines, head, 'github', disable_numparse=True)}"
+def detector_tables(content: Table) -> dict[str, str]:
+    """A table for each kind of images that detectors were to tell plain PGD's from: areas under the ROC curve, the mean
+    of the seeds, and the shares detected at 5 % false positives."""
+    found = {}
+    for against in detector.AGAINST:
+        rows = [row for row in content.rows if row["against"] == against]
+        lines = []
+        for row in rows:
+            flagged = np.array([list(row[key]) for key in row if key.startswith("flagged, ")]) == "1"
+            fools, detected = np.array(list(row["fools"])) == "1", 100 * flagged.mean(1)
+            (low, high), (lower, upper), areas = row["interval"], row["its interval"], row["by seed"]
+            lines.append(
+                [row["detector"], row["perturbation"], f"{100 * fools.mean():.0f} %",
+                 f"{row['area']:.2f} [{low:.2f}, {high:.2f}]", f"{min(areas):.2f} to {max(areas):.2f}",
+                 "–" if row["perturbation"] == "plain" else _signed(row["above plain"], lower, upper, 1, 3),
+                 f"{np.mean(detected):.0f} % ({min(detected):.0f} to {max(detected):.0f})",
+                 f"{100 * (fools & ~flagged).mean():.0f} %"]
+            )  # fmt: skip
+        head = ["detector", "perturbation", "fools", "area", "by seed", "above plain's", "detected", "fools undetected"]
+        about = f"{content.name}, L∞, ε = {rows[0]['eps * 255']}/255, {rows[0]['images']} images to test on"
+        found[f"{content.name}-{against}"] = f"{about}:\n\n{tabulate(lines, head, 'github', disable_numparse=True)}"
+    return found
 
 
 MAKERS = {"transfer": transfer_tables, "radii": radii_tables}

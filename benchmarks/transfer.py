@@ -210,6 +210,26 @@ def kind(model: str) -> str:
     return re.sub(r"-\d+$", "", model)
 
 
+def by_seed(stored: Sequence[Table], group: str) -> dict[int, list[Table]]:
+    """For each seed that the names of a group's sources end in, what is stored of networks with this seed or none."""
+    mine = [table for table in stored if table.rows[0]["group"] == group]
+    suffixes = sorted({table.name.removeprefix(kind(table.name)) for table in mine} - {""})
+
+    def belongs(key: str, suffix: str) -> bool:
+        return key.removeprefix(kind(key)) in ("", suffix)
+
+    return {
+        int(suffix[1:]): [
+            table.model_copy(
+                update={"rows": [{key: x for key, x in row.items() if belongs(key, suffix)} for row in table.rows]}
+            )
+            for table in mine
+            if belongs(table.name, suffix)
+        ]
+        for suffix in suffixes
+    }
+
+
 def compared(stored: Sequence[Table], group: str) -> dict[tuple[str, str], dict[str, Compared]]:
     """By source and target, both without seeds, and attack."""
     found: dict[tuple[str, str], dict[str, dict[str, list[NDArray[np.bool_]]]]] = {}

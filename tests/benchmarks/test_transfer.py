@@ -71,6 +71,29 @@ def test_seeds_of_one_network_are_taken_together_and_the_source_is_no_target():
     assert to_other.interval() == pytest.approx((0.125 - half, 0.125 + half))
 
 
+def test_what_is_lost_is_told_by_seed_of_training():
+    stored = [
+        table("net-0", net_0=("11", "11"), net_1=("11", "00"), other=("10", "00")),
+        table("net-1", net_0=("11", "00"), net_1=("11", "11"), other=("00", "00")),
+        table("other", net_0=("11", "11"), net_1=("10", "11"), other=("11", "11")),
+    ]
+    found = transfer.by_seed(stored, "g")
+    assert {seed: [of.name for of in tables] for seed, tables in found.items()} == {
+        0: ["net-0", "other"], 1: ["net-1", "other"],
+    }  # fmt: skip
+    lost = {
+        seed: {pair: of["MI"].loss for pair, of in transfer.compared(tables, "g").items()}
+        for seed, tables in found.items()
+    }
+    assert lost == {
+        0: {("net", "other"): 0.5, ("other", "net"): 0.0},
+        1: {("net", "other"): 0.0, ("other", "net"): -0.5},
+    }
+    head, _, line = constraint.transfer_tables(stored)["g-attacks"].splitlines()[-3:]
+    told = dict(zip(*([cell.strip() for cell in of.strip("|").split("|")] for of in (head, line)), strict=True))
+    assert told["by seed"] == "−25.0 to +25.0"
+
+
 def test_several_pairs_of_the_same_images_are_no_more_images():
     generator = np.random.default_rng(0)
     plain, ortho = generator.random((2, 1, 80)) < 0.5
