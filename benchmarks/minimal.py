@@ -217,7 +217,7 @@ class _Cell:
         ratios = [a / b for a, b in zip(self.norms(ours), self.norms(other), strict=True)]
         smaller, larger = sum(ratio < 1 - ALIKE for ratio in ratios), sum(ratio > 1 + ALIKE for ratio in ratios)
         middle, low, high = geometric_mean(ratios)
-        return [f"{middle:.3f} [{low:.3f}, {high:.3f}]", str(smaller), str(larger)]
+        return [f"{middle:.3f} [{low:.3f}, {high:.3f}]", f"{smaller}, {larger}"]
 
 
 def _cells(files: Iterable[Stored]) -> list[_Cell]:
@@ -271,7 +271,7 @@ def _summary(cells: Sequence[_Cell]) -> str:
         shown = [_bold(score, max(scores)) for score in scores]
         where = [SIGN[cell.norm], cell.model, str(_images(cell.table)), str(cell.gradients)]
         table.append([*where, *shown[:2], f"{shown[2]}, {best}", *cell.compared("MinimumNorm", best)])
-    head = ["norm", "model", "images", "gradients", *OURS, "best other", "MinimumNorm / other", "smaller", "larger"]
+    head = ["norm", "model", "images", "gradients", *OURS, "best other", "MinimumNorm / other", "smaller, larger"]
     hardware = ", ".join(sorted({cell.table.hardware for cell in cells}))
     versions = ", ".join(sorted({f"{name} {at}" for cell in cells for name, at in cell.table.versions.items()}))
     minutes = sum(row["seconds"] for cell in cells for row in cell.table.rows) / 60
@@ -293,7 +293,7 @@ def _lost(cells: Sequence[_Cell]) -> str:
     if not table:
         return "None."
     head = ["norm", "model", "gradients", "ours", "other", "optimality", "other's"]
-    return _show(table, [*head, "ours / other", "smaller", "larger"])
+    return _show(table, [*head, "ours / other", "smaller, larger"])
 
 
 def _details(cells: Sequence[_Cell]) -> str:

@@ -39,11 +39,11 @@ def test_the_pages_compare_ours_with_the_best_of_the_others():
     (row,) = _lines(found["minimal/summary"])  # not of 50 gradients, where there is nothing to compare with
     assert row[:7] == ["L2", "a-b", "3", "5", "**0.8000**", "0.0000", "0.6000, FMN"]
     assert row[7].startswith("1.000 [")  # (2 * 0.5 * 0.99975) ** (1 / 3)
-    assert row[8:] == ["1", "1"]  # 4 and 4.001 are alike
+    assert row[8:] == ["1, 1"]  # 4 and 4.001 are alike
     lost = _lines(found["minimal/lost"])
     assert [row[:7] for row in lost] == [["L2", "a-b", "5", ORTHO, "FMN", "0.0000", "0.6000"]]
     assert lost[0][7].startswith("1.710 [")  # (4 * 1 * 5 / 4.001) ** (1 / 3)
-    assert lost[0][8:] == ["0", "2"]
+    assert lost[0][8:] == ["0, 2"]
     assert _lines(found["minimal/l2"]) == [
         [OURS, "**0.8000**", "–", "90 %"],
         ["FMN", "0.6000", "–", "90 %"],
@@ -58,7 +58,7 @@ def test_a_smaller_mean_norm_is_a_loss_even_where_optimality_is_not():
     assert row[3:5] == [OURS, "FMN"]
     assert float(row[5]) > float(row[6])
     assert row[7].startswith("1.710 [")
-    assert row[8:] == ["1", "1"]
+    assert row[8:] == ["1, 1"]
     better = {OURS: [1.0, 1.0, 9.0], ORTHO: [1.0, 1.0, 9.0], "FMN": [1.0, 2.0, 9.0]}
     assert minimal.pages([_file({"a-l1-5": better})])["minimal/lost"] == "None."
 
