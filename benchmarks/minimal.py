@@ -212,9 +212,12 @@ class _Cell:
     def others(self) -> list[str]:
         return [name for name in self.optimality if name not in OURS]
 
+    def ratios(self, ours: str, other: str) -> list[float]:
+        return [a / b for a, b in zip(self.norms(ours), self.norms(other), strict=True)]
+
     def compared(self, ours: str, other: str) -> list[str]:
         """Ours over the other: the mean ratio of the norms, and on how many images they are smaller and larger."""
-        ratios = [a / b for a, b in zip(self.norms(ours), self.norms(other), strict=True)]
+        ratios = self.ratios(ours, other)
         smaller, larger = sum(ratio < 1 - ALIKE for ratio in ratios), sum(ratio > 1 + ALIKE for ratio in ratios)
         middle, low, high = geometric_mean(ratios)
         return [f"{middle:.3f} [{low:.3f}, {high:.3f}]", f"{smaller}, {larger}"]
@@ -270,8 +273,20 @@ def _summary(cells: Sequence[_Cell]) -> str:
         scores = [cell.optimality[name] for name in (*OURS, best)]
         shown = [_bold(score, max(scores)) for score in scores]
         where = [SIGN[cell.norm], cell.model, str(_images(cell.table)), str(cell.gradients)]
-        table.append([*where, *shown[:2], f"{shown[2]}, {best}", *cell.compared("MinimumNorm", best)])
-    head = ["norm", "model", "images", "gradients", *OURS, "best other", "MinimumNorm / other", "smaller, larger"]
+        orthogonal = f"{geometric_mean(cell.ratios('OrthoMinimumNorm', 'MinimumNorm'))[0]:.3f}"
+        compared = cell.compared("MinimumNorm", best)
+        table.append([*where, *shown[:2], orthogonal, f"{shown[2]}, {best}", *compared])
+    head = [
+        "norm",
+        "model",
+        "images",
+        "gradients",
+        *OURS,
+        "ortho / plain",
+        "best other",
+        "MinimumNorm / other",
+        "smaller, larger",
+    ]
     hardware = ", ".join(sorted({cell.table.hardware for cell in cells}))
     versions = ", ".join(sorted({f"{name} {at}" for cell in cells for name, at in cell.table.versions.items()}))
     minutes = sum(row["seconds"] for cell in cells for row in cell.table.rows) / 60
