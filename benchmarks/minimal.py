@@ -34,7 +34,7 @@ from orthattack.eval.data import load_dataset
 from orthattack.eval.models import load_classifier
 from orthattack.eval.results.paired import optimality
 
-OURS = ("MinimumNorm", "OrthoMinimumNorm")
+OURS = {"MinimumNorm": "plain", "OrthoMinimumNorm": "ortho"}  # as two tables call them
 ORDER = {"linf": float("inf"), "l2": 2, "l1": 1}
 TRIALS = 10  # of attacks that fill a ball, between which AttackBench bisects
 ALIKE = 0.001  # norms that differ by no more than this share count as equal
@@ -271,26 +271,17 @@ def _summary(cells: Sequence[_Cell]) -> str:
             continue
         best = max(cell.others(), key=cell.optimality.__getitem__)
         scores = [cell.optimality[name] for name in (*OURS, best)]
-        shown = [_bold(score, max(scores)) for score in scores]
+        told = [_bold(score, max(scores)) for score in scores]
         where = [SIGN[cell.norm], cell.model, str(_images(cell.table)), str(cell.gradients)]
         orthogonal = f"{geometric_mean(cell.ratios('OrthoMinimumNorm', 'MinimumNorm'))[0]:.3f}"
         compared = cell.compared("MinimumNorm", best)
-        table.append([*where, *shown[:2], orthogonal, f"{shown[2]}, {best}", *compared])
-    head = [
-        "norm",
-        "model",
-        "images",
-        "gradients",
-        *OURS,
-        "ortho / plain",
-        "best other",
-        "MinimumNorm / other",
-        "smaller, larger",
-    ]
+        table.append([*where, *told[:2], orthogonal, f"{told[2]}, {best}", *compared])
+    head = ["norm", "model", "images", "gradients", "plain", "ortho", "ortho / plain", "best other", "plain / other"]
+    shown = _show(table, [*head, "smaller, larger"])
     hardware = ", ".join(sorted({cell.table.hardware for cell in cells}))
     versions = ", ".join(sorted({f"{name} {at}" for cell in cells for name, at in cell.table.versions.items()}))
     minutes = sum(row["seconds"] for cell in cells for row in cell.table.rows) / 60
-    return f"{hardware}; {versions}; {minutes:.0f} CPU minutes for all tables:\n\n{_show(table, head)}"
+    return f"{hardware}; {versions}; {minutes:.0f} CPU minutes for all tables:\n\n{shown}"
 
 
 def _lost(cells: Sequence[_Cell]) -> str:
@@ -303,7 +294,7 @@ def _lost(cells: Sequence[_Cell]) -> str:
             ratio = cell.compared(ours, other)
             own, theirs = cell.optimality[ours], cell.optimality[other]
             if theirs > own or float(ratio[0].split()[0]) > 1:
-                where = [SIGN[cell.norm], cell.model, str(cell.gradients), ours, other]
+                where = [SIGN[cell.norm], cell.model, str(cell.gradients), OURS[ours], other]
                 table.append([*where, f"{own:.4f}", f"{theirs:.4f}", *ratio])
     if not table:
         return "None."
