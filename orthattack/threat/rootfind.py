@@ -60,6 +60,19 @@ def by_sorting(
     return a, residual(a).clamp(min=0), b, residual(b).clamp(max=0)
 
 
+def at_jump(at: Tensor, jump: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """a and b, (..., 1), between which f(λ) meets 0: it is `top`, (..., 1), at first, and falls by each `jump` where λ
+    passes `at`, both (..., J). Neither is a place of a jump, unless it is as near another as the dtype can tell."""
+    ordered, order = at.sort(dim=-1)
+    fallen = jump.gather(-1, order).cumsum(-1)
+    here = ordered.gather(-1, (fallen < top).sum(-1, keepdim=True).clamp(max=at.shape[-1] - 1))
+    ends = torch.full_like(here, _largest(here))
+    places = torch.cat([-ends, ordered, ends], dim=-1)  # the first place is 1
+    first, beyond = ((ordered < here).sum(-1, keepdim=True) + 1, (ordered <= here).sum(-1, keepdim=True) + 1)
+    a, b = (places.gather(-1, k - 1) / 2 + places.gather(-1, k) / 2 for k in (first, beyond))
+    return a, b
+
+
 def search(
     residual: Callable[[Tensor], Tensor],
     scale: Tensor,

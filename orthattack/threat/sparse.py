@@ -6,20 +6,23 @@ What it is of all pixels follows from the multipliers found: none of the others 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from orthattack.projection import IMAGE, dot, reciprocal, total
 from orthattack.threat.norms import leading
-from orthattack.threat.rootfind import search, try_all
+from orthattack.threat.rootfind import Bracket, at_jump, search, try_all
 
 # The duality gap, relative to the objective.
 _GAP = 1e-5
-# How many times the pixels that move at least are looked at first.
-_LOOKED = 2
 # Of more groups than channels, those are chosen that move, not some pixels of each.
 _GROUPS = 16
+# Of so few pixels a sort is quicker than a search.
+_SORTED = 2**11
+# Of images of so few values more are looked at, which costs little there.
+_SMALL = 2**16
 
 
 def best_sparse(
@@ -32,6 +35,7 @@ def best_sparse(
     alpha: Tensor,
     count: int,
     dims: tuple[int, ...],
+    looked: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Solve::
 
@@ -46,32 +50,39 @@ def best_sparse(
         alpha: α, (N, 1, 1, 1), greater than 0.
         count: how many pixels will move, to start with.
         dims: those of a group.
+        looked: how many times as many pixels are looked at, 2 or of small images 4 to start with; where that turns out
+            to be too few, four times as many.
 
     Returns:
         d, with a duality gap below 1e-5 of the optimum as a rule, and its norm, or some number above α if that is α.
     """
-    if g.is_cuda or g[0].numel() <= 8 * count:  # asking would stop the GPU
+    looked = looked or (2 if g[0].numel() > _SMALL else 4)
+    if g.is_cuda or g[0].numel() <= 4 * looked * count:  # asking would stop the GPU
         return _beyond(g, normal, *room(start, lower, upper, limit), alpha, count, dims, None)[:2]
     groups = 1 if dims == IMAGE else g.shape[1]
     flat = [t.reshape(len(g), groups, -1) for t in (g, normal, start, lower, upper)]
     size = flat[0].abs()
     if groups > _GROUPS:
-        top = size.amax(2).topk(min(groups, 1 + 2 * count // 3), dim=1)  # in each, two or more move
+        top = size.amax(2).topk(min(groups, 1 + looked * count // 3), dim=1)  # in each, two or more move
         index, shape = top.indices.unsqueeze(2).expand(-1, -1, size.shape[2]), (-1, *g.shape[2:])
         along, outside, slope, weight = 1, top.values[:, -1:], None, torch.ones(())
     else:
-        index, is_one, outside = leading(size.flatten(0, 1), _LOOKED * count // min(groups, 2))
+        index, is_one, outside = leading(size.flatten(0, 1), looked * count // min(groups, 2))
         index, weight = index.view(len(g), groups, -1), is_one.view(len(g), groups, -1)
         shape, along, slope = (groups, 1, -1), 2, normal.abs().amax(dims, keepdim=True)
-    part = (t.gather(along, index).mul_(weight).view(len(g), *shape) for t in flat)
+    kind = torch.float64 if index[0].numel() <= _SORTED else g.dtype  # in which sorted places seldom tie
+    part = (t.gather(along, index).mul_(weight).view(len(g), *shape).to(kind) for t in flat)
     slope_of, normal_of, at, low, high = part
+    ranges = room(at, low, high, limit.to(kind))
     others = outside.view(len(g), -1, 1, 1), slope
-    move, spent, whole = _beyond(slope_of, normal_of, *room(at, low, high, limit), alpha, count, dims, others)
+    move, spent, whole = _beyond(slope_of, normal_of, *ranges, alpha.to(kind), count, dims, others)
+    move, spent = move.to(g.dtype), spent.to(g.dtype)
     found = torch.zeros_like(flat[0]).scatter_add_(along, index, move.view_as(index)).view_as(g)
-    if bool(whole.all()):
-        return found, spent
-    move, size, _ = _beyond(g, normal, *room(start, lower, upper, limit), alpha, count, dims, None)
-    return torch.where(whole, found, move), torch.where(whole, spent, size)
+    if not bool(whole.all()):
+        left = ~whole.flatten()
+        of, size = (g[left], normal[left], start[left], lower[left], upper[left]), (limit[left], alpha[left])
+        found[left], spent[left] = best_sparse(*of, *size, count, dims, 4 * looked)
+    return found, spent
 
 
 def _beyond(
@@ -135,6 +146,7 @@ class _Problem:
         self._ends = total(torch.maximum(higher, lower), dims), total(torch.minimum(higher, lower), dims)
         self._near: tuple[Tensor, Tensor] | None = None
         self._is_small = g.numel() <= 4 * scale.numel()
+        self._sorts = not g.is_cuda and g[0].numel() <= _SORTED
         self._reach = torch.zeros_like(scale)
 
     def moved(self, threshold: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,20 +164,37 @@ class _Problem:
             return _at(multiplier, *self._parts, threshold)
 
         residual = along(*self._parts, threshold)
-
         if self._is_small:
             jumps = [by_group(((g + side) / normal).nan_to_num(0), dims) for side in (threshold, -threshold)]
             at = torch.cat(jumps).sort(dim=0).values
             bracket = try_all(residual, self._scale, at[1:] / 2 + at[:-1] / 2)
+        elif self._sorts:
+            bracket = self._at_a_jump(threshold, residual)
+            _, fa, _, fb = bracket
+            holds = (fa >= 0) & (fb <= 0) & (fa > fb)
+            if not bool(holds.all()):  # of pixels whose places tie but for round-off
+                a, fa, b, fb = map(torch.where, (holds,) * 4, bracket, self._searched(residual, None))
+                bracket = a, fa, b, fb
         else:
-            most, least = self._ends
-            narrow = narrowed if self._scale[0].numel() > _GROUPS else None
-            bracket = search(residual, self._scale, 1e-6 * self._scale * (most - least), self._ends, self._near, narrow)
+            bracket = self._searched(residual, narrowed if self._scale[0].numel() > _GROUPS else None)
         a, fa, b, fb = bracket
         found = torch.lerp(move(a), move(b), fa * reciprocal(fa - fb))
         self._near = a / 2 + b / 2, (fb - fa) * reciprocal(b - a)
         self._reach = torch.maximum(a.abs(), b.abs())
         return found, total(found.abs(), IMAGE)
+
+    def _at_a_jump(self, threshold: Tensor, residual: Callable[[Tensor], Tensor]) -> Bracket:
+        """The narrowest bracket, by sorting the λ at which a pixel starts or stops to move."""
+        g, normal, up, down = (t.flatten(self._dims[0]) for t in self._parts)
+        nu, most = (t.flatten(self._dims[0]) for t in (threshold, self._ends[0]))
+        places = torch.cat([(g - nu) / normal, (g + nu) / normal], -1).nan_to_num(0)
+        jumps = torch.cat([up * normal, down * normal], -1).abs()
+        a, b = (t.view_as(self._scale) for t in at_jump(places, jumps, most))
+        return a, residual(a), b, residual(b)
+
+    def _searched(self, residual: Callable[[Tensor], Tensor], narrow: Callable[..., Any] | None) -> Bracket:
+        most, least = self._ends
+        return search(residual, self._scale, 1e-6 * self._scale * (most - least), self._ends, self._near, narrow)
 
     def stay(self, size: Tensor, normal: Tensor | None, threshold: Tensor) -> Tensor:
         """Whether, for the last λ, no g - λx of at most these ``|g|`` and ``|x|`` reaches the ν."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq, linprog, minimize
 from torch import Tensor
 
-from orthattack import alignment
+from orthattack import ThreatModel, alignment
 from orthattack.threat import plane as plane_module
 from orthattack.threat import sets, sparse
 from orthattack.threat.blocks import Blocks
@@ -442,3 +442,21 @@ def test_a_batch_is_its_samples(scope):
     for i in range(len(x)):
         for batch, alone in zip(together, results(slice(i, i + 1)), strict=True):
             assert torch.equal(batch[i], alone[0])
+
+
+def test_only_samples_that_newton_does_not_find_are_searched_again(monkeypatch):
+    asked, by_threshold = [], plane_module.by_threshold
+
+    def spy(allowed, points, radius, *how):
+        asked.append(len(points))
+        return by_threshold(allowed, points, radius, *how)
+
+    monkeypatch.setattr(plane_module, "by_threshold", spy)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.rand(8, 3, 8, 8, generator=generator)
+    points = x + 6 * torch.randn(x.shape, generator=generator)
+    threat = ThreatModel("l1", 6.0, scope="image")
+    together = threat.around(x).project(points)
+    assert 0 < sum(asked) < 8
+    alone = [threat.around(x[k : k + 1]).project(points[k : k + 1]) for k in range(8)]
+    assert torch.equal(together, torch.cat(alone))

@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from orthattack.threat.rootfind import ends_of, search, try_all
+from orthattack.threat.rootfind import at_jump, ends_of, search, try_all
 
 LARGEST = torch.finfo(torch.float64).max / 4
 
@@ -197,3 +199,26 @@ def test_a_pivot_on_the_root_is_the_lower_end():
     one = torch.ones(1, 1, dtype=torch.float64)
     a, fa, b, fb = try_all(lambda m: (2 - m).clamp(-1, 1), one, torch.tensor([1.5, 2.0, 2.5]).view(3, 1, 1).double())
     assert [t.item() for t in (a, fa, b, fb)] == [2, 0, 2.5, -0.5]
+
+
+@given(st.integers(1, 30), st.integers(0, 2**20), st.booleans())
+def test_the_jump_across_zero_is_the_one_that_trying_all_finds(count, seed, ties):
+    """Falling stairs with jumps of all sizes, 0 among them, and with `ties` several at one place."""
+    generator = torch.Generator().manual_seed(seed)
+    at = torch.randn(4, count, generator=generator, dtype=torch.float64)
+    at = (2 * at).round() if ties else at
+    jump = torch.rand(4, count, generator=generator, dtype=torch.float64).sub_(0.2).clamp_(min=0)
+    top = jump.sum(1, keepdim=True) * torch.rand(4, 1, generator=generator, dtype=torch.float64)
+
+    def f(multiplier: Tensor) -> Tensor:
+        return top - (jump * (at < multiplier)).sum(1, keepdim=True)
+
+    a, b = at_jump(at, jump, top)
+    places = at.sort(dim=1).values
+    pivots = [*(places[:, 1:] / 2 + places[:, :-1] / 2).T.unsqueeze(2)]
+    _, most, _, least = try_all(f, top, pivots)
+    assert (a < b).all()
+    assert (f(a) >= 0).all()
+    assert (f(b) <= 1e-12).all()
+    met = (most <= 1e-12) | (least >= -1e-12)  # 0 between two jumps, so that either may be taken
+    assert (met | ((f(a) - most).abs() + (f(b) - least).abs() <= 1e-12)).all()

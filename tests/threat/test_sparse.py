@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -49,10 +51,14 @@ def best(g: Tensor, n: Tensor, up: Tensor, down: Tensor, alpha: float, dims: tup
     return float(-solved.fun) * size
 
 
-@given(st.sampled_from(list(SHAPES)), image_kinds, gradient_kinds, seeds, st.sampled_from([0.02, 0.4, 100.0]))
-def test_the_step_is_the_linear_programs(scope, image, gradient, seed, alpha):
+@given(
+    st.sampled_from(list(SHAPES)), image_kinds, gradient_kinds, seeds, st.sampled_from([0.02, 0.4, 100.0]),
+    st.sampled_from([0, sparse._SORTED]),
+)  # fmt: skip
+def test_the_step_is_the_linear_programs(scope, image, gradient, seed, alpha, most_sorted):
     g, n, up, down = problem(scope, image, gradient, seed)
-    move, spent = sparse.best_sparse(g, n, n, 0 * n, 0 * n + 1, full(0.05), full(alpha), 8, DIMS[scope])
+    with mock.patch.object(sparse, "_SORTED", most_sorted):
+        move, spent = sparse.best_sparse(g, n, n, 0 * n, 0 * n + 1, full(0.05), full(alpha), 8, DIMS[scope])
     assert bool(((move >= -down - 1e-12) & (move <= up + 1e-12)).all())
     along = (move * n).sum(DIMS[scope]).abs()
     assert bool((along <= 1e-9 * (1e-3 + (move * n).abs().sum(DIMS[scope]))).all())
@@ -65,12 +71,18 @@ def test_the_step_is_the_linear_programs(scope, image, gradient, seed, alpha):
 @pytest.mark.parametrize("scope", SHAPES)
 def test_few_pixels_are_looked_at_where_they_suffice_and_all_where_they_do_not(monkeypatch, scope):
     looked, beyond = [], sparse._beyond
-    monkeypatch.setattr(sparse, "_beyond", lambda *args: looked.append(args[0].numel()) or beyond(*args))
+    monkeypatch.setattr(sparse, "_beyond", lambda *args: looked.append(args[0].shape) or beyond(*args))
     g, n, up, down = problem(scope, "uniform", "normal", 0)
-    alpha, within = full(0.4), (n, 0 * n, 0 * n + 1, full(0.05))
-    few = sparse.best_sparse(g, n, *within, alpha, 16, DIMS[scope])
-    assert len(looked) == 1
-    assert looked[0] < 0.6 * g.numel()
-    torch.testing.assert_close(few[0], beyond(g, n, up, down, alpha, 16, DIMS[scope], None)[0], rtol=0, atol=1e-3)
-    sparse.best_sparse(g, n, *within, 20 * alpha, 16, DIMS[scope])
-    assert looked[2:] == [g.numel()]
+    within = (n, 0 * n, 0 * n + 1, full(0.05))
+    few, _ = sparse.best_sparse(g, n, *within, full(0.4), 8, DIMS[scope])
+    (part,) = looked
+    assert part.numel() < 0.7 * g.numel()
+    torch.testing.assert_close(few, beyond(g, n, up, down, full(0.4), 8, DIMS[scope], None)[0], rtol=0, atol=1e-3)
+    many, _ = sparse.best_sparse(g, n, *within, full(8.0), 8, DIMS[scope])
+    assert looked[1:] == [part, g.shape]
+    # In a batch, those for which they suffice are not looked at again, and each is what it is alone.
+    del looked[:]
+    both = (torch.cat([each, each]) for each in (g, n, *within))
+    together, _ = sparse.best_sparse(*both, torch.cat([full(0.4), full(8.0)]), 8, DIMS[scope])
+    assert looked == [(2, *part[1:]), g.shape]
+    assert torch.equal(together, torch.cat([few, many]))
