@@ -1,6 +1,6 @@
 """The best L1 step on planes: few pixels move, so it is sought among those with the largest gradient.
 
-What it is of all pixels follows from the multipliers found: none of the others would move.
+The multipliers found tell whether it is that of all pixels: none of the others would move.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _GAP = 1e-5
 # Of more groups than channels, those are chosen that move, not some pixels of each.
 _GROUPS = 16
 # Of so few pixels a sort is quicker than a search.
-_SORTED = 2**11
+_SORTED = 3 * 2**10
 # Of images of so few values more are looked at, which costs little there.
 _SMALL = 2**16
 
@@ -58,39 +58,49 @@ def best_sparse(
     """
     looked = looked or (2 if g[0].numel() > _SMALL else 4)
     if g.is_cuda or g[0].numel() <= 4 * looked * count:  # asking would stop the GPU
-        return _beyond(g, normal, *room(start, lower, upper, limit), alpha, count, dims, None)[:2]
+        return _solved(g, normal, start, lower, upper, limit, alpha, count, dims)[:2]
     groups = 1 if dims == IMAGE else g.shape[1]
     flat = [t.reshape(len(g), groups, -1) for t in (g, normal, start, lower, upper)]
     size = flat[0].abs()
     if groups > _GROUPS:
         top = size.amax(2).topk(min(groups, 1 + looked * count // 3), dim=1)  # in each, two or more move
         index, shape = top.indices.unsqueeze(2).expand(-1, -1, size.shape[2]), (-1, *g.shape[2:])
-        along, outside, slope, weight = 1, top.values[:, -1:], None, torch.ones(())
+        along, weight = 1, torch.ones(())
     else:
-        index, is_one, outside = leading(size.flatten(0, 1), looked * count // min(groups, 2))
+        index, is_one, _ = leading(size.flatten(0, 1), looked * count // min(groups, 2))
         index, weight = index.view(len(g), groups, -1), is_one.view(len(g), groups, -1)
-        shape, along, slope = (groups, 1, -1), 2, normal.abs().amax(dims, keepdim=True)
-    kind = torch.float64 if index[0].numel() <= _SORTED else g.dtype  # in which sorted places seldom tie
-    part = (t.gather(along, index).mul_(weight).view(len(g), *shape).to(kind) for t in flat)
-    slope_of, normal_of, at, low, high = part
-    ranges = room(at, low, high, limit.to(kind))
-    others = outside.view(len(g), -1, 1, 1), slope
-    move, spent, whole = _beyond(slope_of, normal_of, *ranges, alpha.to(kind), count, dims, others)
-    move, spent = move.to(g.dtype), spent.to(g.dtype)
+        shape, along = (groups, 1, -1), 2
+    some, along_some, *box = (t.gather(along, index).mul_(weight).view(len(g), *shape) for t in flat)
+    at, low, high = box
+    move, spent, multiplier, nu = _solved(some, along_some, at, low, high, limit, alpha, count, dims)
     found = torch.zeros_like(flat[0]).scatter_add_(along, index, move.view_as(index)).view_as(g)
-    if not bool(whole.all()):
-        left = ~whole.flatten()
-        of, size = (g[left], normal[left], start[left], lower[left], upper[left]), (limit[left], alpha[left])
-        found[left], spent[left] = best_sparse(*of, *size, count, dims, 4 * looked)
+    multiplier = multiplier.flatten(1).unsqueeze(2)
+    if groups > _GROUPS:
+        multiplier = torch.zeros_like(size[:, :, :1]).scatter_(1, index[:, :, :1], multiplier)
+    moves = torch.addcmul(flat[0], flat[1], multiplier, value=-1, out=size).abs_() > nu.flatten(1).unsqueeze(2)
+    looked_at = moves.gather(along, index) & (weight > 0)
+    if bool((left := moves.count_nonzero((1, 2)) > looked_at.count_nonzero((1, 2))).any()):
+        of, within = (g[left], normal[left]), (start[left], lower[left], upper[left], limit[left])
+        found[left], spent[left] = best_sparse(*of, *within, alpha[left], count, dims, 4 * looked)
     return found, spent
+
+
+def _solved(
+    g: Tensor, normal: Tensor, start: Tensor, lower: Tensor, upper: Tensor, limit: Tensor, alpha: Tensor, count: int,
+    dims: tuple[int, ...],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`_beyond`, of few pixels in float64, in which sorted places seldom tie."""
+    kind = torch.float64 if g[0].numel() <= _SORTED and not g.is_cuda else g.dtype
+    ranges = room(*(t.to(kind) for t in (start, lower, upper, limit)))
+    answer = _beyond(g.to(kind), normal.to(kind), *ranges, alpha.to(kind), count, dims)
+    move, spent, multiplier, nu = (t.to(g.dtype) for t in answer)
+    return move, spent, multiplier, nu
 
 
 def _beyond(
     g: Tensor, normal: Tensor, up: Tensor, down: Tensor, alpha: Tensor, count: int, dims: tuple[int, ...],
-    others: tuple[Tensor, Tensor | None] | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The same by the multiplier ν of the L1 norm, and whether `others` stay: pixels of at most this ``|g|`` and at
-    most this ``|n|``, or None where they are in groups of their own.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The same by the multiplier ν of the L1 norm, and the λ of each group and the ν that show that it is the optimum.
 
     A pixel is at the end of its range to which g - λx points where that is beyond ±ν, and stays where it is between.
     For each ν that is a search for λ, and the move's norm L falls as ν grows. Of the concave gain V(L) a bracket gives
@@ -104,7 +114,7 @@ def _beyond(
     gain = won = less = share = torch.zeros_like(alpha)
     spent = bound = torch.full_like(alpha, torch.inf)  # no ν is known yet that is small enough
     done, asks = torch.zeros_like(alpha, dtype=torch.bool), not g.is_cuda
-    all_of_many, all_of_few = torch.full_like(done, others is None), torch.ones_like(done)
+    multiplier, nu = torch.zeros_like(problem.multiplier), torch.where(high == 0, 0, bound)
     for attempt in range(40 if asks else 16):
         share = torch.where(done, share, (alpha - less) * reciprocal(spent - less))  # of the larger move
         reached = won + share * (gain - won)
@@ -123,15 +133,14 @@ def _beyond(
         found, size = problem.moved(tried)
         value = dot(g, found, IMAGE)
         over, under = ~done & (size > alpha), ~done & (size <= alpha)
-        if others is not None:
-            stay = problem.stay(*others, tried)
-            all_of_many, all_of_few = torch.where(over, stay, all_of_many), torch.where(under, stay, all_of_few)
-        bound = torch.where(done, bound, torch.minimum(bound, value + tried * (alpha - size)))
+        dual = value + tried * (alpha - size)
+        least = ~done & (dual < bound)
+        known = (dual, bound), (tried, nu), (problem.multiplier, multiplier)
+        bound, nu, multiplier = (torch.where(least, *pair) for pair in known)
         low, high = torch.where(over, tried, low), torch.where(under, tried, high)
         many, spent, gain = (torch.where(over, *pair) for pair in ((found, many), (size, spent), (value, gain)))
         few, less, won = (torch.where(under, *pair) for pair in ((found, few), (size, less), (value, won)))
-    short = high == 0
-    return torch.lerp(few, many, share), torch.where(short, less, spent), all_of_many & all_of_few & ~short
+    return torch.lerp(few, many, share), torch.where(high == 0, less, spent), multiplier, nu
 
 
 class _Problem:
@@ -144,10 +153,10 @@ class _Problem:
         self._scale = torch.where(scale > 0, scale, 1)
         higher, lower = up * normal, -down * normal
         self._ends = total(torch.maximum(higher, lower), dims), total(torch.minimum(higher, lower), dims)
-        self._near: tuple[Tensor, Tensor] | None = None
+        self.multiplier = torch.zeros_like(scale)  # λ
+        self._slope: Tensor | None = None
         self._is_small = g.numel() <= 4 * scale.numel()
         self._sorts = not g.is_cuda and g[0].numel() <= _SORTED
-        self._reach = torch.zeros_like(scale)
 
     def moved(self, threshold: Tensor) -> tuple[Tensor, Tensor]:
         """For one ν, the move on the planes of the pixels whose g - λx is beyond it, and its L1 norm, (N, 1, 1, 1)."""
@@ -179,8 +188,7 @@ class _Problem:
             bracket = self._searched(residual, narrowed if self._scale[0].numel() > _GROUPS else None)
         a, fa, b, fb = bracket
         found = torch.lerp(move(a), move(b), fa * reciprocal(fa - fb))
-        self._near = a / 2 + b / 2, (fb - fa) * reciprocal(b - a)
-        self._reach = torch.maximum(a.abs(), b.abs())
+        self.multiplier, self._slope = a / 2 + b / 2, (fb - fa) * reciprocal(b - a)
         return found, total(found.abs(), IMAGE)
 
     def _at_a_jump(self, threshold: Tensor, residual: Callable[[Tensor], Tensor]) -> Bracket:
@@ -194,12 +202,8 @@ class _Problem:
 
     def _searched(self, residual: Callable[[Tensor], Tensor], narrow: Callable[..., Any] | None) -> Bracket:
         most, least = self._ends
-        return search(residual, self._scale, 1e-6 * self._scale * (most - least), self._ends, self._near, narrow)
-
-    def stay(self, size: Tensor, normal: Tensor | None, threshold: Tensor) -> Tensor:
-        """Whether, for the last λ, no g - λx of at most these ``|g|`` and ``|x|`` reaches the ν."""
-        most = size if normal is None else size + self._reach * normal
-        return (most < threshold).flatten(1).all(1).view(-1, 1, 1, 1)
+        near = None if self._slope is None else (self.multiplier, self._slope)
+        return search(residual, self._scale, 1e-6 * self._scale * (most - least), self._ends, near, narrow)
 
 
 def _at(multiplier: Tensor, g: Tensor, normal: Tensor, up: Tensor, down: Tensor, threshold: Tensor) -> Tensor:

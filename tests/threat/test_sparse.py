@@ -77,7 +77,7 @@ def test_few_pixels_are_looked_at_where_they_suffice_and_all_where_they_do_not(m
     few, _ = sparse.best_sparse(g, n, *within, full(0.4), 8, DIMS[scope])
     (part,) = looked
     assert part.numel() < 0.7 * g.numel()
-    torch.testing.assert_close(few, beyond(g, n, up, down, full(0.4), 8, DIMS[scope], None)[0], rtol=0, atol=1e-3)
+    torch.testing.assert_close(few, beyond(g, n, up, down, full(0.4), 8, DIMS[scope])[0], rtol=0, atol=1e-3)
     many, _ = sparse.best_sparse(g, n, *within, full(8.0), 8, DIMS[scope])
     assert looked[1:] == [part, g.shape]
     # In a batch, those for which they suffice are not looked at again, and each is what it is alone.
