@@ -16,8 +16,10 @@ from orthattack.threat.rootfind import try_all
 _TRIALS = 6
 # The duality gap of an L1 step, relative to the objective.
 _SPARSE_GAP = 1e-4
-# By how many of the column's coarsest units a pixel is moved at most, so that the point hardly changes.
-_FAR = 16
+# How far pixels are moved to stay on the plane: what is tried first, and where that does not do, see `_nudged`.
+_SPREADS = ((1.0, 16), (10.0, 64))
+# Rounds in which the basis of that lattice is reduced: one more finds as many.
+_SWEEPS = 3
 # Columns that fit into a processor's cache.
 _AT_A_TIME = 2**15
 
@@ -202,42 +204,51 @@ def _at_threshold(threshold: float, g: Tensor, normal: Tensor, up: Tensor, down:
 
 def nudged(points: Tensor, images: Tensor, normal: Tensor, low: Tensor, high: Tensor, allowed: float) -> Tensor:
     """Columns y (K, R) of a box near the plane ⟨y - x, n⟩ = 0, where that can be moved onto it by a few units of their
-    grids, in closed form; the others as they are.
+    grids; the others as they are.
 
-    A unit of pixel i changes ⟨y - x, n⟩ by c_i. As in Euclid's algorithm, each c_i less whole multiples of what is left
-    of those before it is a smaller change, and the excess is brought down by whole multiples of one after the other,
-    until ``|cos|`` is at most `allowed`.
+    A unit of pixel i changes ⟨y - x, n⟩ by c_i, so whole numbers k_i are sought with Σ k_i c_i near the excess and
+    ``|k_i|`` small: a near point of a lattice. Its basis is reduced by pairs, as Euclid's algorithm, and the excess
+    brought down along it (Babai 1986, doi:10.1007/BF02579403), until ``|cos|`` is at most `allowed`.
     """
-    parts = (torch.split(t, _AT_A_TIME, dim=1) for t in (points, images, normal, low, high))
-    return torch.cat([_nudged(y, x, n, a, b, allowed) for y, x, n, a, b in zip(*parts, strict=True)], 1)
+    y, others = points, (images, normal, low, high)
+    off = torch.arange(points.shape[1])
+    for spread, most in _SPREADS:
+        parts = (torch.split(t.index_select(1, off), _AT_A_TIME, dim=1) for t in (y, *others))
+        found = [_nudged(p, x, n, a, b, allowed, spread, most) for p, x, n, a, b in zip(*parts, strict=True)]
+        y = y.index_copy(1, off, torch.cat([moved for moved, _ in found], 1))
+        off = off[~torch.cat([good for _, good in found])]
+    return y
 
 
-def _nudged(points: Tensor, images: Tensor, normal: Tensor, low: Tensor, high: Tensor, allowed: float) -> Tensor:
-    n = normal.double()
-    delta = points.double() - images.double()
+def _nudged(
+    points: Tensor, images: Tensor, normal: Tensor, low: Tensor, high: Tensor, allowed: float, spread: float, most: int
+) -> tuple[Tensor, Tensor]:
+    """The same, and for which columns it was found, with ``|k_i|`` of about ``√(spread · max c_i / limit)`` or less."""
+    n, delta, count = normal.double(), points.double() - images.double(), len(points)
     excess, size = (delta * n).sum(0), delta.square().sum(0).sqrt()
     limit = allowed * size * n.square().sum(0).sqrt()
     grid = torch.nextafter(points, torch.full_like(points, torch.inf)) - points
-    left, near = excess.to(points.dtype), limit.to(points.dtype)
-    units: list[Tensor] = []  # what is left of each c_i, and the units of each pixel that it takes
-    taken: list[list[Tensor]] = []
-    total = [torch.zeros_like(left) for _ in points]
-    for k in range(len(points)):
-        unit = grid[k] * normal[k]
-        steps = [torch.full_like(left, float(k == i)) for i in range(k + 1)]
-        for smaller, other in zip(units, taken, strict=True):
-            times = (unit * reciprocal(smaller)).round_()
-            unit = unit - times * smaller
-            for i, step in enumerate(other):
-                steps[i] = steps[i] - times * step
-        times = (left * reciprocal(unit)).round_().clamp_(-2 * _FAR, 2 * _FAR) * (left.abs() > near) * (unit != 0)
-        left = left - times * unit
-        for i, step in enumerate(steps):
-            total[i] = total[i] - times * step
-        units.append(unit)
-        taken.append(steps)
-    moved = points + torch.stack(total) * grid
+    # Vectors of k_1 … k_K and Σ k_i c_i in half limits, the squares of the k weighted by w.
+    inverse = 2 * reciprocal(limit)
+    changes = (grid.double() * n * inverse).to(points.dtype)
+    w = reciprocal((spread * changes.abs().amax(0)).clamp(1, most**2))
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return torch.addcmul(a[count] * b[count], (a[:count] * b[:count]).sum(0), w)
+
+    basis = torch.zeros(count, count + 1, points.shape[1], dtype=points.dtype)
+    basis[:, count] = changes
+    for k in range(count):
+        basis[k, k] = 1
+    left = torch.zeros_like(basis[0])
+    left[count] = excess * inverse * (excess.abs() > limit)
+    for _ in range(_SWEEPS):
+        for j in range(count):
+            inverse2 = reciprocal(product(basis[j], basis[j]))
+            for other in (*(basis[i] for i in range(count) if i != j), left):
+                other.addcmul_((product(other, basis[j]) * inverse2).round_(), basis[j], value=-1)
+    moved = points + left[:count] * grid
     rest = ((moved.double() - images.double()) * n).sum(0).abs()
-    reach = torch.minimum(_FAR * grid.amax(0), size.to(points.dtype))
+    reach = torch.minimum(2 * most * grid.amax(0), size.to(points.dtype) / 4)
     good = (rest <= limit) & ((moved - points).abs() <= reach).all(0) & ((moved >= low) & (moved <= high)).all(0)
-    return torch.where(good, moved, points)
+    return torch.where(good, moved, points), good

@@ -17,7 +17,7 @@ from torch import Tensor
 from orthattack.projection import IMAGE, Scope, dot, orthogonalize, reciprocal, scaled, scope_dims, total
 from orthattack.threat import few
 from orthattack.threat.norms import by_secant, by_threshold, in_l1_ball, sparsity
-from orthattack.threat.rootfind import Bracket, by_sorting, ends_of, search, try_all
+from orthattack.threat.rootfind import Bracket, by_sorting, ends_of, search, sorted_few, try_all
 from orthattack.threat.rounding import Box, settled_rows
 from orthattack.threat.sets import completed, soften
 from orthattack.threat.sparse import best_sparse, by_group, room
@@ -133,7 +133,7 @@ class Plane:
         scale = torch.where(moves, size, self._normal1) * reciprocal(self._normal1)
         scale = torch.where(scale > 0, scale, 1)
         if self.is_small:
-            jumps = by_group(ratio.nan_to_num(0), dims).sort(dim=0).values
+            jumps = sorted_few(by_group(ratio.nan_to_num(0), dims))
             bracket = try_all(residual, scale, jumps[1:] / 2 + jumps[:-1] / 2)
         elif ratio.is_cuda:
             bracket = by_sorting(residual, ratio, weight, least, dims)
@@ -379,12 +379,13 @@ class Plane:
         if not points.is_cuda and not bool(lost.any()):
             return points
         groups = lost.squeeze(self.dims)
+        where: tuple[Tensor, ...] = ()
 
         def rows(tensor: Tensor) -> Tensor:  # a view with the pixels of a group along the last dimension
             return tensor.movedim(-3, -1) if self.scope == "pixel" else tensor.flatten(self.dims[0])
 
         def chosen(tensor: Tensor) -> Tensor:  # all of them on a GPU
-            return rows(tensor).flatten(0, -2) if tensor.is_cuda else rows(tensor)[groups]
+            return rows(tensor).flatten(0, -2) if tensor.is_cuda else rows(tensor)[where]
 
         def chosen_box(box: Callable[[], Box]) -> Box:
             low, high = box()
@@ -393,22 +394,24 @@ class Plane:
         unit = 1e-6 if points.dtype == torch.float32 else 1e-12
         if self.is_small and not points.is_cuda:
             low, high = self._box()
-            y, x, n, low, high = (
-                by_group(t, self.dims)[:, lost] for t in (points, self.images, self._settling, low, high)
-            )
-            points = points.clone(memory_format=torch.contiguous_format)
-            by_group(points, self.dims)[:, lost] = few.nudged(y, x, n, low, high, 0.75 * unit)
+            some = lost.flatten().nonzero().squeeze(1)
+            columns = [by_group(t, self.dims).flatten(1) for t in (points, self.images, self._settling, low, high)]
+            y, x, n, low, high = (t.index_select(1, some) for t in columns)
+            moved = columns[0].index_copy(1, some, few.nudged(y, x, n, low, high, 0.75 * unit))
+            points = torch.empty_like(self.images)
+            by_group(points, self.dims).copy_(moved.view(-1, *lost.shape))
             lost = self._lost(points)
             if not bool(lost.any()):
                 return points
             groups = lost.squeeze(self.dims)
         settled = points.clone(memory_format=torch.contiguous_format)
+        where = () if points.is_cuda else groups.nonzero(as_tuple=True)
         y, x, n, z = (chosen(tensor) for tensor in (points, self.images, self._settling, fallback))
         found = settled_rows(y, x, n, [partial(chosen_box, box) for box in boxes], z, 0.75 * unit, is_quick)
         if points.is_cuda:
             rows(settled).copy_(torch.where(groups.reshape(-1, 1), found, y).view_as(rows(settled)))
         else:
-            rows(settled)[groups] = found
+            rows(settled)[where] = found
         return settled
 
     def _mixture(self, mix: Callable[[Tensor, Tensor], Tensor], bracket: Bracket, fallback: Tensor) -> Tensor:
@@ -438,7 +441,8 @@ class Plane:
             # Rounding has moved the mixture off the plane; where many pixels are mixed, a corrected share may help.
             error = dot(y - self.images, self.normal, self.dims)
             corrected = torch.where(lost, (share + error / rise).clamp(0, 1), share)
-            y = self._settled(mix(corrected, y), [between, self._box], fallback)
+            quick = self.is_small and not y.is_cuda  # then a few units of a grid will do, in any pixel
+            y = self._settled(mix(corrected, y), [self._box] if quick else [between, self._box], fallback)
         return y
 
     def _at_kinks(self, points: Tensor, shrink: Tensor | None) -> Tensor:

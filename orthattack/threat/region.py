@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # A group whose values are all below this many times the smallest normal number is not perturbed.
 _DARK = 2.0**46
+# A pixel whose share of the ball is at most this can be given up.
+_LITTLE = 3e-4
 
 
 class Region:
@@ -289,6 +291,9 @@ class Region:
 
         stored = self._stored(points)
         size, fits = excess(stored)
+        if not x.is_cuda and is_fine(self.threat.scope) and self._vectors is None and not bool(fits.all()):
+            stored = torch.where(fits, stored, self._put_back(stored, size))
+            size, fits = excess(stored)
         factor = (eps * reciprocal(size)).clamp(max=1)
         asks = not x.is_cuda  # which would stop the GPU: there, three times whatever is found
         for attempt in range(12 if asks else 3):
@@ -300,6 +305,20 @@ class Region:
             # On a coarse grid a slight shrink changes nothing, so each attempt shrinks by more.
             factor = torch.where(fits, factor, factor * (eps * reciprocal(size)) ** 2**attempt)
         return stored if asks and bool(fits.all()) else torch.where(fits, stored, x.to(self.dtype))
+
+    def _put_back(self, stored: Tensor, size: Tensor) -> Tensor:
+        """The same with one group of pixels at the image's: of those large enough to bring the size, (N, 1, 1, 1), to
+        the radius, the smallest, unless that is large; then the point itself. Each group has a plane of its own."""
+        x, order, scope = self.images, self._ball.order, self.threat.scope
+        assert scope is not None
+        parts = cut((stored.to(x.dtype) - x).double(), scope).abs().pow(order).sum(scope_dims(scope), keepdim=True)
+        enough = parts.masked_fill(parts < size**order - self.eps**order, torch.inf)
+        least = enough.flatten(1).min(dim=1)
+        chosen = torch.zeros_like(parts, dtype=torch.bool).flatten(1)
+        is_little = least.values <= _LITTLE * self.eps.flatten() ** order
+        chosen.scatter_(1, least.indices.unsqueeze(1), is_little.unsqueeze(1))
+        put = joined(chosen.view_as(parts).expand_as(cut(x, scope)), x)
+        return torch.where(put, x.to(stored.dtype), stored)
 
 
 def _allowed(

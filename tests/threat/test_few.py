@@ -106,7 +106,9 @@ def test_a_nudge_restores_most_columns_and_moves_none_far(dtype, scale):
     free = ((points > 0) & (points < 1)).all(0)
     found = few.nudged(points, images, images, low, high, allowed)
     assert bool(((found >= low) & (found <= high)).all())
-    assert float((found - points).abs().max()) <= 16 * torch.finfo(dtype).eps
+    far = (found - points).abs().amax(0) / torch.finfo(dtype).eps
+    assert float(far.max()) <= 128
+    assert float((far > 16).double().mean()) < 0.05
     assert torch.equal(found[:, ~lost(points)], points[:, ~lost(points)])
     assert float((lost(points) & free).double().mean()) > 0.5
-    assert int((lost(found) & free).sum()) < 0.2 * int((lost(points) & free).sum())
+    assert int((lost(found) & free).sum()) < 0.01 * int((lost(points) & free).sum())
