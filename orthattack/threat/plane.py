@@ -163,7 +163,7 @@ class Plane:
             move, spent = self._by_column(g, *room(*within), alpha)
         else:
             move, spent = best_sparse(g, self.normal, *within, alpha, sparsity(g), self.dims)
-        y = self._settled(torch.addcmul(start, move, moves).clamp_(self.lower, self.upper), [self._box], start)
+        y = torch.addcmul(start, move, moves).clamp_(self.lower, self.upper)  # `nearest_in_l1_ball`, next, settles it
         short = moves & (spent < (1 - 1e-6) * alpha)
         is_capped = isinstance(count, Tensor) or count > 1
         if is_capped and (y.is_cuda or bool(short.any())):  # asking would stop the GPU

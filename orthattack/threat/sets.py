@@ -43,7 +43,8 @@ class Allowed(Protocol):
     def sparse_step(self, start: Tensor, gradient: Tensor, alpha: Tensor, count: Tensor | int | None = None) -> Tensor:
         """The best L1 step, max_y ⟨g, y⟩ subject to ``‖y - s‖₁ <= α, |y - s| <= α / k``, k = `count` or `sparsity`.
 
-        Where the second constraint keeps α from being spent, it is left out.
+        Where the second constraint keeps α from being spent, it is left out. Off the planes by what rounding costs, or
+        of several planes by more: a projection follows.
         """
 
     def nearest(self, points: Tensor, shrink: Tensor | None = None) -> Tensor:
