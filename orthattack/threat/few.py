@@ -146,7 +146,7 @@ def best_sparse(g: Tensor, normal: Tensor, up: Tensor, down: Tensor, alpha: floa
     few = many = _Answer(g, g[:0, 0].long(), g[:, :0])
     for attempt in range(40):
         columns = (top > tried).nonzero().squeeze(1)
-        found = _Answer(g, columns, _at_threshold(tried, *(t[:, columns] for t in (g, normal, up, down))))
+        found = _Answer(g, columns, _at_threshold(tried, *(t.index_select(1, columns) for t in (g, normal, up, down))))
         bound = min(bound, found.gain + tried * (alpha - found.size))
         if found.size > alpha:
             many, low = found, tried
@@ -179,7 +179,7 @@ class _Answer:
     def __init__(self, g: Tensor, columns: Tensor, move: Tensor) -> None:
         self.columns, self.move = columns, move
         self.size = float(move.abs().sum(dtype=torch.float64))
-        self.gain = float((g[:, columns] * move).sum(dtype=torch.float64))
+        self.gain = float((g.index_select(1, columns) * move).sum(dtype=torch.float64))
 
 
 def _at_threshold(threshold: float, g: Tensor, normal: Tensor, up: Tensor, down: Tensor) -> Tensor:

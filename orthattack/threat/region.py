@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # A group whose values are all below this many times the smallest normal number is not perturbed.
 _DARK = 2.0**46
-# A pixel whose share of the ball is at most this can be given up.
+# A group of pixels whose share of the ball is at most this may be given up.
 _LITTLE = 3e-4
 
 
@@ -307,18 +307,17 @@ class Region:
         return stored if asks and bool(fits.all()) else torch.where(fits, stored, x.to(self.dtype))
 
     def _put_back(self, stored: Tensor, size: Tensor) -> Tensor:
-        """The same with one group of pixels at the image's: of those large enough to bring the size, (N, 1, 1, 1), to
-        the radius, the smallest, unless that is large; then the point itself. Each group has a plane of its own."""
+        """The same with as many groups of pixels at the image's as bring the size, (N, 1, 1, 1), to the radius, the
+        smallest first, unless one is large; then the point itself. Each group has a plane of its own."""
         x, order, scope = self.images, self._ball.order, self.threat.scope
         assert scope is not None
         parts = cut((stored.to(x.dtype) - x).double(), scope).abs().pow(order).sum(scope_dims(scope), keepdim=True)
-        enough = parts.masked_fill(parts < size**order - self.eps**order, torch.inf)
-        least = enough.flatten(1).min(dim=1)
-        chosen = torch.zeros_like(parts, dtype=torch.bool).flatten(1)
-        is_little = least.values <= _LITTLE * self.eps.flatten() ** order
-        chosen.scatter_(1, least.indices.unsqueeze(1), is_little.unsqueeze(1))
-        put = joined(chosen.view_as(parts).expand_as(cut(x, scope)), x)
-        return torch.where(put, x.to(stored.dtype), stored)
+        ordered, index = parts.flatten(1).sort(dim=1)
+        beyond, radius = (t.flatten(1) ** order for t in (size, self.eps))
+        goes = ordered.cumsum(1) - ordered < beyond - radius
+        goes &= (ordered * goes).amax(1, keepdim=True) <= _LITTLE * radius
+        put = torch.zeros_like(goes).scatter_(1, index, goes).view_as(parts).expand_as(cut(x, scope))
+        return torch.where(joined(put, x), x.to(stored.dtype), stored)
 
 
 def _allowed(
