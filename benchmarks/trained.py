@@ -16,7 +16,7 @@ from orthattack.eval.models.load import load_classifier
 from orthattack.eval.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
 ARCHITECTURES = ("mobilenet_v3_small", "shufflenet_v2_x0_5")
-SEEDS = 1
+SEEDS = 3
 EPOCHS = 10
 BATCH = 100
 _IMAGES: dict[Path, Set] = {}  # the training set, decoded once

@@ -121,7 +121,7 @@ def _rows(
         options = {"eps": group.eps, "alpha": group.eps / 10, "steps": 10, "loss": "ce", "keep": "last", **more}
         for form, scope in FORMS.items():
             result = kind(loaded[source].model, scope=scope, **options).run(
-                images, labels, seeds=range(len(images)), batch_size=10
+                images, labels, seeds=range(len(images)), batch_size=10 if images.shape[-1] > 64 else 50
             )
             row: Row = {"group": name, "attack": attack, "form": form, "eps * 255": round(255 * group.eps, 4),
                         "gradients": int(result.gradient_calls.max())}  # fmt: skip
