@@ -188,7 +188,7 @@ def cost(read: Read) -> Figure:
         ax.set_title(model, size=9)
         ax.set_xscale("log")
         ticks = [255 * eps for eps in radii]
-        ax.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+        ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
         ax.minorticks_off()
     return _labelled(figure, axes, "ε, in 255ths", "points above PGD's")
 

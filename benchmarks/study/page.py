@@ -18,6 +18,7 @@ from benchmarks.study.gradients import random_cosine
 from benchmarks.study.numbers import Read
 from benchmarks.study.stages import TRAINED, Store
 from benchmarks.study.training import BASE
+from orthattack.eval.results.paired import Paired
 
 __all__ = ["APPENDIX", "MAIN", "PUBLISHED", "render", "write_page"]
 
@@ -142,9 +143,27 @@ def _main_facts(read: Read) -> dict[str, Any]:
         "robust_channel": _ratios(smallest[smallest["model"].str.endswith("-robust")], "OrthoPGD, channel"),
         "answers": _answers(read("sensitivity")),
         "radii": "0.5/255 to 8/255",
+        "cost": _cost(read("cost")),
         "depth": _depth(read("depth")),
         "likeness": _likeness(read("likeness")),
         "twins": _twins(read("scratch")),
+    }
+
+
+def _cost(table: pd.DataFrame) -> dict[str, str]:
+    """What a stage "cost" shows: how many comparisons with PGD have p < 0.05; by how many points those of image and
+    channel differ at most, and how far their intervals reach; and by how many those of pixel differ."""
+    if table.empty:
+        return {}
+    spared, pixel = (_compared(table, *attacks) for attacks in (SPARED, ("OrthoPGD, pixel",)))
+    reach = [abs(bound) for pair in spared for bound in pair.interval() or ()]
+    return {
+        "spared": _significant(table, *SPARED),
+        "again": _significant(table, AGAIN),
+        "pixel": _significant(table, "OrthoPGD, pixel"),
+        "largest": f"{100 * max(abs(pair.difference or 0) for pair in spared):.0f}",
+        "reach": f"{100 * max(reach):.0f}",
+        "points": _span([100 * (pair.difference or 0) for pair in pixel], "+.0f"),
     }
 
 
@@ -291,6 +310,11 @@ def _span(values: Any, form: str) -> str:
 
 def _significant(table: pd.DataFrame, *attacks: str) -> str:
     """How many comparisons of these attacks with PGD have p < 0.05."""
-    cells = table[table["attack"].isin(attacks)][["model", "norm", "eps", "attack"]].drop_duplicates()
-    pairs = [numbers.paired(table, *cell) for cell in cells.itertuples(index=False, name=None)]
+    pairs = _compared(table, *attacks)
     return f"{int(np.sum([(pair.p or 1) < 0.05 for pair in pairs]))} of {len(pairs)}"
+
+
+def _compared(table: pd.DataFrame, *attacks: str) -> list[Paired]:
+    """Each of these attacks beside PGD, by model, norm and radius."""
+    cells = table[table["attack"].isin(attacks)][["model", "norm", "eps", "attack"]].drop_duplicates()
+    return [numbers.paired(table, *cell) for cell in cells.itertuples(index=False, name=None)]

@@ -96,6 +96,7 @@ IMAGENET_IMAGES = {
     "contrast": 15,
     "sensitivity": 15,
     "depth": 15,
+    "cost": 12,
     "smallest": 12,
     "likeness": 8,
 }
@@ -210,6 +211,8 @@ def shared_study(shared: Path, work: Path, quick: bool) -> Study:
             str(photographs),
             0.25 / 255,
             IMAGENET_IMAGES,
+            tuple(k / 255 for k in (0.0625, 0.125, 0.25)),
+            (0.15,),
             labels=str(photographs / "labels.csv"),
             resize=256,
             batch=15,
