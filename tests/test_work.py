@@ -31,7 +31,7 @@ class Sums(TorchDispatchMode):
 RADII = {"linf": (8 / 255, 2 / 255), "l2": (0.5, 0.125), "l1": (8.0, 2.0)}
 DIRECTIONS = {"none": (), "one": ("constant",), "many": ("channel-constant", lambda x: x.flip(3))}
 # Scope "pixel" sums over the colours that are not done, channel by channel: more sums, of fewer numbers; most are of
-# the lattice that repairs rounding, which took a third or more of a step's time in L1 and a fifth in L-infinity and L2. At
+# the lattice that repairs rounding, which cut a third of a step's time in L1, a fifth in the others. At
 # 224 pixels its projections took 300 ms and took 69 in L1 before that, 160 and 23 in L2. In L1 so do the other scopes
 # of one plane per vector, over candidates: a step and a projection took 70 ms and take 2 without a plane, 82 and 5 in
 # scope "image", 82 and 8 in "channel". Of several directions the quick search, most of whose sums are over a few
