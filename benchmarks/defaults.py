@@ -6,9 +6,9 @@ The evaluation runs them, in a folder that a second start resumes. Those of Imag
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from itertools import product
+from itertools import product, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,14 @@ def pyautoattack_resnet18() -> nn.Module:
 
     model: nn.Module = ResNet18()
     return model
+
+
+def in_turns(labels: Sequence[int]) -> list[int]:
+    """Positions: the first image of each class, then the second of each, and so on."""
+    by_class: dict[int, list[int]] = {}
+    for k, label in enumerate(labels):
+        by_class.setdefault(label, []).append(k)
+    return [k for turn in zip_longest(*by_class.values()) for k in turn if k is not None]
 
 
 def loaded(spec: dict[str, Any], data: dict[str, Any], limit: int) -> tuple[Classifier, Tensor, Tensor]:

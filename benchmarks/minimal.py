@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product, zip_longest
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +25,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.defaults import models
+from benchmarks.defaults import in_turns, models
 from benchmarks.radii import geometric_mean
 from benchmarks.stored import Row, Stored, Table, machine, stored
 from benchmarks.strength import NORMS, SIGN
@@ -106,10 +106,7 @@ def loaded(spec: dict[str, Any], data: dict[str, Any], limit: int) -> tuple[nn.M
     """A model of `defaults.models`, and the first images that it classifies correctly, of each class in turn."""
     classifier = load_classifier(spec["name"], spec.get("weights"), spec.get("image_size"))
     dataset = load_dataset(data["source"], classifier, Path(data["labels"]) if "labels" in data else None)
-    by_class: dict[int, list[int]] = {}
-    for k, label in enumerate(dataset.labels):
-        by_class.setdefault(label, []).append(k)
-    order = [k for turn in zip_longest(*by_class.values()) for k in turn if k is not None][: 3 * limit]
+    order = in_turns(dataset.labels)[: 3 * limit]
     images = torch.stack([dataset.load(k, classifier.preprocessing) for k in order])
     labels = torch.tensor([dataset.labels[k] for k in order])
     with torch.no_grad():
@@ -291,11 +288,10 @@ def _lost(cells: Sequence[_Cell]) -> str:
         for ours, other in product(OURS, cell.others()):
             if ours not in cell.optimality:
                 continue
-            ratio = cell.compared(ours, other)
             own, theirs = cell.optimality[ours], cell.optimality[other]
-            if theirs > own or float(ratio[0].split()[0]) > 1:
+            if theirs > own or round(geometric_mean(cell.ratios(ours, other))[0], 3) > 1:
                 where = [SIGN[cell.norm], cell.model, str(cell.gradients), OURS[ours], other]
-                table.append([*where, f"{own:.4f}", f"{theirs:.4f}", *ratio])
+                table.append([*where, f"{own:.4f}", f"{theirs:.4f}", *cell.compared(ours, other)])
     if not table:
         return "None."
     head = ["norm", "model", "gradients", "ours", "other", "optimality", "other's"]

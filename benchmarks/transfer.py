@@ -139,11 +139,7 @@ def _known_to_all(models: Sequence[Classifier], data: Mapping[str, str], limit: 
     """The first images of each class in turn, as the first model takes them, that all classify correctly."""
     first_model = models[0]
     dataset = load_dataset(data["source"], first_model, Path(data["labels"]) if "labels" in data else None)
-    by_class: dict[int, list[int]] = {}
-    for k, label in enumerate(dataset.labels):
-        by_class.setdefault(label, []).append(k)
-    longest = max(map(len, by_class.values()))
-    order = [of[turn] for turn in range(longest) for of in by_class.values() if turn < len(of)]
+    order = defaults.in_turns(dataset.labels)
     images, labels, found = [], [], 0
     for first in range(0, len(order), 50):
         if found >= limit:
