@@ -145,8 +145,8 @@ class MinimumNorm(Attack, loss="margin"):
                   ‖x_t - x‖ + |L(x_t)| / ‖∇L(x_t)‖*   before anything has: where a linear L would reach 0
 
     with α_t and γ_t falling along half a cosine, and ‖·‖* the dual norm. Short ascents towards each of the likeliest
-    other classes (untargeted) find out which of them is nearest; a long one goes on from the best
-    point found, and a bisection of the last hundredths ends it. Every point that is scored counts.
+    other classes (untargeted) find out which of them is nearest; a long one goes on from the best point found, and a
+    bisection of the last hundredths ends it. Every point that is scored counts.
 
     Args:
         model: as for `PGD`, like `norm`.

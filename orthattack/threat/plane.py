@@ -83,13 +83,6 @@ class Plane:
         plane._is_coarse = False  # not that it is known: only a GPU makes use of it, which asking would stop
         return plane
 
-    def _some(self, which: Tensor) -> Plane:
-        """The same for some samples, (N,) bool."""
-        some = copy.copy(self)
-        some.release()
-        vars(some).update({name: value[which] for name, value in vars(some).items() if isinstance(value, Tensor)})
-        return some
-
     @cached_property
     def _scratch(self) -> tuple[Tensor, ...]:
         return tuple(torch.empty_like(self.images) for _ in range(4))
@@ -223,7 +216,7 @@ class Plane:
         if shrink is not None:
             return self._searched(points, shrink)
         y, found = self._newton(points, None)
-        y = completed(y, found, lambda which: self._some(which)._searched(points[which], None))
+        y = completed(self, y, found, lambda some, p: some._searched(p, None), points)
         return self._settled(y, [self._box], self.images)
 
     def nearest_in_l2_ball(self, points: Tensor, radius: Tensor) -> Tensor:
@@ -232,7 +225,7 @@ class Plane:
             return self.settle(by_secant(self, points, radius, self._unsettled))
         y, found = self._newton(points, radius.to(points.dtype))
         y = self._settled(y, [self._box], self.images)
-        return completed(y, found, lambda which: by_secant(self._some(which), points[which], radius[which]))
+        return completed(self, y, found, by_secant, points, radius)
 
     def nearest_in_l1_ball(self, points: Tensor, radius: Tensor) -> Tensor:
         """Where a group has a few pixels, less than the radius by what settling takes from groups that hardly move."""
@@ -242,12 +235,10 @@ class Plane:
         d, found = in_l1_ball(delta, self.lower - x, self.upper - x, radius, self.normal, self.dims, noise)
         y = d.add_(x).clamp_(self.lower, self.upper)
 
-        def search(which: Tensor) -> Tensor:
-            some = self._some(which)
-            onto = some._unsettled if self.is_small else some.nearest
-            return by_threshold(some, points[which], radius[which], onto, some._held)
+        def search(some: Plane, points: Tensor, radius: Tensor) -> Tensor:
+            return by_threshold(some, points, radius, some._unsettled if some.is_small else some.nearest, some._held)
 
-        return self.settle(completed(y, found, search))
+        return self.settle(completed(self, y, found, search, points, radius))
 
     def _noise(self, distance2: Tensor) -> Tensor:
         """What round-off may leave of ⟨y - x, n⟩: of equal pixels with a perturbation below their grid, all round the
@@ -378,19 +369,6 @@ class Plane:
         boxes = [self._box] if is_quick else boxes
         if not points.is_cuda and not bool(lost.any()):
             return points
-        groups = lost.squeeze(self.dims)
-        where: tuple[Tensor, ...] = ()
-
-        def rows(tensor: Tensor) -> Tensor:  # a view with the pixels of a group along the last dimension
-            return tensor.movedim(-3, -1) if self.scope == "pixel" else tensor.flatten(self.dims[0])
-
-        def chosen(tensor: Tensor) -> Tensor:  # all of them on a GPU
-            return rows(tensor).flatten(0, -2) if tensor.is_cuda else rows(tensor)[where]
-
-        def chosen_box(box: Callable[[], Box]) -> Box:
-            low, high = box()
-            return chosen(low), chosen(high)
-
         unit = 1e-6 if points.dtype == torch.float32 else 1e-12
         if self.is_small and not points.is_cuda:
             low, high = self._box()
@@ -403,9 +381,20 @@ class Plane:
             lost = self._lost(points)
             if not bool(lost.any()):
                 return points
-            groups = lost.squeeze(self.dims)
-        settled = points.clone(memory_format=torch.contiguous_format)
+        groups = lost.squeeze(self.dims)
         where = () if points.is_cuda else groups.nonzero(as_tuple=True)
+
+        def rows(tensor: Tensor) -> Tensor:  # a view with the pixels of a group along the last dimension
+            return tensor.movedim(-3, -1) if self.scope == "pixel" else tensor.flatten(self.dims[0])
+
+        def chosen(tensor: Tensor) -> Tensor:  # all of them on a GPU
+            return rows(tensor).flatten(0, -2) if tensor.is_cuda else rows(tensor)[where]
+
+        def chosen_box(box: Callable[[], Box]) -> Box:
+            low, high = box()
+            return chosen(low), chosen(high)
+
+        settled = points.clone(memory_format=torch.contiguous_format)
         y, x, n, z = (chosen(tensor) for tensor in (points, self.images, self._settling, fallback))
         found = settled_rows(y, x, n, [partial(chosen_box, box) for box in boxes], z, 0.75 * unit, is_quick)
         if points.is_cuda:

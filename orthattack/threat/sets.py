@@ -7,8 +7,9 @@ which makes every problem feasible.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -96,11 +97,10 @@ class Free(Allowed):
         d, found = in_l1_ball(points - x, self.lower - x, self.upper - x, radius, None, (), torch.zeros_like(radius))
         y = d.add_(x).clamp_(self.lower, self.upper)
 
-        def search(which: Tensor) -> Tensor:
-            some = Free(x[which], self.lower[which], self.upper[which])
-            return by_threshold(some, points[which], radius[which])
+        def search(some: Free, points: Tensor, radius: Tensor) -> Tensor:
+            return by_threshold(some, points, radius)
 
-        return completed(y, found, search)
+        return completed(self, y, found, search, points, radius)
 
     def settle(self, points: Tensor) -> Tensor:
         return points
@@ -109,14 +109,29 @@ class Free(Allowed):
         pass
 
 
-def completed(y: Tensor, found: Tensor, search: Callable[[Tensor], Tensor]) -> Tensor:
-    """y, and where it was not `found`, (N, 1, 1, 1), what a slower `search` finds for those samples, (N,) bool, in
-    place; not on a GPU, which asking would stop."""
+Kind = TypeVar("Kind", bound=Allowed)
+
+
+def completed(allowed: Kind, y: Tensor, found: Tensor, search: Callable[..., Tensor], *given: Tensor) -> Tensor:
+    """y, and where it was not `found`, (N, 1, 1, 1), what a slower `search` finds in place, of the set and what is
+    `given`, both of those samples alone; not on a GPU, which asking would stop."""
     if y.is_cuda or bool(found.all()):
         return y
     which = ~found.flatten()
-    y[which] = search(which)
+    y[which] = search(some_of(allowed, which), *(t[which] for t in given))
     return y
+
+
+def some_of(allowed: Kind, which: Tensor) -> Kind:
+    """The same for some samples, (N,) bool."""
+    some = copy.copy(allowed)
+    some.release()
+    for name, value in vars(some).items():
+        if isinstance(value, Tensor):
+            setattr(some, name, value[which])
+        elif isinstance(value, tuple) and all(isinstance(each, Tensor) for each in value):
+            setattr(some, name, tuple(each[which] for each in value))
+    return some
 
 
 def soften(points: Tensor, images: Tensor, shrink: Tensor) -> Tensor:

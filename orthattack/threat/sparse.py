@@ -90,7 +90,7 @@ def _solved(
     dims: tuple[int, ...],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`_beyond`, of few pixels in float64, in which sorted places seldom tie."""
-    kind = torch.float64 if g[0].numel() <= _SORTED and not g.is_cuda else g.dtype
+    kind = torch.float64 if _sorts(g) else g.dtype
     ranges = room(*(t.to(kind) for t in (start, lower, upper, limit)))
     answer = _beyond(g.to(kind), normal.to(kind), *ranges, alpha.to(kind), count, dims)
     move, spent, multiplier, nu = (t.to(g.dtype) for t in answer)
@@ -156,7 +156,6 @@ class _Problem:
         self.multiplier = torch.zeros_like(scale)  # λ
         self._slope: Tensor | None = None
         self._is_small = g.numel() <= 4 * scale.numel()
-        self._sorts = not g.is_cuda and g[0].numel() <= _SORTED
 
     def moved(self, threshold: Tensor) -> tuple[Tensor, Tensor]:
         """For one ν, the move on the planes of the pixels whose g - λx is beyond it, and its L1 norm, (N, 1, 1, 1)."""
@@ -177,7 +176,7 @@ class _Problem:
             jumps = [by_group(((g + side) / normal).nan_to_num(0), dims) for side in (threshold, -threshold)]
             at = torch.cat(jumps).sort(dim=0).values
             bracket = try_all(residual, self._scale, at[1:] / 2 + at[:-1] / 2)
-        elif self._sorts:
+        elif _sorts(g):
             bracket = self._at_a_jump(threshold, residual)
             _, fa, _, fb = bracket
             holds = (fa >= 0) & (fb <= 0) & (fa > fb)
@@ -204,6 +203,10 @@ class _Problem:
         most, least = self._ends
         near = None if self._slope is None else (self.multiplier, self._slope)
         return search(residual, self._scale, 1e-6 * self._scale * (most - least), self._ends, near, narrow)
+
+
+def _sorts(g: Tensor) -> bool:
+    return not g.is_cuda and g[0].numel() <= _SORTED
 
 
 def _at(multiplier: Tensor, g: Tensor, normal: Tensor, up: Tensor, down: Tensor, threshold: Tensor) -> Tensor:

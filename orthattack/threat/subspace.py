@@ -20,7 +20,7 @@ from orthattack.projection import IMAGE, dot, orthonormal_basis, reciprocal, rem
 from orthattack.threat.multipliers import SMALL, best_step, components, in_ball
 from orthattack.threat.norms import by_secant, greedy_step, length
 from orthattack.threat.rounding import Box
-from orthattack.threat.sets import Allowed, completed, soften
+from orthattack.threat.sets import Allowed, completed, soften, some_of
 
 # The duality gap at which a step is done.
 _GAP = 1e-5
@@ -75,15 +75,6 @@ class Subspace(Allowed):
     def release(self) -> None:
         for name in ("basis", "_scratch"):
             self.__dict__.pop(name, None)
-
-    def _some(self, which: Tensor) -> Subspace:
-        """The same for some samples, (N,) bool."""
-        some = copy.copy(self)
-        some.release()
-        some.images, some.lower, some.upper = self.images[which], self.lower[which], self.upper[which]
-        some._directions, some._dropped, some._peaks = self._directions[which], self._dropped[which], self._peaks[which]
-        some._near = tuple(row[which] for row in self._near)
-        return some
 
     def boxed(self, lower: Tensor, upper: Tensor) -> Subspace:
         subspace = copy.copy(self)
@@ -151,11 +142,12 @@ class Subspace(Allowed):
         move = move if bool(moves.all()) else torch.where(moves, move, 0)
         y = torch.add(start, move).clamp_(self.lower, self.upper)
 
-        def search(which: Tensor) -> Tensor:
-            some, given = self._some(which), (start[which], gradient[which], alpha[which])
-            return some._ascended(*given, 8) if looked == 1 and not self._is_small else some._ascend(*given)
+        def search(some: Subspace, start: Tensor, gradient: Tensor, alpha: Tensor) -> Tensor:
+            if looked == 1 and not some._is_small:
+                return some._ascended(start, gradient, alpha, 8)
+            return some._ascend(start, gradient, alpha)
 
-        return completed(y, found | ~moves, search)
+        return completed(self, y, found | ~moves, search, start, gradient, alpha)
 
     def _ascend(self, start: Tensor, gradient: Tensor, alpha: Tensor) -> Tensor:
         """The same in float64, by a search that goes on for longer.
@@ -220,8 +212,7 @@ class Subspace(Allowed):
         torch.sub(self.upper, x, out=high)
         d, found = in_ball(points - x, low, high, self._near, radius, order, scratch)
         y = d.add(x).clamp_(self.lower, self.upper)
-        y = completed(y, found, lambda which: search(self._some(which), points[which], radius[which]))
-        return self.settle(y)
+        return self.settle(completed(self, y, found, search, points, radius))
 
     def _searched(self, points: Tensor, shrink: Tensor | None = None, radius: Tensor | None = None) -> Tensor:
         """The same in float64, by a search that goes on for longer; with a radius, in the L1 ball but for 1e-9 of it as
@@ -244,7 +235,9 @@ class Subspace(Allowed):
         lower, upper = box()
         if self._asks and not bool(lost.all()):
             points = points.clone()
-            points[lost] = self._some(lost)._settled(points[lost], lambda: (lower[lost], upper[lost]), fallback[lost])
+            points[lost] = some_of(self, lost)._settled(
+                points[lost], lambda: (lower[lost], upper[lost]), fallback[lost]
+            )
             return points
         x, low, high = self.images.double(), lower.double(), upper.double()
         for attempt in range(self._trials.settle):
