@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from orthattack.models import Model
+from orthattack.replay import Replayed
 
 Optimize = Literal["auto", "none", "compile"]
 
@@ -106,7 +107,8 @@ def _checked(model: nn.Module, how: Optimize, sample: Tensor) -> Model:
     spread = (expected.amax() - expected.amin()).clamp(min=expected.abs().amax() * 1e-3)
     if not bool(((found - expected).abs() <= _AGREES * spread).all()):
         raise ValueError("the faster copy's logits differ from the model's")
-    return fast
+    # What was traced has no control flow that depends on data, so that it can be recorded.
+    return Replayed(made) if how == "auto" and isinstance(made, fx.GraphModule) and sample.is_cuda else fast
 
 
 class _Tracer(fx.Tracer):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from orthattack.arguments import uploaded
 from orthattack.projection import block_size, cut, is_fine, joined, reciprocal, scope_dims
+from orthattack.replay import Calls
 from orthattack.threat.blocks import Blocks
 from orthattack.threat.levels import Grid, snapped
 from orthattack.threat.norms import BALLS, among, length, unit
@@ -89,6 +90,7 @@ class Region:
         self, images: Tensor, lower: Tensor, upper: Tensor, vectors: Tensor | None, normals: Tensor | None
     ) -> None:
         self.images, self._vectors, self._normals = images, vectors, normals
+        self._calls = Calls()
         self._allowed = _allowed(self.threat, images, lower, upper, vectors, normals, self._mask)
 
     def _box(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,6 +113,7 @@ class Region:
         """The region with other radii, (N,), on the same images; `stored` is the old one's to answer."""
         region = copy.copy(self)
         region.eps, region._grid = self.threat.on_grid(eps.double()).view(-1, 1, 1, 1), None
+        region._calls = Calls()
         if self._ball.is_box:
             region._allowed = self._allowed.boxed(*region._box(self.images))
         return region
@@ -172,12 +175,17 @@ class Region:
         Source: docs/method.md, "The best step" and "The L1 step"; the latter is that of SLIDE (Tramèr & Boneh 2019,
         arXiv:1904.13000), with the box counted in as Croce & Hein 2021 (arXiv:2103.01208) advise.
         """
+        alpha = torch.as_tensor(alpha, dtype=self.images.dtype, device=points.device).expand(len(points), 1, 1, 1)
+        return self._calls(self._stepped, points, gradient, alpha, avoid, count, release=self.release)
+
+    def _stepped(
+        self, points: Tensor, gradient: Tensor, alpha: Tensor, avoid: Tensor | None, count: Tensor | int | None
+    ) -> Tensor:
         start, g = points.to(self.images.dtype), self.masked(gradient.to(self.images.dtype))
-        alpha = torch.as_tensor(alpha, dtype=start.dtype, device=start.device).expand(len(start), 1, 1, 1)
         if avoid is not None:
             return self._step_avoiding(start, g, alpha, self.masked(avoid.to(start)).unsqueeze(1), count)
         moved = self._ball.step(self._allowed, start, g, alpha, count)
-        return self._stored(moved) if self._ball.is_box else self.project(moved)
+        return self._stored(moved) if self._ball.is_box else self._projected(moved)
 
     def _step_avoiding(
         self, start: Tensor, g: Tensor, alpha: Tensor, avoid: Tensor, count: Tensor | int | None
@@ -190,7 +198,7 @@ class Region:
         if self._ball.is_box:
             return self._stored(self._settled(through.ascend(start, g, alpha)))
         g = self._allowed.tangent(through.tangent(g))
-        return self.project(self._ball.step(Free(x, lower, upper), start, g, alpha, count))
+        return self._projected(self._ball.step(Free(x, lower, upper), start, g, alpha, count))
 
     def project(self, points: Tensor) -> Tensor:
         """The Euclidean projection of any `points` (N, C, H, W) onto the region.
@@ -201,6 +209,9 @@ class Region:
 
         Source: docs/method.md, "The nearest point".
         """
+        return self._calls(self._projected, points, release=self.release)
+
+    def _projected(self, points: Tensor) -> Tensor:
         points = points.to(self.images.dtype).contiguous()
         points = points if self._mask is None else torch.where(self._mask, points, self.images)
         points = self._ball.project(self._allowed, points, self.eps)

@@ -1,0 +1,232 @@
+"""Many small kernels launched at once: CUDA graphs of a model's passes, and of other functions of tensors on a GPU.
+
+A model's pass at a batch of 32 is some 500 kernels, each of which takes the host longer to launch than many take to
+run. A graph that is recorded once launches them together. What is recorded must not ask the GPU anything, and may not
+depend on anything but its tensors: where recording fails, the function itself is called, as before.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable
+from contextlib import nullcontext, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Larger batches keep a GPU busy for longer than their kernels take to launch, and recording holds on to their memory.
+_LARGEST = 2**23
+# Recording takes as long as some calls, so it waits for this one.
+_THIRD = 3
+# One recording at a time in a process.
+_LOCK = threading.Lock()
+
+
+class Replayed:
+    """A model that answers on a GPU by graphs of its forward and backward pass, once a shape has come three times.
+
+    Args:
+        model: images (N, C, H, W) to logits (N, K). What its forward pass does besides is not repeated, and its tensors
+            must stay where they are.
+        kept: of how many shapes graphs are kept, those used last; each holds the memory of a pass.
+    """
+
+    def __init__(self, model: Callable[[Tensor], Tensor], kept: int = 2) -> None:
+        self.model, self._kept = model, kept
+        self._seen: Counter[Hashable] = Counter()
+        self._passes: OrderedDict[Hashable, _Pass | None] = OrderedDict()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if not _is_fit(images):
+            return self.model(images)
+        differentiates = torch.is_grad_enabled() and images.requires_grad
+        key = (_place(images), _described(images), differentiates, _precision())
+        self._seen[key] += 1
+        if key not in self._passes and self._seen[key] == _THIRD:
+            self._passes[key] = _attempted(lambda: _Pass(self.model, images, differentiates))
+            while len(self._passes) > self._kept:
+                self._passes.popitem(last=False)
+        found = self._passes.get(key)
+        if found is None:
+            return self.model(images)
+        self._passes.move_to_end(key)
+        if not differentiates:
+            return found.answer(images)
+        logits: Tensor = _Answer.apply(images, found)
+        return logits
+
+
+class _Pass:
+    """A forward pass at a batch of one shape and, if it `differentiates`, the backward pass, which ends at the images:
+    in tensors of its own, which each replay writes anew."""
+
+    def __init__(self, model: Callable[[Tensor], Tensor], images: Tensor, differentiates: bool) -> None:
+        self._images = images.detach().clone().requires_grad_(differentiates)
+        self._logits = self._slope = self._gradient = self._images
+        self.turn = 0
+
+        def forward() -> None:
+            with torch.set_grad_enabled(differentiates), _uncached():
+                self._logits = model(self._images)
+
+        def backward() -> None:
+            (self._gradient,) = torch.autograd.grad(self._logits, self._images, self._slope)
+
+        def both() -> None:
+            forward()
+            self._slope = torch.zeros_like(self._logits)
+            if differentiates:
+                backward()
+
+        recorder = Recorder()
+        recorder.warm_up(both)
+        self._forward = recorder.record(forward)
+        if differentiates:
+            self._backward = recorder.record(backward)
+
+    def answer(self, images: Tensor) -> Tensor:
+        """The logits, (N, K)."""
+        with torch.no_grad():
+            self._images.copy_(images)
+        self.turn += 1
+        self._forward()
+        return self._logits.detach().clone()
+
+    def differentiated(self, slope: Tensor) -> Tensor:
+        """The gradient (N, C, H, W) of ⟨slope, logits⟩ for the last answer."""
+        self._slope.copy_(slope)
+        self._backward()
+        return self._gradient.detach().clone()
+
+
+class _Answer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, recorded: _Pass) -> Tensor:
+        logits = recorded.answer(images)
+        ctx.recorded, ctx.turn = recorded, recorded.turn
+        return logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+        if ctx.turn != ctx.recorded.turn:
+            raise RuntimeError("an answer of a recorded model is differentiated before the next one is asked for")
+        return ctx.recorded.differentiated(slope), None
+
+
+class Calls:
+    """Calls functions of tensors, on a GPU by a graph from the third call with tensors of the same shapes on.
+
+    What else a function reads must stay where it is while this lives.
+    """
+
+    def __init__(self) -> None:
+        self._seen: Counter[Hashable] = Counter()
+        self._made: dict[Hashable, _Call | None] = {}
+
+    def __call__(self, function: Callable[..., Tensor], *given: Any, release: Callable[[], None]) -> Tensor:
+        """`function(*given)`; `release` gives up the memory that it keeps between calls."""
+        tensors = [value for value in given if isinstance(value, Tensor)]
+        if not all(map(_is_fit, tensors)):
+            return function(*given)
+        described = [_described(value) if isinstance(value, Tensor) else value for value in given]
+        key = (function.__name__, _place(tensors[0]), *described)
+        self._seen[key] += 1
+        if self._seen[key] == _THIRD:
+            self._made[key] = _attempted(lambda: _Call(function, given, release))
+        found = self._made.get(key)
+        return function(*given) if found is None else found(tensors)
+
+
+class _Call:
+    def __init__(self, function: Callable[..., Tensor], given: tuple[Any, ...], release: Callable[[], None]) -> None:
+        own = [value.clone() if isinstance(value, Tensor) else value for value in given]
+        self._own, self._out = [value for value in own if isinstance(value, Tensor)], torch.empty(0)
+
+        def body() -> None:
+            release()
+            self._out = function(*own)
+            release()
+
+        recorder = Recorder()
+        recorder.warm_up(body)
+        self._replay = recorder.record(body)
+
+    def __call__(self, tensors: list[Tensor]) -> Tensor:
+        for own, tensor in zip(self._own, tensors, strict=True):
+            own.copy_(tensor)
+        self._replay()
+        return self._out.clone()
+
+
+class Recorder:
+    """Records functions on a stream of its own, in memory of their own."""
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def warm_up(self, body: Callable[[], None]) -> None:
+        """Call it once, so that what is made when it is first called is there."""
+        now = torch.cuda.current_stream()
+        self._stream.wait_stream(now)
+        with torch.cuda.stream(self._stream):
+            body()
+        now.wait_stream(self._stream)
+
+    def record(self, body: Callable[[], None]) -> Callable[[], None]:
+        """What launches again the kernels that `body` launches, on tensors that it has made or that stay."""
+        graph, now = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self._stream):
+            # Other threads may go on meanwhile: those of a loader allocate pinned memory.
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            try:
+                body()
+            except BaseException:
+                with suppress(RuntimeError):  # which says that the recording has failed
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        now.wait_stream(self._stream)
+        return graph.replay
+
+
+def _attempted(make: Callable[[], Any]) -> Any:
+    """What is made, or None where something in it cannot be recorded."""
+    with _LOCK:
+        try:
+            return make()
+        except (RuntimeError, ValueError, TypeError):
+            return None
+
+
+def _is_fit(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor and tensor.is_cuda and tensor.numel() <= _LARGEST
+
+
+def _described(tensor: Tensor) -> Hashable:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def _place(tensor: Tensor) -> Hashable:
+    """Where kernels are launched: threads and streams do not wait for each other."""
+    return tensor.device, torch.cuda.current_stream(tensor.device).cuda_stream, threading.get_ident()
+
+
+def _precision() -> Hashable:
+    return (
+        torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.deterministic,
+    )
+
+
+def _uncached() -> Any:
+    """Autocast as it is now, but that casts weights in each pass, so that replays do so too."""
+    if not torch.is_autocast_enabled("cuda"):
+        return nullcontext()
+    return torch.autocast("cuda", torch.get_autocast_dtype("cuda"), cache_enabled=False)
