@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from benchmarks.stored import Row
 from benchmarks.timing import DEVICE, peak_memory, side_by_side
 from orthattack import PGD, OrthoPGD
+from orthattack.attacks.fast_copy import fast_copy
 
 EPS = 4 / 255
 PEERS = ("bare step", "Foolbox LinfPGD")
@@ -72,12 +73,16 @@ def candidates(model: nn.Module, steps: int) -> dict[str, Callable[[Tensor, Tens
     import foolbox
     import torchattacks
 
-    def bare(images: Tensor, labels: Tensor, reduced: bool) -> None:
+    def bare(images: Tensor, labels: Tensor, reduced: bool, copied: bool = False) -> None:
         model.requires_grad_(False)
+        asked: Callable[[Tensor], Tensor] = model
+        if copied:
+            with torch.no_grad():
+                asked = fast_copy(model, "auto", images)[0] or model
         for _ in range(steps):
             leaf = images.clone().requires_grad_()
             with torch.autocast(DEVICE.type, torch.bfloat16, enabled=reduced):
-                logits = model(leaf)
+                logits = asked(leaf)
             torch.autograd.grad(nn.functional.cross_entropy(logits.float(), labels, reduction="sum"), leaf)
         model.requires_grad_(True)
 
@@ -95,6 +100,7 @@ def candidates(model: nn.Module, steps: int) -> dict[str, Callable[[Tensor, Tens
         "Foolbox LinfPGD": foolbox_pgd,
         "torchattacks PGD": peer,
         "bare step": partial(bare, reduced=False),
+        "bare step of the copy": partial(bare, reduced=False, copied=True),
         "bare step, bfloat16": partial(bare, reduced=True),
         "PGD": ours(PGD),
         "OrthoPGD": ours(OrthoPGD),

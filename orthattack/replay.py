@@ -37,31 +37,41 @@ class Replayed:
     def __init__(self, model: Callable[[Tensor], Tensor], kept: int = 2) -> None:
         self.model, self._kept = model, kept
         self._seen: Counter[Hashable] = Counter()
-        self._passes: OrderedDict[Hashable, _Pass | None] = OrderedDict()
+        self._passes: OrderedDict[tuple[Hashable, int], _Pass | None] = OrderedDict()
 
     def __call__(self, images: Tensor) -> Tensor:
         if not _is_fit(images):
             return self.model(images)
         differentiates = torch.is_grad_enabled() and images.requires_grad
-        key = (_place(images), _described(images), differentiates, _precision())
-        self._seen[key] += 1
-        if key not in self._passes and self._seen[key] == _THIRD:
+        kind, size = (_place(images), _described(images), differentiates, _precision()), len(images)
+        key = self._nearest(kind, size)
+        if key is None:
+            key = kind, size
+            self._seen[key] += 1
+            if self._seen[key] != _THIRD:
+                return self.model(images)
             self._passes[key] = _attempted(lambda: _Pass(self.model, images, differentiates))
             while len(self._passes) > self._kept:
                 self._passes.popitem(last=False)
-        found = self._passes.get(key)
+        self._passes.move_to_end(key)
+        found = self._passes[key]
         if found is None:
             return self.model(images)
-        self._passes.move_to_end(key)
         if not differentiates:
             return found.answer(images)
         logits: Tensor = _Answer.apply(images, found)
         return logits
 
+    def _nearest(self, kind: Hashable, size: int) -> tuple[Hashable, int] | None:
+        """The smallest batch with a recorded pass that so many images fit into, if it is not much too large: it takes
+        as long as it is, but smaller ones would take the host as long."""
+        sizes = [known for of, known in self._passes if of == kind and size <= known <= 4 * size]
+        return (kind, min(sizes)) if sizes else None
+
 
 class _Pass:
     """A forward pass at a batch of one shape and, if it `differentiates`, the backward pass, which ends at the images:
-    in tensors of its own, which each replay writes anew."""
+    in tensors of its own, which each replay writes anew. In a smaller batch the last images are those from before."""
 
     def __init__(self, model: Callable[[Tensor], Tensor], images: Tensor, differentiates: bool) -> None:
         self._images = images.detach().clone().requires_grad_(differentiates)
@@ -90,16 +100,16 @@ class _Pass:
     def answer(self, images: Tensor) -> Tensor:
         """The logits, (N, K)."""
         with torch.no_grad():
-            self._images.copy_(images)
+            self._images[: len(images)] = images
         self.turn += 1
         self._forward()
-        return self._logits.detach().clone()
+        return self._logits.detach()[: len(images)].clone()
 
     def differentiated(self, slope: Tensor) -> Tensor:
         """The gradient (N, C, H, W) of ⟨slope, logits⟩ for the last answer."""
-        self._slope.copy_(slope)
+        self._slope[: len(slope)] = slope
         self._backward()
-        return self._gradient.detach().clone()
+        return self._gradient.detach()[: len(slope)].clone()
 
 
 class _Answer(torch.autograd.Function):
@@ -132,7 +142,7 @@ class Calls:
         tensors = [value for value in given if isinstance(value, Tensor)]
         if not all(map(_is_fit, tensors)):
             return function(*given)
-        described = [_described(value) if isinstance(value, Tensor) else value for value in given]
+        described = [(len(value), _described(value)) if isinstance(value, Tensor) else value for value in given]
         key = (function.__name__, _place(tensors[0]), *described)
         self._seen[key] += 1
         if self._seen[key] == _THIRD:
@@ -209,7 +219,8 @@ def _is_fit(tensor: Tensor) -> bool:
 
 
 def _described(tensor: Tensor) -> Hashable:
-    return tuple(tensor.shape), tensor.stride(), tensor.dtype
+    """What a batch is, but for its size."""
+    return tuple(tensor.shape[1:]), tensor.stride(), tensor.dtype
 
 
 def _place(tensor: Tensor) -> Hashable:

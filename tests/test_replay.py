@@ -91,7 +91,17 @@ def test_the_last_shapes_are_kept(device):
     for size in (2, 3, 4):
         for images in batches(device, 3, size):
             passed(replayed, images, torch.ones(size, 5, device=device))
-    assert [key[1][0][0] for key in replayed._passes] == [3, 4]
+    assert [size for _, size in replayed._passes] == [3, 4]
+
+
+def test_smaller_batches_are_passed_in_a_larger_ones_place(device):
+    model = small_model().to(device).requires_grad_(False)
+    replayed = Replayed(model)
+    for size in (8, 8, 8, 5, 2, 8, 1, 1, 3):
+        images, slope = batches(device, 1, size)[0], torch.arange(1.0, 5 * size + 1, device=device).view(size, 5)
+        for found, expected in zip(passed(replayed, images, slope), passed(model, images, slope), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert [size for _, size in replayed._passes] == [8]  # one image would leave too much of it unused
 
 
 def test_other_threads_have_passes_of_their_own(device):
