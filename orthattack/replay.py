@@ -190,7 +190,7 @@ class Recorder:
     def record(self, body: Callable[[], None]) -> Callable[[], None]:
         """What launches again the kernels that `body` launches, on tensors that it has made or that stay."""
         graph, now = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        torch.cuda.synchronize()
+        self._stream.wait_stream(now)
         with torch.cuda.stream(self._stream):
             # Other threads may go on meanwhile: those of a loader allocate pinned memory.
             graph.capture_begin(self._pool, capture_error_mode="thread_local")

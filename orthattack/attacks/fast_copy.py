@@ -22,6 +22,8 @@ Optimize = Literal["auto", "none", "compile"]
 
 # Folding reorders float32 arithmetic, which moves logits by 1e-5 of their spread at most; anything more is a mistake.
 _AGREES = 1e-3
+# Integers by their size in bytes.
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Threads may share a model.
 _LOCK = threading.RLock()
 
@@ -90,8 +92,14 @@ def _state(model: nn.Module) -> tuple[object, ...]:
 
 def _sums(model: nn.Module) -> Tensor:
     """Of the values of all tensors: their versions miss what is written through `.data`."""
-    sums = [t.sum(dtype=torch.float64) for t in (*model.parameters(), *model.buffers())]
-    return torch.stack(sums).view(torch.long) if sums else torch.empty(0)
+    tensors = [t.detach() for t in (*model.parameters(), *model.buffers())]
+    if not tensors:
+        return torch.empty(0)
+    if not tensors[0].is_cuda:
+        return torch.stack([t.sum(dtype=torch.float64) for t in tensors]).view(torch.long)
+    # Of the bits of all at once: launching a sum for each would take the host longer than a step of the attack.
+    kinds = [[t.reshape(-1) for t in tensors if t.dtype == dtype] for dtype in {t.dtype: None for t in tensors}]
+    return torch.stack([torch.cat(kind).view(_BITS[kind[0].dtype.itemsize]).sum(dtype=torch.long) for kind in kinds])
 
 
 def _checked(model: nn.Module, how: Optimize, sample: Tensor) -> Model:

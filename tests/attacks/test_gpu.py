@@ -132,13 +132,13 @@ def on_gpu(make: Make, steps: int) -> tuple[Counter[tuple[str, str]], AttackResu
     attack.run(*here)  # the first call loads kernels
     torch.manual_seed(1)
     attack = make(small_model().cuda(), steps)
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
             result = attack.run(*here)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     asked = Counter((f"{w.filename}:{w.lineno}", "waits") for w in caught if "synchronizing" in str(w.message))
     return asked, AttackResult(**{name: value.cpu() for name, value in vars(result).items()})
 
