@@ -50,7 +50,7 @@ class Replayed:
             self._seen[key] += 1
             if self._seen[key] != _THIRD:
                 return self.model(images)
-            self._passes[key] = _attempted(lambda: _Pass(self.model, images, differentiates))
+            self._passes[key] = _attempted(images, lambda: _Pass(self.model, images, differentiates))
             while len(self._passes) > self._kept:
                 self._passes.popitem(last=False)
         self._passes.move_to_end(key)
@@ -146,7 +146,7 @@ class Calls:
         key = (function.__name__, _place(tensors[0]), *described)
         self._seen[key] += 1
         if self._seen[key] == _THIRD:
-            self._made[key] = _attempted(lambda: _Call(function, given, release))
+            self._made[key] = _attempted(tensors[0], lambda: _Call(function, given, release))
         found = self._made.get(key)
         return function(*given) if found is None else found(tensors)
 
@@ -189,25 +189,36 @@ class Recorder:
 
     def record(self, body: Callable[[], None]) -> Callable[[], None]:
         """What launches again the kernels that `body` launches, on tensors that it has made or that stay."""
-        graph, now = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        now = torch.cuda.current_stream()
         self._stream.wait_stream(now)
         with torch.cuda.stream(self._stream):
-            # Other threads may go on meanwhile: those of a loader allocate pinned memory.
-            graph.capture_begin(self._pool, capture_error_mode="thread_local")
             try:
-                body()
+                replay = self._captured(body)
             except BaseException:
-                with suppress(RuntimeError):  # which says that the recording has failed
-                    graph.capture_end()
+                # Recording that fails leaves torch's random numbers as if it went on; recording that does not ends it.
+                with suppress(RuntimeError):
+                    self._captured(lambda: torch.zeros(1, device="cuda"))
                 raise
-            graph.capture_end()
         now.wait_stream(self._stream)
+        return replay
+
+    def _captured(self, body: Callable[[], object]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on meanwhile: those of a loader allocate pinned memory.
+        graph.capture_begin(self._pool, capture_error_mode="thread_local")
+        try:
+            body()
+        except BaseException:
+            with suppress(RuntimeError, UserWarning):  # which say that it has failed
+                graph.capture_end()
+            raise
+        graph.capture_end()
         return graph.replay
 
 
-def _attempted(make: Callable[[], Any]) -> Any:
-    """What is made, or None where something in it cannot be recorded."""
-    with _LOCK:
+def _attempted(like: Tensor, make: Callable[[], Any]) -> Any:
+    """What is made on a tensor's device, or None where something in it cannot be recorded."""
+    with _LOCK, torch.cuda.device_of(like):
         try:
             return make()
         except (RuntimeError, ValueError, TypeError):

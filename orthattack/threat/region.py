@@ -175,7 +175,9 @@ class Region:
         Source: docs/method.md, "The best step" and "The L1 step"; the latter is that of SLIDE (Tramèr & Boneh 2019,
         arXiv:1904.13000), with the box counted in as Croce & Hein 2021 (arXiv:2103.01208) advise.
         """
-        alpha = torch.as_tensor(alpha, dtype=self.images.dtype, device=points.device).expand(len(points), 1, 1, 1)
+        x = self.images
+        size = alpha.to(x) if isinstance(alpha, Tensor) else torch.full((), alpha, dtype=x.dtype, device=x.device)
+        alpha = size.expand(len(points), 1, 1, 1)
         return self._calls(self._stepped, points, gradient, alpha, avoid, count, release=self.release)
 
     def _stepped(
