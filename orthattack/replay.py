@@ -218,7 +218,7 @@ class Recorder:
 
 def _attempted(like: Tensor, make: Callable[[], Any]) -> Any:
     """What is made on a tensor's device, or None where something in it cannot be recorded."""
-    with _LOCK, torch.cuda.device_of(like):
+    with _LOCK, torch.cuda.device_of(like):  # type: ignore[no-untyped-call]
         try:
             return make()
         except (RuntimeError, ValueError, TypeError):
