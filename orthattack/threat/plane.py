@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 
 import torch
 from torch import Tensor
@@ -30,6 +30,19 @@ _MANY = 512
 _GAP = 1e-8
 # How often Newton's method is tried before the search that cannot fail.
 _NEWTON = 8
+
+
+@cache
+def fused_step() -> Callable[..., Tensor] | None:
+    """`fused.best_step` if Triton is there and works, for which it needs a C compiler and a folder for its kernels."""
+    try:
+        from orthattack.threat.fused import best_step
+
+        rows = [torch.zeros(1, 64, device="cuda") for _ in range(8)]
+        best_step(*rows[:6], rows[0][:, 0], (rows[6], rows[7]))
+    except Exception:  # whatever a compiler may raise
+        return None
+    return best_step
 
 
 class Plane:
@@ -90,6 +103,12 @@ class Plane:
     def release(self) -> None:
         self.__dict__.pop("_scratch", None)
 
+    @property
+    def _is_fusible(self) -> bool:
+        """Whether the fused kernels are for these groups: float32, each in one piece of memory, and many pixels."""
+        is_plain = self.normal is self._settling and self.images.dtype == torch.float32
+        return self._is_coarse and is_plain and self.dims != (-3,)
+
     def tangent(self, gradient: Tensor) -> Tensor:
         return orthogonalize(gradient, self.normal, self.scope)
 
@@ -106,6 +125,12 @@ class Plane:
         start, gradient = start.contiguous(), gradient.contiguous()
         ratio, bottom, weight, scratch = self._scratch
         alpha = torch.as_tensor(alpha, dtype=start.dtype, device=start.device)
+        if start.is_cuda and self._is_fusible and (best_step := fused_step()) is not None:
+            groups = self._normal2.numel()
+            given = start, gradient, self.images, self.lower, self.upper, normal, ratio, weight
+            rows = [t.contiguous().view(groups, -1) for t in given]
+            sizes = alpha.expand_as(self._normal2).flatten().contiguous()
+            return best_step(*rows[:6], sizes, (rows[6], rows[7])).view_as(start)
         # The optimum is the same for g and g - cx; projected, λ is near 0 and a parallel gradient is 0, not round-off.
         g, size = self._projected(gradient, dims)
         # Without a gradient every step is as good, so the search stops at once, and what it found is not taken.
