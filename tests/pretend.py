@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from orthattack.threat import plane
+
 __all__ = ["OnGpu", "Pretend", "pretended"]
 
 GPU = torch.device("cuda", 0)
@@ -144,7 +146,8 @@ def _placed(value: Any, home: bool) -> Any:
 
 @contextmanager
 def pretended(monkeypatch: Any) -> Iterator[Pretend]:
-    """A GPU, with torch's functions for its random numbers."""
+    """A GPU, with torch's functions for its random numbers, and without Triton."""
+    monkeypatch.setattr(plane, "fused_step", lambda: None)
     state = torch.zeros(16, dtype=torch.uint8)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: state.clone())
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *_: None)

@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# How many pixels a program has; how many λ a pass tries, and how many such passes there are.
+# How many pixels a program has; how many λ a pass tries, and how many such passes there are. The last ones are hardly
+# ever needed, and then take no time.
 _BLOCK = 2048
 _TRIED = 32
-_PASSES = 5
+_PASSES = 7
 # A cosine is at most 1e-6; see `rounding`, which aims at this too.
 _ALLOWED = tl.constexpr(0.75e-6)
 _LARGEST = tl.constexpr(8e37)  # λ = infinity, to all intents
@@ -26,14 +27,15 @@ _LARGEST = tl.constexpr(8e37)  # λ = infinity, to all intents
 _GN, _NN, _G, _N, _MAX = (tl.constexpr(k) for k in range(5))
 _BASE, _WEIGHT, _SIZE = (tl.constexpr(k) for k in range(3))
 _OFF, _LENGTH = (tl.constexpr(k) for k in range(2))
-# A group's state: f(a) >= 0 >= f(b), f(-infinity) less the weights, whether it moves.
-_A, _FA, _B, _FB, _LEAST, _MOVES = (tl.constexpr(k) for k in range(6))
-_STATES = tl.constexpr(6)
+# A group's state: the bracket f(a) >= 0 >= f(b), f(infinity), what is nothing beside f and beside the gap, whether the
+# search goes on, and whether the group moves.
+_A, _FA, _B, _FB, _LEAST, _NOISE, _TOLERANCE, _GOES_ON, _MOVES = (tl.constexpr(k) for k in range(9))
+_STATES = tl.constexpr(9)
 
 
 def best_step(
-    start: Tensor, gradient: Tensor, images: Tensor, lower: Tensor, upper: Tensor, normal: Tensor, alpha: Tensor,
-    scratch: tuple[Tensor, Tensor], block: int = _BLOCK,
+    start: Tensor, gradient: Tensor, images: Tensor, lower: Tensor, upper: Tensor, normal: Tensor,
+    ratio: Tensor, weight: Tensor, *, alpha: Tensor, block: int = _BLOCK,
 ) -> Tensor:  # fmt: skip
     """max_y ⟨g, y⟩ subject to lower <= y <= upper, ``|y - s| <= α`` and ⟨y - x, n⟩ = 0 in each row.
 
@@ -43,14 +45,13 @@ def best_step(
 
     Args:
         start, gradient, images, lower, upper, normal: s, g, x, the box and n, (G, L), contiguous, float32.
+        ratio, weight: working memory, likewise.
         alpha: α, (G,), float32.
-        scratch: two tensors of as many numbers, which are overwritten.
 
     Source: docs/method.md, "The best step".
     """
     rows, length = start.shape
     blocks = triton.cdiv(length, block)
-    ratio, weight = scratch
     given = normal, start, images, lower, upper, alpha
     y = torch.empty_like(start)
 
@@ -66,7 +67,7 @@ def best_step(
     with torch.cuda.device_of(start):
         _sum_gradient[all_of](gradient, normal, of_gradient, **wide)
         _weigh[all_of](gradient, *given, ratio, weight, of_gradient, of_range, PARTS=parts, **wide)
-        _begin[each](of_gradient, of_range, state, multipliers, B=blocks, PARTS=parts, TRIED=_TRIED)
+        _begin[each](of_gradient, of_range, alpha, state, multipliers, B=blocks, PARTS=parts, TRIED=_TRIED)
         for _ in range(_PASSES):
             _evaluate[all_of](ratio, weight, state, multipliers, tried, **sizes, BLOCK=block, TRIED=_TRIED)
             _narrow[each](tried, state, multipliers, B=blocks, TRIED=_TRIED)
@@ -144,34 +145,45 @@ def _weigh(gradient, normal, start, images, lower, upper, alpha, ratio, weight, 
 
 
 @triton.jit
-def _begin(of_gradient, of_range, state, multipliers, B, PARTS: tl.constexpr, TRIED: tl.constexpr):
-    """The first bracket, of all λ, and what to try in it: on both sides of 0, the more the nearer to λ's magnitude."""
+def _begin(of_gradient, of_range, alpha, state, multipliers, B, PARTS: tl.constexpr, TRIED: tl.constexpr):
+    """The first bracket, of all λ, and what to try in it: on both sides of 0, the more the nearer to λ's magnitude, and
+    around the λ at which all pixels without a gradient go from one end to the other."""
     row = tl.program_id(0).to(tl.int64)
     size = _total(of_range, row, _SIZE, 3, B, PARTS)
     least = _total(of_range, row, _BASE, 3, B, PARTS)
     most = least + _total(of_range, row, _WEIGHT, 3, B, PARTS)
-    before = _total(of_gradient, row, _G, 5, B, PARTS) / _largest(of_gradient, row, B, PARTS)
+    largest = _largest(of_gradient, row, B, PARTS)
+    before = _total(of_gradient, row, _G, 5, B, PARTS) / largest
     width = _total(of_gradient, row, _N, 5, B, PARTS)
+    nn = _total(of_gradient, row, _NN, 5, B, PARTS)
+    common = -_total(of_gradient, row, _GN, 5, B, PARTS) / tl.where(nn > 0, nn, 1.0) / largest
     moves = size > 4 * 1.1920929e-07 * before  # or else no more than round-off is left
     out = state + row * _STATES
+    step = tl.load(alpha + row).to(tl.float64)
+    noise = step * width * 5.96e-8  # half of float32's unit
     tl.store(out + _A, -_LARGEST)
-    tl.store(out + _FA, tl.maximum(most, 0.0))
+    tl.store(out + _FA, tl.where(most > noise, most, 0.0))
     tl.store(out + _B, _LARGEST)
-    tl.store(out + _FB, tl.minimum(least, 0.0))
+    tl.store(out + _FB, tl.where(least < -noise, least, 0.0))
     tl.store(out + _LEAST, least)
+    tl.store(out + _NOISE, noise)
+    tl.store(out + _TOLERANCE, step * size * 1e-8)
+    tl.store(out + _GOES_ON, moves.to(tl.float64))
     tl.store(out + _MOVES, moves.to(tl.float64))
     scale = tl.where(moves & (width > 0), size / tl.where(width > 0, width, 1.0), 1.0).to(tl.float32)
     k = tl.arange(0, TRIED)
-    step = (k // 2).to(tl.float32) * (32.0 / TRIED) - 10.0
-    power = tl.exp2(step * (1.0 + 0.016 * step * step))  # from 2^-26, within which the gap is small enough, to 2^7
-    tl.store(multipliers + row * TRIED + k, tl.where(k % 2 == 0, scale * power, -scale * power))
+    place = (k // 2).to(tl.float32) * (32.0 / TRIED) - 10.0
+    power = tl.exp2(place * (1.0 + 0.016 * place * place))  # from 2^-26, within which the gap is small enough, on
+    tried = tl.where(k % 2 == 0, scale * power, -scale * power)
+    around = (common * tl.where(k % 2 == 0, 1.0000004, 0.9999996)).to(tl.float32)
+    tl.store(multipliers + row * TRIED + k, tl.where(k < TRIED - 2, tried, around))
 
 
 @triton.jit
 def _evaluate(ratio, weight, state, multipliers, sums, L, B, BLOCK: tl.constexpr, TRIED: tl.constexpr):
     """What f gains, of all pixels with a ratio above λ, for each λ of the group."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if tl.load(state + row * _STATES + _MOVES) > 0:
+    if tl.load(state + row * _STATES + _GOES_ON) > 0:
         at = block * BLOCK + tl.arange(0, BLOCK)
         r = tl.load(ratio + row * L + at, mask=at < L, other=0.0)
         w = tl.load(weight + row * L + at, mask=at < L, other=0.0)
@@ -195,13 +207,14 @@ def _narrow(sums, state, multipliers, B, TRIED: tl.constexpr):
     narrows any bracket, half ever closer to where the secant meets 0, which narrows smooth ones faster."""
     row = tl.program_id(0).to(tl.int64)
     here = state + row * _STATES
-    if tl.load(here + _MOVES) > 0:
+    if tl.load(here + _GOES_ON) > 0:
         k, part = tl.arange(0, TRIED), tl.arange(0, 64)
         reached = tl.zeros((TRIED, 64), dtype=tl.float64)
         for first in range(0, B, 64):
             block = (first + part)[None, :]
             reached += tl.load(sums + (row * TRIED + k)[:, None] * B + block, mask=block < B, other=0.0)
         f = tl.load(here + _LEAST) + tl.sum(reached, 1)
+        f = tl.where(tl.abs(f) > tl.load(here + _NOISE), f, 0.0)
         multiplier = tl.load(multipliers + row * TRIED + k).to(tl.float64)
         a, fa = tl.load(here + _A), tl.load(here + _FA)
         b, fb = tl.load(here + _B), tl.load(here + _FB)
@@ -215,12 +228,14 @@ def _narrow(sums, state, multipliers, B, TRIED: tl.constexpr):
         tl.store(here + _FA, fa)
         tl.store(here + _B, b)
         tl.store(here + _FB, fb)
+        rise = tl.where(fa > fb, fa - fb, 1.0)
+        tl.store(here + _GOES_ON, (-fa * fb / rise * (b - a) > tl.load(here + _TOLERANCE)).to(tl.float64))
         half = k // 2
         rank_a, rank_b = _rank(a.to(tl.float32)), _rank(b.to(tl.float32))
         rank = rank_a + (rank_b - rank_a) * (half + 1) // (TRIED // 2 + 1)
         size = tl.abs(rank).to(tl.int32).to(tl.float32, bitcast=True)
         even = tl.where(rank < 0, -size, size)
-        root = a + (b - a) * (fa / tl.where(fa > fb, fa - fb, 1.0))
+        root = a + (b - a) * (fa / rise)
         away = (b - a) * tl.exp2(-2.0 - 2.0 * (half // 2).to(tl.float32)).to(tl.float64)
         near = tl.where(half % 2 == 0, root + away, root - away)
         near = tl.minimum(tl.maximum(near, a), b).to(tl.float32)

@@ -39,7 +39,7 @@ def fused_step() -> Callable[..., Tensor] | None:
         from orthattack.threat.fused import best_step
 
         rows = [torch.zeros(1, 64, device="cuda") for _ in range(8)]
-        best_step(*rows[:6], rows[0][:, 0], (rows[6], rows[7]))
+        best_step(*rows, alpha=rows[0][:, 0])
     except Exception:  # whatever a compiler may raise
         return None
     return best_step
@@ -130,7 +130,7 @@ class Plane:
             given = start, gradient, self.images, self.lower, self.upper, normal, ratio, weight
             rows = [t.contiguous().view(groups, -1) for t in given]
             sizes = alpha.expand_as(self._normal2).flatten().contiguous()
-            return best_step(*rows[:6], sizes, (rows[6], rows[7])).view_as(start)
+            return best_step(*rows, alpha=sizes).view_as(start)
         # The optimum is the same for g and g - cx; projected, λ is near 0 and a parallel gradient is 0, not round-off.
         g, size = self._projected(gradient, dims)
         # Without a gradient every step is as good, so the search stops at once, and what it found is not taken.
