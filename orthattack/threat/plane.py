@@ -74,6 +74,7 @@ class Plane:
         self.dims = scope_dims(scope)
         # In a range where its square neither overflows nor vanishes.
         scaled_normal, exponent = scaled(images if normal is None else normal, self.dims)
+        scaled_normal.add_(0.0)  # not -0: the side of a ratio g / n is read off its sign
         self._width2 = total((upper - lower).square_(), self.dims)
         # Beside perturbations as wide as this, rounding is nothing, and nothing has to be repaired pixel by pixel.
         wide = 1e6 * torch.finfo(images.dtype).eps * images.abs().amax(self.dims, keepdim=True)

@@ -237,6 +237,20 @@ def test_where_the_normal_is_zero_a_group_is_free(norm):
     assert avg_pool2d(some - images, 4)[:, :, 1].abs().max() <= 1e-15
 
 
+@pytest.mark.parametrize("scope", ["image", "channel", "pixel", "block4"])
+@pytest.mark.parametrize("norm", list(RADII))
+def test_a_normals_minus_zero_is_zero(norm, scope):
+    """0 times a negative number is -0, and a gradient over that is infinite with the wrong sign."""
+    images = make_images("uniform", (1, 3, 8, 8), 0)
+    normal = make_gradient("sparse", images, 1)[0]
+    assert (normal.signbit() & (normal == 0)).any()
+    a, b = (
+        ThreatModel(norm, RADII[norm], scope=scope, normal=n).around(images).step(images, -images, RADII[norm])
+        for n in (normal, normal + 0.0)
+    )
+    assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("norm", list(RADII))
 @pytest.mark.parametrize("normal", ["image", "constant", "luma"])
 def test_a_block_of_one_pixel_cannot_change(norm, normal):
