@@ -229,9 +229,10 @@ def _narrow(sums, state, multipliers, B, TRIED: tl.constexpr):
         tl.store(here + _B, b)
         tl.store(here + _FB, fb)
         rise = tl.where(fa > fb, fa - fb, 1.0)
-        tl.store(here + _GOES_ON, (-fa * fb / rise * (b - a) > tl.load(here + _TOLERANCE)).to(tl.float64))
-        half = k // 2
         rank_a, rank_b = _rank(a.to(tl.float32)), _rank(b.to(tl.float32))
+        is_wide = (-fa * fb / rise * (b - a) > tl.load(here + _TOLERANCE)) & (rank_b > rank_a + 1)
+        tl.store(here + _GOES_ON, is_wide.to(tl.float64))
+        half = k // 2
         rank = rank_a + (rank_b - rank_a) * (half + 1) // (TRIED // 2 + 1)
         size = tl.abs(rank).to(tl.int32).to(tl.float32, bitcast=True)
         even = tl.where(rank < 0, -size, size)
