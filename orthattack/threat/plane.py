@@ -108,7 +108,7 @@ class Plane:
     def _is_fusible(self) -> bool:
         """Whether the fused kernels are for these groups: float32, each in one piece of memory, and many pixels."""
         is_plain = self.normal is self._settling and self.images.dtype == torch.float32
-        return self._is_coarse and is_plain and self.dims != (-3,)
+        return self._is_coarse and is_plain and self.dims != (-3,) and len(self.images) > 0
 
     def tangent(self, gradient: Tensor) -> Tensor:
         return orthogonalize(gradient, self.normal, self.scope)
