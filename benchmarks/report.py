@@ -22,6 +22,7 @@ def tables(folder: Path = RESULTS) -> dict[str, str]:
     """Each stored table in Markdown, by "WHAT/MACHINE/NAME", and the summary of the steps."""
     makers: dict[str, Callable[[Table], str]] = {
         "steps": _steps_table,
+        "compiled": _steps_table,
         "verdict": _verdict_table,
         "autoattack": _autoattack_table,
         "growth": _growth_table,
