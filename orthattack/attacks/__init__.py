@@ -23,9 +23,9 @@ from orthattack.attacks.minimum import MinimumNorm as MinimumNorm
 from orthattack.attacks.minimum import OrthoMinimumNorm as OrthoMinimumNorm
 from orthattack.attacks.nes import NES as NES
 from orthattack.attacks.nes import OrthoNES as OrthoNES
+from orthattack.attacks.numbers import Draws as Draws
 from orthattack.attacks.pgd import PGD as PGD
 from orthattack.attacks.pgd import OrthoPGD as OrthoPGD
-from orthattack.attacks.scoring import Draws as Draws
 from orthattack.attacks.sigma_zero import OrthoSigmaZero as OrthoSigmaZero
 from orthattack.attacks.sigma_zero import SigmaZero as SigmaZero
 from orthattack.attacks.sparse_rs import OrthoSparseRS as OrthoSparseRS

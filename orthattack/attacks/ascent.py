@@ -61,17 +61,18 @@ class Climb:
 
     def _climb(self, task: Task, start: Tensor | None) -> None:
         for attempt in range(self.restarts):
+            if (left := task.unsolved() if task.early_stop else task) is None:
+                return
+            given = start if attempt == 0 else None
+            if given is not None and left is not task:
+                given = given[~task.best.success[task.index]]
             # No name for the starting points here: it would keep them in memory during the whole ascent.
-            if not task.early_stop:
-                self._ascend(task, self._start(task, start if attempt == 0 else None))
-            elif (left := task.unsolved()) is not None:
-                standing = slice(None) if left is task else ~task.best.success[task.index]
-                self._ascend(left, self._start(task, start if attempt == 0 else None)[standing])
+            self._ascend(left, self._start(left, given))
 
     def _start(self, task: Task, given: Tensor | None) -> Tensor:
         if given is not None:
             return given
-        if self.random_start:  # for all samples, so that the random numbers do not depend on who is left
+        if self.random_start:
             return task.random_start()
         return task.region.images.to(task.region.dtype).clone()
 

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -35,9 +34,10 @@ from orthattack.attacks.configured import Configured
 from orthattack.attacks.fast_copy import Optimize, fast_copy
 from orthattack.attacks.goals import Targeted, aimed, check_targeted, turns
 from orthattack.attacks.gradient_form import Enforce, GradientForm, Reference, check_form
+from orthattack.attacks.numbers import Streams
 from orthattack.attacks.rules import Schedule, variance
 from orthattack.attacks.scoring import InBatches, Oracle, Precision, Scorer, Transform, has_bfloat16
-from orthattack.attacks.task import Around, AttackResult, Best, Keep, Merit, OnStep, Search, Streams, Task
+from orthattack.attacks.task import Around, AttackResult, Best, Keep, Merit, OnStep, Search, Task
 from orthattack.lending import borrowed, guarded, in_evaluation, is_foreign
 from orthattack.losses import Goal, Loss, LossName, attack_loss
 from orthattack.models import Model, explained
@@ -354,7 +354,7 @@ class Attack(Configured):
                 _check_start(start, x)
             several = turns(self.targeted) if search is self.search else None
             merit = search.merit if several is None else "margin"
-            size = _piece(strangers, batch_size, x, self.generator, threat)
+            size = _piece(strangers, batch_size, len(x), threat)
             hides = strangers and size >= len(x)  # in pieces no stranger sees more than copies
             best = Best(x.clone() if hides else x, merit, threat.norm, self.keep)
             if len(x) == 0:
@@ -363,7 +363,7 @@ class Attack(Configured):
             own = self._oracle(lent, x, is_random, len(x) if is_first else 0)
             asked = self._scorer(own, lent, is_random)
             oracle = asked if batch_size is None or batch_size >= len(x) else InBatches(asked, batch_size)
-            streams = Streams(self.generator, None if seeds is None else checked_seeds(seeds, len(x)), len(x))
+            streams = Streams(self.generator, None if seeds is None else checked_seeds(seeds, len(x)), len(x), x.device)
             index = torch.arange(len(x), device=x.device)
             form = GradientForm(threat, self.reference) if self.enforce == "gradient" and threat.is_orthogonal else None
             allowed = threat if form is None else threat.free()
@@ -637,19 +637,14 @@ def updated(before: AttackResult, found: AttackResult, rows: Tensor, better: Ten
     return AttackResult(**values)
 
 
-def _piece(
-    strangers: Sequence[str], batch_size: int | None, images: Tensor, generator: torch.Generator, threat: ThreatModel
-) -> int:
+def _piece(strangers: Sequence[str], batch_size: int | None, count: int, threat: ThreatModel) -> int:
     """How many samples are searched at a time: all, or several batches of them, so that early stop can pack these.
 
     Code of others that is asked with the model sees no more than a batch anyway; other code may look at all samples.
     """
-    count, odd = len(images), isinstance(threat.eps, Tensor) and threat.eps.shape not in ((), (len(images),))
+    odd = isinstance(threat.eps, Tensor) and threat.eps.shape not in ((), (count,))
     of_batches = all(name in ("the loss", "the transform", "the gradient model", "the detector") for name in strangers)
-    few = math.prod(images.shape[1:]) < 16
-    if batch_size is None or generator.device.type != "cpu" or few or odd or not of_batches:
-        return count
-    return batch_size * (8 if batch_size % 2 == 0 else 16)  # a multiple of 16, see `Turns.each`
+    return count if batch_size is None or odd or not of_batches else 8 * batch_size
 
 
 def _shown(value: object) -> str:

@@ -16,8 +16,9 @@ from orthattack.assumptions import DRAWS, NEEDED, Observer
 from orthattack.attacks.ascent import Climb, rate
 from orthattack.attacks.base import Attack, GradientOptions
 from orthattack.attacks.gradient_form import Enforce
+from orthattack.attacks.numbers import Draws
 from orthattack.attacks.rules import Ascent, State, Stateless
-from orthattack.attacks.scoring import Draws, Evaluation, LossFunction, Oracle, Scorer, input_gradient
+from orthattack.attacks.scoring import Evaluation, LossFunction, Oracle, Scorer, input_gradient
 from orthattack.losses import Goal
 from orthattack.models import Model
 from orthattack.projection import is_fine, orthogonalize

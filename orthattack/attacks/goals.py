@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from orthattack.arguments import check_flag, uploaded
+from orthattack.arguments import check_flag
 from orthattack.attacks.task import Task
 
 Targeted = bool | str
@@ -55,10 +55,9 @@ def aimed(task: Task, targeted: Targeted, known: Tensor | None, samples: int) ->
         logits = task.logits()
         task.best.count(task.index, samples)
         if targeted == "random":
-            others, streams = logits.shape[1] - 1, task.streams.of(task.index)
-            drawn = [torch.randint(others, (1,), generator=own, device=own.device) for own in streams]
-            targets = uploaded(torch.cat(drawn), labels.device)
-            targets = targets + (targets >= labels)
+            # A whole number times the largest drawn, 1 - 2^-53, is not rounded up to it.
+            drawn = (task.streams.uniform(task.index, (), torch.float64) * (logits.shape[1] - 1)).long()
+            targets = drawn + (drawn >= labels)
         else:
             targets = least_likely(logits, labels)
     task.best.targets[task.index] = targets

@@ -12,8 +12,9 @@ from typing_extensions import Unpack
 from orthattack.arguments import check_count, check_real
 from orthattack.attacks.ascent import Climb, rate
 from orthattack.attacks.base import Attack, Options
+from orthattack.attacks.numbers import Draws
 from orthattack.attacks.rules import accumulated
-from orthattack.attacks.scoring import Draws, Evaluation, LossFunction, Oracle, Scorer
+from orthattack.attacks.scoring import Evaluation, LossFunction, Oracle, Scorer
 from orthattack.losses import Goal
 from orthattack.models import Model
 from orthattack.threat import Norm

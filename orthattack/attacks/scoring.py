@@ -11,14 +11,15 @@ from typing import Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from orthattack.arguments import check_labels, uploaded
+from orthattack.arguments import check_labels
 from orthattack.assumptions import DRAWS, NEEDED
+from orthattack.attacks.numbers import Draws
 from orthattack.losses import Goal, attack_loss, rival
 from orthattack.models import Ensemble, Model, check_finite, checked_logits
 
 Precision = Literal["float32", "bfloat16"]
 LossFunction = Callable[[Tensor, Goal], Tensor]
-Transform = Callable[[Tensor, "Draws"], Tensor]
+Transform = Callable[[Tensor, Draws], Tensor]
 """Images (N, C, H, W) and random numbers to what gradients are taken at, (N, C', H', W'), differentiable."""
 
 T = TypeVar("T")
@@ -42,37 +43,6 @@ def has_bfloat16(device: torch.device) -> bool:
 
 class NoGradientError(ValueError):
     """A model is not connected to the images by autograd at all."""
-
-
-class Draws:
-    """Random numbers for a batch, each sample's from its own stream, so that they do not depend on its neighbours.
-
-    Args:
-        streams: gives the generators, one per sample; asked when something is drawn.
-        device: where the numbers are wanted. They are drawn where the generators are, so they are the same everywhere.
-        dtype: of the numbers.
-    """
-
-    def __init__(
-        self, streams: Callable[[], Sequence[torch.Generator]], device: torch.device, dtype: torch.dtype
-    ) -> None:
-        self._streams, self._device, self._dtype = streams, device, dtype
-
-    def uniform(self, *shape: int) -> Tensor:
-        """``(N, *shape)``, uniform in [0, 1)."""
-        return self._drawn(torch.rand, shape)
-
-    def normal(self, *shape: int) -> Tensor:
-        """``(N, *shape)``, of mean 0 and variance 1."""
-        return self._drawn(torch.randn, shape)
-
-    def _drawn(self, draw: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
-        rows = [draw(shape, generator=own, device=own.device, dtype=self._dtype) for own in self._streams()]
-        return uploaded(torch.stack(rows), self._device)
-
-    def part(self, rows: slice) -> Draws:
-        """Those of some consecutive samples."""
-        return Draws(lambda: self._streams()[rows], self._device, self._dtype)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from orthattack.arguments import check_count, same_values
 from orthattack.attacks.gradient_form import GradientForm
-from orthattack.attacks.scoring import Draws, Evaluation, LossFunction, Oracle, Scorer
+from orthattack.attacks.numbers import Draws, Streams
+from orthattack.attacks.scoring import Evaluation, LossFunction, Oracle, Scorer
 from orthattack.losses import Goal
 from orthattack.threat import Norm, Region, ThreatModel, perturbation_norm
 
@@ -192,74 +193,19 @@ class Best:
         return (evaluation.loss if self.by == "loss" else evaluation.margin).to(self._merit.dtype)
 
 
-class Streams:
-    """Random numbers of a batch: those that all samples share, and each sample's own.
-
-    Args:
-        generator: where shared numbers come from; with `seeds`, they start anew from its seed.
-        seeds: of the samples' own; None: drawn from the shared ones when they are first needed.
-        count: how many samples there are.
-    """
-
-    def __init__(self, generator: torch.Generator, seeds: Sequence[int] | None, count: int) -> None:
-        anew = generator if seeds is None else torch.Generator(generator.device).manual_seed(generator.initial_seed())
-        self.shared, self.is_seeded, self._count = anew, seeds is not None, count
-        self._own: list[torch.Generator] | None = None if seeds is None else self._made(seeds)
-
-    def _made(self, seeds: Sequence[int]) -> list[torch.Generator]:
-        return [torch.Generator(self.shared.device).manual_seed(seed) for seed in seeds]
-
-    def of(self, index: Tensor) -> list[torch.Generator]:
-        """The own streams of the samples at `index`."""
-        if self._own is None:
-            device = self.shared.device
-            seeds = torch.randint(2**63 - 1, (self._count,), generator=self.shared, device=device)
-            self._own = self._made(seeds.tolist())
-        return [self._own[row] for row in index.tolist()]
-
-
 class Turns:
-    """Shared random numbers for `count` samples that are searched in order, `size` at a time.
+    """Shared random numbers, alike for all samples, where some are searched after others: each search gets the same,
+    and the stream is left where the one that draws most leaves it."""
 
-    Each piece gets what drawing for all at once would give it, and the stream is left as that would leave it. A search
-    draws either `each` sample's numbers or such as are `alike` for all.
-    """
+    def __init__(self, shared: torch.Generator) -> None:
+        self._shared, self._begin, self._farthest = shared, shared.get_state(), 0
 
-    def __init__(self, shared: torch.Generator, count: int, size: int) -> None:
-        self._shared, self._count, self._size = shared, count, size
-        self._begin, self._farthest = shared.get_state(), 0
-        self._drawings: list[tuple[torch.Generator, int]] = []
-
-    def each(self, first: int) -> Callable[..., Tensor]:
-        """Draws, by ``torch.rand`` or ``torch.randn``, for the samples from the one at `first` on.
-
-        Each call of what is returned is one drawing. That takes numbers which do not depend on how many are drawn at a
-        time, as is so on a CPU in multiples of 16.
-        """
-        drawing = itertools.count()
-
-        def draw(shape: Sequence[int], draws: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
-            def skip(generator: torch.Generator, start: int, stop: int) -> None:
-                for at in range(start, stop, self._size):
-                    draws((min(self._size, stop - at), *shape[1:]), generator=generator, dtype=dtype)
-
-            number = next(drawing)
-            if number == len(self._drawings):
-                self._drawings.append((torch.Generator().set_state(self._shared.get_state()), 0))
-                skip(self._shared, 0, self._count)
-            generator, reached = self._drawings[number]
-            skip(generator, reached, first)
-            self._drawings[number] = generator, first + shape[0]
-            return draws(tuple(shape), generator=generator, dtype=dtype)
-
-        return draw
-
-    def alike(self) -> Callable[..., Tensor]:
-        """Draws, uniformly in float64, for one piece."""
-        drawing, own = itertools.count(1), torch.Generator().set_state(self._begin)
+    def next(self) -> Callable[..., Tensor]:
+        """Draws, uniformly in float64, for one more search."""
+        drawing, own = itertools.count(1), torch.Generator(self._shared.device).set_state(self._begin)
 
         def draw(*shape: int) -> Tensor:
-            numbers = torch.rand(shape, generator=own, dtype=torch.float64)
+            numbers = torch.rand(shape, generator=own, device=own.device, dtype=torch.float64)
             if (number := next(drawing)) > self._farthest:
                 self._farthest = number
                 self._shared.set_state(own.get_state())
@@ -306,8 +252,7 @@ class Task:
         on_step: who is told of every point that was scored.
         pulse: is told the number of each step, and nothing else of it, which costs nothing.
         limit: (n, 1, 1, 1) the radius of what may be found, where the region is larger than that; None: it is not.
-        each: draws the numbers that samples share for each of these, where others come after them; see `Turns`.
-        alike: likewise, those that are the same for all.
+        alike: draws the numbers that all samples share, where others are searched after these; see `Turns`.
     """
 
     oracle: Scorer
@@ -323,7 +268,6 @@ class Task:
     on_step: OnStep | None = None
     pulse: Callable[[int], object] | None = None
     limit: Tensor | None = None
-    each: Callable[..., Tensor] | None = None
     alike: Callable[..., Tensor] | None = None
 
     @property
@@ -342,8 +286,7 @@ class Task:
     @property
     def draws(self) -> Draws:
         """Random numbers for these samples, each from its own stream."""
-        images = self.region.images
-        return Draws(lambda: self.streams.of(self.index), images.device, images.dtype)
+        return Draws(self.streams, self.index, self.region.images.dtype)
 
     def score(self, points: Tensor, step: int, with_gradient: bool, by_copy: bool = False) -> Evaluation:
         """Evaluate `points` of these samples, as they are stored, and offer them to `best`."""
@@ -397,9 +340,9 @@ class Task:
         if isinstance(self.around, Region):
             yield self, start
             return
-        turns = Turns(self.generator, len(self.index), self.around.size)
-        for k, rows in enumerate(self._rows()):
-            piece = replace(self.select(rows), each=turns.each(k * self.around.size), alike=turns.alike())
+        turns = Turns(self.generator)
+        for rows in self._rows():
+            piece = replace(self.select(rows), alike=turns.next())
             yield piece, start if start is None else piece.region.shrunk(start[rows].detach().to(self.best.images))
 
     def _rows(self) -> tuple[Tensor, ...]:
@@ -412,10 +355,9 @@ class Task:
         return torch.cat([self.oracle.logits(images[self.index[r]], self.goal.select(r)) for r in rows])
 
     def random_start(self) -> Tensor:
-        """A random point of the region, each sample's from its own stream if it was given one."""
-        if self.streams.is_seeded:
-            return self.region.random_start(self.streams.of(self.index))
-        return self.region.random_start(self.generator if self.each is None else self.each)
+        """A random point of the region, each sample's from its own stream."""
+        kinds = {torch.rand: self.streams.uniform, torch.randn: self.streams.normal}
+        return self.region.random_start(lambda shape, draws, dtype: kinds[draws](self.index, shape[1:], dtype))
 
     def uniform(self, *shape: int) -> Tensor:
         """Numbers in [0, 1) that are the same for all samples, in float64, where the generator is."""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from orthattack.arguments import check_count, check_real, plain_fields
-from orthattack.attacks.scoring import Draws, Transform
+from orthattack.attacks.numbers import Draws
+from orthattack.attacks.scoring import Transform
 
 
 @dataclass(frozen=True)

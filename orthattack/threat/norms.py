@@ -57,7 +57,8 @@ class Ball:
 def _laplace(draw: Callable[..., Tensor], shape: Sequence[int]) -> Tensor:
     """Exponential sizes with random signs."""
     uniform = 2 * draw(shape) - 1
-    size = -torch.log1p(-uniform.abs().double())  # in float64 for the reason given in `Region.random_start`
+    inside = uniform.abs().double().clamp(max=1 - torch.finfo(uniform.dtype).eps / 2)  # at 1 it would be infinite
+    size = -torch.log1p(-inside)  # in float64 for the reason given in `Region.random_start`
     return uniform.sign() * size.to(uniform.dtype)
 
 

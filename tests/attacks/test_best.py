@@ -7,8 +7,9 @@ import torch
 
 from orthattack import ThreatModel
 from orthattack.attacks.base import check_count, updated
+from orthattack.attacks.numbers import Streams
 from orthattack.attacks.scoring import Evaluation, InBatches
-from orthattack.attacks.task import Best, Streams, Task
+from orthattack.attacks.task import Best, Task
 from orthattack.losses import Goal, attack_loss
 
 IMAGES = torch.full((3, 1, 1, 2), 0.5)
@@ -145,7 +146,7 @@ def task(early_stop=False, is_random=False, seeds=None):
     goal, region = Goal(torch.tensor([4, 5, 6])), ThreatModel("linf", 0.1).around(IMAGES)
     return Task(
         Asked(), attack_loss("ce"), goal, region, EVERYONE, Best(IMAGES), early_stop,
-        Streams(torch.Generator().manual_seed(1), seeds, 3), is_random=is_random,
+        Streams(torch.Generator().manual_seed(1), seeds, 3, IMAGES.device), is_random=is_random,
     )  # fmt: skip
 
 

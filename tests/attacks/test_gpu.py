@@ -195,6 +195,23 @@ def test_pieces_ask_a_gpu_nothing_at_a_step_either(kind, options, monkeypatch):
     torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-5)
 
 
+@needs_gpu
+@pytest.mark.parametrize("kind", ["OrthoPGD", "Square"])
+def test_pieces_give_what_one_call_gives_with_a_generator_on_a_gpu(kind):
+    images = batch()[0].repeat(9, 1, 1, 1).cuda()
+    model = small_model().cuda()
+    labels = model(images).argmax(1)
+
+    def found(batch_size: int | None) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator("cuda").manual_seed(3)
+        attack = _made(kind, model, 3, eps=8 / 255, generator=generator)
+        return attack.run(images, labels, batch_size=batch_size).adversarials, generator.get_state()
+
+    (pieces, state), (whole, state_of_whole) = found(2), found(None)
+    torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-5)
+    assert torch.equal(state, state_of_whole)
+
+
 @pytest.mark.parametrize(
     ("norm", "name"), [pytest.param(n, c, marks=lane(n, c)) for n, c in itertools.product(RADII, CONSTRAINTS)]
 )

@@ -95,7 +95,7 @@ def test_all_points_that_the_model_is_asked_about_are_allowed_images():
     seen = Recorder(model)
     OrthoHopSkipJump(seen, "linf", queries=120, probes=10, generator=seeded()).run(images, labels)
     whole = [points for points in seen.seen if len(points) == len(images)]
-    assert len(whole) > 40
+    assert len(whole) > 20
     for points in whole:
         assert 0 <= points.min() <= points.max() <= 1
         assert alignment(points.double() - images.double(), images.double()).abs().max() <= 1e-6

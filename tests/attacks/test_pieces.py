@@ -95,28 +95,21 @@ def test_pieces_give_what_one_call_gives(kind, options, given, batch_size, monke
     piece = base._piece
     monkeypatch.setattr(base, "_piece", lambda *about: seen.add(piece(*about)) or max(seen))
     pieces, state = found()
-    monkeypatch.setattr(base, "_piece", lambda _, __, images, *___: len(images))
+    monkeypatch.setattr(base, "_piece", lambda _, __, count, ___: count)
     whole, state_of_whole = found()
-    assert seen == {16}
+    assert seen == {8 * batch_size}
     assert pieces == whole
     assert torch.equal(state, state_of_whole)
     assert 0 < int(whole.success.sum()) < COUNT
 
 
-@pytest.mark.parametrize("draws", [torch.rand, torch.randn])
-def test_turns_draw_what_one_drawing_draws(draws):
-    shape, size = (COUNT, 3, 2, 3), 16
+def test_each_turn_draws_the_same_and_the_stream_is_left_by_the_longest():
     shared, like = (torch.Generator().manual_seed(0) for _ in range(2))
-    turns = Turns(shared, COUNT, size)
-    # The first piece needs one drawing only, as where early stop is done with it.
-    wanted, got = [draws(shape, generator=like) for _ in range(3)], [[], [], []]
-    for first, drawings in ((0, 1), (16, 3), (32, 2)):
-        draw = turns.each(first)
-        for k in range(drawings):
-            got[k].append(draw((min(size, COUNT - first), *shape[1:]), draws, torch.float32))
-    assert torch.equal(torch.cat(got[0]), wanted[0])
-    assert torch.equal(torch.cat(got[1]), wanted[1][16:])
-    assert torch.equal(got[2][0], wanted[2][16:32])
+    turns = Turns(shared)
+    wanted = [torch.rand(2, 3, generator=like, dtype=torch.float64) for _ in range(3)]
+    for drawings in (1, 3, 2):
+        draw = turns.next()
+        assert all(torch.equal(draw(2, 3), wanted[k]) for k in range(drawings))
     assert torch.equal(shared.get_state(), like.get_state())
 
 

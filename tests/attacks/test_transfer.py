@@ -29,6 +29,7 @@ from orthattack.attacks.rules import gaussian, smooth, variance
 from orthattack.attacks.transforms import admix, composed, diversity, mixed, scales
 from tests.attacks.test_attacks import drawn, small_model
 from tests.attacks.test_family import Alone
+from tests.attacks.test_numbers import Reference
 
 pytestmark = pytest.mark.heavy
 
@@ -74,11 +75,11 @@ def diverse(x, numbers, rate=0.9, probability=0.5):
 
 def published(name, model, images, labels, seeds, scope, decay=1.0):
     """The last iterate of a paper's iteration, and with a scope that along the best steps in the plane."""
-    streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+    streams = [Reference(seed) for seed in seeds]
     region = ThreatModel("linf", EPS, (0, 1), scope).around(images)
 
     def uniform(*shape):
-        return torch.stack([torch.rand(shape, generator=own, dtype=torch.float64) for own in streams])
+        return torch.stack([own.uniform(*shape) for own in streams])
 
     def gradient(x):
         leaf = x.clone().requires_grad_()

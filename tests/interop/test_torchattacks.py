@@ -378,7 +378,7 @@ class Repeated:
             smallest = int(self.side * self.attack.resize_rate)
             room = self.side - size + 1
             own = [(size - smallest + 0.5) / (self.side - smallest), (top + 0.5) / room, (left + 0.5) / room, chance]
-            return torch.tensor([own] * len(draws._streams()), dtype=torch.float64)
+            return torch.tensor([own] * len(draws._index), dtype=torch.float64)
 
         self.patch.setattr(Draws, "uniform", uniform)
 

@@ -558,6 +558,21 @@ def test_random_starts_are_uniform_in_a_small_ball(norm, scope):
         assert float(spread.mean()) == pytest.approx(1 / 5 if norm == "l2" else 1 / 10, rel=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_random_number_at_the_end_of_its_range_does_not_spoil_a_start(dtype):
+    """Of 0, one in 2^24 in float32, the L1 norm's direction would be infinite, and the start the image itself."""
+    images = torch.full((2, 3, 4, 4), 0.5, dtype=dtype)
+
+    def draw(shape, draws, dtype):
+        drawn = draws(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+        drawn[0, 0, 0, 0] = 0 if shape[1] > 1 else drawn[0, 0, 0, 0]
+        return drawn
+
+    start = ThreatModel("l1", 0.4).around(images).random_start(draw)
+    assert (start - images).abs().sum((1, 2, 3)).min() > 0.3
+    assert (start != images).all()
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_with_a_generator_each_a_start_does_not_depend_on_the_others(norm):
     images = make_images("uniform", (3, 3, 6, 6), 0)

@@ -101,7 +101,8 @@ def _robust_by_image(run: Run, model: str, attack: str | None, eps: float | None
 
 
 def differences(first: Run, second: Run) -> list[str]:
-    """What differs between two runs: settings, attacks and models by label, and the versions of the last session."""
+    """What differs between two runs: settings, attacks and models by label, the versions and the random
+    numbers of the last session."""
     sides: list[dict[str, Any]] = [_settings(first), _settings(second)]
     found = []
     models: list[Mapping[str, Mapping[str, Any]]] = [first.models, second.models]
@@ -126,4 +127,5 @@ def _settings(run: Run) -> dict[str, Any]:
         # What the configuration says of attacks and models, the manifest says of each in full.
         "config": {k: v for k, v in run.manifest["config"].items() if k not in ("attacks", "models")},
         "versions": sessions[-1].get("versions"),
+        "random_numbers": sessions[-1].get("random_numbers"),
     }

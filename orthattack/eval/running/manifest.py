@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from orthattack.attacks.numbers import KIND
 from orthattack.eval.attacks.kind import described
 from orthattack.eval.errors import EvaluationError, printable, told
 from orthattack.eval.models.classifier import Classifier
@@ -105,6 +106,14 @@ def to_go_on(
             f"{folder} holds another run; choose another folder, or make these the same:\n  "
             + "\n  ".join(printable(line, keep="") for line in found)
         )
+    drawn = any(one.get("source") not in ("foolbox", "torchattacks") for one in new["attacks"])
+    if drawn and last.get("random_numbers") != session.get("random_numbers"):
+        warning = (
+            "continued with other random numbers than the run was begun with: random starts of what is left are not "
+            "those that it would have had then, and running all of it again gives other adversarials"
+        )
+        say(warning)
+        session["warnings"].append(warning)
     for what, verb in (("versions", "continued with other versions"), ("hardware", "continued on other hardware")):
         before, today = then[what], session[what]
         if what == "hardware" and (last.get("engine") or session["engine"]):
@@ -164,6 +173,7 @@ def new_session(
         "command": list(command),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
         "hardware": hardware(device),
+        "random_numbers": KIND,
         "warnings": [],
         "notes": [],
     }

@@ -255,6 +255,21 @@ def test_other_versions_and_hardware_are_said_and_noted(folder, begun):
     assert going_on(folder, begun, session)[1] == []
 
 
+def test_other_random_numbers_are_said_and_noted_where_an_attack_of_ours_may_draw_them(folder, begun):
+    def with_attack(source):
+        return {**begun, "attacks": [{"label": "a", "source": source, "scope": None}]}
+
+    ours, foreign, session = with_attack("orthattack"), with_attack("foolbox"), session_of(random_numbers="others")
+    folder.write_manifest(ours)
+    (warning,) = going_on(folder, ours, session)[1]
+    assert warning.startswith("continued with other random numbers than the run was begun with: random starts of what")
+    folder.write_manifest(foreign)
+    assert going_on(folder, foreign, session_of(random_numbers="others"))[1] == []
+    folder.write_manifest(ours)
+    folder.write_session({**session_of(random_numbers="others"), "outcome": "killed"})
+    assert going_on(folder, ours, session_of(random_numbers="others"))[1] == []
+
+
 def test_the_last_session_is_what_is_compared(folder, begun):
     folder.write_session({**session_of(versions={"torch": "2.1", "numpy": "1"}), "id": "2"})
     session = session_of(versions={"torch": "2.1", "numpy": "1"})
