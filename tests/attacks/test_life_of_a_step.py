@@ -15,8 +15,11 @@ from orthattack import PGD
 pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 does not say whose a method is")
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "orthattack"
-# What checks and lends: it takes no part in a step.
-ASIDE = {"arguments.py", "models.py", "lending.py", "assumptions.py", "attacks/configured.py"}
+# What checks and lends, what records on GPUs only, and the random numbers, which plain PGD's steps draw none of.
+ASIDE = {
+    "arguments.py", "models.py", "lending.py", "assumptions.py", "attacks/configured.py", "replay.py",
+    "attacks/numbers.py",
+}  # fmt: skip
 
 
 def told() -> list[tuple[str, str]]:
