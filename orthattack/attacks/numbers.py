@@ -19,7 +19,7 @@ KIND = "SplitMix64"
 # SplitMix64's, as signed numbers.
 _STEP, _FIRST, _SECOND = (odd - 2**64 for odd in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 # How many numbers are drawn at a time: what stays in a processor's cache, or keeps a GPU busy.
-_ON_CPU, _ON_GPU = 2**18, 2**24
+_ON_CPU, _ON_GPU = 2**18, 2**22
 
 
 def split(states: Tensor, count: int, first: int = 0) -> Tensor:
