@@ -165,7 +165,7 @@ def test_the_options_that_are_listed_of_ours_are_those_of_a_run():
         for key in {"steps", "restarts", "queries"} & parameters.keys():
             assert getattr(made, key) == parameters[key] or parameters[key] is None, (name, key)
         if "alpha" in parameters:
-            scale, _, rest = parameters["alpha"].rpartition("eps")
+            scale, _, rest = parameters["alpha"].partition("eps")
             first = float(scale.removesuffix("*") or 1) * 0.1
             assert made.alpha == pytest.approx(first / made.steps if rest else first), name
 
