@@ -188,6 +188,7 @@ class HopSkipJump(Attack, optimize="none"):
         probes: how many u the first v is made of, at least 1; the t-th is of √t times as many.
         **options: as for `PGD`, without those of gradients; `loss` makes no difference.
 
+    >>> _ = torch.manual_seed(1)
     >>> linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
     >>> decide = lambda x: torch.nn.functional.one_hot(linear(x).argmax(1), 3).float()
     >>> images = torch.rand(4, 3, 2, 2)

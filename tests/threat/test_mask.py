@@ -191,8 +191,9 @@ def test_a_patch_is_a_mask_with_a_radius_of_the_bounds_and_nothing_warns():
 
 
 def test_momentum_and_steps_do_not_see_gradients_outside_the_mask():
-    """A gradient of 1e6 outside, which would be nearly all of a mean absolute value or of a norm."""
-    weight = torch.randn(3, 6, 6, generator=torch.Generator().manual_seed(0))
+    """A gradient of 1e6 outside, which would be nearly all of a mean absolute value or of a norm. In float64, for beside
+    what that adds to the logits float32 would not tell points apart."""
+    weight = torch.randn(3, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     mask = torch.zeros(6, 6, dtype=torch.bool)
     mask[2:4, 2:4] = True
 
@@ -200,7 +201,7 @@ def test_momentum_and_steps_do_not_see_gradients_outside_the_mask():
         z = (x * torch.where(mask, weight, scale * weight)).sum((1, 2, 3))
         return torch.stack([z, torch.zeros_like(z)], 1)
 
-    images, labels = torch.full((1, 3, 6, 6), 0.5), torch.tensor([0])
+    images, labels = torch.full((1, 3, 6, 6), 0.5, dtype=torch.float64), torch.tensor([0])
     for name, norm in (("MIFGSM", "l2"), ("OrthoMIFGSM", "linf"), ("APGD", "l2")):
         found = [
             make(name, lambda x, s=scale: model(x, s), norm, mask=mask, loss="margin").run(images, labels, seeds=[0])
