@@ -191,8 +191,8 @@ def test_a_patch_is_a_mask_with_a_radius_of_the_bounds_and_nothing_warns():
 
 
 def test_momentum_and_steps_do_not_see_gradients_outside_the_mask():
-    """A gradient of 1e6 outside, which would be nearly all of a mean absolute value or of a norm. In float64: beside what
-    that adds to the logits float32 does not tell points apart."""
+    """A gradient of 1e6 outside, which would be nearly all of a mean absolute value or of a norm. In float64: beside
+    what that adds to the logits, float32 does not tell points apart."""
     weight = torch.randn(3, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     mask = torch.zeros(6, 6, dtype=torch.bool)
     mask[2:4, 2:4] = True
