@@ -28,6 +28,10 @@ class Blocks:
         x, low, high = map(self._cut, (images, lower, upper))
         self._plane = Plane(x, low, high, "channel", None if normal is None else self._cut(normal), _SLACK, is_whole)
 
+    @property
+    def ends_in_l2_ball(self) -> bool:
+        return self._plane.ends_in_l2_ball
+
     def boxed(self, lower: Tensor, upper: Tensor) -> Blocks:
         blocks = copy.copy(self)
         blocks.lower, blocks.upper = lower, upper

@@ -289,6 +289,33 @@ def _mix(normal, start, images, lower, upper, alpha, ratio, y, of_gradient, stat
 
 
 @triton.jit
+def _few(normal, images, lower, upper, y, row, off, length2, nn, L, FEW: tl.constexpr):
+    """A group's pixels, one in so many: where they are, their normals, what each would be if it alone took `off` off
+    ⟨y - x, n⟩, ‖y - x‖² then, and whether it may: in the box, on the plane, by no more than the whole perturbation."""
+    at = tl.arange(0, FEW) * (L // FEW + 1)
+    here, inside = row * L + at, at < L
+    n = tl.load(normal + here, mask=inside, other=0.0)
+    x = tl.load(images + here, mask=inside, other=0.0).to(tl.float64)
+    low = tl.load(lower + here, mask=inside, other=0.0)
+    high = tl.load(upper + here, mask=inside, other=0.0)
+    old = tl.load(y + here, mask=inside, other=0.0).to(tl.float64)
+    n64 = n.to(tl.float64)
+    new = (old - off / tl.where(n != 0, n64, 1.0)).to(tl.float32)
+    new64 = new.to(tl.float64)
+    left = tl.abs(off + (new64 - old) * n64)
+    grown2 = length2 + (new64 - x) * (new64 - x) - (old - x) * (old - x)
+    right = inside & (n != 0) & (new >= low) & (new <= high) & (left <= tl.sqrt(tl.abs(grown2) * nn) * _ALLOWED)
+    return here, n, new, grown2, right & ((new64 - old) * (new64 - old) <= length2)
+
+
+@triton.jit
+def _brightest(n, right, best, FEW: tl.constexpr):
+    """One of those that are best, or else right, if there is any: the one that moves least for what it takes up."""
+    best = tl.where(tl.max(best.to(tl.int32), 0) > 0, best, right)
+    return best & (tl.arange(0, FEW) == tl.argmax(tl.where(best, tl.abs(n), -1.0), 0))
+
+
+@triton.jit
 def _settle(normal, start, images, lower, upper, alpha, y, of_gradient, state, at_first, at_last,
             L, B, PARTS: tl.constexpr, FEW: tl.constexpr):  # fmt: skip
     """What rounding has left, taken up by one pixel of the group, the one that moves least for it, among every so
@@ -299,26 +326,10 @@ def _settle(normal, start, images, lower, upper, alpha, y, of_gradient, state, a
     if lost:
         lost, off, length2 = _is_off(at_last, row, nn, B, PARTS)
     if lost:
-        at = tl.arange(0, FEW) * (L // FEW + 1)
-        here, inside = row * L + at, at < L
-        n = tl.load(normal + here, mask=inside, other=0.0)
-        s = tl.load(start + here, mask=inside, other=0.0)
-        x = tl.load(images + here, mask=inside, other=0.0).to(tl.float64)
-        low = tl.load(lower + here, mask=inside, other=0.0)
-        high = tl.load(upper + here, mask=inside, other=0.0)
-        old = tl.load(y + here, mask=inside, other=0.0).to(tl.float64)
-        n64 = n.to(tl.float64)
-        new = (old - off / tl.where(n != 0, n64, 1.0)).to(tl.float32)
-        new64 = new.to(tl.float64)
-        left = tl.abs(off + (new64 - old) * n64)
-        grown2 = length2 + (new64 - x) * (new64 - x) - (old - x) * (old - x)
-        right = inside & (n != 0) & (new >= low) & (new <= high) & (left <= tl.sqrt(tl.abs(grown2) * nn) * _ALLOWED)
-        right = right & ((new64 - old) * (new64 - old) <= length2)
+        here, n, new, _, right = _few(normal, images, lower, upper, y, row, off, length2, nn, L, FEW)
+        s = tl.load(start + here, mask=right, other=0.0)
         size = tl.load(alpha + row)
-        best = right & (new >= s - size) & (new <= s + size)
-        best = tl.where(tl.max(best.to(tl.int32), 0) > 0, best, right)
-        brightest = tl.argmax(tl.where(best, tl.abs(n), -1.0), 0)
-        chosen = best & (tl.arange(0, FEW) == brightest)
+        chosen = _brightest(n, right, right & (new >= s - size) & (new <= s + size), FEW)
         tl.store(y + here, new, mask=chosen)
         if tl.max(chosen.to(tl.int32), 0) == 0:
             tl.store(state + row * _STATES + _MOVES, 0.0)

@@ -22,7 +22,8 @@ from orthattack.threat.rounding import Box, settled_rows
 from orthattack.threat.sets import completed, soften
 from orthattack.threat.sparse import best_sparse, by_group, room
 
-# A pixel's colour has so few breakpoints that trying them all beats a search.
+# A pixel's colour has so few breakpoints that trying them all beats a search; so few planes fit a kernel that steps in
+# all of an image's at once.
 _FEW = 4
 # In a group of fewer pixels round-off does not average out.
 _MANY = 512
@@ -43,6 +44,20 @@ def fused_step() -> Callable[..., Tensor] | None:
     except Exception:  # whatever a compiler may raise
         return None
     return best_step
+
+
+@cache
+def fused_projection() -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | None:
+    """`fused_l2.unit_tangent` and `nearest_in_ball`, likewise."""
+    try:
+        from orthattack.threat.fused_l2 import nearest_in_ball, unit_tangent
+
+        rows = [torch.zeros(1, 64, device="cuda") for _ in range(5)]
+        unit_tangent(*rows[:3], samples=1)
+        nearest_in_ball(*rows, radius=torch.ones(1, dtype=torch.float64, device="cuda"))
+    except Exception:  # whatever a compiler may raise
+        return None
+    return unit_tangent, nearest_in_ball
 
 
 class Plane:
@@ -110,6 +125,14 @@ class Plane:
         is_plain = self.normal is self._settling and self.images.dtype == torch.float32
         return self._is_coarse and is_plain and self.dims != (-3,) and len(self.images) > 0
 
+    @property
+    def ends_in_l2_ball(self) -> bool:
+        is_fit = self.images.is_cuda and self._is_fusible and self._normal2[0].numel() <= _FEW
+        return is_fit and fused_projection() is not None
+
+    def _rows(self, *tensors: Tensor) -> list[Tensor]:
+        return [t.contiguous().view(self._normal2.numel(), -1) for t in tensors]
+
     def tangent(self, gradient: Tensor) -> Tensor:
         return orthogonalize(gradient, self.normal, self.scope)
 
@@ -127,9 +150,7 @@ class Plane:
         ratio, bottom, weight, scratch = self._scratch
         alpha = torch.as_tensor(alpha, dtype=start.dtype, device=start.device)
         if start.is_cuda and self._is_fusible and (best_step := fused_step()) is not None:
-            groups = self._normal2.numel()
-            given = start, gradient, self.images, self.lower, self.upper, normal, ratio, weight
-            rows = [t.contiguous().view(groups, -1) for t in given]
+            rows = self._rows(start, gradient, self.images, self.lower, self.upper, normal, ratio, weight)
             sizes = alpha.expand_as(self._normal2).flatten().contiguous()
             return best_step(*rows, alpha=sizes).view_as(start)
         # The optimum is the same for g and g - cx; projected, λ is near 0 and a parallel gradient is 0, not round-off.
@@ -201,6 +222,9 @@ class Plane:
 
     def unit_tangent(self, gradient: Tensor) -> Tensor:
         """See `sets.Allowed`. It is in the plane's working memory, until the next call."""
+        if self.ends_in_l2_ball and (fused := fused_projection()) is not None:
+            rows = self._rows(gradient, self.normal, self._scratch[0])
+            return fused[0](*rows, samples=len(gradient)).view_as(gradient)
         g, _ = self._projected(gradient.contiguous(), IMAGE)
         length2 = dot(g, g, self.dims, self._scratch[3]).sum(IMAGE, keepdim=True)
         return g.mul_(reciprocal(length2.sqrt()))
@@ -249,6 +273,10 @@ class Plane:
         """By Newton's method, which may fail where few pixels are free; then by a search that cannot."""
         if self.is_small:
             return self.settle(by_secant(self, points, radius, self._unsettled))
+        if self.ends_in_l2_ball and (fused := fused_projection()) is not None:
+            rows = self._rows(points, self.images, self.lower, self.upper, self.normal)
+            sizes = radius.to(torch.float64).expand(len(points), 1, 1, 1).flatten().contiguous()
+            return fused[1](*rows, radius=sizes).view_as(points)
         y, found = self._newton(points, radius.to(points.dtype))
         y = self._settled(y, [self._box], self.images)
         return completed(self, y, found, by_secant, points, radius)

@@ -218,6 +218,8 @@ class Region:
         points = points if self._mask is None else torch.where(self._mask, points, self.images)
         points = self._ball.project(self._allowed, points, self.eps)
         in_ball = self._ball.is_box or self._ball.counts  # which rounding does not lead out of
+        if self.threat.norm == "l2" and self.dtype == points.dtype:
+            in_ball = self._allowed.ends_in_l2_ball
         return self._stored(points) if in_ball else self._stored_in_ball(points)
 
     def stored(self, points: Tensor) -> Tensor:

@@ -28,6 +28,11 @@ class Allowed(Protocol):
     lower: Tensor
     upper: Tensor
 
+    @property
+    def ends_in_l2_ball(self) -> bool:
+        """Whether what `nearest_in_l2_ball` returns is in the ball as stored, up to 1e-6 of the radius."""
+        return False
+
     def boxed(self, lower: Tensor, upper: Tensor) -> Allowed:
         """The same set in another box, which holds x."""
 
