@@ -275,9 +275,9 @@ def _share(settled, radius, row, C, GROUPS: tl.constexpr, ROUND: tl.constexpr):
     share = (size - size * _BELOW) / tl.where(length > 0, length, 1.0)
     share = tl.where(length > size + size * _BEYOND, share, 1.0)
     if ROUND == 1:
-        share = tl.where(share < 1, share - 1e-3, share)
+        share = tl.where(share < 1, share * 0.999, share)
     if ROUND > 1:
-        share = tl.where(share < 1, share - 3e-2, share)
+        share = tl.where(share < 1, share * 0.97, share)
     return tl.where(tl.load(settled + row) < 0, 0.0, share)
 
 
