@@ -77,7 +77,7 @@ def nearest_in_ball(
         return torch.empty(shape, dtype=torch.float64, device=points.device)
 
     of_points, sums = numbers(rows, _FIRST.value, blocks), numbers(rows, _SUMS.value, blocks)
-    state, multipliers = numbers(samples, _STATES.value), numbers(rows)
+    state, multipliers, before = numbers(samples, _STATES.value), numbers(rows), numbers(rows)
     settled = numbers(_ROUNDS, rows)
     each, all_of = (rows,), (rows, blocks)
     sizes, several = {"L": length, "B": blocks}, {"C": groups, "GROUPS": triton.next_power_of_2(groups)}
@@ -87,15 +87,15 @@ def nearest_in_ball(
         _begin_newton[(samples,)](of_points, radius, state, multipliers, B=blocks, **several)
         for k in range(_NEWTON):
             _evaluate_point[all_of](points, *given, y, state, multipliers, sums, groups, **wide)
-            is_late = k >= _LATE
-            _take_step[(samples,)](of_points, sums, radius, state, multipliers, B=blocks, LATE=is_late, **several)
+            step = of_points, sums, radius, state, multipliers, before
+            _take_step[(samples,)](*step, B=blocks, LATE=k >= _LATE, **several)
         for k in range(_ROUNDS):
-            last, before = k + 1 == _ROUNDS, settled[max(k - 1, 0)]
+            found = settled[max(k - 1, 0)], settled[k]
             _settle_point[each](
-                *given, y, of_points, sums, before, settled[k], radius, **sizes, **several, PARTS=parts, FEW=1024,
-                ROUND=k,
-            )  # fmt: skip
-            _pull[all_of](images, normal, y, settled[k], sums, radius, **wide, **several, ROUND=k, LAST=last)
+                *given, y, of_points, sums, *found, radius, **sizes, **several, PARTS=parts, FEW=1024, ROUND=k
+            )
+            is_last = k + 1 == _ROUNDS
+            _pull[all_of](images, normal, y, settled[k], sums, radius, **wide, **several, ROUND=k, LAST=is_last)
     return y
 
 
@@ -220,7 +220,8 @@ def _evaluate_point(points, normal, images, lower, upper, y, state, multipliers,
 
 
 @triton.jit
-def _take_step(of_points, sums, radius, state, multipliers, C, B, GROUPS: tl.constexpr, LATE: tl.constexpr):
+def _take_step(of_points, sums, radius, state, multipliers, before, C, B,
+               GROUPS: tl.constexpr, LATE: tl.constexpr):  # fmt: skip
     """Newton's step for a sample's s and all its λ, as in `Plane._newton`, with derivatives by log s."""
     sample, group = tl.program_id(0).to(tl.int64), tl.arange(0, GROUPS)
     here = state + sample * _STATES
@@ -240,10 +241,13 @@ def _take_step(of_points, sums, radius, state, multipliers, C, B, GROUPS: tl.con
         length = tl.sqrt(length2)
         lengths = tl.sqrt(parts2 * nn)
         noise = lengths * _COSINE
-        if LATE:  # equal pixels are all rounded the same way, which no λ changes
+        size_f = tl.abs(f)
+        if LATE:  # equal pixels are all rounded the same way, and F goes to and fro
             rounded = _totals(of_points, first, _GRID, _FIRST, C, B, GROUPS) * _UNIT
-            noise = tl.maximum(noise, tl.minimum(rounded, lengths * _MUCH))
-        off = tl.max(tl.where(tl.abs(f) > noise, 1, 0), 0) > 0
+            stays = size_f > tl.load(before + first + group, mask=group < C, other=0.0) / 2
+            noise = tl.where(stays, tl.maximum(noise, tl.minimum(rounded, lengths * _MUCH)), noise)
+        tl.store(before + first + group, size_f, mask=group < C)
+        off = tl.max(tl.where(size_f > noise, 1, 0), 0) > 0
         short, long = (s < 1) & (length < aim - near), length > aim + near
         if off | short | long:
             inverse = 1 / tl.where(n_d > 0, n_d, tl.where(nn > 0, nn, 1.0))  # with no pixel free, as with all of them
