@@ -62,6 +62,9 @@ class Blocks:
     def nearest_in_l2_ball(self, points: Tensor, radius: Tensor) -> Tensor:
         return self._joined(self._plane.nearest_in_l2_ball(self._cut(points), radius))
 
+    def near_in_l2_ball(self, points: Tensor, radius: Tensor) -> Tensor:
+        return self._joined(self._plane.near_in_l2_ball(self._cut(points), radius))
+
     def nearest_in_l1_ball(self, points: Tensor, radius: Tensor) -> Tensor:
         return self._joined(self._plane.nearest_in_l1_ball(self._cut(points), radius))
 

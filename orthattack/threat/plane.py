@@ -273,13 +273,17 @@ class Plane:
         """By Newton's method, which may fail where few pixels are free; then by a search that cannot."""
         if self.is_small:
             return self.settle(by_secant(self, points, radius, self._unsettled))
-        if self.ends_in_l2_ball and (fused := fused_projection()) is not None:
-            rows = self._rows(points, self.images, self.lower, self.upper, self.normal)
-            sizes = radius.to(torch.float64).expand(len(points), 1, 1, 1).flatten().contiguous()
-            return fused[1](*rows, radius=sizes).view_as(points)
         y, found = self._newton(points, radius.to(points.dtype))
         y = self._settled(y, [self._box], self.images)
         return completed(self, y, found, by_secant, points, radius)
+
+    def near_in_l2_ball(self, points: Tensor, radius: Tensor) -> Tensor:
+        fused = fused_projection() if self.ends_in_l2_ball else None
+        if fused is None:
+            return self.nearest_in_l2_ball(points, radius)
+        rows = self._rows(points, self.images, self.lower, self.upper, self.normal)
+        sizes = radius.to(torch.float64).expand(len(points), 1, 1, 1).flatten().contiguous()
+        return fused[1](*rows, radius=sizes).view_as(points)
 
     def nearest_in_l1_ball(self, points: Tensor, radius: Tensor) -> Tensor:
         """Where a group has a few pixels, less than the radius by what settling takes from groups that hardly move."""

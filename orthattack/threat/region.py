@@ -187,7 +187,7 @@ class Region:
         if avoid is not None:
             return self._step_avoiding(start, g, alpha, self.masked(avoid.to(start)).unsqueeze(1), count)
         moved = self._ball.step(self._allowed, start, g, alpha, count)
-        return self._stored(moved) if self._ball.is_box else self._projected(moved)
+        return self._stored(moved) if self._ball.is_box else self._projected(moved, is_near=True)
 
     def _step_avoiding(
         self, start: Tensor, g: Tensor, alpha: Tensor, avoid: Tensor, count: Tensor | int | None
@@ -213,13 +213,13 @@ class Region:
         """
         return self._calls(self._projected, points, release=self.release)
 
-    def _projected(self, points: Tensor) -> Tensor:
+    def _projected(self, points: Tensor, is_near: bool = False) -> Tensor:
         points = points.to(self.images.dtype).contiguous()
         points = points if self._mask is None else torch.where(self._mask, points, self.images)
+        if is_near and self.threat.norm == "l2" and self.dtype == points.dtype and self._allowed.ends_in_l2_ball:
+            return self._stored(self._allowed.near_in_l2_ball(points, self.eps))
         points = self._ball.project(self._allowed, points, self.eps)
         in_ball = self._ball.is_box or self._ball.counts  # which rounding does not lead out of
-        if self.threat.norm == "l2" and self.dtype == points.dtype:
-            in_ball = self._allowed.ends_in_l2_ball
         return self._stored(points) if in_ball else self._stored_in_ball(points)
 
     def stored(self, points: Tensor) -> Tensor:

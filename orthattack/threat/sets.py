@@ -30,7 +30,7 @@ class Allowed(Protocol):
 
     @property
     def ends_in_l2_ball(self) -> bool:
-        """Whether what `nearest_in_l2_ball` returns is in the ball as stored, up to 1e-6 of the radius."""
+        """Whether what `near_in_l2_ball` returns is in the ball as stored, up to 1e-6 of the radius."""
         return False
 
     def boxed(self, lower: Tensor, upper: Tensor) -> Allowed:
@@ -58,6 +58,10 @@ class Allowed(Protocol):
 
     def nearest_in_l2_ball(self, points: Tensor, radius: Tensor) -> Tensor:
         """min_y ‖y - p‖₂ subject to ``‖y - x‖₂ <= radius``, up to some 1e-6 of the radius."""
+
+    def near_in_l2_ball(self, points: Tensor, radius: Tensor) -> Tensor:
+        """The same for points that a step has led out of the set; x, in rare cases, where a quick search fails."""
+        return self.nearest_in_l2_ball(points, radius)
 
     def nearest_in_l1_ball(self, points: Tensor, radius: Tensor) -> Tensor:
         """min_y ‖y - p‖₂ subject to ``‖y - x‖₁ <= radius``, up to some 1e-6 of the radius."""

@@ -222,7 +222,7 @@ def test_the_kernels_work_here_and_in_a_cuda_graph():
     radius = torch.ones(4, 1, 1, 1, dtype=torch.float64, device="cuda")
 
     def step() -> Tensor:
-        return allowed.nearest_in_l2_ball(x + 2 * allowed.unit_tangent(g), radius)
+        return allowed.near_in_l2_ball(x + 2 * allowed.unit_tangent(g), radius)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
