@@ -8,6 +8,7 @@ depend on anything but its tensors: where recording fails, the function itself i
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext, suppress
@@ -180,12 +181,23 @@ class Recorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, body: Callable[[], None]) -> None:
-        """Call it once, so that what is made when it is first called is there."""
-        now = torch.cuda.current_stream()
+        """Call it once, so that what is made when it is first called is there.
+
+        Raises:
+            RuntimeError: it waits for the GPU, which must not be tried while recording: see `record`.
+        """
+        now, mode = torch.cuda.current_stream(), torch.cuda.get_sync_debug_mode()
         self._stream.wait_stream(now)
-        with torch.cuda.stream(self._stream):
-            body()
+        with torch.cuda.stream(self._stream), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                body()
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
         now.wait_stream(self._stream)
+        if any("synchronizing" in str(warning.message) for warning in caught):
+            raise RuntimeError("it waits for the GPU")
 
     def record(self, body: Callable[[], None]) -> Callable[[], None]:
         """What launches again the kernels that `body` launches, on tensors that it has made or that stay."""
@@ -195,9 +207,10 @@ class Recorder:
             try:
                 replay = self._captured(body)
             except BaseException:
-                # Recording that fails leaves torch's random numbers as if it went on; recording that does not ends it.
+                # Recording that fails leaves torch's random numbers as if it went on; recording that does not, in other
+                # memory, ends that.
                 with suppress(RuntimeError):
-                    self._captured(lambda: torch.zeros(1, device="cuda"))
+                    Recorder()._captured(lambda: torch.zeros(1, device="cuda"))
                 raise
         now.wait_stream(self._stream)
         return replay

@@ -196,15 +196,16 @@ def test_pieces_ask_a_gpu_nothing_at_a_step_either(kind, options, monkeypatch):
 
 
 @needs_gpu
-@pytest.mark.parametrize("kind", ["OrthoPGD", "Square"])
-def test_pieces_give_what_one_call_gives_with_a_generator_on_a_gpu(kind):
+@pytest.mark.parametrize(("kind", "options"), [("OrthoPGD", {"alpha": 0.0}), ("Square", {})])
+def test_pieces_give_what_one_call_gives_with_a_generator_on_a_gpu(kind, options):
+    """Of OrthoPGD the random starts: a GPU's gradients differ with the batch's size, and a step by a whole α."""
     images = batch()[0].repeat(9, 1, 1, 1).cuda()
     model = small_model().cuda()
     labels = model(images).argmax(1)
 
     def found(batch_size: int | None) -> tuple[Tensor, Tensor]:
         generator = torch.Generator("cuda").manual_seed(3)
-        attack = _made(kind, model, 3, eps=8 / 255, generator=generator)
+        attack = _made(kind, model, 3, eps=8 / 255, generator=generator, **options)
         return attack.run(images, labels, batch_size=batch_size).adversarials, generator.get_state()
 
     (pieces, state), (whole, state_of_whole) = found(2), found(None)

@@ -176,13 +176,14 @@ def test_the_kernels_work_here_and_in_a_cuda_graph():
     x = make_images("uniform", (4, 3, 64, 64), 0).cuda()
     g = make_gradient("normal", x.cpu(), 0).cuda()
     allowed = ThreatModel("linf", EPS, scope="image").around(x)._allowed
+    alpha = torch.full((4, 1, 1, 1), EPS / 4, device="cuda")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        expected = allowed.step(x, g, EPS / 4)
+        expected = allowed.step(x, g, alpha)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):  # which refuses to wait for the device
-        found = allowed.step(x, g, EPS / 4)
+        found = allowed.step(x, g, alpha)
     graph.replay()
     assert torch.equal(found, expected)
