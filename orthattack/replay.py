@@ -39,29 +39,35 @@ class Replayed:
         self.model, self._kept = model, kept
         self._seen: Counter[Hashable] = Counter()
         self._passes: OrderedDict[tuple[Hashable, int], _Pass | None] = OrderedDict()
+        self._lock = threading.Lock()  # threads may share a model, though not a pass
 
     def __call__(self, images: Tensor) -> Tensor:
         if not _is_fit(images):
             return self.model(images)
         differentiates = torch.is_grad_enabled() and images.requires_grad
-        kind, size = (_place(images), _described(images), differentiates, _precision()), len(images)
-        key = self._nearest(kind, size)
-        if key is None:
-            key = kind, size
-            self._seen[key] += 1
-            if self._seen[key] != _THIRD:
-                return self.model(images)
-            self._passes[key] = _attempted(images, lambda: _Pass(self.model, images, differentiates))
-            while len(self._passes) > self._kept:
-                self._passes.popitem(last=False)
-        self._passes.move_to_end(key)
-        found = self._passes[key]
+        with self._lock:
+            found = self._found(images, differentiates)
         if found is None:
             return self.model(images)
         if not differentiates:
             return found.answer(images)
         logits: Tensor = _Answer.apply(images, found)
         return logits
+
+    def _found(self, images: Tensor, differentiates: bool) -> _Pass | None:
+        """The recorded pass for these images, recorded now if they are the third of their shape."""
+        kind, size = (_place(images), _described(images), differentiates, _precision()), len(images)
+        key = self._nearest(kind, size)
+        if key is None:
+            key = kind, size
+            self._seen[key] += 1
+            if self._seen[key] != _THIRD:
+                return None
+            self._passes[key] = _attempted(images, lambda: _Pass(self.model, images, differentiates))
+            while len(self._passes) > self._kept:
+                self._passes.popitem(last=False)
+        self._passes.move_to_end(key)
+        return self._passes[key]
 
     def _nearest(self, kind: Hashable, size: int) -> tuple[Hashable, int] | None:
         """The smallest batch with a recorded pass that so many images fit into, if it is not much too large: it takes
@@ -143,7 +149,7 @@ class Calls:
         tensors = [value for value in given if isinstance(value, Tensor)]
         if not all(map(_is_fit, tensors)):
             return function(*given)
-        described = [(len(value), _described(value)) if isinstance(value, Tensor) else value for value in given]
+        described = [(value.shape[:1], _described(value)) if isinstance(value, Tensor) else value for value in given]
         key = (function.__name__, _place(tensors[0]), *described)
         self._seen[key] += 1
         if self._seen[key] == _THIRD:
@@ -159,8 +165,10 @@ class _Call:
 
         def body() -> None:
             release()
-            self._out = function(*own)
-            release()
+            try:
+                self._out = function(*own)
+            finally:  # or the next call would work in what a failed recording has allocated
+                release()
 
         recorder = Recorder()
         recorder.warm_up(body)
@@ -196,7 +204,8 @@ class Recorder:
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
         now.wait_stream(self._stream)
-        if any("synchronizing" in str(warning.message) for warning in caught):
+        # Not "synchronizing" alone, a word that the debug mode's own remark, of the first time it is set, has too.
+        if any("called a synchronizing" in str(warning.message) for warning in caught):
             raise RuntimeError("it waits for the GPU")
 
     def record(self, body: Callable[[], None]) -> Callable[[], None]:

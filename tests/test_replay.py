@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,6 +120,73 @@ def test_other_threads_have_passes_of_their_own(device):
     other.start()
     other.join()
     assert len(replayed._passes) == 2
+
+
+class Slow(int):
+    """A place whose comparison lets other threads go on."""
+
+    __hash__ = int.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        time.sleep(1e-4)
+        return int(self) == other
+
+
+def test_threads_that_share_a_model_do_not_meet_in_what_is_kept(monkeypatch):
+    monkeypatch.setattr(replay, "_is_fit", lambda _: True)
+    monkeypatch.setattr(replay, "_place", lambda _: Slow(threading.get_ident()))
+    monkeypatch.setattr(replay, "_attempted", lambda *_: None)
+    replayed, failed = Replayed(lambda images: images.sum((2, 3))), []
+
+    def ask() -> None:
+        try:
+            for size in (1, 1, 1, 9, 9, 9, 60, 60, 60):
+                replayed(torch.zeros(size, 1, 1, 1))
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+
+
+def test_what_is_given_may_be_a_single_number(device):
+    calls, images = Calls(), batches(device)
+    for given in images:
+        factor = given.amax()
+        assert torch.equal(calls(lambda a, b: a * b, given, factor, release=lambda: None), given * factor)
+    assert all(found is not None for found in calls._made.values())
+
+
+def test_working_memory_is_released_when_recording_fails(device):
+    calls, released = Calls(), []
+
+    def fails_the_third_time(images: Tensor) -> Tensor:
+        if len(released) == 1:  # before the first time it is called to be recorded
+            raise ValueError
+        return 2 * images
+
+    for images in batches(device, 4):
+        assert torch.equal(calls(fails_the_third_time, images, release=lambda: released.append(0)), 2 * images)
+    assert len(released) == 2
+
+
+def test_only_what_waits_is_refused_not_the_remark_about_asking(monkeypatch):
+    """Which torch makes when the debug mode is first set in a process."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    remark = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda _: warnings.warn(remark, stacklevel=1))
+    recorder = object.__new__(replay.Recorder)
+    recorder._stream = stream
+    recorder.warm_up(lambda: None)
+    with pytest.raises(RuntimeError, match="it waits for the GPU"):
+        recorder.warm_up(lambda: warnings.warn("called a synchronizing CUDA operation", stacklevel=1))
 
 
 def test_large_batches_are_not_recorded(device, monkeypatch):
