@@ -92,7 +92,7 @@ def _state(model: nn.Module) -> tuple[object, ...]:
 
 def _sums(model: nn.Module) -> Tensor:
     """Of the bits of all tensors: their versions miss what is written through `.data`."""
-    tensors = [t.detach().reshape(-1) for t in (*model.parameters(), *model.buffers())]
+    tensors = [t.detach().reshape(-1).contiguous() for t in (*model.parameters(), *model.buffers())]
     if tensors and tensors[0].is_cuda:  # all at once: launching a sum of each takes the host longer than a step
         tensors = [torch.cat([t for t in tensors if t.dtype == kind]) for kind in {t.dtype: None for t in tensors}]
     return torch.stack([_sum(t) for t in tensors]) if tensors else torch.empty(0)

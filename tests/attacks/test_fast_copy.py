@@ -294,6 +294,15 @@ def test_a_model_with_tensors_that_have_no_sum_is_attacked_without_a_copy(images
         assert torch.allclose(PGD(model, steps=2, random_start=False)(images, labels), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("odd", [torch.tensor(0.5).expand(3), torch.arange(10.0)[::2]], ids=["expanded", "strided"])
+def test_a_buffer_may_have_gaps_or_repeat_itself(images, odd):
+    model = trained()
+    model.register_buffer("odd", odd)
+    with torch.no_grad():
+        copied, why_not = fast_copy.fast_copy(model, "auto", images)
+    assert copied is not None, why_not
+
+
 def test_control_flow_that_cannot_be_traced_costs_only_the_folding(images):
     class Branches(Residual):
         def forward(self, images: Tensor) -> Tensor:
