@@ -147,8 +147,8 @@ def _placed(value: Any, home: bool) -> Any:
 @contextmanager
 def pretended(monkeypatch: Any) -> Iterator[Pretend]:
     """A GPU, with torch's functions for its random numbers, and without Triton."""
-    monkeypatch.setattr(plane, "fused_step", lambda: None)
-    monkeypatch.setattr(plane, "fused_projection", lambda: None)
+    monkeypatch.setattr(plane, "fused_step", lambda _: None)
+    monkeypatch.setattr(plane, "fused_projection", lambda _: None)
     state = torch.zeros(16, dtype=torch.uint8)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: state.clone())
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *_: None)

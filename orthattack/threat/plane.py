@@ -34,12 +34,13 @@ _NEWTON = 8
 
 
 @cache
-def fused_step() -> Callable[..., Tensor] | None:
-    """`fused.best_step` if Triton is there and works, for which it needs a C compiler and a folder for its kernels."""
+def fused_step(device: torch.device) -> Callable[..., Tensor] | None:
+    """`fused.best_step` if Triton is there and works on that GPU, for which it needs a C compiler and a folder for its
+    kernels."""
     try:
         from orthattack.threat.fused import best_step
 
-        rows = [torch.zeros(1, 64, device="cuda") for _ in range(8)]
+        rows = [torch.zeros(1, 64, device=device) for _ in range(8)]
         best_step(*rows, alpha=rows[0][:, 0])
     except Exception:  # whatever a compiler may raise
         return None
@@ -47,14 +48,14 @@ def fused_step() -> Callable[..., Tensor] | None:
 
 
 @cache
-def fused_projection() -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | None:
+def fused_projection(device: torch.device) -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | None:
     """`fused_l2.unit_tangent` and `nearest_in_ball`, likewise."""
     try:
         from orthattack.threat.fused_l2 import nearest_in_ball, unit_tangent
 
-        rows = [torch.zeros(1, 64, device="cuda") for _ in range(5)]
+        rows = [torch.zeros(1, 64, device=device) for _ in range(5)]
         unit_tangent(*rows[:3], samples=1)
-        nearest_in_ball(*rows, radius=torch.ones(1, dtype=torch.float64, device="cuda"))
+        nearest_in_ball(*rows, radius=torch.ones(1, dtype=torch.float64, device=device))
     except Exception:  # whatever a compiler may raise
         return None
     return unit_tangent, nearest_in_ball
@@ -128,7 +129,7 @@ class Plane:
     @property
     def ends_in_l2_ball(self) -> bool:
         is_fit = self.images.is_cuda and self._is_fusible and self._normal2[0].numel() <= _FEW
-        return is_fit and fused_projection() is not None
+        return is_fit and fused_projection(self.images.device) is not None
 
     def _rows(self, *tensors: Tensor) -> list[Tensor]:
         return [t.contiguous().view(self._normal2.numel(), -1) for t in tensors]
@@ -149,7 +150,7 @@ class Plane:
         start, gradient = start.contiguous(), gradient.contiguous()
         ratio, bottom, weight, scratch = self._scratch
         alpha = torch.as_tensor(alpha, dtype=start.dtype, device=start.device)
-        if start.is_cuda and self._is_fusible and (best_step := fused_step()) is not None:
+        if start.is_cuda and self._is_fusible and (best_step := fused_step(start.device)) is not None:
             rows = self._rows(start, gradient, self.images, self.lower, self.upper, normal, ratio, weight)
             sizes = alpha.expand_as(self._normal2).flatten().contiguous()
             return best_step(*rows, alpha=sizes).view_as(start)
@@ -222,7 +223,7 @@ class Plane:
 
     def unit_tangent(self, gradient: Tensor) -> Tensor:
         """See `sets.Allowed`. It is in the plane's working memory, until the next call."""
-        if self.ends_in_l2_ball and (fused := fused_projection()) is not None:
+        if self.ends_in_l2_ball and (fused := fused_projection(gradient.device)) is not None:
             rows = self._rows(gradient, self.normal, self._scratch[0])
             return fused[0](*rows, samples=len(gradient)).view_as(gradient)
         g, _ = self._projected(gradient.contiguous(), IMAGE)
@@ -278,7 +279,7 @@ class Plane:
         return completed(self, y, found, by_secant, points, radius)
 
     def near_in_l2_ball(self, points: Tensor, radius: Tensor) -> Tensor:
-        fused = fused_projection() if self.ends_in_l2_ball else None
+        fused = fused_projection(points.device) if self.ends_in_l2_ball else None
         if fused is None:
             return self.nearest_in_l2_ball(points, radius)
         rows = self._rows(points, self.images, self.lower, self.upper, self.normal)

@@ -145,7 +145,7 @@ def test_a_step_on_a_gpu_is_by_the_kernels(scope, monkeypatch):
     expected = threat.around(x).step(x, g, alpha)
     calls = []
 
-    def counted() -> Any:
+    def counted(_: torch.device) -> Any:
         from orthattack.threat.fused import best_step
 
         def on_what_there_is(*given: Any, alpha: Any) -> Tensor:
@@ -172,7 +172,7 @@ def test_a_step_on_a_gpu_is_by_the_kernels(scope, monkeypatch):
 
 @needs_gpu
 def test_the_kernels_work_here_and_in_a_cuda_graph():
-    assert plane_module.fused_step() is not None
+    assert plane_module.fused_step(torch.device("cuda", 0)) is not None
     x = make_images("uniform", (4, 3, 64, 64), 0).cuda()
     g = make_gradient("normal", x.cpu(), 0).cuda()
     allowed = ThreatModel("linf", EPS, scope="image").around(x)._allowed

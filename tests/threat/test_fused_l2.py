@@ -177,7 +177,7 @@ def test_an_l2_step_on_a_gpu_is_by_the_kernels(scope, monkeypatch):
     expected = threat.around(x).step(start, g, alpha)
     calls = []
 
-    def counted() -> Any:
+    def counted(_: torch.device) -> Any:
         from orthattack.threat import fused_l2
 
         def on_what_there_is(kernels: Any) -> Any:
@@ -215,7 +215,7 @@ def test_an_l2_step_on_a_gpu_is_by_the_kernels(scope, monkeypatch):
 
 @needs_gpu
 def test_the_kernels_work_here_and_in_a_cuda_graph():
-    assert plane_module.fused_projection() is not None
+    assert plane_module.fused_projection(torch.device("cuda", 0)) is not None
     x = make_images("uniform", (4, 3, 64, 64), 0).cuda()
     g = make_gradient("normal", x.cpu(), 0).cuda()
     allowed = ThreatModel("l2", 1.0, scope="image").around(x)._allowed
