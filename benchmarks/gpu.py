@@ -51,16 +51,7 @@ def tests(folder: Path) -> int:
     if not torch.cuda.is_available():
         print("no GPU: the tests on one are skipped", flush=True)
         return 0
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "cuda",
-        "tests/attacks",
-        "tests/test_replay.py",
-    ]
+    which = "cuda or real_gpu or generator_on_a_gpu or by_the_kernels"
+    where = ("tests/attacks", "tests/test_replay.py", "tests/threat/test_fused.py", "tests/threat/test_fused_l2.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", which, *where]
     return subprocess.run(command, cwd=folder, check=False).returncode

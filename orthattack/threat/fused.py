@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 # How many pixels a program has; how many λ a pass tries, and how many such passes there are. The last ones are hardly
-# ever needed, and then take no time.
+# ever needed, and where they are not, take no time.
 _BLOCK = 2048
 _TRIED = 32
 _PASSES = 7
