@@ -24,6 +24,7 @@ _LARGEST = 2**23
 _THIRD = 3
 # One recording at a time in a process.
 _LOCK = threading.Lock()
+_OWN = threading.local()
 
 
 class Replayed:
@@ -35,7 +36,7 @@ class Replayed:
         kept: of how many shapes graphs are kept, those used last; each holds the memory of a pass.
     """
 
-    def __init__(self, model: Callable[[Tensor], Tensor], kept: int = 2) -> None:
+    def __init__(self, model: Callable[[Tensor], Tensor], kept: int = 4) -> None:
         self.model, self._kept = model, kept
         self._seen: Counter[Hashable] = Counter()
         self._passes: OrderedDict[tuple[Hashable, int], _Pass | None] = OrderedDict()
@@ -65,7 +66,8 @@ class Replayed:
                 return None
             self._passes[key] = _attempted(images, lambda: _Pass(self.model, images, differentiates))
             while len(self._passes) > self._kept:
-                self._passes.popitem(last=False)
+                given_up, _ = self._passes.popitem(last=False)
+                self._seen[given_up] = 0
         self._passes.move_to_end(key)
         return self._passes[key]
 
@@ -170,7 +172,7 @@ class _Call:
             finally:  # or the next call would work in what a failed recording has allocated
                 release()
 
-        recorder = Recorder()
+        recorder = _shared()
         recorder.warm_up(body)
         self._replay = recorder.record(body)
 
@@ -182,11 +184,18 @@ class _Call:
 
 
 class Recorder:
-    """Records functions on a stream of its own, in memory of their own."""
+    """Records functions on a stream of its own, in memory of their own.
 
-    def __init__(self) -> None:
+    Args:
+        stays: what is no longer replayed leaves its memory to what is recorded next; otherwise torch reserves it until
+            there is no other. Then nothing may be read that a replay has left, once another has begun.
+    """
+
+    def __init__(self, stays: bool = False) -> None:
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
+        # Memory is kept as long as there is something recorded in it.
+        self._kept = self.record(lambda: torch.zeros(1, device="cuda")) if stays else None
 
     def warm_up(self, body: Callable[[], None]) -> None:
         """Call it once, so that what is made when it is first called is there.
@@ -208,7 +217,7 @@ class Recorder:
         if any("called a synchronizing" in str(warning.message) for warning in caught):
             raise RuntimeError("it waits for the GPU")
 
-    def record(self, body: Callable[[], None]) -> Callable[[], None]:
+    def record(self, body: Callable[[], object]) -> Callable[[], None]:
         """What launches again the kernels that `body` launches, on tensors that it has made or that stay."""
         now = torch.cuda.current_stream()
         self._stream.wait_stream(now)
@@ -238,12 +247,22 @@ class Recorder:
         return graph.replay
 
 
+def _shared() -> Recorder:
+    """The recorder of all calls of a thread on the current stream, which come one after the other."""
+    recorders: dict[Hashable, Recorder] = _OWN.__dict__.setdefault("recorders", {})
+    place = torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream
+    if place not in recorders:
+        recorders[place] = Recorder(stays=True)
+    return recorders[place]
+
+
 def _attempted(like: Tensor, make: Callable[[], Any]) -> Any:
     """What is made on a tensor's device, or None where something in it cannot be recorded."""
     with _LOCK, torch.cuda.device_of(like):  # type: ignore[no-untyped-call]
         try:
             return make()
         except (RuntimeError, ValueError, TypeError):
+            _OWN.__dict__.clear()  # in the memory of a recording that has failed there may be no other
             return None
 
 

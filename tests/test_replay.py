@@ -40,6 +40,7 @@ def device(request, monkeypatch) -> str:
     Again.made = 0
     if request.param == "cpu":
         monkeypatch.setattr(replay, "Recorder", Again)
+        monkeypatch.setattr(replay, "_shared", lambda: replay.Recorder())
         monkeypatch.setattr(replay, "_is_fit", lambda tensor: tensor.numel() <= replay._LARGEST)
         monkeypatch.setattr(replay, "_place", lambda tensor: (tensor.device, threading.get_ident()))
     return str(request.param)
@@ -90,12 +91,12 @@ def test_an_answer_is_differentiated_before_the_next(device):
         answer.sum().backward()
 
 
-def test_the_last_shapes_are_kept(device):
-    replayed = Replayed(small_model().to(device).requires_grad_(False))
-    for size in (2, 3, 4):
+def test_the_last_shapes_are_kept_and_others_recorded_again(device):
+    replayed = Replayed(small_model().to(device).requires_grad_(False), kept=1)
+    for size in (8, 1, 8):
         for images in batches(device, 3, size):
             passed(replayed, images, torch.ones(size, 5, device=device))
-    assert [size for _, size in replayed._passes] == [3, 4]
+        assert [size for _, size in replayed._passes] == [size]
 
 
 def test_smaller_batches_are_passed_in_a_larger_ones_place(device):

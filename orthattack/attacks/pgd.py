@@ -56,7 +56,7 @@ class PGD(Attack):
             the processor has no arithmetic for it, gradients are computed in float32, and a warning says so.
         optimize: "auto" takes gradients of a faster copy of the model, its batch norms folded into the convolutions and
             its weights channels last, where one can be made; it takes as much memory as the model, and stays while the
-            model does. On a GPU its passes are replayed as CUDA graphs, which keep the memory of two. "compile"
+            model does. On a GPU its passes are replayed as CUDA graphs, which keep the memory of four. "compile"
             compiles it too, and a warning says why where it cannot. "none" takes the model itself. Success is judged
             by the model itself in any case.
         schedule: of the step size: "linear" or "cosine", which fall to 0, or "fixed". By default "linear", and
