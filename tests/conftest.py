@@ -110,6 +110,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for group in cases.values():
         for item in beyond(group, 1 if group[0].get_closest_marker("heavy") else 2):
             item.add_marker("slow")
+    # Ray's wait for each other, so they begin, all with one worker: those that are left take from the others' ends.
+    items.sort(key=lambda item: item.path.name != "test_ray.py")
     # Whoever names a file or a test means it.
     if config.getoption("runslow") or all("::" in name or name.endswith(".py") for name in config.args):
         return
