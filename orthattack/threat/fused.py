@@ -86,11 +86,16 @@ def _total(sums, row, number, COUNT: tl.constexpr, B, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _reach(start, lower, upper, alpha, normal):
-    """The ends of what each pixel may reach, the one with the smaller product with the normal first."""
-    low = tl.maximum(start - alpha, lower)
-    high = tl.maximum(tl.minimum(start + alpha, upper), low)
-    return tl.where(normal < 0, high, low), tl.where(normal < 0, low, high)
+def _reach(normal, start, images, lower, upper, alpha, row, here, inside):
+    """The normal and the image at some pixels, and the ends of what each may reach, the one with the smaller product
+    with the normal first."""
+    n = tl.load(normal + here, mask=inside, other=0.0)
+    s = tl.load(start + here, mask=inside, other=0.0)
+    x = tl.load(images + here, mask=inside, other=0.0)
+    size = tl.load(alpha + row)
+    low = tl.maximum(s - size, tl.load(lower + here, mask=inside, other=0.0))
+    high = tl.maximum(tl.minimum(s + size, tl.load(upper + here, mask=inside, other=0.0)), low)
+    return n, x, tl.where(n < 0, high, low), tl.where(n < 0, low, high)
 
 
 @triton.jit
@@ -123,17 +128,12 @@ def _weigh(gradient, normal, start, images, lower, upper, alpha, ratio, weight, 
     at = block * BLOCK + tl.arange(0, BLOCK)
     here, inside = row * L + at, at < L
     g = tl.load(gradient + here, mask=inside, other=0.0)
-    n = tl.load(normal + here, mask=inside, other=0.0)
-    s = tl.load(start + here, mask=inside, other=0.0)
-    x = tl.load(images + here, mask=inside, other=0.0)
-    low = tl.load(lower + here, mask=inside, other=0.0)
-    high = tl.load(upper + here, mask=inside, other=0.0)
+    n, x, bottom, top = _reach(normal, start, images, lower, upper, alpha, row, here, inside)
     # The optimum is the same for g and g - cn; in float64 once is enough, even of nearly parallel gradients.
     nn = _total(of_gradient, row, _NN, 5, B, PARTS)
     along = _total(of_gradient, row, _GN, 5, B, PARTS) / tl.where(nn > 0, nn, 1.0)
     rest = ((g.to(tl.float64) - along * n.to(tl.float64)) / _largest(of_gradient, row, B, PARTS)).to(tl.float32)
     beyond = tl.where(rest > 0, float("inf"), float("-inf"))  # it has no influence on f
-    bottom, top = _reach(s, low, high, tl.load(alpha + row), n)
     w = tl.where(inside, (top - bottom) * n, 0.0)
     tl.store(ratio + here, tl.where(n != 0, rest / tl.where(n != 0, n, 1.0), beyond), mask=inside)
     tl.store(weight + here, w, mask=inside)
@@ -269,15 +269,10 @@ def _mix(normal, start, images, lower, upper, alpha, ratio, y, of_gradient, stat
     if goes:
         at = block * BLOCK + tl.arange(0, BLOCK)
         here, inside = row * L + at, at < L
-        n = tl.load(normal + here, mask=inside, other=0.0)
-        s = tl.load(start + here, mask=inside, other=0.0)
-        x = tl.load(images + here, mask=inside, other=0.0)
-        low = tl.load(lower + here, mask=inside, other=0.0)
-        high = tl.load(upper + here, mask=inside, other=0.0)
+        n, x, bottom, top = _reach(normal, start, images, lower, upper, alpha, row, here, inside)
         r = tl.load(ratio + here, mask=inside, other=0.0)
         a = tl.load(found + _A).to(tl.float32)
         b = tl.load(found + _B).to(tl.float32)
-        bottom, top = _reach(s, low, high, tl.load(alpha + row), n)
         mixed = bottom + share.to(tl.float32) * (top - bottom)
         mixed = tl.minimum(tl.maximum(mixed, tl.minimum(bottom, top)), tl.maximum(bottom, top))
         point = tl.where(r > b, top, tl.where(r > a, mixed, bottom))
