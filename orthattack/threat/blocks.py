@@ -28,10 +28,6 @@ class Blocks:
         x, low, high = map(self._cut, (images, lower, upper))
         self._plane = Plane(x, low, high, "channel", None if normal is None else self._cut(normal), _SLACK, is_whole)
 
-    @property
-    def ends_in_l2_ball(self) -> bool:
-        return self._plane.ends_in_l2_ball
-
     def boxed(self, lower: Tensor, upper: Tensor) -> Blocks:
         blocks = copy.copy(self)
         blocks.lower, blocks.upper = lower, upper
@@ -62,8 +58,9 @@ class Blocks:
     def nearest_in_l2_ball(self, points: Tensor, radius: Tensor) -> Tensor:
         return self._joined(self._plane.nearest_in_l2_ball(self._cut(points), radius))
 
-    def near_in_l2_ball(self, points: Tensor, radius: Tensor) -> Tensor:
-        return self._joined(self._plane.near_in_l2_ball(self._cut(points), radius))
+    def near_in_l2_ball(self, points: Tensor, radius: Tensor) -> Tensor | None:
+        found = self._plane.near_in_l2_ball(self._cut(points), radius)
+        return None if found is None else self._joined(found)
 
     def nearest_in_l1_ball(self, points: Tensor, radius: Tensor) -> Tensor:
         return self._joined(self._plane.nearest_in_l1_ball(self._cut(points), radius))

@@ -126,10 +126,9 @@ class Plane:
         is_plain = self.normal is self._settling and self.images.dtype == torch.float32
         return self._is_coarse and is_plain and self.dims != (-3,) and len(self.images) > 0
 
-    @property
-    def ends_in_l2_ball(self) -> bool:
+    def _fused_projection(self) -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | None:
         is_fit = self.images.is_cuda and self._is_fusible and self._normal2[0].numel() <= _FEW
-        return is_fit and fused_projection(self.images.device) is not None
+        return fused_projection(self.images.device) if is_fit else None
 
     def _rows(self, *tensors: Tensor) -> list[Tensor]:
         return [t.contiguous().view(self._normal2.numel(), -1) for t in tensors]
@@ -223,7 +222,7 @@ class Plane:
 
     def unit_tangent(self, gradient: Tensor) -> Tensor:
         """See `sets.Allowed`. It is in the plane's working memory, until the next call."""
-        if self.ends_in_l2_ball and (fused := fused_projection(gradient.device)) is not None:
+        if (fused := self._fused_projection()) is not None:
             rows = self._rows(gradient, self.normal, self._scratch[0])
             return fused[0](*rows, samples=len(gradient)).view_as(gradient)
         g, _ = self._projected(gradient.contiguous(), IMAGE)
@@ -278,10 +277,9 @@ class Plane:
         y = self._settled(y, [self._box], self.images)
         return completed(self, y, found, by_secant, points, radius)
 
-    def near_in_l2_ball(self, points: Tensor, radius: Tensor) -> Tensor:
-        fused = fused_projection(points.device) if self.ends_in_l2_ball else None
-        if fused is None:
-            return self.nearest_in_l2_ball(points, radius)
+    def near_in_l2_ball(self, points: Tensor, radius: Tensor) -> Tensor | None:
+        if (fused := self._fused_projection()) is None:
+            return None
         rows = self._rows(points, self.images, self.lower, self.upper, self.normal)
         sizes = radius.to(torch.float64).expand(len(points), 1, 1, 1).flatten().contiguous()
         return fused[1](*rows, radius=sizes).view_as(points)

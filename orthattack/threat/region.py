@@ -216,8 +216,10 @@ class Region:
     def _projected(self, points: Tensor, is_near: bool = False) -> Tensor:
         points = points.to(self.images.dtype).contiguous()
         points = points if self._mask is None else torch.where(self._mask, points, self.images)
-        if is_near and self.threat.norm == "l2" and self.dtype == points.dtype and self._allowed.ends_in_l2_ball:
-            return self._stored(self._allowed.near_in_l2_ball(points, self.eps))
+        if is_near and self.threat.norm == "l2" and self.dtype == points.dtype:
+            found = self._allowed.near_in_l2_ball(points, self.eps)
+            if found is not None:
+                return self._stored(found)
         points = self._ball.project(self._allowed, points, self.eps)
         in_ball = self._ball.is_box or self._ball.counts  # which rounding does not lead out of
         return self._stored(points) if in_ball else self._stored_in_ball(points)

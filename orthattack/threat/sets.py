@@ -28,11 +28,6 @@ class Allowed(Protocol):
     lower: Tensor
     upper: Tensor
 
-    @property
-    def ends_in_l2_ball(self) -> bool:
-        """Whether what `near_in_l2_ball` returns is in the ball as stored, up to 1e-6 of the radius."""
-        return False
-
     def boxed(self, lower: Tensor, upper: Tensor) -> Allowed:
         """The same set in another box, which holds x."""
 
@@ -59,9 +54,10 @@ class Allowed(Protocol):
     def nearest_in_l2_ball(self, points: Tensor, radius: Tensor) -> Tensor:
         """min_y ‖y - p‖₂ subject to ``‖y - x‖₂ <= radius``, up to some 1e-6 of the radius."""
 
-    def near_in_l2_ball(self, points: Tensor, radius: Tensor) -> Tensor:
-        """The same for points that a step has led out of the set; x, in rare cases, where a quick search fails."""
-        return self.nearest_in_l2_ball(points, radius)
+    def near_in_l2_ball(self, points: Tensor, radius: Tensor) -> Tensor | None:  # noqa: ARG002
+        """The same for points that a step has led out of the set, in the ball as stored, up to 1e-6 of the radius, if
+        there is a quick search; x, in rare cases, where that fails."""
+        return None
 
     def nearest_in_l1_ball(self, points: Tensor, radius: Tensor) -> Tensor:
         """min_y ‖y - p‖₂ subject to ``‖y - x‖₁ <= radius``, up to some 1e-6 of the radius."""
